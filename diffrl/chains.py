@@ -1,0 +1,141 @@
+"""A chain: the levels that a process is walked down, and what one step between them is.
+
+`Chain` is the whole specification shared by `sample_chain`, the environments and the tests.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffrl.processes import coupling_eta, posterior
+from diffrl.schedules import Schedule
+from diffrl.shapes import expand_like
+
+__all__ = ["Chain"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """States at index 0, k, 2k, … of a grid of N noise levels, then the clean state: K = ⌈N/k⌉ transitions.
+
+    The value of state i is V(x_i) = A_i E[x0 | x_i] + κ_i x_i with A_i, κ_i of the step i → i+Δ; past index N-1
+    that step lands on the clean state, where A = 1, κ = 0. At the clean state itself A = κ = 0: nothing is left.
+
+    Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
+    couplings between 0 and 1 and the 'clean' value are ours.
+
+    Args:
+        process: the noise schedule.
+        num_steps: N ≥ 1, the noise levels.
+        coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
+        span: k ≥ 1, index units between successive states.
+        stride: Δ > 0, index units of the step whose posterior mean is the value; may be a fraction where the
+            process has continuous times.
+        value: "posterior_mean", or "clean": V = E[x0 | x] itself (A = 1, κ = 0 everywhere), which is Δ = ∞.
+        offset: shift of the whole grid in index units, in (-1, 1); with a positive one the last level
+            passes N-1 and is clean already.
+        t_max: noisier levels are left out.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    process: Schedule
+    num_steps: int
+    coupling: float | str
+    span: int = 1
+    stride: float = 1.0
+    value: Literal["posterior_mean", "clean"] = "posterior_mean"
+    offset: float = 0.0
+    t_max: float | None = None
+
+    def __post_init__(self) -> None:
+        coupling_eta(self.coupling)
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}: a chain needs at least one noise level")
+        if self.span < 1 or int(self.span) != self.span:
+            raise ValueError(
+                f"span is {self.span}: successive states are a whole number of levels >= 1 apart"
+            )
+        if not self.stride > 0:
+            raise ValueError(f"stride is {self.stride}: the one-step stride must be > 0")
+        if self.value not in ("posterior_mean", "clean"):
+            raise ValueError(f"value is {self.value!r}: give 'posterior_mean' or 'clean'")
+        if not -1 < self.offset < 1:
+            raise ValueError(f"offset is {self.offset}: it shifts the grid by less than one level")
+        if len(self.t) < 2:
+            raise ValueError(f"no noise level is left below t_max = {self.t_max}")
+
+    @property
+    def eta(self) -> float:
+        """The coupling as a number."""
+        return coupling_eta(self.coupling)
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """Real-valued grid index of each state, the clean one last: float64, shape [K+1]."""
+        i = torch.arange(0, self.num_steps, self.span, dtype=torch.float64) + self.offset
+        i = i[i <= self.num_steps - 1]
+        if self.t_max is not None:
+            i = i[self.process.time(i, self.num_steps) <= self.t_max]
+        return torch.cat([i, torch.full((1,), float(self.num_steps), dtype=torch.float64)])
+
+    @cached_property
+    def t(self) -> Tensor:
+        """Times of the states, the clean one last: float64, shape [K+1]."""
+        return self.process.time(self.indices, self.num_steps)
+
+    @property
+    def num_transitions(self) -> int:
+        """K."""
+        return len(self.t) - 1
+
+    @cached_property
+    def value_coefficients(self) -> tuple[Tensor, Tensor]:
+        """A_i and κ_i of each state's value, 0 at the clean one: float64, shape [K+1] each."""
+        stride = float("inf") if self.value == "clean" else self.stride
+        s = self.process.time(self.indices[:-1] + stride, self.num_steps)
+        A, kappa, _ = posterior(self.process, self.t[:-1], s, self.eta)
+        zero = torch.zeros(1, dtype=torch.float64)
+        return torch.cat([A, zero]), torch.cat([kappa, zero])
+
+    @cached_property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """α and σ of each state: float64, shape [K+1] each."""
+        return self.process.alpha(self.t), self.process.sigma(self.t)
+
+    @cached_property
+    def noise_mixing(self) -> tuple[Tensor, Tensor]:
+        """ρ and √(1-ρ²) of the step into each state, n_s = ρ n_t + √(1-ρ²) z: float64, shape [K+1] each.
+
+            ρ = κ σ_t/σ_s,    √(1-ρ²) = std/σ_s
+
+        The first state is drawn: (0, 1). The clean one has no noise: (0, 0).
+        """
+        _, kappa, std = (c[:-1] for c in self.step_coefficients)
+        sigma_t, sigma_s = self.scales[1][:-2], self.scales[1][1:-1]
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return torch.cat([zero, kappa * sigma_t / sigma_s, zero]), torch.cat([one, std / sigma_s, zero])
+
+    def step(self, index: Tensor, x0: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+        """One transition: the state reached from state `index`, x_s = A x0 + κ x_t + std z of the step i → i+k.
+
+        This is the core that every environment runs.
+
+        Args:
+            index: position along the chain, integers in [0, K-1], shape [*b].
+            x0: the datum, shape [*b, *E].
+            x: state left, of x0's shape.
+            noise: z, of x0's shape; unused where the step is deterministic.
+        """
+        A, kappa, std = (expand_like(c[index].to(x), x) for c in self.step_coefficients)
+        return A * x0 + kappa * x + std * noise
+
+    @cached_property
+    def step_coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A, κ and std of each transition i → i+k: float64, shape [K] each."""
+        A, kappa, std = posterior(self.process, self.t[:-1], self.t[1:], self.eta)
+        return A, kappa, std

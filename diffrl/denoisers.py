@@ -1,0 +1,219 @@
+"""Denoisers D(x_t, t) ≈ E[x0 | x_t]: a preconditioned network, and the exact ones of known laws.
+
+A denoiser is any callable (x_t [N, *E], t [N], cond [N, ...] or None) → [N, *E].
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffrl.predictions import PredictionType, Scalings, scalings
+from diffrl.schedules import Schedule
+from diffrl.shapes import expand_like, require_floating
+
+__all__ = [
+    "Denoiser",
+    "DenoiserFn",
+    "EmpiricalDenoiser",
+    "GaussianDenoiser",
+    "GuidedDenoiser",
+    "MixtureDenoiser",
+]
+
+DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Denoiser(nn.Module):
+    """A network between preconditioning: D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise, cond).
+
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), eq. 7,
+    https://arxiv.org/abs/2206.00364.
+
+    Args:
+        network: F, any module (x [N, *E], c_noise [N], cond) → [N, *E].
+        process: noise schedule.
+        sigma_data: σd, standard deviation of the data.
+        prediction_type: what F predicts; see `diffrl.predictions.scalings`.
+        time_input: what the network is told of t: "c_noise" (≈ ln(σ/α)/4) or "t" itself.
+
+    Raises:
+        ValueError: an unknown prediction type or time input, or sigma_data ≤ 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Schedule,
+        sigma_data: float = 0.5,
+        prediction_type: PredictionType = "edm",
+        time_input: Literal["c_noise", "t"] = "c_noise",
+    ) -> None:
+        super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data is {sigma_data}: the data's standard deviation is > 0")
+        if time_input not in ("c_noise", "t"):
+            raise ValueError(f"time_input is {time_input!r}: give 'c_noise' or 't'")
+        self.network, self.process, self.sigma_data = network, process, sigma_data
+        self.prediction_type, self.time_input = prediction_type, time_input
+        self.scalings(
+            process.time_grid(2)[1:2]
+        )  # an unknown prediction type is refused here, not in training
+
+    def scalings(self, t: Tensor) -> Scalings:
+        """c_skip, c_out and c_in at times t."""
+        return scalings(self.process, t, self.prediction_type, self.sigma_data)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Clean estimate of noisy states.
+
+        Args:
+            x_t: states, floating dtype, shape [N, *E].
+            t: times, shape [N].
+            cond: condition of each state, shape [N, ...], or None.
+
+        Raises:
+            TypeError: x_t holds integers.
+            ValueError: t is not one time per state.
+        """
+        require_floating([("x_t", x_t)])
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
+            )
+        c_noise = self.process.c_noise(t) if self.time_input == "c_noise" else t
+        c_skip, c_out, c_in = (expand_like(c, x_t) for c in self.scalings(t))
+        F_x = self.network(c_in * x_t, c_noise, cond)
+        D_x = c_skip * x_t + c_out * F_x.to(x_t.dtype)
+        return D_x
+
+
+class GuidedDenoiser(nn.Module):
+    """Classifier-free guidance: D = D_∅ + w (D_c - D_∅); two network evaluations a call unless w is 0 or 1.
+
+    Source: Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), eq. 6 (w here is their 1 + w),
+    https://arxiv.org/abs/2207.12598.
+
+    Args:
+        denoiser: conditional denoiser that takes null labels.
+        null_label: the label that stands for no condition; num_classes for `diffrl.networks`.
+        guidance_scale: w; 1 is off.
+    """
+
+    def __init__(self, denoiser: nn.Module, null_label: int, guidance_scale: float) -> None:
+        super().__init__()
+        self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        if cond is None:
+            raise ValueError("guidance needs labels: give cond, shape [N]")
+        if self.guidance_scale == 1:
+            return self.denoiser(x_t, t, cond)
+        unconditional = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))
+        if self.guidance_scale == 0:
+            return unconditional
+        return unconditional + self.guidance_scale * (self.denoiser(x_t, t, cond) - unconditional)
+
+
+class GaussianDenoiser(nn.Module):
+    """Exact denoiser of x0 ~ N(m, C), any covariance.
+
+        E[x0 | x_t] = m + α C (α² C + σ² I)⁻¹ (x_t - α m)
+
+    Source: Gaussian conditioning; Pattern Recognition and Machine Learning (Bishop, 2006), eq. 2.116.
+
+    Args:
+        process: noise schedule.
+        mean: m, shape [D].
+        covariance: C, symmetric and positive semi-definite, shape [D, D].
+    """
+
+    def __init__(self, process: Schedule, mean: Tensor, covariance: Tensor) -> None:
+        super().__init__()
+        self.process = process
+        variances, axes = torch.linalg.eigh(covariance.double())
+        self.register_buffer("mean", mean.double())
+        self.register_buffer("variances", variances.clamp(min=0))
+        self.register_buffer("axes", axes)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        alpha, sigma = (
+            expand_like(c, x_t) for c in (self.process.alpha(t.double()), self.process.sigma(t.double()))
+        )
+        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
+        D_x = self.mean + ((x_t - alpha * self.mean) @ self.axes * gain) @ self.axes.T
+        return D_x.to(x_t.dtype)
+
+
+class MixtureDenoiser(nn.Module):
+    """Exact denoiser of a mixture of isotropic Gaussians, any dimension.
+
+        E[x0 | x_t] = Σ_c p(c | x_t) [ m_c + α s_c²/v_c (x_t - α m_c) ],    v_c = α² s_c² + σ²
+        p(c | x_t) ∝ w_c v_c^{-D/2} exp(-|x_t - α m_c|²/(2 v_c))
+
+    Source: Bayes' rule for a mixture; Pattern Recognition and Machine Learning (Bishop, 2006), eqs. 2.116, 9.13.
+
+    Args:
+        process: noise schedule.
+        means: m_c, shape [C, *E].
+        stds: s_c ≥ 0, shape [C].
+        weights: w_c, positive, shape [C]; normalised here.
+        batch_size: states handled at once, which bounds memory at batch_size × C distances.
+    """
+
+    def __init__(
+        self, process: Schedule, means: Tensor, stds: Tensor, weights: Tensor, batch_size: int = 4096
+    ) -> None:
+        super().__init__()
+        if not (len(means) == len(stds) == len(weights)):
+            raise ValueError(
+                f"a mixture needs as many means ({len(means)}) as stds ({len(stds)}) and weights ({len(weights)})"
+            )
+        self.process, self.batch_size, self.event_shape = process, batch_size, means.shape[1:]
+        self.register_buffer("means", means.double().flatten(1))
+        self.register_buffer("stds", stds.double())
+        self.register_buffer("log_weights", (weights.double() / weights.sum()).log())
+
+    def responsibilities(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """p(c | x_t), shape [N, C], float64."""
+        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
+        v = alpha**2 * self.stds**2 + sigma**2
+        x = x_t.double().flatten(1)
+        squares = (
+            (x**2).sum(1, keepdim=True) - 2 * alpha * (x @ self.means.T) + alpha**2 * (self.means**2).sum(1)
+        )
+        D = x.shape[1]
+        return (self.log_weights - squares / (2 * v) - 0.5 * D * v.log()).softmax(1)
+
+    def _posterior_mean(self, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
+        p = self.responsibilities(x_t, t)
+        gain = alpha * self.stds**2 / (alpha**2 * self.stds**2 + sigma**2)
+        x = x_t.double().flatten(1)
+        D_x = (p * (1 - alpha * gain)) @ self.means + (p * gain).sum(1, keepdim=True) * x
+        return D_x.view_as(x_t).to(x_t.dtype)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        if x_t.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"x_t has event shape {tuple(x_t.shape[1:])}, the mixture has {tuple(self.event_shape)}"
+            )
+        parts = zip(x_t.split(self.batch_size), t.split(self.batch_size), strict=True)
+        return torch.cat([self._posterior_mean(x, s) for x, s in parts])
+
+
+def EmpiricalDenoiser(process: Schedule, points: Tensor, batch_size: int = 4096) -> MixtureDenoiser:
+    """Exact denoiser of a finite data set: the softmax-weighted mean of its points.
+
+        E[x0 | x_t] = Σ_j softmax_j(-|x_t - α x_j|²/(2σ²)) x_j
+
+    It is the value function that training on these points converges to, real images too.
+
+    Args:
+        process: noise schedule.
+        points: the data, shape [M, *E].
+        batch_size: see `MixtureDenoiser`.
+    """
+    M = len(points)
+    return MixtureDenoiser(process, points, torch.zeros(M), torch.ones(M), batch_size)

@@ -1,0 +1,86 @@
+"""What a network predicts, as affine maps to the clean estimate: D = c_skip x_t + c_out F.
+
+The conversions between x0, eps, v, velocity and score are the same maps read both ways.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from diffrl.schedules import Schedule
+
+__all__ = ["PredictionType", "Scalings", "from_x0", "scalings", "to_x0"]
+
+PredictionType = Literal["x0", "eps", "v", "velocity", "score", "edm"]
+
+
+class Scalings(NamedTuple):
+    """D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise)."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+
+
+def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigma_data: float) -> Scalings:
+    """The coefficients that turn a network's output F into the clean estimate D.
+
+        x0        D = F
+        eps       D = (x - σ F)/α
+        v         D = (α x - σ F)/(α² + σ²),           F = α ε - σ x0
+        velocity  D = (σ' x - σ F)/(σ' α - σ α'),      F = dx/dt = α' x0 + σ' ε
+        score     D = (x + σ² F)/α,                    F = ∇ log p(x_t) = -ε/σ
+        edm       D = (α σd² x + σ σd √s F)/s,         s = σ² + α² σd²
+        c_in = 1/√(σ² + α² σd²): the input has unit variance
+
+    With α = 1 the last line is EDM's c_skip, c_out.
+
+    Sources: v: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), appendix D,
+    https://arxiv.org/abs/2202.00512; edm: Elucidating the Design Space of Diffusion-Based Generative Models
+    (Karras et al., 2022), Table 1, https://arxiv.org/abs/2206.00364.
+
+    Args:
+        process: noise schedule.
+        t: times, any shape, not clean (eps, v and score are undefined where α = 0).
+        prediction_type: what F is.
+        sigma_data: σd, the standard deviation of the data.
+
+    Returns:
+        c_skip, c_out, c_in, of t's shape and dtype.
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    s = sigma**2 + (alpha * sigma_data) ** 2
+    c_in = s.rsqrt()
+    if prediction_type == "x0":
+        return Scalings(0 * sigma, 0 * sigma + 1, c_in)
+    if prediction_type == "eps":
+        return Scalings(1 / alpha, -sigma / alpha, c_in)
+    if prediction_type == "v":
+        norm = alpha**2 + sigma**2
+        return Scalings(alpha / norm, -sigma / norm, c_in)
+    if prediction_type == "velocity":
+        alpha_dot, sigma_dot = process.alpha_dot(t), process.sigma_dot(t)
+        wronskian = sigma_dot * alpha - sigma * alpha_dot
+        return Scalings(sigma_dot / wronskian, -sigma / wronskian, c_in)
+    if prediction_type == "score":
+        return Scalings(1 / alpha, sigma**2 / alpha, c_in)
+    if prediction_type == "edm":
+        return Scalings(alpha * sigma_data**2 / s, sigma * sigma_data * c_in, c_in)
+    raise ValueError(
+        f"prediction_type is {prediction_type!r}: give one of {', '.join(get_args(PredictionType))}"
+    )
+
+
+def to_x0(process: Schedule, F_x: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
+    """Clean estimate from a prediction: D = c_skip x_t + c_out F; t broadcastable against x_t."""
+    c_skip, c_out, _ = scalings(process, t, prediction_type, sigma_data=1.0)
+    return c_skip * x_t + c_out * F_x
+
+
+def from_x0(process: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The prediction that a clean estimate amounts to: F = (D - c_skip x_t)/c_out; inverse of `to_x0`."""
+    c_skip, c_out, _ = scalings(process, t, prediction_type, sigma_data=1.0)
+    return (x0 - c_skip * x_t) / c_out

@@ -1,0 +1,125 @@
+"""The linear-Gaussian process x_t = α_t x0 + σ_t ε: marginals, one-step posteriors of every coupling, densities.
+
+A coupling η ∈ [0, 1] says how successive states share their noise: η = 1 is the Markov (ancestral) process,
+η = 0 the deterministic one whose states share one noise. The marginals are the same, the joint law is not.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffrl.schedules import Schedule
+from diffrl.shapes import expand_like
+
+__all__ = ["Posterior", "coupling_eta", "marginal", "normal_log_prob", "posterior", "transition"]
+
+
+class Posterior(NamedTuple):
+    """x_s | x_t, x0 ~ N(A x0 + κ x_t, std² I)."""
+
+    A: Tensor
+    kappa: Tensor
+    std: Tensor
+
+
+def coupling_eta(coupling: float | str) -> float:
+    """η of a coupling given by name or number: "markov" is 1, "shared" is 0.
+
+    Raises:
+        ValueError: another name, or a number outside [0, 1].
+    """
+    eta = {"markov": 1.0, "shared": 0.0}.get(coupling) if isinstance(coupling, str) else float(coupling)
+    if eta is None or not 0 <= eta <= 1:
+        raise ValueError(f"coupling is {coupling!r}: give 'markov', 'shared' or a number in [0, 1]")
+    return eta
+
+
+def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:
+    """Law of the less noisy state x_s given x_t and the clean x0, under coupling η.
+
+        κ = (σ_s/σ_t) √((1-η²) + η² α_ts² σ_s²/σ_t²),    α_ts = α_t/α_s
+        A = α_s - α_t κ
+        std = η (σ_s/σ_t) √(σ_t² - α_ts² σ_s²)
+
+    Towards clean data κ = 0 and A = 1; with s = t it is κ = 1, A = 0. This form does not cancel where
+    κ² = (σ_s² - η² ṽ)/σ_t² does; it is evaluated in float64 all the same.
+
+    Source: Denoising Diffusion Implicit Models (Song et al., 2021), eq. 7 (our η σ̃ is their σ),
+    https://arxiv.org/abs/2010.02502; η = 1 for EDM: Temporal Difference Learning for Diffusion Models (2026),
+    https://arxiv.org/abs/2606.15048.
+
+    Args:
+        t: times left, not clean, any shape.
+        s: times reached, s ≤ t in noise, broadcastable against t.
+        eta: coupling η ∈ [0, 1].
+
+    Returns:
+        A, κ and std, float64.
+    """
+    t, s = t.double(), s.double()
+    alpha_t, alpha_s, sigma_t, sigma_s = (
+        process.alpha(t),
+        process.alpha(s),
+        process.sigma(t),
+        process.sigma(s),
+    )
+    alpha_ts = torch.where(alpha_s == 0, 1.0, alpha_t / alpha_s)  # both pure noise
+    ratio = sigma_s / sigma_t
+    kappa = ratio * ((1 - eta**2) + eta**2 * (alpha_ts * ratio) ** 2).sqrt()
+    A = alpha_s - alpha_t * kappa
+    std = eta * ratio * (sigma_t**2 - (alpha_ts * sigma_s) ** 2).clamp(min=0).sqrt()
+    return Posterior(A, kappa, std)
+
+
+def transition(process: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward noising x_t | x_s ~ N(α_ts x_s, std² I), std² = σ_t² - α_ts² σ_s²; float64 (α_ts, std)."""
+    t, s = t.double(), s.double()
+    alpha_ts = process.alpha(t) / process.alpha(s)
+    return alpha_ts, (process.sigma(t) ** 2 - (alpha_ts * process.sigma(s)) ** 2).clamp(min=0).sqrt()
+
+
+def marginal(process: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = α_t x0 + σ_t ε.
+
+    Args:
+        x0: clean data, shape [*b, *E].
+        t: times, shape [*b] or [*b, 1].
+        noise: ε, of x0's shape.
+    """
+    alpha, sigma = process.alpha(t).to(x0.dtype), process.sigma(t).to(x0.dtype)
+    return expand_like(alpha, x0) * x0 + expand_like(sigma, x0) * noise
+
+
+def normal_log_prob(
+    x: Tensor, mean: Tensor, std: Tensor, *, batch_dims: int, reduction: Literal["sum", "mean"]
+) -> Tensor:
+    """Log-density of an isotropic normal, summed or averaged over the event dims.
+
+        log p = Σ_E [ -(x - mean)²/(2 std²) - log std - ½ log 2π ]
+
+    The mean over dims is not a log-density but is what DDPO's clip range was published for; they differ by
+    the factor dim(E).
+
+    Args:
+        x: values, shape [*b, *E].
+        mean: of x's shape.
+        std: standard deviation > 0, shape [*b], [*b, 1] or broadcastable against x.
+        batch_dims: how many leading dims are batch.
+        reduction: "sum" (a density) or "mean".
+
+    Returns:
+        Shape [*b].
+
+    Raises:
+        ValueError: std is 0 somewhere: a deterministic step has no density.
+    """
+    if not bool((std > 0).all()):
+        raise ValueError(
+            "std is 0: a deterministic step has no log-probability; use eta > 0 or a floor on std"
+        )
+    std = expand_like(std, x)
+    log_p = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    flat = log_p.flatten(batch_dims) if x.ndim > batch_dims else log_p.unsqueeze(-1)
+    return flat.sum(-1) if reduction == "sum" else flat.mean(-1)

@@ -1,0 +1,297 @@
+"""Reverse samplers: from noise to data with a denoiser; one loop for all, network evaluations counted."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffrl.denoisers import DenoiserFn
+from diffrl.processes import normal_log_prob, posterior
+from diffrl.schedules import EDM, Schedule
+
+__all__ = [
+    "DDIM",
+    "SAMPLERS",
+    "Ancestral",
+    "EDMStochastic",
+    "Euler",
+    "GaussianSampler",
+    "Heun",
+    "Kernel",
+    "Model",
+    "Noise",
+    "Sampler",
+    "sample",
+    "trajectory",
+]
+
+
+class Noise:
+    """Standard normal numbers for a batch, from one generator or from one per sample.
+
+    With one seed per sample each sample is the same whatever batch it is drawn in.
+
+    Args:
+        generators: one generator for all, or one per sample.
+    """
+
+    def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None) -> None:
+        self.generators = generators
+
+    @classmethod
+    def per_sample(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
+        """One generator per sample, seeded by its number."""
+        return cls([torch.Generator(device).manual_seed(int(s)) for s in seeds])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Noise of x's shape [N, *E], dtype and device."""
+        if self.generators is None or isinstance(self.generators, torch.Generator):
+            return torch.randn(x.shape, generator=self.generators, dtype=x.dtype, device=x.device)
+        draws = [
+            torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
+        ]
+        return torch.stack(draws).to(x.device)
+
+
+class Model:
+    """A denoiser bound to its process, condition and grid, which counts its own calls.
+
+    Args:
+        denoiser: D.
+        process: noise schedule.
+        num_steps: N, the levels of the grid that is walked.
+        cond: condition of each sample, shape [N, ...], or None.
+    """
+
+    def __init__(
+        self, denoiser: DenoiserFn, process: Schedule, num_steps: int, cond: Tensor | None = None
+    ) -> None:
+        self.denoiser, self.process, self.num_steps, self.cond = denoiser, process, num_steps, cond
+        self.nfe = 0
+        """Network evaluations per sample so far; guidance counts as one call here."""
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """D(x, t) for one time t shared by the batch."""
+        self.nfe += 1
+        return self.denoiser(x, t.to(x).expand(len(x)), self.cond)
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE."""
+        D_x = self(x, t)
+        eps = (x - self.process.alpha(t) * D_x) / self.process.sigma(t)
+        return self.process.alpha_dot(t) * D_x + self.process.sigma_dot(t) * eps
+
+
+class Kernel(NamedTuple):
+    """The reverse step as a law: x_s ~ N(mean, std² I); std = 0 is an ODE step."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Noise) -> Tensor:
+        """mean + std z."""
+        return self.mean + self.std * noise(self.mean) if self.std > 0 else self.mean
+
+    def log_prob(self, x: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
+        """Log-density of x, shape [N]; see `diffrl.processes.normal_log_prob`.
+
+        Raises:
+            ValueError: std is 0.
+        """
+        return normal_log_prob(x, self.mean, self.std, batch_dims=1, reduction=reduction)
+
+
+class Sampler(ABC):
+    """One reverse step; `sample` is the loop."""
+
+    @abstractmethod
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        """The state at time s from the state x [N, *E] at time t (float64 scalars)."""
+
+
+class GaussianSampler(Sampler):
+    """A sampler whose step is a Gaussian with known mean and std, so that it has a log-probability."""
+
+    @abstractmethod
+    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """Law of the state at time s given the state x [N, *E] at time t."""
+
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        """A draw from the kernel."""
+        return self.kernel(model, x, t, s).sample(noise)
+
+
+@dataclass(frozen=True)
+class Euler(GaussianSampler):
+    """x_s = x_t + (s - t) dx/dt: first order in the process's own time."""
+
+    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """A point: std = 0."""
+        return Kernel(x + (s - t) * model.velocity(x, t), torch.zeros_like(t))
+
+
+@dataclass(frozen=True)
+class Heun(GaussianSampler):
+    """Euler, corrected with the slope at its end: second order, two evaluations a step, one in the last.
+
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 1,
+    https://arxiv.org/abs/2206.00364.
+    """
+
+    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """A point: std = 0."""
+        slope = model.velocity(x, t)
+        x_s = x + (s - t) * slope
+        if s != model.process.t_clean:
+            x_s = x + (s - t) * (slope + model.velocity(x_s, s)) / 2
+        return Kernel(x_s, torch.zeros_like(t))
+
+
+@dataclass(frozen=True)
+class DDIM(GaussianSampler):
+    """x_s = A D + κ x_t + std z: the posterior of coupling η with the clean estimate in place of x0.
+
+    η = 0 is deterministic, η = 1 ancestral. Works for every process, discrete ones too.
+
+    Source: Denoising Diffusion Implicit Models (Song et al., 2021), eqs. 12, 16, https://arxiv.org/abs/2010.02502.
+
+    Args:
+        eta: η ∈ [0, 1].
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}: it lies in [0, 1]")
+
+    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """N(A D + κ x, std²)."""
+        A, kappa, std = posterior(model.process, t, s, self.eta)
+        return Kernel(A * model(x, t) + kappa * x, std)
+
+
+def Ancestral() -> DDIM:
+    """DDIM(η = 1): DDPM's sampler with the posterior variance.
+
+    Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 6-7, https://arxiv.org/abs/2006.11239.
+    """
+    return DDIM(eta=1.0)
+
+
+@dataclass(frozen=True)
+class EDMStochastic(Sampler):
+    """EDM's sampler: fresh noise before each Heun step.
+
+        γ = min(S_churn/N, √2 - 1) where S_min ≤ t ≤ S_max, else 0
+        t̂ = t + γ t,    x̂ = x + √(t̂² - t²) S_noise z,    then Heun from t̂ to s
+
+    S_churn = 0 is `Heun`.
+
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 2
+    and Table 5 (ImageNet-64), https://arxiv.org/abs/2206.00364.
+
+    Args:
+        S_churn: amount of fresh noise over the whole chain of N steps.
+        S_min, S_max: noise levels between which it is added.
+        S_noise: factor on the added noise.
+    """
+
+    S_churn: float = 40.0
+    S_min: float = 0.05
+    S_max: float = 50.0
+    S_noise: float = 1.003
+
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        """Noise up from t to t̂, then Heun down to s."""
+        if not isinstance(model.process, EDM):
+            name = type(model.process).__name__
+            raise ValueError(f"EDMStochastic works on the EDM process, not on {name}: use DDIM(eta)")
+        gamma = min(self.S_churn / model.num_steps, 2**0.5 - 1) if self.S_min <= t <= self.S_max else 0.0
+        t_hat = t + gamma * t
+        if gamma > 0:
+            x = x + (t_hat**2 - t**2).sqrt() * self.S_noise * noise(x)
+        return Heun().kernel(model, x, t_hat, s).mean
+
+
+@torch.no_grad()
+def sample(
+    denoiser: DenoiserFn,
+    shape: Sequence[int],
+    *,
+    sampler: Sampler,
+    num_steps: int,
+    process: Schedule | None = None,
+    cond: Tensor | None = None,
+    seed: int | None = None,
+    noise: Noise | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw samples: start from the noisiest level's marginal of x0 = 0, walk the grid down to clean data.
+
+    >>> import diffrl, torch
+    >>> exact = diffrl.GaussianDenoiser(diffrl.EDM(), torch.zeros(2), torch.eye(2))
+    >>> diffrl.sample(exact, (3, 2), sampler=diffrl.Heun(), num_steps=18, seed=0).shape
+    torch.Size([3, 2])
+
+    Args:
+        denoiser: D; put a network in eval mode first.
+        shape: shape of the result, [N, *E].
+        sampler: one of this module.
+        num_steps: N noise levels; not the number of network evaluations, which `Model.nfe` counts.
+        process: noise schedule; taken from ``denoiser.process`` if None.
+        cond: condition of each sample, shape [N, ...].
+        seed: sample j is drawn from its own generator, seeded by seed + j, so that it does not depend on the
+            others. Give this or `noise`.
+        noise: another source of noise.
+        device, dtype: of the result.
+
+    Raises:
+        ValueError: neither or both of seed and noise.
+        AttributeError: no process given, and the denoiser has none.
+    """
+    if (seed is None) == (noise is None):
+        raise ValueError("give either seed or noise")
+    if noise is None:
+        assert seed is not None
+        noise = Noise.per_sample(range(seed, seed + shape[0]))
+    process = process or denoiser.process  # type: ignore[attr-defined]
+    model = Model(denoiser, process, num_steps, cond)
+    x = torch.zeros(tuple(shape), dtype=dtype, device=device)
+    for x in trajectory(model, sampler, x, noise):  # noqa: B007
+        pass
+    return x
+
+
+def trajectory(model: Model, sampler: Sampler, x: Tensor, noise: Noise) -> Iterator[Tensor]:
+    """The states of one reverse chain: the start, then one per step; the last is clean.
+
+    Args:
+        model: denoiser bound to process and grid.
+        sampler: the reverse step.
+        x: any tensor of the wanted shape, dtype and device.
+        noise: source of noise, the start's too.
+    """
+    grid = model.process.time_grid(model.num_steps)
+    x = model.process.sigma(grid[0]) * noise(x)
+    yield x
+    for t, s in itertools.pairwise(grid):
+        x = sampler.step(model, x, t, s, noise)
+        yield x
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "euler": Euler,
+    "heun": Heun,
+    "ddim": DDIM,
+    "ancestral": Ancestral,
+    "edm_stochastic": EDMStochastic,
+}

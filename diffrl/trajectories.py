@@ -1,0 +1,146 @@
+"""Chains as TensorDicts: the one place that knows their keys, order (noise → data) and shapes."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from diffrl import keys
+from diffrl.chains import Chain
+from diffrl.schedules import Schedule
+from diffrl.shapes import require_floating
+
+__all__ = ["draw_chain", "sample_chain"]
+
+
+def sample_chain(
+    process: Schedule,
+    x0: Tensor,
+    *,
+    coupling: float | str = "markov",
+    window: int | None = None,
+    cond: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **chain: Any,  # noqa: ANN401
+) -> TensorDict:
+    """Draw whole chains of the reward process, or windows of them, from clean data.
+
+    Equal in law to stepping `diffrl.envs.DiffusionMRP`, and equal in number given the same noise.
+
+    >>> import diffrl, torch
+    >>> chain = diffrl.sample_chain(diffrl.EDM(), torch.randn(4, 2), num_steps=18)
+    >>> chain.batch_size, chain["next", "reward"].shape
+    (torch.Size([4, 18]), torch.Size([4, 18, 2]))
+
+    Args:
+        process: noise schedule.
+        x0: clean data, floating dtype, shape [B, *E].
+        coupling: η ∈ [0, 1], or "markov" (1), "shared" (0).
+        chain: num_steps, and optionally span, stride, value, offset, t_max, of `diffrl.chains.Chain`.
+        window: keep this many transitions of each chain, from a place of its own drawn uniformly; 1 gives
+            decorrelated single transitions. None keeps whole chains.
+        cond: condition of each datum, shape [B, ...].
+        noise: standard normal numbers to use, shape [B, K, *E] (a window: [B, window+1, *E]): entry 0 makes
+            the first state, entry k is the fresh noise of the step into state k.
+        generator: source of randomness.
+
+    Returns:
+        TensorDict of batch size [B, K] (or [B, window]); keys and shapes are those of `diffrl.keys`.
+
+    Raises:
+        TypeError: x0 holds integers.
+        ValueError: x0 has no batch dim, or an argument is outside its range.
+    """
+    return draw_chain(
+        Chain(process, coupling=coupling, **chain),
+        x0,
+        window=window,
+        cond=cond,
+        noise=noise,
+        generator=generator,
+    )
+
+
+def draw_chain(
+    chain: Chain,
+    x0: Tensor,
+    *,
+    window: int | None = None,
+    cond: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> TensorDict:
+    """`sample_chain` for a ready `Chain`, whose coefficients are then computed once."""
+    require_floating([("x0", x0)])
+    if x0.ndim < 2:
+        raise ValueError(
+            f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
+        )
+    B, K, E = x0.shape[0], chain.num_transitions, x0.shape[1:]
+    whole = window is None or window >= K
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: keep at least one transition, or None for whole chains")
+    if whole:
+        index = torch.arange(K + 1, device=x0.device).expand(B, K + 1)
+        rows: Tensor | slice = slice(None)
+        num_noise = K
+    else:
+        assert window is not None
+        start = torch.randint(K - window + 1, (B, 1), generator=generator, device=x0.device)
+        index = start + torch.arange(window + 1, device=x0.device)
+        rows = index.cpu()
+        num_noise = window + 1
+    W = index.shape[1] - 1
+
+    def at(table: Tensor) -> Tensor:  # [K+1] → [1 or B, window+1, 1...]
+        picked = table[rows].to(x0)
+        return picked.view(-1, index.shape[1], *[1] * len(E))
+
+    if noise is None:
+        noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
+    elif noise.shape != (B, num_noise, *E):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
+
+    x = x0.new_empty(B, index.shape[1], *E)
+    n = x[:, :num_noise]
+    rho, fresh = (at(c)[:, :num_noise] for c in chain.noise_mixing)
+    torch.mul(noise, fresh, out=n)
+    n[:, 0] = noise[:, 0]  # wherever a window starts, its first state is a marginal draw
+    states, mixing = n.unbind(1), rho.unbind(1)
+    for k in range(1, num_noise):  # n_s = ρ n_t + √(1-ρ²) z
+        states[k].addcmul_(mixing[k], states[k - 1])
+    alpha, sigma = (at(c) for c in chain.scales)
+    datum = x0.unsqueeze(1)
+    n.mul_(sigma[:, :num_noise]).addcmul_(alpha[:, :num_noise], datum)
+    if whole:
+        x[:, K] = x0
+
+    A, kappa = (at(c) for c in chain.value_coefficients)
+    mu = (A * datum).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
+    terminated = index[:, 1:] == K
+    truncated = torch.zeros_like(terminated)
+    truncated[:, -1] = ~terminated[:, -1]
+
+    def column(c: Tensor) -> Tensor:
+        return c.reshape(c.shape[0], -1, 1).expand(B, -1, 1)
+
+    state = {
+        keys.T: column(at(chain.t)),
+        keys.A: column(A),
+        keys.KAPPA: column(kappa),
+        keys.INDEX: index.unsqueeze(-1),
+    }
+    left = {keys.X_T: x[:, :-1], keys.X0: datum.expand(B, W, *E), **{k: v[:, :-1] for k, v in state.items()}}
+    if cond is not None:
+        left[keys.COND] = cond.unsqueeze(1).expand(B, W, *cond.shape[1:])
+    reached = {
+        keys.X_T: x[:, 1:],
+        **{k: v[:, 1:] for k, v in state.items()},
+        keys.REWARD: mu[:, :-1] - mu[:, 1:],
+        keys.TERMINATED: terminated.unsqueeze(-1),
+        keys.TRUNCATED: truncated.unsqueeze(-1),
+        keys.DONE: (terminated | truncated).unsqueeze(-1),
+    }
+    return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, W])}, [B, W])
