@@ -1,0 +1,49 @@
+# make train | test | lint | bench | docs | clean      (VENV=... another environment, PYTHON=... another interpreter)
+
+PYTHON ?= python3
+VENV ?= .venv
+# extra words for the program that the target runs: make train ARGS="seed=1", make test ARGS="-k returns"
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Libraries that thread by themselves and test processes side by side slow each other down.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: train test test-all lint bench docs clean
+
+train: $(VENV)/.installed-demo
+	$(BIN)/python examples/train_td_lambda.py $(ARGS)
+
+test: lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# the slow tests too
+test-all: lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.installed-demo
+	for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+
+# the pages of the API; modules that diffrl/__init__.py does not name are asked for one by one
+MODULES = $(patsubst diffrl/%.py,diffrl.%,$(wildcard diffrl/[a-z]*.py))
+docs: $(VENV)/.installed-docs
+	$(BIN)/pdoc --docformat google --output-directory build/docs diffrl $(MODULES)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra: installed again only when what is to be installed has changed.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""Hydra's config groups and recipes; imported as diffrl.configs."""

@@ -1,0 +1,87 @@
+"""Denoising as reinforcement learning: the public names, each imported on its first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+__version__ = "0.1.0"
+
+# name → the module that defines it; "" marks a submodule
+_HOMES = {
+    "DDIM": "samplers",
+    "DDPM": "schedules",
+    "EDM": "schedules",
+    "VP": "schedules",
+    "Ancestral": "samplers",
+    "Denoiser": "denoisers",
+    "EDMStochastic": "samplers",
+    "EmpiricalDenoiser": "denoisers",
+    "Euler": "samplers",
+    "Flow": "schedules",
+    "GaussianDenoiser": "denoisers",
+    "Heun": "samplers",
+    "MixtureDenoiser": "denoisers",
+    "load": "runs",
+    "sample": "samplers",
+    "sample_chain": "trajectories",
+    "data": "",
+    "envs": "",
+    "metrics": "",
+    "networks": "",
+    "objectives": "",
+    "returns": "",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from diffrl import data as data
+    from diffrl import envs as envs
+    from diffrl import metrics as metrics
+    from diffrl import networks as networks
+    from diffrl import objectives as objectives
+    from diffrl import returns as returns
+    from diffrl.denoisers import Denoiser as Denoiser
+    from diffrl.denoisers import EmpiricalDenoiser as EmpiricalDenoiser
+    from diffrl.denoisers import GaussianDenoiser as GaussianDenoiser
+    from diffrl.denoisers import MixtureDenoiser as MixtureDenoiser
+    from diffrl.runs import load as load
+    from diffrl.samplers import DDIM as DDIM
+    from diffrl.samplers import Ancestral as Ancestral
+    from diffrl.samplers import EDMStochastic as EDMStochastic
+    from diffrl.samplers import Euler as Euler
+    from diffrl.samplers import Heun as Heun
+    from diffrl.samplers import sample as sample
+    from diffrl.schedules import DDPM as DDPM
+    from diffrl.schedules import EDM as EDM
+    from diffrl.schedules import VP as VP
+    from diffrl.schedules import Flow as Flow
+    from diffrl.trajectories import sample_chain as sample_chain
+else:  # hidden from type checkers, which would take any name for granted
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'diffrl' has no attribute {name!r}")
+        home = _HOMES[name]
+        value = getattr(import_module(f"diffrl.{home}"), name) if home else import_module(f"diffrl.{name}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register_environments() -> None:
+    """Tells Gymnasium the ids; the entry points are strings, so no environment is imported here."""
+    if "DiffusionMRP-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="DiffusionMRP-v0",
+            entry_point="diffrl.envs.gymnasium_mrp:DiffusionMRPEnv",
+            vector_entry_point="diffrl.envs.gymnasium_mrp:DiffusionMRPVectorEnv",
+            disable_env_checker=True,  # it warns of vector rewards
+        )
+
+
+_register_environments()
