@@ -31,8 +31,8 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
 
-# the pages of the API; modules that diffrl/__init__.py does not name are asked for one by one
-MODULES = $(patsubst diffrl/%.py,diffrl.%,$(wildcard diffrl/[a-z]*.py))
+# pdoc follows __all__ of diffrl/__init__.py; the modules that it does not name are asked for one by one
+MODULES = $(filter-out diffrl.data diffrl.metrics diffrl.returns,$(patsubst diffrl/%.py,diffrl.%,$(wildcard diffrl/[a-z]*.py)))
 docs: $(VENV)/.installed-docs
 	$(BIN)/pdoc --docformat google --output-directory build/docs diffrl $(MODULES)
 
