@@ -1,0 +1,270 @@
+"""Returns along chains of K steps: functions of tensors, ignorant of networks and of diffusion.
+
+Row k of every argument belongs to the step from x_k to x_{k+1}: rₖ is its reward, Vₖ₊₁ (`next_value[:, k]`)
+the value of the state reached, `terminated[:, k]` and `done[:, k]` say whether the chain stops there. The
+three returns are one recursion and differ in X, the estimate of what follows:
+
+    Gₖ = rₖ + γ Xₖ₊₁,    Xₖ₊₁ = 0 where terminatedₖ,    Xₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
+
+A chain may thus be cut inside the window, and the end of the window cuts every chain.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrl.shapes import expand_like
+
+__all__ = ["is_truncated", "lambda_returns", "monte_carlo_returns", "n_step_returns"]
+
+
+def lambda_returns(
+    reward: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    done: Tensor | None = None,
+    *,
+    lmbda: float | Tensor,
+    gamma: float = 1.0,
+) -> Tensor:
+    """λ-returns of every step.
+
+        Gₖ = rₖ + γ (1 - terminatedₖ) [(1 - λₖ) Vₖ₊₁ + λₖ Gₖ₊₁],    Gₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
+
+    λ = 0 is TD(0), λ = 1 is Monte Carlo. A tensor holds one λ per step: λₖ, in the row of rₖ, weighs the two
+    estimates of the state that step k reaches, as in TorchRL's loop version (the source calls it λₖ₊₁).
+
+    Args:
+        reward: rₖ, shape [B, K, *E].
+        next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`.
+        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
+        done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
+            stands for it if it is not given.
+        lmbda: λ in [0, 1], a number or a tensor of shape [B, K, 1] or [1, K, 1].
+        gamma: discount γ in [0, 1]; 1 on a denoising chain.
+
+    Returns:
+        Gₖ, shape [B, K, *E].
+
+    Raises:
+        ValueError: if a shape, a dtype or a range is not as above.
+
+    Source: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), §12.8,
+    http://incompleteideas.net/book/the-book-2nd.html.
+
+    >>> r, V, end = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 9.0]]), torch.tensor([[[False], [True]]])
+    >>> lambda_returns(r, V, end, lmbda=0.5)
+    tensor([[0.7500, 1.0000]])
+    """
+    if not isinstance(lmbda, Tensor):
+        check_unit_interval("lmbda", lmbda)
+        if lmbda == 0:
+            return n_step_returns(reward, next_value, terminated, done, n_steps=1, gamma=gamma)
+        if lmbda == 1:
+            return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
+    r, V, ended = _steps(reward, next_value, terminated, done, gamma)
+    lmbdas = _lambdas(lmbda, reward)
+    out, G = _slots(reward, next_value, lmbda)
+    X = V[-1]
+    for k in reversed(range(len(r))):
+        X = torch.lerp(V[k], _restart(X, V[k], ended[k]), lmbdas[k], out=G[k])  # (1 - λ) V + λ G
+        X = G[k] = torch.add(r[k], X, alpha=gamma, out=G[k])
+    return torch.stack(G, 1) if out is None else out
+
+
+def n_step_returns(
+    reward: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    done: Tensor | None = None,
+    *,
+    n_steps: int,
+    gamma: float = 1.0,
+) -> Tensor:
+    """n-step returns of every step.
+
+        Gₖ = rₖ + γ rₖ₊₁ + … + γⁿ⁻¹ rₖ₊ₙ₋₁ + γⁿ Vₖ₊ₙ
+
+    The sum stops earlier where the chain does: with the value of the state reached where `done`, or at the
+    end of the window, and without it where `terminated`. n = 1 is TD(0), n ≥ K is Monte Carlo.
+
+    Args:
+        reward: rₖ, shape [B, K, *E].
+        next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`.
+        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
+        done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
+            stands for it if it is not given.
+        n_steps: n ≥ 1, the number of rewards in the sum.
+        gamma: discount γ in [0, 1]; 1 on a denoising chain.
+
+    Returns:
+        Gₖ, shape [B, K, *E].
+
+    Raises:
+        ValueError: if a shape, a dtype or a range is not as above.
+
+    Source: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), eq. 7.1,
+    http://incompleteideas.net/book/the-book-2nd.html.
+
+    >>> r, V, end = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 9.0]]), torch.tensor([[[False], [True]]])
+    >>> n_step_returns(r, V, end, n_steps=1)
+    tensor([[0.5000, 1.0000]])
+    """
+    check_n_steps(n_steps)
+    if reward.ndim >= 2 and n_steps >= reward.shape[1]:
+        return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
+    r, V, ended = _steps(reward, next_value, terminated, done, gamma)
+    out, G = _slots(reward, next_value)
+    for k in range(len(r)):
+        last = min(k + n_steps, len(r)) - 1
+        X = V[last]
+        for j in reversed(range(k, last + 1)):
+            X = torch.add(r[j], _restart(X, V[j], ended[j]), alpha=gamma, out=G[k])
+        G[k] = X
+    return torch.stack(G, 1) if out is None else out
+
+
+def monte_carlo_returns(
+    reward: Tensor,
+    next_value: Tensor | None,
+    terminated: Tensor,
+    done: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+) -> Tensor:
+    """Monte Carlo returns of every step: all rewards up to where the chain stops.
+
+        Gₖ = rₖ + γ Gₖ₊₁,    Gₖ₊₁ = 0 where terminatedₖ,    Gₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
+
+    The values of the states that are not cut off are not read.
+
+    Args:
+        reward: rₖ, shape [B, K, *E].
+        next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`; None if no chain is
+            truncated (see `is_truncated`).
+        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
+        done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
+            stands for it if it is not given.
+        gamma: discount γ in [0, 1]; 1 on a denoising chain.
+
+    Returns:
+        Gₖ, shape [B, K, *E].
+
+    Raises:
+        ValueError: if a shape, a dtype or a range is not as above, or a truncated chain has no next_value.
+
+    Source: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), eq. 3.9,
+    http://incompleteideas.net/book/the-book-2nd.html.
+
+    >>> r, end = torch.tensor([[0.0, 1.0]]), torch.tensor([[[False], [True]]])
+    >>> monte_carlo_returns(r, None, end, gamma=0.9)
+    tensor([[0.9000, 1.0000]])
+    """
+    values = reward.new_zeros(()).expand_as(reward) if next_value is None else next_value
+    r, V, ended = _steps(reward, values, terminated, done, gamma)
+    if next_value is None and not torch.compiler.is_compiling() and is_truncated(terminated, done):
+        raise ValueError("next_value is None, but a chain is truncated: give the values it bootstraps from")
+    out, G = _slots(reward, values)
+    X = V[-1]
+    for k in reversed(range(len(r))):
+        X = G[k] = torch.add(r[k], _restart(X, V[k], ended[k]), alpha=gamma, out=G[k])
+    return torch.stack(G, 1) if out is None else out
+
+
+def is_truncated(terminated: Tensor, done: Tensor | None = None) -> bool:
+    """Whether any chain is cut, inside the window or by its end, before it has terminated.
+
+    If none is, a Monte Carlo return needs no value at all.
+
+    Args:
+        terminated: bool, shape [B, K, 1].
+        done: bool, shape [B, K, 1]; `terminated` if it is not given.
+    """
+    cut_inside = done is not None and bool((done & ~terminated).any())
+    return cut_inside or not bool(terminated[:, -1].all())
+
+
+def check_unit_interval(name: str, value: float) -> None:
+    """Raise ValueError unless `value` lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}, but must lie in [0, 1]")
+
+
+def check_n_steps(n_steps: int) -> None:
+    """Raise ValueError unless `n_steps` is an integer of at least 1."""
+    if not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 1:
+        raise ValueError(f"n_steps is {n_steps!r}, but must be an integer of at least 1")
+
+
+def _steps(
+    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor | None, gamma: float
+) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor | None]]:
+    """Per step: the reward, the value (0 where terminated), and where chains are cut (None: nowhere)."""
+    check_unit_interval("gamma", gamma)
+    _check_chain(reward, next_value, terminated, done)
+    ended = terminated if done is None else terminated | done
+    # Most steps end no chain: one look at the flags spares a mask over [B, *E] at each of them.
+    somewhere = [True] * ended.shape[1]
+    if not torch.compiler.is_compiling():
+        somewhere = ended.squeeze(-1).any(0).tolist()
+    stop = expand_like(terminated.squeeze(-1), reward).unbind(1)
+    cut = expand_like(ended.squeeze(-1), reward).unbind(1)
+    # Masked, not multiplied: 0 · NaN is NaN.
+    V = [
+        v.masked_fill(s, 0.0) if any_ else v
+        for v, s, any_ in zip(next_value.unbind(1), stop, somewhere, strict=True)
+    ]
+    return reward.unbind(1), V, [c if any_ else None for c, any_ in zip(cut, somewhere, strict=True)]
+
+
+def _restart(X: Tensor, V: Tensor, ended: Tensor | None) -> Tensor:
+    """What follows a step: X, or V where the chain is cut."""
+    return X if ended is None else torch.where(ended, V, X)
+
+
+def _slots(reward: Tensor, *others: float | Tensor) -> tuple[Tensor | None, list[Any]]:
+    """An output [B, K, *E] and its K rows to write into; no output where a graph is to be recorded."""
+    inputs = [x for x in (reward, *others) if isinstance(x, Tensor)]
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if graph or torch.compiler.is_compiling():
+        return None, [None] * reward.shape[1]
+    out = reward.new_empty(reward.shape)
+    return out, list(out.unbind(1))
+
+
+def _lambdas(lmbda: float | Tensor, reward: Tensor) -> tuple[Any, ...]:
+    """λₖ for every step, a number or a tensor that broadcasts against [B, *E]."""
+    B, K = reward.shape[:2]
+    if not isinstance(lmbda, Tensor):
+        return (lmbda,) * K
+    if lmbda.shape not in {(B, K, 1), (1, K, 1)}:
+        shape = list(lmbda.shape)
+        raise ValueError(f"lmbda has shape {shape}, expected a number, [{B}, {K}, 1] or [1, {K}, 1]")
+    if not torch.compiler.is_compiling() and not bool(((lmbda >= 0) & (lmbda <= 1)).all()):
+        raise ValueError("lmbda has entries outside [0, 1]")
+    return expand_like(lmbda.to(reward).squeeze(-1), reward).unbind(1)
+
+
+def _check_chain(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor | None) -> None:
+    if reward.ndim < 2 or reward.shape[1] < 1:
+        raise ValueError(f"reward has shape {list(reward.shape)}, expected [B, K, *E] with K of at least 1")
+    if not reward.is_floating_point():
+        raise ValueError(
+            f"reward has dtype {reward.dtype}, but returns need a floating dtype: reward.float()"
+        )
+    if next_value.shape != reward.shape:
+        raise ValueError(
+            f"next_value has shape {list(next_value.shape)}, expected that of reward, {list(reward.shape)}"
+        )
+    if next_value.dtype != reward.dtype:
+        raise ValueError(f"next_value has dtype {next_value.dtype}, expected that of reward, {reward.dtype}")
+    for name, flag in (("terminated", terminated), ("done", done)):
+        if flag is None:
+            continue
+        if flag.dtype != torch.bool:
+            raise ValueError(f"{name} has dtype {flag.dtype}, expected torch.bool: use {name}.bool()")
+        if flag.shape != (*reward.shape[:2], 1):
+            raise ValueError(
+                f"{name} has shape {list(flag.shape)}, expected one flag per step, {[*reward.shape[:2], 1]}"
+            )
