@@ -1,5 +1,6 @@
 """Chains as TensorDicts: the one place that knows their keys, order (noise → data) and shapes."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from diffrl.chains import Chain
 from diffrl.schedules import Schedule
 from diffrl.shapes import require_floating
 
-__all__ = ["draw_chain", "sample_chain"]
+__all__ = ["ChainSampler", "draw_chain", "sample_chain"]
 
 
 def sample_chain(
@@ -79,6 +80,8 @@ def draw_chain(
             f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
         )
     B, K, E = x0.shape[0], chain.num_transitions, x0.shape[1:]
+    if cond is not None and len(cond) != B:
+        raise ValueError(f"cond has {len(cond)} entries, but there are {B} data")
     whole = window is None or window >= K
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: keep at least one transition, or None for whole chains")
@@ -144,3 +147,27 @@ def draw_chain(
         keys.DONE: (terminated | truncated).unsqueeze(-1),
     }
     return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, W])}, [B, W])
+
+
+@dataclass(frozen=True)
+class ChainSampler:
+    """Draws the chains that a run trains on.
+
+    Args:
+        chain: the levels.
+        window: transitions kept of each chain; None keeps whole chains.
+        jitter: shift the grid by one uniform draw from (-½, ½) a batch, so that all noise levels are trained.
+            With a positive shift the last level is clean already and a chain is one shorter.
+    """
+
+    chain: Chain
+    window: int | None = None
+    jitter: bool = False
+
+    def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
+        """A batch of chains, see `sample_chain`."""
+        chain = self.chain
+        if self.jitter:
+            offset = float(torch.rand((), generator=generator, device=generator.device)) - 0.5
+            chain = replace(chain, offset=offset)
+        return draw_chain(chain, x0, window=self.window, cond=cond, generator=generator)

@@ -1,0 +1,58 @@
+"""Structured configs, derived from the constructors' signatures: the only home of a default stays the code."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import field, make_dataclass
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
+
+__all__ = ["schema"]
+
+
+def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = (), tag: bool = True) -> type:
+    """A dataclass with the parameters of `functions` that have plain types, for OmegaConf to validate against.
+
+    Args:
+        name: of the class, shown in error messages; with `tag` also the value of its field ``name``.
+        functions: constructors; a parameter of several is taken from the first.
+        omit: parameters that the library supplies itself.
+        tag: whether a field ``name`` says which of a group this is.
+    """
+    fields: dict[str, tuple[str, Any, Any]] = {}
+    if tag:
+        fields["name"] = ("name", str, field(default=name))
+    for function in functions:
+        target = function.__init__ if inspect.isclass(function) else function
+        hints = get_type_hints(target)
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name in omit or parameter.name in fields:
+                continue
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            if isinstance(default, tuple):
+                default = list(default)
+            value = (
+                field(default_factory=lambda d=default: list(d))
+                if isinstance(default, list)
+                else field(default=default)
+            )
+            fields[parameter.name] = (parameter.name, _plain(hints[parameter.name]), value)
+    return make_dataclass(name, list(fields.values()))
+
+
+def _plain(hint: Any) -> Any:
+    """The type as OmegaConf knows it: a Literal is its values' type, a tuple is a list, a path a string."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return type(args[0])
+    if origin in (Union, UnionType):
+        inner = [_plain(a) for a in args if a is not NoneType]
+        union = Union[tuple(dict.fromkeys(inner))]  # noqa: UP007
+        return union | None if NoneType in args else union
+    if origin in (tuple, list):
+        return list[_plain(args[0])]  # type: ignore[misc]
+    if inspect.isclass(hint) and issubclass(hint, (bool, int, float, str, Enum)):
+        return hint
+    return str if getattr(hint, "__name__", "") in ("Path", "PathLike") else Any

@@ -1,0 +1,109 @@
+"""From a configuration's names and numbers to objects, through the registry of each module."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Generator, Tensor, nn
+
+from diffrl.chains import Chain
+from diffrl.data import DATASETS, Data
+from diffrl.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
+from diffrl.networks import NETWORKS
+from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.objectives.value import ValueLoss
+from diffrl.samplers import SAMPLERS, Sampler
+from diffrl.schedules import PROCESSES, Schedule
+from diffrl.trajectories import ChainSampler
+
+__all__ = [
+    "Draw",
+    "Objective",
+    "build_data",
+    "build_denoiser",
+    "build_objective",
+    "build_oracle",
+    "build_sampler",
+]
+
+Config = Mapping[str, Any]
+
+
+class Draw(Protocol):
+    """Draws the states that a loss is fed with."""
+
+    def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
+        """States of clean data x0 [B, *E]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A way to train: a loss, and what draws the states it is fed with."""
+
+    name: str
+    loss: ValueLoss
+    draw: Draw
+
+
+def build_data(config: Config) -> Data:
+    """The data set of ``config["data"]``."""
+    return _named(DATASETS, config["data"])
+
+
+def build_process(config: Config) -> Schedule:
+    """The process of ``config["process"]``."""
+    return _named(PROCESSES, config["process"])
+
+
+def build_sampler(config: Config) -> Sampler:
+    """The sampler of ``config["sampler"]``."""
+    return _named(SAMPLERS, config["sampler"])
+
+
+def build_denoiser(config: Config, data: Data) -> Denoiser:
+    """A fresh denoiser, its weights drawn from ``config["seed"]``; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        network: nn.Module = _named(
+            NETWORKS, config["network"], event_shape=data.event_shape, num_classes=data.num_classes
+        )
+    return Denoiser(network, build_process(config), **config["denoiser"])
+
+
+def build_objective(config: Config, denoiser: Denoiser) -> Objective:
+    """The objective of ``config["objective"]`` on the chain of ``config["chain"]``."""
+    options = dict(config["objective"])
+    name = options.pop("name")
+    scheme = OBJECTIVES[name]
+    loss = scheme.loss(denoiser, **_accepted(scheme.loss, options))
+    draw: Draw
+    if scheme.draw is not None:
+        draw = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
+    else:
+        chain = Chain(denoiser.process, **_accepted(Chain, config["chain"]))
+        draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]))
+    return Objective(name, loss, draw)
+
+
+def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:
+    """The exact denoiser of the data: of its law, or of its training points; None where neither is at hand."""
+    if data.mixture is not None:
+        m = data.mixture
+        return MixtureDenoiser(process, m.means, m.stds, m.weights)
+    return None if data.train is None else EmpiricalDenoiser(process, data.train)
+
+
+def _named(registry: Mapping[str, Callable[..., Any]], config: Config, **more: Any) -> Any:  # noqa: ANN401
+    options = dict(config)
+    return registry[options.pop("name")](**more, **options)
+
+
+def _accepted(function: Callable[..., Any], options: Config) -> dict[str, Any]:
+    """The options that `function` has parameters for."""
+    names = inspect.signature(function).parameters
+    return {k: v for k, v in options.items() if k in names}

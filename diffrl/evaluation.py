@@ -1,0 +1,99 @@
+"""What a trained denoiser is worth: value error by noise level, sample distance by network evaluations."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffrl.data import Data
+from diffrl.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
+from diffrl.metrics import sample_distance, value_error
+from diffrl.samplers import Model, Noise, Sampler, trajectory
+
+__all__ = ["Evaluation", "draw_samples"]
+
+SAMPLE_SEED = 2_718_281  # evaluation noise is the same for every run, and no training seed's
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to measure.
+
+    Args:
+        sigmas: noise-to-signal ratios at which the value error is taken.
+        points: data at which it is taken.
+        num_steps: levels of the sampling grids.
+        samples: samples drawn for each.
+        distance: name in `diffrl.metrics.SAMPLE_DISTANCES`.
+    """
+
+    sigmas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
+    points: int = 2000
+    num_steps: tuple[int, ...] = (3, 5, 8, 13, 18)
+    samples: int = 2000
+    distance: str = "sliced_w2"
+
+    def value_error(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> dict[str, float]:
+        """‖D - D*‖²/c_out² by σ; empty without an oracle. A conditional denoiser is asked without labels."""
+        if oracle is None:
+            return {}
+        x0, process = _reference(data)[: self.points], denoiser.process
+        device = next(denoiser.parameters()).device
+        return value_error(
+            denoiser, oracle, x0.to(device), process, self.sigmas, sigma_data=denoiser.sigma_data
+        )
+
+    def sample_distance(self, samples: Tensor, data: Data) -> float:
+        """Distance between samples and the law that training saw."""
+        return sample_distance(self.distance, samples.cpu(), _reference(data))
+
+
+def _reference(data: Data) -> Tensor:
+    """Points of the law that training sees: a finite set's training rows, else fresh points."""
+    return data.test if data.train is None else data.train
+
+
+def draw_samples(
+    denoiser: Denoiser,
+    data: Data,
+    sampler: Sampler,
+    *,
+    num_steps: int,
+    samples: int,
+    seed: int = SAMPLE_SEED,
+    guidance_scale: float = 1.0,
+    batch_size: int = 1000,
+) -> tuple[Tensor, int]:
+    """Samples of the data's shape, each from a seed of its own, so that the batch size changes nothing.
+
+    Args:
+        denoiser: D; if its network takes labels, classes are drawn in turn.
+        data: for its event shape.
+        sampler: the reverse step.
+        num_steps: noise levels N.
+        samples: how many.
+        seed: sample j is drawn with seed + j.
+        guidance_scale: see `diffrl.denoisers.GuidedDenoiser`; 1 is off.
+        batch_size: samples drawn at once.
+
+    Returns:
+        The samples [samples, *E], and the network evaluations of each.
+    """
+    num_classes = int(getattr(denoiser.network, "num_classes", 0))
+    parameter = next(denoiser.parameters())
+    guided = GuidedDenoiser(denoiser, num_classes, guidance_scale) if num_classes else denoiser
+    parts, nfe = [], 0
+    for first in range(0, samples, batch_size):
+        n = min(batch_size, samples - first)
+        labels = (
+            torch.arange(first, first + n, device=parameter.device) % num_classes if num_classes else None
+        )
+        model = Model(guided, denoiser.process, num_steps, labels)
+        x = torch.zeros(n, *data.event_shape, dtype=parameter.dtype, device=parameter.device)
+        noise = Noise.per_sample(range(seed + first, seed + first + n))
+        with torch.no_grad():
+            for x in trajectory(model, sampler, x, noise):  # noqa: B020
+                pass
+        parts.append(x)
+        nfe = model.nfe * (2 if num_classes and guidance_scale not in (0, 1) else 1)
+    return torch.cat(parts), nfe

@@ -1,0 +1,24 @@
+"""Train a denoiser by TD(λ) and by Monte Carlo on the same data, noise and evaluations, and compare them.
+
+python examples/train_td_lambda.py                                       # digits
+python examples/train_td_lambda.py data=gmm data.dim=16 objective.lmbda=0.5 trainer.grad_steps=2000 seed=0
+python examples/train_td_lambda.py resume=runs/...                       # continue where it stopped
+"""
+
+from typing import Any
+
+from diffrl.configs.cli import command
+from diffrl.experiment import run_experiment
+from diffrl.runs import RunFolder
+
+
+@command("train")
+def main(config: dict[str, Any]) -> None:
+    """Train, print the table, draw the figure."""
+    folder, config = RunFolder.start(config)
+    results = run_experiment(config, folder)
+    print(results)
+
+
+if __name__ == "__main__":
+    main()
