@@ -1,0 +1,325 @@
+"""Checkpoints of a training: complete or absent, verified on loading, free of pickled code.
+
+A checkpoint is a folder, and a training keeps its last few:
+
+    step_000400/
+    step_000500/
+        model.safetensors     one file for each set of weights: model, ema, target, ...
+        training.pt           optimiser, schedules, random generators: read with weights_only=True
+        manifest.json         step, format, versions, size and SHA-256 of every other file
+
+It is written under a temporary name, forced to the disk, and then renamed, so a crash at any moment leaves
+the checkpoints that were there.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from diffrl import __version__
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+_FORMAT = 1
+_NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: moved aside while the same step was written again
+_TRAINING = "training.pt"
+_MANIFEST = "manifest.json"
+_WEIGHTS = ".safetensors"
+_STORABLE = (
+    "give dicts, lists and tuples of tensors, numbers and strings (of a NumPy array, torch.from_numpy)"
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or is not what was written."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save_checkpoint` was given; every tensor is on the CPU.
+
+    Attributes:
+        step: gradient steps taken.
+        weights: name of a set → name of a tensor → tensor.
+        training: everything else.
+        versions: of Python and the libraries that wrote it.
+    """
+
+    step: int
+    weights: dict[str, dict[str, Tensor]]
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    training: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `folder/step_<step>/`, then removes all but the newest `keep` checkpoints up to this step.
+
+    One process writes to a folder at a time; what an interrupted write left there is swept.
+
+    Args:
+        folder: made where missing.
+        step: gradient steps taken, 0 or more. An existing checkpoint of this step is replaced.
+        weights: state_dicts by name, such as `{"model": ..., "ema": ...}`; a name is an identifier.
+        training: any nesting of dicts, lists and tuples over tensors, numbers, strings, booleans and None.
+        keep: how many checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        ValueError: step, keep or a name out of range.
+        TypeError: `training` holds an object that could not be loaded again.
+        CheckpointError: the disk refused; earlier checkpoints are as they were.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be 0 or more and keep at least 1, not step={step} and keep={keep}")
+    for name in weights:
+        if not name.isidentifier():
+            raise ValueError(f"a set of weights is stored in a file of its name, which {name!r} cannot be")
+    path = Path(folder) / f"step_{step:06d}"
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        temporary.mkdir()
+        files = {_TRAINING: _write(temporary / _TRAINING, _pack_training(training))}
+        for name, tensors in weights.items():
+            file = name + _WEIGHTS
+            files[file] = _write(temporary / file, _pack_weights(tensors))
+        manifest = {"format": _FORMAT, "step": step, "versions": _versions(), "files": files}
+        _write(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
+        _sync(temporary)
+        if path.exists():
+            path.rename(path.with_name(path.name + ".old"))
+        temporary.rename(path)
+        _sync(path.parent)
+        _sweep(path.parent)
+        for old in [known for known in list_checkpoints(path.parent) if _step(known) <= step][:-keep]:
+            _discard(old)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({error}): make room or choose another folder; "
+            "earlier checkpoints are as they were"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest step first; none where the folder does not exist."""
+    if not Path(folder).is_dir():
+        return []
+    # of a step written twice, the second comes after the one moved aside
+    found = [path for path in Path(folder).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (_step(path), not path.name.endswith(".old")))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step, or None; its contents are verified by `load_checkpoint` only."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint after comparing every file with the manifest.
+
+    A damaged checkpoint is never passed over in silence: the error says which older one is sound.
+
+    Raises:
+        CheckpointError: naming file and remedy: it is missing, truncated or altered, or of a newer diffrl.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        latest = latest_checkpoint(path.parent)
+        raise CheckpointError(
+            f"there is no checkpoint {path}" + (f"; the latest is {latest.name}" if latest else "")
+        )
+    try:
+        return _read(path)
+    except _Damage as damage:
+        raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(path)}") from damage
+
+
+class _Damage(Exception):
+    """What is wrong with a checkpoint that cannot be used any more."""
+
+
+def _read(path: Path) -> Checkpoint:
+    manifest = _read_manifest(path)
+    contents = {name: _read_file(path / name, entry) for name, entry in manifest["files"].items()}
+    weights = {}
+    for name, data in contents.items():
+        if name.endswith(_WEIGHTS):
+            try:
+                weights[name.removesuffix(_WEIGHTS)] = safetensors.torch.load(data)
+            except safetensors.SafetensorError as error:
+                raise _Damage(f"{name} is not a safetensors file ({error})") from error
+    try:
+        training = torch.load(io.BytesIO(contents[_TRAINING]), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has a dozen types for a file that it cannot or will not read
+        raise _Damage(f"{_TRAINING} cannot be read ({str(error).splitlines()[0]})") from error
+    return Checkpoint(manifest["step"], weights, training, manifest["versions"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, with every key that is read later and no file name that leads out of the folder."""
+    try:
+        manifest = json.loads(_read_file(path / _MANIFEST, None))
+    except ValueError as error:
+        raise _Damage(f"{_MANIFEST} is not JSON ({error})") from error
+    written_as = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(written_as, int) and written_as > _FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {written_as} and diffrl {__version__} reads up to {_FORMAT}: "
+            "upgrade diffrl"
+        )
+    try:
+        sound = (
+            written_as == _FORMAT
+            and isinstance(manifest["step"], int)
+            and isinstance(manifest["versions"], dict)
+            and _TRAINING in manifest["files"]
+            and all({"bytes", "sha256"} == entry.keys() for entry in manifest["files"].values())
+            and all(
+                name == _TRAINING or (name.endswith(_WEIGHTS) and name.removesuffix(_WEIGHTS).isidentifier())
+                for name in manifest["files"]
+            )
+        )
+    except (TypeError, KeyError, AttributeError):
+        sound = False
+    if not sound:
+        raise _Damage(f"{_MANIFEST} is not a checkpoint's manifest")
+    if _step(path) not in (-1, manifest["step"]):
+        raise _Damage(f"{_MANIFEST} is of step {manifest['step']}")
+    return manifest
+
+
+def _read_file(path: Path, entry: dict[str, Any] | None) -> bytes:
+    """The bytes of a file, equal to its manifest entry (None: the manifest itself, which has none)."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise _Damage(f"{path.name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint file {path} cannot be read ({error}): see to the disk, and retry"
+        ) from error
+    if entry is None or entry == _entry(data):
+        return data
+    if len(data) != entry["bytes"]:
+        raise _Damage(f"{path.name} has {len(data)} bytes instead of {entry['bytes']}")
+    raise _Damage(f"{path.name} has been altered: its SHA-256 is not the manifest's")
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint, having looked which older one is sound."""
+    older = [known for known in list_checkpoints(path.parent) if _step(known) < _step(path)]
+    damaged = [path.name]
+    for known in reversed(older):
+        try:
+            _read(known)
+        except (_Damage, CheckpointError):
+            damaged.append(known.name)
+        else:
+            return f"delete {' and '.join(damaged)} to resume from {known.name}"
+    return "there is no older sound one: delete it to start again"
+
+
+def _step(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for a folder of another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _pack_weights(tensors: Mapping[str, Tensor]) -> bytes:
+    # a copy of each: safetensors refuses tensors that share memory, such as tied weights
+    options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    return safetensors.torch.save({name: x.detach().to("cpu", **options) for name, x in tensors.items()})
+
+
+def _pack_training(training: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        torch.save(dict(training), buffer)
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer.getbuffer()))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise TypeError(f"the training state cannot be stored ({error}): {_STORABLE}") from error
+    if refused:
+        raise TypeError(f"the training state holds {', '.join(refused)}, which loading refuses: {_STORABLE}")
+    return buffer.getvalue()
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "diffrl": __version__,
+        "torch": str(torch.__version__),
+        "safetensors": safetensors.__version__,
+    }
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes a file down to the disk; its manifest entry."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return _entry(data)
+
+
+def _sync(folder: Path) -> None:
+    """Forces the names in a folder to the disk, where the system can (Windows cannot open folders)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint, leaving no half of one under its name; a later sweep takes what cannot go now."""
+    doomed = path.with_name(f"{path.name}.tmp-discarded")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what interrupted writes left, and checkpoints moved aside for one now in their place."""
+    for path in folder.glob("step_*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("step_*.old"):
+        if path.with_suffix("").exists():
+            _discard(path)

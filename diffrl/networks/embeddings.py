@@ -1,0 +1,80 @@
+"""Vectors for the scalars and labels that a network is told: random Fourier features and a label table."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FourierFeatures", "LabelEmbedding"]
+
+
+class FourierFeatures(nn.Module):
+    """Random Fourier features: cosines and sines of fixed random projections.
+
+        φ(x) = √2 [cos(B x), sin(B x)],    B_ij ~ N(0, scale² / in_features)
+
+    The phases B x of an input with unit variance have standard deviation `scale` (radians) whatever its
+    dimension. √2 gives the features unit mean square. B is drawn once and kept in the state_dict as the
+    buffer `frequencies` [num_features / 2, in_features]; it is never trained.
+
+    Source: Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains (Tancik et
+    al., 2020), eq. 5, https://arxiv.org/abs/2006.10739; there B has a factor 2π, and no √2 stands before it.
+
+    Args:
+        in_features: D, the size of the input.
+        num_features: number of outputs, even: half cosines, half sines.
+        scale: standard deviation of a phase in radians, for an input of unit variance; above 0.
+        generator: source of B; None is torch's global one, as for every other initialisation.
+
+    Raises:
+        ValueError: `num_features` odd or below 2, or `scale` not above 0.
+    """
+
+    frequencies: Tensor
+
+    def __init__(
+        self, in_features: int, num_features: int, scale: float, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        if num_features < 2 or num_features % 2:
+            raise ValueError(
+                f"the number of Fourier features must be even and at least 2, not {num_features}"
+            )
+        if not scale > 0:
+            raise ValueError(f"the scale of Fourier features must be above 0, not {scale}")
+        frequencies = torch.randn(num_features // 2, in_features, generator=generator)
+        self.register_buffer("frequencies", frequencies * (scale / math.sqrt(in_features)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of x [N, in_features], shape [N, num_features], in the dtype of `frequencies`."""
+        # bfloat16 has 8 bits: a phase rounded by autocast would be noise.
+        with torch.autocast(x.device.type, enabled=False):
+            phase = x.to(self.frequencies.dtype) @ self.frequencies.mT
+            return math.sqrt(2) * torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class LabelEmbedding(nn.Module):
+    """One learned vector per label, and one for "no label": the null label `num_classes`.
+
+    Args:
+        num_classes: number of labels, at least 1; the null label has the last row.
+        features: size of a vector.
+    """
+
+    def __init__(self, num_classes: int, features: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(torch.randn(num_classes + 1, features) / math.sqrt(features))
+
+    def forward(self, cond: Tensor | None) -> Tensor:
+        """Vectors [N, features] of integer labels cond [N]; None gives the null label's, [1, features].
+
+        Raises:
+            ValueError: a label outside 0..num_classes, on a CPU; a GPU reports it in its own way, later.
+        """
+        if cond is None:
+            return self.weight[self.num_classes :]
+        try:
+            return nn.functional.embedding(cond, self.weight)
+        except IndexError:
+            raise ValueError(f"cond holds a label outside 0..{self.num_classes}") from None
