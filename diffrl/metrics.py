@@ -1,0 +1,292 @@
+"""How good a denoiser is against the exact one, and how far samples are from data."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrl.denoisers import DenoiserFn
+from diffrl.extras import require
+from diffrl.networks.digits_cnn import DigitsCNN, load_digits_cnn
+from diffrl.predictions import scalings
+from diffrl.schedules import Schedule
+from diffrl.shapes import expand_like
+
+__all__ = [
+    "SAMPLE_DISTANCES",
+    "digits_features",
+    "evaluation_noise",
+    "frechet_distance",
+    "mmd",
+    "sample_distance",
+    "sliced_w2",
+    "value_error",
+    "w2",
+]
+
+
+def evaluation_noise(x0: Tensor, seed: int, first: int = 0) -> Tensor:
+    """Standard normal noise for x0 [N, *E], one random stream for each sample.
+
+    Sample i's noise depends on (seed, first + i) alone: not on the batch it is in, the device or, up to
+    rounding, the dtype.
+
+    Args:
+        x0: samples whose shape, dtype and device the noise gets.
+        seed: ≥ 0.
+        first: number of the first sample.
+    """
+    shape = x0.shape[1:]
+    streams = (np.random.Philox(key=[seed, first + i]) for i in range(x0.shape[0]))
+    noise = np.stack([np.random.Generator(stream).standard_normal(shape) for stream in streams])
+    return torch.from_numpy(noise).to(x0)
+
+
+def _time_at(process: Schedule, sigma: float) -> Tensor:
+    """The time whose noise-to-signal ratio is sigma: float64 scalar."""
+    if not sigma > 0:
+        raise ValueError(f"sigma is {sigma}: the value error needs noise, so give sigma > 0")
+    t = process.t_from_log_snr(torch.tensor(-2 * math.log(sigma), dtype=torch.float64))
+    reached = float(process.sigma(t) / process.alpha(t))
+    if abs(reached / sigma - 1) > 0.1:  # discrete times: the nearest one has to do
+        raise ValueError(f"sigma is {sigma:g}, but the nearest noise level of {process} is {reached:g}")
+    return t
+
+
+@torch.no_grad()
+def value_error(
+    denoiser: DenoiserFn,
+    oracle: DenoiserFn,
+    x0: Tensor,
+    process: Schedule,
+    sigmas: Sequence[float],
+    *,
+    sigma_data: float,
+    seed: int = 0,
+    cond: Tensor | None = None,
+    batch_size: int = 1024,
+) -> dict[str, float]:
+    """Mean squared error of a denoiser against the exact one, on the scale of a network's output.
+
+        mean over points of Σ_dims ‖D - D*‖² / c_out(t)²,    c_out = σ σd/√(σ² + α² σd²)
+
+    The same noise of each point serves every level, and does not depend on `batch_size`. A module is
+    evaluated in the mode it is in: call `.eval()` first.
+
+    Source: c_out: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+    Table 1, https://arxiv.org/abs/2206.00364.
+
+    Args:
+        denoiser: D, (x_t [N, *E], t [N], cond) → [N, *E].
+        oracle: D*, the same for the exact posterior mean.
+        x0: clean points to noise, shape [M, *E].
+        process: noise schedule.
+        sigmas: noise-to-signal ratios σ/α > 0 (EDM's σ); a discrete process takes its nearest time.
+        sigma_data: σd, standard deviation of the data.
+        seed: of the evaluation noise.
+        cond: condition of each point for both denoisers, shape [M, ...], or None.
+        batch_size: points handled at once.
+
+    Returns:
+        The error at each level, by the key ``f"{sigma:g}"``.
+
+    Raises:
+        ValueError: a sigma ≤ 0, or out of reach of a discrete process.
+    """
+    times = {f"{sigma:g}": _time_at(process, sigma).to(x0.device) for sigma in sigmas}
+    totals = dict.fromkeys(times, 0.0)
+    for first in range(0, len(x0), batch_size):
+        x = x0[first : first + batch_size]
+        c = None if cond is None else cond[first : first + batch_size]
+        noise = evaluation_noise(x, seed, first)
+        for key, time in times.items():
+            t = time.to(x.dtype).expand(len(x))
+            alpha, sigma = expand_like(process.alpha(t), x), expand_like(process.sigma(t), x)
+            x_t = alpha * x + sigma * noise
+            error = denoiser(x_t, t, c).double() - oracle(x_t, t, c).double()
+            c_out = scalings(process, time, "edm", sigma_data).c_out
+            totals[key] += float((error**2).sum() / c_out**2)
+    return {key: total / len(x0) for key, total in totals.items()}
+
+
+def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two point clouds as float64 [n, D] and [m, D], checked."""
+    if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or len(x) == 0 or len(y) == 0:
+        raise ValueError(f"samples must be [n, *E] and [m, *E], not {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = x.detach().flatten(1).double(), y.detach().flatten(1).double()
+    for name, cloud in (("x", x), ("y", y)):
+        bad = ~cloud.isfinite().all(1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"sample {int(bad.nonzero()[0])} of {name} holds NaN or infinity: no distance exists"
+            )
+    return x, y.to(x.device)
+
+
+def w2(x: Tensor, y: Tensor) -> float:
+    """Exact 2-Wasserstein distance of two point clouds: √(min over couplings of E|x - y|²).
+
+    Time grows faster than n m: 2,000 points take seconds. For few points in many dims it says little.
+
+    Args:
+        x: [n, *E].
+        y: [m, *E].
+
+    Raises:
+        ValueError: shapes do not fit, NaN or infinity.
+        MissingExtra: POT is not installed.
+    """
+    x, y = _clouds(x, y)
+    ot = require("ot", "eval")
+    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
+    squared, log = ot.emd2([], [], cost, numItermax=10_000_000, log=True)
+    if log["warning"] is not None:
+        raise RuntimeError(f"optimal transport did not converge: {log['warning']}")
+    return math.sqrt(max(float(squared), 0.0))
+
+
+def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 500, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance: √(mean over directions θ of W2²(θ·x, θ·y)), θ uniform on the sphere.
+
+    In 1-D, W2² is the integral over q of the squared difference of the quantile functions.
+
+    Source: Sliced and Radon Wasserstein Barycenters of Measures (Bonneel et al., 2015),
+    https://doi.org/10.1007/s10851-014-0506-3 (with the mean over directions).
+
+    Args:
+        x: [n, *E].
+        y: [m, *E].
+        projections: number of directions.
+        seed: of the directions; part of the figure's definition, so keep it.
+
+    Raises:
+        ValueError: shapes do not fit, NaN or infinity.
+    """
+    x, y = _clouds(x, y)
+    n, m = len(x), len(y)
+    g = torch.Generator().manual_seed(seed)
+    theta = torch.randn(x.shape[1], projections, dtype=torch.float64, generator=g)
+    theta = (theta / theta.norm(dim=0)).to(x.device)
+    # both quantile functions are constant between neighbouring multiples of 1/n and 1/m; unit: 1/(n m)
+    steps = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
+    left, width = steps[:-1].to(x.device), (steps.diff().double() / (n * m)).to(x.device)
+    u, v = (x @ theta).sort(0).values[left // m], (y @ theta).sort(0).values[left // n]
+    return math.sqrt(float((width[:, None] * (u - v) ** 2).sum(0).mean()))
+
+
+def frechet_distance(fx: Tensor, fy: Tensor) -> float:
+    """Squared Fréchet distance of Gaussians fitted to two sets of features (FID's formula).
+
+        |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^{1/2})
+
+    With C_x = AᵀA and C_y = BᵀB the last trace is the sum of the singular values of A Bᵀ, which needs no
+    root of a matrix that may be singular: fewer samples than dims are no trouble.
+
+    Source: GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al.,
+    2017), eq. 6, https://arxiv.org/abs/1706.08500.
+
+    Args:
+        fx: features [n, F], n ≥ 2.
+        fy: features [m, F], m ≥ 2.
+
+    Raises:
+        ValueError: shapes do not fit, fewer than two samples, NaN or infinity.
+    """
+    fx, fy = _clouds(fx, fy)
+    if len(fx) < 2 or len(fy) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
+    A, B = (torch.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r").R for f in (fx, fy))
+    cross = torch.linalg.svdvals(A @ B.T).sum()
+    distance = (fx.mean(0) - fy.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def mmd(x: Tensor, y: Tensor) -> float:
+    """Unbiased estimate of the squared maximum mean discrepancy; may be slightly negative.
+
+        mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2 mean_{i,j} k(x_i, y_j)
+        k(x, y) = exp(-|x - y|²/(2 h²))
+
+    h is the median distance between points of the two sets together.
+
+    Source: A Kernel Two-Sample Test (Gretton et al., 2012), eq. 3, https://jmlr.org/papers/v13/gretton12a.html.
+
+    Args:
+        x: [n, *E], n ≥ 2.
+        y: [m, *E], m ≥ 2.
+
+    Raises:
+        ValueError: shapes do not fit, fewer than two samples, all points equal, NaN or infinity.
+    """
+    x, y = _clouds(x, y)
+    n, m = len(x), len(y)
+    if n < 2 or m < 2:
+        raise ValueError(f"mmd needs at least 2 samples of each, not {n} and {m}")
+    both = torch.cat([x, y])
+    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").cpu()
+    i, j = torch.triu_indices(n + m, n + m, offset=1)
+    h = float(np.median(distances[i, j].numpy()))
+    if h == 0:
+        raise ValueError(
+            "mmd: more than half of the distances between points are 0, so there is no bandwidth"
+        )
+    k = torch.exp(-(distances**2) / (2 * h**2))
+    k_xx, k_yy, k_xy = k[:n, :n], k[n:, n:], k[:n, n:]
+    within = (k_xx.sum() - n) / (n * (n - 1)) + (k_yy.sum() - m) / (m * (m - 1))
+    return float(within - 2 * k_xy.mean())
+
+
+@cache
+def _digits_cnn(device: torch.device) -> DigitsCNN:
+    return load_digits_cnn().to(device)
+
+
+@torch.no_grad()
+def digits_features(x: Tensor) -> Tensor:
+    """Features of `digits_cnn`, the classifier of scikit-learn's digits that comes with the library.
+
+    Args:
+        x: images in [-1, 1], shape [N, 1, 8, 8].
+
+    Returns:
+        float32 [N, 64].
+
+    Raises:
+        ValueError: another shape.
+    """
+    network = _digits_cnn(x.device)
+    return torch.cat([network.features(part) for part in x.float().split(2048)])
+
+
+def _fd_digits_cnn(x: Tensor, y: Tensor) -> float:
+    return frechet_distance(digits_features(x), digits_features(y))
+
+
+def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
+    """Distance between samples and data by name; report it as ``f"{name}@{len(x)}"``.
+
+    A distance of samples falls with their number, even at perfection, so compare figures of one number only.
+
+    Args:
+        name: "w2", "sliced_w2", "mmd" or "fd_digits_cnn" (Fréchet distance of `digits_features`).
+        x: samples, shape [n, *E].
+        y: data, never trained on, shape [m, *E].
+
+    Raises:
+        ValueError: an unknown name, or whatever the distance refuses.
+        MissingExtra: the distance needs a package that is not installed.
+    """
+    if name not in SAMPLE_DISTANCES:
+        raise ValueError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
+    return SAMPLE_DISTANCES[name](x, y)
+
+
+SAMPLE_DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "w2": w2,
+    "sliced_w2": sliced_w2,
+    "mmd": mmd,
+    "fd_digits_cnn": _fd_digits_cnn,
+}
