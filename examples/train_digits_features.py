@@ -22,7 +22,7 @@ def main(out: Path, seed: int, epochs: int) -> float:
     """Train, print the test accuracy, save; returns the accuracy."""
     # Setup
     torch.manual_seed(seed)
-    data = digits()
+    data = digits(conditional=True)
     assert data.train is not None and data.train_labels is not None and data.test_labels is not None
     network = DigitsCNN()
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)

@@ -150,7 +150,7 @@ def test_digits_are_scikit_learns_and_every_fifth_of_a_class_is_test() -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    data = digits()
+    data = digits(conditional=True)
     assert data.event_shape == (1, 8, 8) and data.num_classes == 10
     assert data.train is not None and data.train_labels is not None and data.test_labels is not None
     assert float(data.train.min()) == -1 and float(data.train.max()) == 1

@@ -259,7 +259,7 @@ def test_fd_digits_cnn_agrees_with_torchmetrics() -> None:
 
 
 def test_digits_cnn_classifies_unseen_digits() -> None:
-    data, network = digits(), load_digits_cnn()
+    data, network = digits(conditional=True), load_digits_cnn()
     accuracy = float((network(data.test).argmax(1) == data.test_labels).double().mean())
     assert accuracy >= 0.97
     assert not network.training and not any(p.requires_grad for p in network.parameters())
@@ -290,7 +290,7 @@ def test_training_digits_cnn_is_reproducible(tmp_path: Path, capsys: pytest.Capt
     accuracies = [main(file, seed=1, epochs=2) for file in files]
     assert accuracies[0] > 0.5 and files[0].read_bytes() == files[1].read_bytes()
     assert f"test accuracy {accuracies[0]:.4f}" in capsys.readouterr().out
-    network, data = load_digits_cnn(files[0]), digits()
+    network, data = load_digits_cnn(files[0]), digits(conditional=True)
     accuracy = float((network(data.test).argmax(1) == data.test_labels).double().mean())
     assert accuracy == pytest.approx(accuracies[0])
 
