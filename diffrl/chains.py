@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffrl.processes import coupling_eta, posterior
+from diffrl.processes import Posterior, coupling_eta, posterior
 from diffrl.schedules import Schedule
 from diffrl.shapes import expand_like
 
@@ -21,15 +21,15 @@ __all__ = ["Chain"]
 class Chain:
     """States at index 0, k, 2k, … of a grid of N noise levels, then the clean state: K = ⌈N/k⌉ transitions.
 
-    The value of state i is V(x_i) = A_i E[x0 | x_i] + κ_i x_i with A_i, κ_i of the step i → i+Δ; past index N-1
-    that step lands on the clean state, where A = 1, κ = 0. At the clean state itself A = κ = 0: nothing is left.
+    The value of state i is V(x_i) = A_i E[x0 | x_i] + κ_i x_i with A_i, κ_i of the step i → i+Δ. Past N-1
+    that step lands on the clean state: A = 1, κ = 0. At the clean state itself A = κ = 0: nothing is left.
 
     Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
     couplings between 0 and 1 and the 'clean' value are ours.
 
     Args:
         process: the noise schedule.
-        num_steps: N ≥ 1, the noise levels.
+        num_steps: N ≥ 1, the number of noise levels.
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
         span: k ≥ 1, index units between successive states.
         stride: Δ > 0, index units of the step whose posterior mean is the value; may be a fraction where the
@@ -37,7 +37,7 @@ class Chain:
         value: "posterior_mean", or "clean": V = E[x0 | x] itself (A = 1, κ = 0 everywhere), which is Δ = ∞.
         offset: shift of the whole grid in index units, in (-1, 1); with a positive one the last level
             passes N-1 and is clean already.
-        t_max: noisier levels are left out.
+        t_max: levels of a later time are left out.
 
     Raises:
         ValueError: an argument outside its range.
@@ -54,8 +54,8 @@ class Chain:
 
     def __post_init__(self) -> None:
         coupling_eta(self.coupling)
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}: a chain needs at least one noise level")
+        if self.num_steps < 1 or int(self.num_steps) != self.num_steps:
+            raise ValueError(f"num_steps is {self.num_steps}: a chain has a whole number of levels >= 1")
         if self.span < 1 or int(self.span) != self.span:
             raise ValueError(
                 f"span is {self.span}: successive states are a whole number of levels >= 1 apart"
@@ -67,7 +67,10 @@ class Chain:
         if not -1 < self.offset < 1:
             raise ValueError(f"offset is {self.offset}: it shifts the grid by less than one level")
         if len(self.t) < 2:
-            raise ValueError(f"no noise level is left below t_max = {self.t_max}")
+            raise ValueError(
+                f"no noise level is left of num_steps = {self.num_steps} with t_max = {self.t_max} and "
+                f"offset = {self.offset}"
+            )
 
     @property
     def eta(self) -> float:
@@ -121,7 +124,7 @@ class Chain:
         return torch.cat([zero, kappa * sigma_t / sigma_s, zero]), torch.cat([one, std / sigma_s, zero])
 
     def step(self, index: Tensor, x0: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """One transition: the state reached from state `index`, x_s = A x0 + κ x_t + std z of the step i → i+k.
+        """The state reached from state `index`: x_s = A x0 + κ x_t + std z of the step i → i+k.
 
         This is the core that every environment runs.
 
@@ -131,11 +134,10 @@ class Chain:
             x: state left, of x0's shape.
             noise: z, of x0's shape; unused where the step is deterministic.
         """
-        A, kappa, std = (expand_like(c[index].to(x), x) for c in self.step_coefficients)
+        A, kappa, std = (expand_like(c.to(x)[index], x) for c in self.step_coefficients)
         return A * x0 + kappa * x + std * noise
 
     @cached_property
-    def step_coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+    def step_coefficients(self) -> Posterior:
         """A, κ and std of each transition i → i+k: float64, shape [K] each."""
-        A, kappa, std = posterior(self.process, self.t[:-1], self.t[1:], self.eta)
-        return A, kappa, std
+        return posterior(self.process, self.t[:-1], self.t[1:], self.eta)

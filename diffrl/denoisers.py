@@ -25,6 +25,15 @@ __all__ = [
 DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+def _require_states(x_t: Tensor, t: Tensor) -> None:
+    """Refuse states that hold integers, and anything but one time per state."""
+    require_floating([("x_t", x_t)])
+    if t.shape != x_t.shape[:1]:
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
+        )
+
+
 class Denoiser(nn.Module):
     """A network between preconditioning: D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise, cond).
 
@@ -57,9 +66,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"time_input is {time_input!r}: give 'c_noise' or 't'")
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input = prediction_type, time_input
-        self.scalings(
-            process.time_grid(2)[1:2]
-        )  # an unknown prediction type is refused here, not in training
+        self.scalings(process.time_grid(1)[:1])  # refuses an unknown type here, and not in training
 
     def scalings(self, t: Tensor) -> Scalings:
         """c_skip, c_out and c_in at times t."""
@@ -73,17 +80,18 @@ class Denoiser(nn.Module):
             t: times, shape [N].
             cond: condition of each state, shape [N, ...], or None.
 
+        Returns:
+            D, of x_t's shape and dtype.
+
         Raises:
             TypeError: x_t holds integers.
             ValueError: t is not one time per state.
         """
-        require_floating([("x_t", x_t)])
-        if t.shape != x_t.shape[:1]:
-            raise ValueError(
-                f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
-            )
-        c_noise = self.process.c_noise(t) if self.time_input == "c_noise" else t
-        c_skip, c_out, c_in = (expand_like(c, x_t) for c in self.scalings(t))
+        _require_states(x_t, t)
+        c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
+        c_noise = t
+        if self.time_input == "c_noise":  # float32 at least: half precision would merge noise levels
+            c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
         F_x = self.network(c_in * x_t, c_noise, cond)
         D_x = c_skip * x_t + c_out * F_x.to(x_t.dtype)
         return D_x
@@ -101,11 +109,17 @@ class GuidedDenoiser(nn.Module):
         guidance_scale: w; 1 is off.
     """
 
-    def __init__(self, denoiser: nn.Module, null_label: int, guidance_scale: float) -> None:
+    def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
         super().__init__()
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
+        self.process = denoiser.process
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Guided estimate; as `Denoiser.forward`, with labels cond of shape [N].
+
+        Raises:
+            ValueError: no labels.
+        """
         if cond is None:
             raise ValueError("guidance needs labels: give cond, shape [N]")
         if self.guidance_scale == 1:
@@ -129,6 +143,10 @@ class GaussianDenoiser(nn.Module):
         covariance: C, symmetric and positive semi-definite, shape [D, D].
     """
 
+    mean: Tensor
+    variances: Tensor
+    axes: Tensor
+
     def __init__(self, process: Schedule, mean: Tensor, covariance: Tensor) -> None:
         super().__init__()
         self.process = process
@@ -138,9 +156,9 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("axes", axes)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        alpha, sigma = (
-            expand_like(c, x_t) for c in (self.process.alpha(t.double()), self.process.sigma(t.double()))
-        )
+        """Posterior mean of states [N, D] at times [N], of x_t's dtype; cond is not looked at."""
+        _require_states(x_t, t)
+        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
         gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
         D_x = self.mean + ((x_t - alpha * self.mean) @ self.axes * gain) @ self.axes.T
         return D_x.to(x_t.dtype)
@@ -152,15 +170,23 @@ class MixtureDenoiser(nn.Module):
         E[x0 | x_t] = Σ_c p(c | x_t) [ m_c + α s_c²/v_c (x_t - α m_c) ],    v_c = α² s_c² + σ²
         p(c | x_t) ∝ w_c v_c^{-D/2} exp(-|x_t - α m_c|²/(2 v_c))
 
-    Source: Bayes' rule for a mixture; Pattern Recognition and Machine Learning (Bishop, 2006), eqs. 2.116, 9.13.
+    Source: Bayes' rule for a mixture; Pattern Recognition and Machine Learning (Bishop, 2006), eqs. 2.116
+    and 9.13.
 
     Args:
         process: noise schedule.
         means: m_c, shape [C, *E].
         stds: s_c ≥ 0, shape [C].
-        weights: w_c, positive, shape [C]; normalised here.
+        weights: w_c ≥ 0, shape [C]; normalised here.
         batch_size: states handled at once, which bounds memory at batch_size × C distances.
+
+    Raises:
+        ValueError: another number of means than of stds or weights.
     """
+
+    means: Tensor
+    stds: Tensor
+    log_weights: Tensor
 
     def __init__(
         self, process: Schedule, means: Tensor, stds: Tensor, weights: Tensor, batch_size: int = 4096
@@ -168,7 +194,8 @@ class MixtureDenoiser(nn.Module):
         super().__init__()
         if not (len(means) == len(stds) == len(weights)):
             raise ValueError(
-                f"a mixture needs as many means ({len(means)}) as stds ({len(stds)}) and weights ({len(weights)})"
+                f"a mixture needs as many means ({len(means)}) as stds ({len(stds)}) "
+                f"and weights ({len(weights)})"
             )
         self.process, self.batch_size, self.event_shape = process, batch_size, means.shape[1:]
         self.register_buffer("means", means.double().flatten(1))
@@ -195,6 +222,13 @@ class MixtureDenoiser(nn.Module):
         return D_x.view_as(x_t).to(x_t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Posterior mean of states [N, *E] at times [N], of x_t's dtype; cond is not looked at.
+
+        Raises:
+            TypeError: x_t holds integers.
+            ValueError: t is not one time per state, or x_t has another event shape than the mixture.
+        """
+        _require_states(x_t, t)
         if x_t.shape[1:] != self.event_shape:
             raise ValueError(
                 f"x_t has event shape {tuple(x_t.shape[1:])}, the mixture has {tuple(self.event_shape)}"
@@ -203,7 +237,9 @@ class MixtureDenoiser(nn.Module):
         return torch.cat([self._posterior_mean(x, s) for x, s in parts])
 
 
-def EmpiricalDenoiser(process: Schedule, points: Tensor, batch_size: int = 4096) -> MixtureDenoiser:
+def EmpiricalDenoiser(  # noqa: N802 (used like the classes beside it)
+    process: Schedule, points: Tensor, batch_size: int = 4096
+) -> MixtureDenoiser:
     """Exact denoiser of a finite data set: the softmax-weighted mean of its points.
 
         E[x0 | x_t] = Σ_j softmax_j(-|x_t - α x_j|²/(2σ²)) x_j
@@ -215,5 +251,5 @@ def EmpiricalDenoiser(process: Schedule, points: Tensor, batch_size: int = 4096)
         points: the data, shape [M, *E].
         batch_size: see `MixtureDenoiser`.
     """
-    M = len(points)
-    return MixtureDenoiser(process, points, torch.zeros(M), torch.ones(M), batch_size)
+    ones = torch.ones(len(points), device=points.device)
+    return MixtureDenoiser(process, points, 0 * ones, ones, batch_size)

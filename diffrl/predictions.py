@@ -5,9 +5,11 @@ The conversions between x0, eps, v, velocity and score are the same maps read bo
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from diffrl.schedules import Schedule
+from diffrl.shapes import expand_like
 
 __all__ = ["PredictionType", "Scalings", "from_x0", "scalings", "to_x0"]
 
@@ -35,13 +37,13 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
 
     With α = 1 the last line is EDM's c_skip, c_out.
 
-    Sources: v: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), appendix D,
-    https://arxiv.org/abs/2202.00512; edm: Elucidating the Design Space of Diffusion-Based Generative Models
-    (Karras et al., 2022), Table 1, https://arxiv.org/abs/2206.00364.
+    Sources: v: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022),
+    appendix D, https://arxiv.org/abs/2202.00512; edm: Elucidating the Design Space of Diffusion-Based
+    Generative Models (Karras et al., 2022), Table 1, https://arxiv.org/abs/2206.00364.
 
     Args:
         process: noise schedule.
-        t: times, any shape, not clean (eps, v and score are undefined where α = 0).
+        t: times, any shape, not clean; where α = 0, eps and score say nothing of x0: c_skip is infinite.
         prediction_type: what F is.
         sigma_data: σd, the standard deviation of the data.
 
@@ -49,13 +51,13 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
         c_skip, c_out, c_in, of t's shape and dtype.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: an unknown prediction type, or a velocity in discrete time.
     """
     alpha, sigma = process.alpha(t), process.sigma(t)
     s = sigma**2 + (alpha * sigma_data) ** 2
     c_in = s.rsqrt()
     if prediction_type == "x0":
-        return Scalings(0 * sigma, 0 * sigma + 1, c_in)
+        return Scalings(torch.zeros_like(c_in), torch.ones_like(c_in), c_in)
     if prediction_type == "eps":
         return Scalings(1 / alpha, -sigma / alpha, c_in)
     if prediction_type == "v":
@@ -74,13 +76,55 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
     )
 
 
-def to_x0(process: Schedule, F_x: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
-    """Clean estimate from a prediction: D = c_skip x_t + c_out F; t broadcastable against x_t."""
-    c_skip, c_out, _ = scalings(process, t, prediction_type, sigma_data=1.0)
+def to_x0(
+    process: Schedule,
+    F_x: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    prediction_type: PredictionType,
+    *,
+    sigma_data: float | None = None,
+) -> Tensor:
+    """Clean estimate from a prediction: D = c_skip x_t + c_out F.
+
+    Args:
+        process: noise schedule.
+        F_x: prediction, shape [*b, *E].
+        x_t: states, shape [*b, *E].
+        t: times, shape [*b] or [*b, 1].
+        prediction_type: what F is.
+        sigma_data: σd, needed for "edm" only.
+
+    Raises:
+        ValueError: an unknown prediction type, or "edm" without sigma_data.
+    """
+    c_skip, c_out = _affine(process, x_t, t, prediction_type, sigma_data)
     return c_skip * x_t + c_out * F_x
 
 
-def from_x0(process: Schedule, x0: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
-    """The prediction that a clean estimate amounts to: F = (D - c_skip x_t)/c_out; inverse of `to_x0`."""
-    c_skip, c_out, _ = scalings(process, t, prediction_type, sigma_data=1.0)
+def from_x0(
+    process: Schedule,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    prediction_type: PredictionType,
+    *,
+    sigma_data: float | None = None,
+) -> Tensor:
+    """The prediction that a clean estimate amounts to: F = (D - c_skip x_t)/c_out; inverse of `to_x0`.
+
+    Args and errors are those of `to_x0`, with the clean estimate D as `x0`.
+    """
+    c_skip, c_out = _affine(process, x_t, t, prediction_type, sigma_data)
     return (x0 - c_skip * x_t) / c_out
+
+
+def _affine(
+    process: Schedule, x_t: Tensor, t: Tensor, prediction_type: PredictionType, sigma_data: float | None
+) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out, broadcast against x_t."""
+    if prediction_type == "edm" and sigma_data is None:
+        raise ValueError("prediction_type 'edm' is relative to the scale of the data: give sigma_data")
+    scale = 1.0 if sigma_data is None else sigma_data  # enters no other type's c_skip and c_out
+    c_skip, c_out, _ = scalings(process, t, prediction_type, scale)
+    return expand_like(c_skip.to(x_t.dtype), x_t), expand_like(c_out.to(x_t.dtype), x_t)

@@ -1,4 +1,4 @@
-"""The linear-Gaussian process x_t = α_t x0 + σ_t ε: marginals, one-step posteriors of every coupling, densities.
+"""The process x_t = α_t x0 + σ_t ε: its marginals, its one-step posteriors for every coupling, densities.
 
 A coupling η ∈ [0, 1] says how successive states share their noise: η = 1 is the Markov (ancestral) process,
 η = 0 the deterministic one whose states share one noise. The marginals are the same, the joint law is not.
@@ -51,8 +51,9 @@ def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:
     https://arxiv.org/abs/2606.15048.
 
     Args:
+        process: noise schedule.
         t: times left, not clean, any shape.
-        s: times reached, s ≤ t in noise, broadcastable against t.
+        s: times reached, not noisier than t, broadcastable against t.
         eta: coupling η ∈ [0, 1].
 
     Returns:
@@ -65,7 +66,7 @@ def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:
         process.sigma(t),
         process.sigma(s),
     )
-    alpha_ts = torch.where(alpha_s == 0, 1.0, alpha_t / alpha_s)  # both pure noise
+    alpha_ts = _alpha_ratio(alpha_t, alpha_s)
     ratio = sigma_s / sigma_t
     kappa = ratio * ((1 - eta**2) + eta**2 * (alpha_ts * ratio) ** 2).sqrt()
     A = alpha_s - alpha_t * kappa
@@ -73,10 +74,24 @@ def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:
     return Posterior(A, kappa, std)
 
 
+def _alpha_ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+    """α_ts = α_t/α_s; 1 where both are pure noise."""
+    return torch.where(alpha_s == 0, 1.0, alpha_t / alpha_s)
+
+
 def transition(process: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward noising x_t | x_s ~ N(α_ts x_s, std² I), std² = σ_t² - α_ts² σ_s²; float64 (α_ts, std)."""
+    """Markov noising: x_t | x_s ~ N(α_ts x_s, std² I), std² = σ_t² - α_ts² σ_s².
+
+    Args:
+        process: noise schedule.
+        s: times left, any shape.
+        t: times reached, not less noisy than s, broadcastable against s.
+
+    Returns:
+        α_ts and std, float64.
+    """
     t, s = t.double(), s.double()
-    alpha_ts = process.alpha(t) / process.alpha(s)
+    alpha_ts = _alpha_ratio(process.alpha(t), process.alpha(s))
     return alpha_ts, (process.sigma(t) ** 2 - (alpha_ts * process.sigma(s)) ** 2).clamp(min=0).sqrt()
 
 
@@ -84,6 +99,7 @@ def marginal(process: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t = α_t x0 + σ_t ε.
 
     Args:
+        process: noise schedule.
         x0: clean data, shape [*b, *E].
         t: times, shape [*b] or [*b, 1].
         noise: ε, of x0's shape.
@@ -110,7 +126,7 @@ def normal_log_prob(
         reduction: "sum" (a density) or "mean".
 
     Returns:
-        Shape [*b].
+        Shape [*b], of x's dtype.
 
     Raises:
         ValueError: std is 0 somewhere: a deterministic step has no density.
@@ -119,7 +135,7 @@ def normal_log_prob(
         raise ValueError(
             "std is 0: a deterministic step has no log-probability; use eta > 0 or a floor on std"
         )
-    std = expand_like(std, x)
+    std = expand_like(std.to(x.dtype), x)
     log_p = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     flat = log_p.flatten(batch_dims) if x.ndim > batch_dims else log_p.unsqueeze(-1)
     return flat.sum(-1) if reduction == "sum" else flat.mean(-1)

@@ -2,6 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -48,9 +49,15 @@ class Noise:
         return cls([torch.Generator(device).manual_seed(int(s)) for s in seeds])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Noise of x's shape [N, *E], dtype and device."""
+        """Noise of x's shape [N, *E], dtype and device.
+
+        Raises:
+            ValueError: there are generators for another number of samples.
+        """
         if self.generators is None or isinstance(self.generators, torch.Generator):
             return torch.randn(x.shape, generator=self.generators, dtype=x.dtype, device=x.device)
+        if len(self.generators) != len(x):
+            raise ValueError(f"{len(self.generators)} generators for {len(x)} samples: give one for each")
         draws = [
             torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
         ]
@@ -77,7 +84,9 @@ class Model:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """D(x, t) for one time t shared by the batch."""
         self.nfe += 1
-        return self.denoiser(x, t.to(x).expand(len(x)), self.cond)
+        # float32 at least: bfloat16 has no 999
+        t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        return self.denoiser(x, t.expand(len(x)), self.cond)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE."""
@@ -93,7 +102,7 @@ class Kernel(NamedTuple):
     std: Tensor
 
     def sample(self, noise: Noise) -> Tensor:
-        """mean + std z."""
+        """A draw, mean + std z."""
         return self.mean + self.std * noise(self.mean) if self.std > 0 else self.mean
 
     def log_prob(self, x: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
@@ -138,8 +147,8 @@ class Euler(GaussianSampler):
 class Heun(GaussianSampler):
     """Euler, corrected with the slope at its end: second order, two evaluations a step, one in the last.
 
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 1,
-    https://arxiv.org/abs/2206.00364.
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+    Algorithm 1, https://arxiv.org/abs/2206.00364.
     """
 
     def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
@@ -178,7 +187,7 @@ class DDIM(GaussianSampler):
         return Kernel(A * model(x, t) + kappa * x, std)
 
 
-def Ancestral() -> DDIM:
+def Ancestral() -> DDIM:  # noqa: N802 (used like the classes beside it)
     """DDIM(η = 1): DDPM's sampler with the posterior variance.
 
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 6-7, https://arxiv.org/abs/2006.11239.
@@ -195,12 +204,13 @@ class EDMStochastic(Sampler):
 
     S_churn = 0 is `Heun`.
 
-    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Algorithm 2
-    and Table 5 (ImageNet-64), https://arxiv.org/abs/2206.00364.
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+    Algorithm 2 and Table 5 (ImageNet-64), https://arxiv.org/abs/2206.00364.
 
     Args:
         S_churn: amount of fresh noise over the whole chain of N steps.
-        S_min, S_max: noise levels between which it is added.
+        S_min: lowest noise level at which it is added.
+        S_max: highest such level.
         S_noise: factor on the added noise.
     """
 
@@ -210,7 +220,11 @@ class EDMStochastic(Sampler):
     S_noise: float = 1.003
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        """Noise up from t to t̂, then Heun down to s."""
+        """Noise up from t to t̂, then Heun down to s.
+
+        Raises:
+            ValueError: the process is not EDM.
+        """
         if not isinstance(model.process, EDM):
             name = type(model.process).__name__
             raise ValueError(f"EDMStochastic works on the EDM process, not on {name}: use DDIM(eta)")
@@ -235,7 +249,7 @@ def sample(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw samples: start from the noisiest level's marginal of x0 = 0, walk the grid down to clean data.
+    """Draw samples: start from σ ε at the noisiest level, walk the grid down to clean data.
 
     >>> import diffrl, torch
     >>> exact = diffrl.GaussianDenoiser(diffrl.EDM(), torch.zeros(2), torch.eye(2))
@@ -252,36 +266,39 @@ def sample(
         seed: sample j is drawn from its own generator, seeded by seed + j, so that it does not depend on the
             others. Give this or `noise`.
         noise: another source of noise.
-        device, dtype: of the result.
+        device: where the samples are drawn.
+        dtype: of the samples, floating.
+
+    Returns:
+        Samples, shape [N, *E].
 
     Raises:
-        ValueError: neither or both of seed and noise.
-        AttributeError: no process given, and the denoiser has none.
+        ValueError: neither or both of seed and noise; no process given, and the denoiser has none.
     """
     if (seed is None) == (noise is None):
         raise ValueError("give either seed or noise")
     if noise is None:
         assert seed is not None
         noise = Noise.per_sample(range(seed, seed + shape[0]))
-    process = process or denoiser.process  # type: ignore[attr-defined]
+    process = process or getattr(denoiser, "process", None)
+    if process is None:
+        raise ValueError("this denoiser does not know its process: give process=")
     model = Model(denoiser, process, num_steps, cond)
-    x = torch.zeros(tuple(shape), dtype=dtype, device=device)
-    for x in trajectory(model, sampler, x, noise):  # noqa: B007
-        pass
-    return x
+    like = torch.empty(tuple(shape), dtype=dtype, device=device)
+    return deque(trajectory(model, sampler, like, noise), maxlen=1).pop()
 
 
-def trajectory(model: Model, sampler: Sampler, x: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """The states of one reverse chain: the start, then one per step; the last is clean.
+def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: Noise) -> Iterator[Tensor]:
+    """The N+1 states of one reverse chain: the start σ ε, then one per step; the last is clean.
 
     Args:
         model: denoiser bound to process and grid.
         sampler: the reverse step.
-        x: any tensor of the wanted shape, dtype and device.
+        like: any tensor of the wanted shape [N, *E], dtype and device; its values are not read.
         noise: source of noise, the start's too.
     """
     grid = model.process.time_grid(model.num_steps)
-    x = model.process.sigma(grid[0]) * noise(x)
+    x = model.process.sigma(grid[0]) * noise(like)
     yield x
     for t, s in itertools.pairwise(grid):
         x = sampler.step(model, x, t, s, noise)

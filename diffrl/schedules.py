@@ -8,6 +8,7 @@ are all there is to such a process, `diffrl.EDM()` and its siblings are passed w
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -26,11 +27,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Signal scale α_t ∈ [0, 1], of t's shape and dtype."""
+        """Signal scale α_t ∈ [0, 1], of t's shape and dtype (integer timesteps: float64)."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise scale σ_t ≥ 0, of t's shape and dtype."""
+        """Noise scale σ_t ≥ 0, of t's shape and dtype (integer timesteps: float64)."""
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
@@ -65,9 +66,10 @@ class Schedule(ABC):
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def c_noise(self, t: Tensor) -> Tensor:
-        """What a network is told of t: ln(σ_t/α_t)/4, kept in [-10, 10] so that clean data and pure noise are finite.
+        """What a network is told of t: ln(σ_t/α_t)/4, kept in [-10, 10] to be finite at both ends.
 
-        Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Table 1.
+        Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+        Table 1, https://arxiv.org/abs/2206.00364.
         """
         return (-self.log_snr(t) / 8).clamp(-10, 10)
 
@@ -86,10 +88,9 @@ class Schedule(ABC):
         """
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}: a chain needs at least one noise level")
-        i = index.double()
-        return torch.where(
-            i > num_steps - 1, self.t_clean, self._level(i.clamp(max=num_steps - 1), num_steps)
-        )
+        i, last = index.double(), num_steps - 1
+        # the tolerance: a rounded sum such as 16.8 + 0.2 must not fall off the grid
+        return torch.where(i > last + 1e-9, self.t_clean, self._level(i.clamp(max=last), num_steps))
 
     def time_grid(self, num_steps: int) -> Tensor:
         """Times of the N levels, noisiest first, then of the clean state: float64, shape [N+1]."""
@@ -108,7 +109,10 @@ class EDM(Schedule):
     Args:
         sigma_min: least noisy level, in units of the data, > 0.
         sigma_max: noisiest level.
-        rho: exponent of the grid; larger gives more small levels.
+        rho: exponent of the grid, > 0; larger gives more small levels.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     sigma_min: float = 0.002
@@ -120,6 +124,8 @@ class EDM(Schedule):
             raise ValueError(
                 f"EDM needs 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}"
             )
+        if not self.rho > 0:
+            raise ValueError(f"EDM needs rho > 0, not {self.rho}")
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -145,7 +151,7 @@ class EDM(Schedule):
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:
         high, low = self._roots()
-        return (t.double() ** (1 / self.rho) - high) / (low - high) * (num_steps - 1)
+        return (t.double() ** (1 / self.rho) - high) / (low - high) * max(num_steps - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -155,11 +161,22 @@ class VP(Schedule):
         linear:  α_t = exp(-½ (β_min t + ½ (β_max - β_min) t²))
         cosine:  α_t = cos(½π t)
 
-    Levels are spaced evenly from t_max = 1 (cosine: just below, as α = 0 has no log-SNR) to t_min.
+    Levels are spaced evenly from t_max to t_min. The cosine's α is 0 at t = 1: keep t_max below it where a
+    log-SNR or a prediction of noise is wanted.
 
-    Source: Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), eq. 11
-    and appendix C, https://arxiv.org/abs/2011.13456; cosine: Improved Denoising Diffusion Probabilistic Models
-    (Nichol & Dhariwal, 2021), eq. 17 without offset, https://arxiv.org/abs/2102.09672.
+    Source: Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+    eqs. 11 and 33, https://arxiv.org/abs/2011.13456; cosine: Improved Denoising Diffusion Probabilistic
+    Models (Nichol & Dhariwal, 2021), eq. 17 without offset, https://arxiv.org/abs/2102.09672.
+
+    Args:
+        kind: "linear" or "cosine".
+        beta_min: β at t = 0, > 0 (linear).
+        beta_max: β at t = 1, ≥ beta_min (linear).
+        t_min: time of the least noisy level, > 0.
+        t_max: time of the noisiest level, ≤ 1.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     kind: Literal["linear", "cosine"] = "linear"
@@ -173,13 +190,16 @@ class VP(Schedule):
             raise ValueError(f"VP has kinds linear and cosine, not {self.kind!r}")
         if not 0 < self.t_min < self.t_max <= 1:
             raise ValueError(f"VP needs 0 < t_min < t_max <= 1, not {self.t_min} and {self.t_max}")
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(f"VP needs 0 < beta_min <= beta_max, not {self.beta_min} and {self.beta_max}")
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return (t * (math.pi / 2)).cos().log()
+        """Of the linear kind."""
         return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
 
     def alpha(self, t: Tensor) -> Tensor:
+        if self.kind == "cosine":
+            return (t * (math.pi / 2)).cos().clamp(min=0)  # float32 rounds π/2 up: its cosine is < 0
         return self._log_alpha(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -204,10 +224,11 @@ class VP(Schedule):
         return 2 * c / (b + (b**2 + 4 * a * c).sqrt())
 
     def _level(self, index: Tensor, num_steps: int) -> Tensor:
-        return self.t_max + index / max(num_steps - 1, 1) * (self.t_min - self.t_max)
+        t = self.t_max + index / max(num_steps - 1, 1) * (self.t_min - self.t_max)
+        return t.clamp(max=1)  # the process ends there
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:
-        return (t.double() - self.t_max) / (self.t_min - self.t_max) * (num_steps - 1)
+        return (t.double() - self.t_max) / (self.t_min - self.t_max) * max(num_steps - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -222,6 +243,16 @@ class DDPM(Schedule):
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4, https://arxiv.org/abs/2006.11239;
     cosine: Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), eq. 17,
     https://arxiv.org/abs/2102.09672.
+
+    Args:
+        train_steps: T ≥ 1.
+        kind: "linear" or "cosine".
+        beta_start: β_0 (linear), > 0.
+        beta_end: β_{T-1} (linear), ≥ beta_start and < 1.
+
+    Raises:
+        ValueError: an argument outside its range.
+        IndexError: (alpha, sigma) a time outside -1..T-1.
     """
 
     t_clean: ClassVar[float] = -1.0
@@ -233,34 +264,45 @@ class DDPM(Schedule):
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
+        if self.kind not in ("linear", "cosine"):
+            raise ValueError(f"DDPM has kinds linear and cosine, not {self.kind!r}")
+        if self.train_steps < 1:
+            raise ValueError(f"train_steps is {self.train_steps}: DDPM needs at least one timestep")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"DDPM needs 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}"
+            )
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ_t for t = 0..T-1, float64, shape [T]."""
         if self.kind == "linear":
             betas = torch.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=torch.float64)
-        elif self.kind == "cosine":
+        else:
             f = torch.arange(self.train_steps + 1, dtype=torch.float64) / self.train_steps
             f = ((f + 0.008) / 1.008 * (math.pi / 2)).cos() ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        else:
-            raise ValueError(f"DDPM has kinds linear and cosine, not {self.kind!r}")
-        # entry 0 is the clean state, so that t = -1 needs no special case
-        alphas_cumprod = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
-        object.__setattr__(self, "_alphas_cumprod", alphas_cumprod)
+        return (1 - betas).cumprod(0)
 
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """ᾱ_t for t = 0..T-1, float64, shape [T]."""
-        return self._table()[1:]
+    @cached_property
+    def _scales(self) -> Tensor:
+        """Rows α and σ; column 0 is the clean state, so that t = -1 needs no special case: shape [2, T+1]."""
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod])
+        return torch.stack([alpha_bar, 1 - alpha_bar]).sqrt()
 
-    def _table(self) -> Tensor:
-        return object.__getattribute__(self, "_alphas_cumprod")
-
-    def _alpha_bar(self, t: Tensor) -> Tensor:
-        return self._table().to(t.device)[t.round().long() + 1]
+    def _look_up(self, row: int, t: Tensor) -> Tensor:
+        place = t.round().long().flatten() + 1
+        try:  # unlike [...], index_select refuses a negative place
+            values = self._scales[row].to(t.device).index_select(0, place).view(t.shape)
+        except IndexError as error:
+            raise IndexError(f"a timestep lies outside -1..{self.train_steps - 1}") from error
+        return values.to(t.dtype) if t.is_floating_point() else values
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._alpha_bar(t).sqrt().to(t.dtype)
+        return self._look_up(0, t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return (1 - self._alpha_bar(t)).sqrt().to(t.dtype)
+        return self._look_up(1, t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:
         raise ValueError("DDPM has discrete times and no derivative: use VP, or a sampler such as DDIM")
@@ -288,17 +330,23 @@ class DDPM(Schedule):
 class Flow(Schedule):
     """Rectified flow: α_t = 1-t, σ_t = t, t ∈ [0, 1]; levels are t_i = 1 - i/N.
 
-    The noisiest state is pure noise (α = 0). `shift` moves levels toward noise, t → s t/(1 + (s-1) t).
+    The noisiest state is pure noise (α = 0).
 
-    Source: Flow Straight and Fast (Liu et al., 2022), https://arxiv.org/abs/2209.03003; shift: Scaling Rectified
-    Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024), eq. 23,
+    Source: Flow Straight and Fast (Liu et al., 2022), https://arxiv.org/abs/2209.03003; shift: Scaling
+    Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024), eq. 23,
     https://arxiv.org/abs/2403.03206.
+
+    Args:
+        shift: s > 0, moves the levels, t → s t/(1 + (s-1) t): toward noise if s > 1.
+
+    Raises:
+        ValueError: shift ≤ 0.
     """
 
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
+        if not self.shift > 0:
             raise ValueError(f"Flow needs shift > 0, not {self.shift}")
 
     def alpha(self, t: Tensor) -> Tensor:
