@@ -316,7 +316,7 @@ def _idx_part(path: str, labels: str | None) -> Part:
 
 
 def npz(
-    path: str, test_path: str | None = None, conditional: bool = True, test_fraction: float = 0.1
+    path: str, test_path: str | None = None, conditional: bool = False, test_fraction: float = 0.1
 ) -> Data:
     """Samples of an npz file (keys `x` or `images`, optional `labels`) or of an npy file.
 
@@ -350,7 +350,7 @@ def folder(
     path: str,
     size: int | None = None,
     test_path: str | None = None,
-    conditional: bool = True,
+    conditional: bool = False,
     test_fraction: float = 0.1,
 ) -> Data:
     """Images of a folder or zip, one sub-folder for each class, or all at the top (unconditional).

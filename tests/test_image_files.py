@@ -125,13 +125,13 @@ def test_npz_vectors_keep_their_values(tmp_path: Path, key: str) -> None:
     y = np.arange(30) % 3
     arrays: dict[str, Any] = {key: x, "labels": y}
     np.savez(tmp_path / "a.npz", **arrays)
-    data = npz(str(tmp_path / "a.npz"), test_fraction=0.1)
+    data = npz(str(tmp_path / "a.npz"), conditional=True, test_fraction=0.1)
     assert data.train is not None and data.test_labels is not None and data.num_classes == 3
     torch.testing.assert_close(data.train, torch.from_numpy(x[:27]).float())
     torch.testing.assert_close(data.test, torch.from_numpy(x[27:]).float())
     assert data.test_labels.tolist() == y[27:].tolist()
     assert data.sigma_data == pytest.approx(x[:27].astype(np.float32).astype(np.float64).std())
-    assert npz(str(tmp_path / "a.npz"), conditional=False).num_classes == 0
+    assert npz(str(tmp_path / "a.npz")).num_classes == 0
 
 
 @pytest.mark.parametrize("layout", ["NHW", "NCHW", "NHWC"])
@@ -209,7 +209,7 @@ def test_pickles_and_wrong_keys_are_refused(tmp_path: Path) -> None:
         npz(str(tmp_path / "b.npz"))
     np.savez(tmp_path / "c.npz", x=VECTORS, labels=np.linspace(0, 1, 20))
     with pytest.raises(DataError, match="20 whole numbers.*not float64"):
-        npz(str(tmp_path / "c.npz"))
+        npz(str(tmp_path / "c.npz"), conditional=True)
 
 
 @pytest.mark.parametrize("test_fraction", [0.0, 1.0, -0.1])
@@ -252,7 +252,7 @@ def test_folder_is_ordered_by_name_and_split_within_classes(tmp_path: Path, form
     (root / "notes.txt").write_text("no image")
     (root / "cat" / ".hidden.png").write_bytes(b"no image")
     path = str(root) if form == "folder" else zip_of(root, tmp_path / "a.zip", "top/" * (form != "zip"))
-    data = folder(path, test_fraction=0.5)
+    data = folder(path, conditional=True, test_fraction=0.5)
     assert data.train is not None and data.train_labels is not None and data.test_labels is not None
     assert data.event_shape == (3, 4, 6) and data.num_classes == 2
     expected = torch.stack([scaled(pixels[n]).permute(2, 0, 1) for n in sorted(pixels)])  # ant before cat
@@ -308,12 +308,12 @@ def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
 def test_a_test_folder_of_its_own_must_have_the_same_classes(tmp_path: Path) -> None:
     tree(tmp_path / "train")
     tree(tmp_path / "test", per_class=2)
-    data = folder(str(tmp_path / "train"), test_path=str(tmp_path / "test"))
+    data = folder(str(tmp_path / "train"), conditional=True, test_path=str(tmp_path / "test"))
     assert data.train is not None and data.test_labels is not None
     assert (len(data.train), data.test_labels.tolist()) == (12, [0, 0, 1, 1])
     (tmp_path / "test" / "ant").rename(tmp_path / "test" / "bee")
     with pytest.raises(DataError, match=r"class folders \['bee', 'cat'\] are not those"):
-        folder(str(tmp_path / "train"), test_path=str(tmp_path / "test"))
+        folder(str(tmp_path / "train"), conditional=True, test_path=str(tmp_path / "test"))
 
 
 def damage_size(root: Path) -> None:
@@ -360,7 +360,7 @@ def test_damaged_folders_are_refused(
     tree(root)
     damage(root)
     with pytest.raises(DataError, match=message) as error:
-        folder(zip_of(root, tmp_path / "a.zip") if packed else str(root))
+        folder(zip_of(root, tmp_path / "a.zip") if packed else str(root), conditional=True)
     check_one_line(error)
 
 
@@ -390,4 +390,4 @@ def test_missing_pillow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_without_classes_images_may_lie_anywhere(tmp_path: Path) -> None:
     tree(tmp_path)
     damage_depth(tmp_path)
-    assert folder(str(tmp_path), conditional=False).num_classes == 0
+    assert folder(str(tmp_path)).num_classes == 0
