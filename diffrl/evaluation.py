@@ -44,7 +44,8 @@ class Evaluation:
         )
 
     def sample_distance(self, samples: Tensor, data: Data) -> float:
-        """Distance between samples and the law that training saw."""
+        """Distance between samples and the law that training saw; images are clipped to [-1, 1], as when saved."""
+        samples = samples.clamp(-1, 1) if len(data.event_shape) == 3 else samples
         return sample_distance(self.distance, samples.cpu(), _reference(data))
 
 

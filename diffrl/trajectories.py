@@ -96,45 +96,34 @@ def draw_chain(
         rows = index.cpu()
         num_noise = window + 1
     W = index.shape[1] - 1
-
-    def at(table: Tensor) -> Tensor:  # [K+1] → [1 or B, window+1, 1...]
-        picked = table[rows].to(x0)
-        return picked.view(-1, index.shape[1], *[1] * len(E))
+    tables = (chain.t, *chain.scales, *chain.value_coefficients, *chain.noise_mixing)
+    picked = torch.stack(tables).to(x0)[:, rows].view(len(tables), -1, W + 1)
+    _, alpha, sigma, A, kappa, rho, fresh = picked.view(*picked.shape, *[1] * len(E)).unbind()
 
     if noise is None:
         noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
     elif noise.shape != (B, num_noise, *E):
         raise ValueError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
 
-    x = x0.new_empty(B, index.shape[1], *E)
+    x = x0.new_empty(B, W + 1, *E)
     n = x[:, :num_noise]
-    rho, fresh = (at(c)[:, :num_noise] for c in chain.noise_mixing)
-    torch.mul(noise, fresh, out=n)
+    torch.mul(noise, fresh[:, :num_noise], out=n)
     n[:, 0] = noise[:, 0]  # wherever a window starts, its first state is a marginal draw
     states, mixing = n.unbind(1), rho.unbind(1)
     for k in range(1, num_noise):  # n_s = ρ n_t + √(1-ρ²) z
         states[k].addcmul_(mixing[k], states[k - 1])
-    alpha, sigma = (at(c) for c in chain.scales)
     datum = x0.unsqueeze(1)
     n.mul_(sigma[:, :num_noise]).addcmul_(alpha[:, :num_noise], datum)
     if whole:
         x[:, K] = x0
 
-    A, kappa = (at(c) for c in chain.value_coefficients)
     mu = (A * datum).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
-    terminated = index[:, 1:] == K
-    truncated = torch.zeros_like(terminated)
-    truncated[:, -1] = ~terminated[:, -1]
+    terminated = index[:, 1:, None] == K
+    done = torch.zeros_like(terminated)
+    done[:, -1] = True  # the clean state is never reached before the window's end
 
-    def column(c: Tensor) -> Tensor:
-        return c.reshape(c.shape[0], -1, 1).expand(B, -1, 1)
-
-    state = {
-        keys.T: column(at(chain.t)),
-        keys.A: column(A),
-        keys.KAPPA: column(kappa),
-        keys.INDEX: index.unsqueeze(-1),
-    }
+    columns = picked.unsqueeze(-1).expand(-1, B, -1, -1)
+    state = {keys.T: columns[0], keys.A: columns[3], keys.KAPPA: columns[4], keys.INDEX: index.unsqueeze(-1)}
     left = {keys.X_T: x[:, :-1], keys.X0: datum.expand(B, W, *E), **{k: v[:, :-1] for k, v in state.items()}}
     if cond is not None:
         left[keys.COND] = cond.unsqueeze(1).expand(B, W, *cond.shape[1:])
@@ -142,9 +131,9 @@ def draw_chain(
         keys.X_T: x[:, 1:],
         **{k: v[:, 1:] for k, v in state.items()},
         keys.REWARD: mu[:, :-1] - mu[:, 1:],
-        keys.TERMINATED: terminated.unsqueeze(-1),
-        keys.TRUNCATED: truncated.unsqueeze(-1),
-        keys.DONE: (terminated | truncated).unsqueeze(-1),
+        keys.TERMINATED: terminated,
+        keys.TRUNCATED: done & ~terminated,
+        keys.DONE: done,
     }
     return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, W])}, [B, W])
 
@@ -157,17 +146,18 @@ class ChainSampler:
         chain: the levels.
         window: transitions kept of each chain; None keeps whole chains.
         jitter: shift the grid by one uniform draw from (-½, ½) a batch, so that all noise levels are trained.
-            With a positive shift the last level is clean already and a chain is one shorter.
+            With a positive shift the last level is clean already and a chain is one shorter. None: where the
+            process has continuous times.
     """
 
     chain: Chain
     window: int | None = None
-    jitter: bool = False
+    jitter: bool | None = None
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
         """A batch of chains, see `sample_chain`."""
         chain = self.chain
-        if self.jitter:
+        if chain.process.continuous if self.jitter is None else self.jitter:
             offset = float(torch.rand((), generator=generator, device=generator.device)) - 0.5
             chain = replace(chain, offset=offset)
         return draw_chain(chain, x0, window=self.window, cond=cond, generator=generator)
