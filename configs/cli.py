@@ -5,20 +5,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffrl.checkpoints import CheckpointError
 from diffrl.configs.groups import register
+from diffrl.experiment import Interrupted
 from diffrl.extras import MissingExtra
-from diffrl.runs import RunFolderError
+from diffrl.runs import RunFolder, RunFolderError
 from diffrl.trainer import NonFiniteLoss
 
-__all__ = ["command"]
+__all__ = ["EXPECTED", "command", "explain", "settings"]
 
 EXPECTED = (
     HydraException,
@@ -35,36 +38,56 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
     """Make a script's main function a command over the config of that name in `diffrl.configs`.
 
     Errors that a user can mend are printed in one line, with exit status 1; HYDRA_FULL_ERROR=1 gives the
-    traceback.
+    traceback. A run that is stopped by a signal is saved, and ends with exit status 0.
     """
 
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-        verbose = os.environ.get("HYDRA_FULL_ERROR") == "1"
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version and exits
-
-        @contextmanager
-        def one_line() -> Iterator[None]:
-            try:
-                yield
-            except EXPECTED as error:
-                if verbose:
-                    raise
-                sys.exit(f"error: {explain(error)}")
-
-        def job(config: DictConfig) -> None:
-            with one_line():  # inside too, or Hydra adds a line about its overrides
-                main(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-
         def entry() -> None:
+            given = os.environ.get("HYDRA_FULL_ERROR")
+
+            def job(config: DictConfig) -> None:
+                with _one_line(full=given == "1"):  # inside too, or Hydra adds a line about its overrides
+                    main(settings(config, HydraConfig.get().overrides.task))
+
+            compose = hydra.main(
+                version_base="1.3", config_path="pkg://diffrl.configs", config_name=config_name
+            )
             register()
-            with one_line():
-                hydra.main(version_base="1.3", config_path="pkg://diffrl.configs", config_name=config_name)(
-                    job
-                )()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version and exits
+            try:
+                with _one_line(full=given == "1"):
+                    compose(job)()
+            finally:
+                os.environ["HYDRA_FULL_ERROR"] = given or "0"
 
         return entry
 
     return decorate
+
+
+def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """The configuration to follow; with ``resume``, the one that the old run was started with.
+
+    Args:
+        config: what Hydra composed.
+        overrides: what was given on the command line.
+
+    Raises:
+        ValueError: a key is added or removed, or something besides `device` is given with `resume`.
+        RunFolderError: there is no run to resume.
+    """
+    for override in overrides:
+        if override.startswith(("+", "~")):
+            raise ValueError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
+    chosen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(chosen, dict)
+    if chosen["resume"] is None:
+        return {str(key): value for key, value in chosen.items()}
+    given = [override for override in overrides if not override.startswith("resume=")]
+    if others := [override for override in given if not override.startswith("device=")]:
+        raise ValueError(f"{', '.join(others)}: a run is resumed as it was started; only device can change")
+    stored = RunFolder.open(Path(chosen["resume"])).config()
+    return {**stored, "resume": chosen["resume"], **({"device": chosen["device"]} if given else {})}
 
 
 def explain(error: BaseException) -> str:
@@ -72,12 +95,38 @@ def explain(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None and isinstance(cause, HydraException):
         cause = cause.__cause__
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{cause.full_key} has no default: give {cause.full_key}=..."
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        line = str(cause).splitlines()[0]
         parent, key = cause.parent_node, str(cause.key)
         known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         if known and key not in known:
-            near = get_close_matches(key, known, n=3) or known
+            near = _paths(parent, key) or get_close_matches(key, known, n=3) or sorted(set(known) - {"hydra"})
             return f"unknown config key {cause.full_key!r}; did you mean {', '.join(near)}?"
-        return f"{cause.full_key}: {line}"
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     return " ".join(str(cause).partition("Config search path:")[0].split())
+
+
+def _paths(config: DictConfig, key: str) -> list[str]:
+    """Where a key stands that was looked for at the top."""
+    return [
+        f"{group}.{key}"
+        for group, options in config.items_ex(resolve=False)
+        if group != "hydra" and isinstance(options, DictConfig) and key in options
+    ]
+
+
+@contextmanager
+def _one_line(*, full: bool) -> Iterator[None]:
+    """Print what a user can mend in one line, unless asked for it in full, and exit."""
+    try:
+        yield
+    except Interrupted as stop:
+        print(stop)
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    except EXPECTED as error:
+        if full:
+            raise
+        sys.exit(f"error: {explain(error)}")

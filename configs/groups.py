@@ -44,7 +44,7 @@ class TrainConfig:
     logger: str = "csv"
     guidance_scale: float = 1.0
     compare: bool = True
-    run_dir: str = MISSING
+    run_dir: str | None = None
     resume: str | None = None
 
 

@@ -14,7 +14,7 @@ from diffrl.chains import Chain
 from diffrl.data import DATASETS, Data
 from diffrl.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
 from diffrl.networks import NETWORKS
-from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.samplers import SAMPLERS, Sampler
 from diffrl.schedules import PROCESSES, Schedule
@@ -75,19 +75,34 @@ def build_denoiser(config: Config, data: Data) -> Denoiser:
     return Denoiser(network, build_process(config), **config["denoiser"])
 
 
-def build_objective(config: Config, denoiser: Denoiser) -> Objective:
-    """The objective of ``config["objective"]`` on the chain of ``config["chain"]``."""
+def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = False) -> Objective:
+    """The objective of ``config["objective"]`` on the chain of ``config["chain"]``.
+
+    Args:
+        config: the configuration.
+        denoiser: what is trained.
+        baseline: Monte Carlo instead, with the same weight on the same states.
+
+    Raises:
+        ValueError: an option outside its range, or options that contradict each other.
+    """
     options = dict(config["objective"])
     name = options.pop("name")
+    if options.get("lmbda") is not None and options.get("n_steps") is not None:
+        raise ValueError(
+            f"objective.lmbda={options['lmbda']} and objective.n_steps={options['n_steps']} are two families of "
+            "targets: set one of them to null"
+        )
     scheme = OBJECTIVES[name]
-    loss = scheme.loss(denoiser, **_accepted(scheme.loss, options))
     draw: Draw
     if scheme.draw is not None:
         draw = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
     else:
         chain = Chain(denoiser.process, **_accepted(Chain, config["chain"]))
         draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]))
-    return Objective(name, loss, draw)
+    if baseline:
+        return Objective("monte_carlo", monte_carlo_loss(denoiser, **_accepted(monte_carlo_loss, options)), draw)
+    return Objective(name, scheme.loss(denoiser, **_accepted(scheme.loss, options)), draw)
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:

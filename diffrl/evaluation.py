@@ -1,6 +1,6 @@
 """What a trained denoiser is worth: value error by noise level, sample distance by network evaluations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,15 +33,31 @@ class Evaluation:
     samples: int = 2000
     distance: str = "sliced_w2"
 
+    def __post_init__(self) -> None:
+        for name in ("points", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
+
+    def check(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> None:
+        """Raise at the start what evaluating would raise at the end, asking with few points.
+
+        Raises:
+            ValueError: a noise level out of reach, a distance that is unknown or does not fit the data.
+            MissingExtra: the distance needs a package that is not installed.
+        """
+        replace(self, points=1).value_error(denoiser, oracle, data)
+        few = _reference(data)[:64]
+        sample_distance(self.distance, few, few)
+
     def value_error(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> dict[str, float]:
         """‖D - D*‖²/c_out² by σ; empty without an oracle. A conditional denoiser is asked without labels."""
         if oracle is None:
             return {}
         x0, process = _reference(data)[: self.points], denoiser.process
-        device = next(denoiser.parameters()).device
-        return value_error(
-            denoiser, oracle, x0.to(device), process, self.sigmas, sigma_data=denoiser.sigma_data
-        )
+        x0 = x0.to(next(denoiser.parameters()))
+        return value_error(denoiser, oracle, x0, process, self.sigmas, sigma_data=denoiser.sigma_data)
 
     def sample_distance(self, samples: Tensor, data: Data) -> float:
         """Distance between samples and the law that training saw; images are clipped to [-1, 1], as when saved."""
@@ -79,8 +95,13 @@ def draw_samples(
 
     Returns:
         The samples [samples, *E], and the network evaluations of each.
+
+    Raises:
+        ValueError: guidance of a network without labels.
     """
     num_classes = int(getattr(denoiser.network, "num_classes", 0))
+    if guidance_scale != 1 and num_classes == 0:
+        raise ValueError(f"guidance_scale is {guidance_scale:g}, but {data.name} was trained without labels to guide by")
     parameter = next(denoiser.parameters())
     guided = GuidedDenoiser(denoiser, num_classes, guidance_scale) if num_classes else denoiser
     parts, nfe = [], 0

@@ -1,143 +1,191 @@
 """One experiment from a configuration: train the objective, and Monte Carlo beside it, evaluate, keep the figures."""
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.data import Data
 from diffrl.evaluation import Evaluation, draw_samples
+from diffrl.extras import require_installed
 from diffrl.runs import RunFolder, versions
-from diffrl.trainer import Average, Length, Optim, Table, Target, Trainer
+from diffrl.tables import Table
+from diffrl.trainer import Average, Length, Optim, Target, Trainer
 
-__all__ = ["run_experiment"]
+__all__ = ["Interrupted", "run_experiment"]
 
 AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+LOGGERS = ("csv", "tensorboard", "wandb")
+SHOWN = {"images": 64, "points": 1000}  # samples kept for figures
 
 
-def run_experiment(
-    config: Mapping[str, Any], folder: RunFolder, *, progress: bool = True
-) -> dict[str, Any] | None:
-    """Train and evaluate every objective of a configuration, continuing whatever the folder holds already.
+class Interrupted(Exception):
+    """A run was asked to stop, and is saved."""
+
+
+def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFolder:
+    """Train and evaluate every objective of a configuration, continuing whatever a resumed folder holds already.
 
     With ``compare`` the Monte Carlo objective is trained too, on the same data, noise and gradient steps.
 
     Args:
         config: what `diffrl.configs` composes.
-        folder: the run's folder.
         progress: whether to show progress bars.
 
     Returns:
-        What results.json then holds, or None if the run was interrupted (SIGINT, SIGTERM) and saved.
+        The run's folder.
 
     Raises:
-        NonFiniteLoss, DataError, CheckpointError, ValueError: see there.
+        ValueError, DataError, MissingExtra: something in the configuration cannot be; no folder is made.
+        RunFolderError: see `RunFolder.start`.
+        Interrupted: by SIGINT or SIGTERM; the run is saved.
+        NonFiniteLoss, CheckpointError: see `Trainer`.
     """
+    _check(config)
     data = build_data(config)
-    main = config["objective"]
-    objectives = [main]
-    if config["compare"] and main["name"] != "monte_carlo":
-        objectives.append({"name": "monte_carlo", "weight": main.get("weight", "edm")})
-    head = {"config": dict(config), "seed": config["seed"], "versions": versions(), "objectives": {}}
+    _Job(config, data).check()
+    folder = RunFolder.start(config)
+    baselines = [False, True] if config["compare"] and config["objective"]["name"] != "monte_carlo" else [False]
+    head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
     results = folder.results() or head
     with _interruptible() as interrupted:
-        for objective in objectives:
-            if objective["name"] in results["objectives"]:
-                continue
-            figures = _train({**config, "objective": objective}, data, folder, interrupted, progress)
-            if figures is None:
-                return None
-            results["objectives"][objective["name"]] = figures
-            folder.write_results(results)
-    return results
+        for baseline in baselines:
+            if ("monte_carlo" if baseline else config["objective"]["name"]) not in results["objectives"]:
+                job = _Job(config, data, baseline=baseline)
+                results["objectives"][job.name] = job.run(folder, interrupted, progress)
+                folder.write_results(results)
+    return folder
 
 
-def _train(
-    config: Mapping[str, Any], data: Data, folder: RunFolder, interrupted: Callable[[], bool], progress: bool
-) -> dict[str, Any] | None:
-    """Figures of one objective, or None if interrupted."""
-    name, device, evaluation = (
-        config["objective"]["name"],
-        config["device"],
-        Evaluation(**_tuples(config["eval"])),
-    )
-    dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
-    denoiser = build_denoiser(config, data).to(device, dtype)
-    trainer = Trainer(
-        build_objective(config, denoiser),
-        data,
-        seed=config["seed"],
-        folder=folder.checkpoints(name),
-        length=Length(**config["trainer"]),
-        optim=Optim(**_tuples(config["optim"])),
-        average=Average(**config["ema"]),
-        target=Target(**config["target"]),
-        device=device,
-        autocast=AUTOCAST[config["dtype"]],
-    )
-    trainer.resume()
-    oracle = build_oracle(data, denoiser.process)
-    if oracle is not None:
-        oracle.to(device)
+class _Job:
+    """One objective of an experiment: its trainer, and how it is evaluated."""
 
-    def value_error(trainer: Trainer) -> dict[str, float]:
-        errors = evaluation.value_error(trainer.ema.module, oracle, data)
-        return {f"value_error_{sigma}": error for sigma, error in errors.items()}
-
-    columns = ["objective", *trainer.figures, "loss_value", "td_error", "grad_norm", "lr"]
-    columns += [f"value_error_{sigma:g}" for sigma in evaluation.sigmas] if oracle is not None else []
-    table = Table(folder.path / "metrics.csv", tuple(columns))
-    table.keep(lambda row: row["objective"] != name or int(row["grad_steps"]) <= trainer.step)
-    logger = _logger(config["logger"], folder.path, name)
-
-    def report(row: dict[str, float]) -> None:
-        table.append({"objective": name, **row})
-        if logger is not None:
-            for key, value in row.items():
-                logger.log_scalar(f"{name}/{key}", value, step=int(row["grad_steps"]))
-
-    if not trainer.fit(report=report, evaluate=value_error, stop=interrupted, progress=progress):
-        return None
-    average = trainer.ema.module
-    by_nfe = {}
-    for num_steps in evaluation.num_steps:
-        x, nfe = draw_samples(
-            average,
+    def __init__(self, config: Mapping[str, Any], data: Data, *, baseline: bool = False) -> None:
+        self.config, self.data = config, data
+        dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
+        denoiser = build_denoiser(config, data).to(config["device"], dtype)
+        objective = build_objective(config, denoiser, baseline=baseline)
+        self.name = objective.name
+        self.sampler = build_sampler(config)
+        self.trainer = Trainer(
+            objective,
             data,
-            build_sampler(config),
-            num_steps=num_steps,
-            samples=evaluation.samples,
-            guidance_scale=config["guidance_scale"],
+            seed=config["seed"],
+            folder=None,
+            length=Length(**config["trainer"]),
+            optim=Optim(**_tuples(config["optim"])),
+            average=Average(**config["ema"]),
+            target=Target(**config["target"]),
+            device=config["device"],
+            autocast=AUTOCAST[config["dtype"]],
         )
-        by_nfe[str(nfe)] = evaluation.sample_distance(x, data)
-    return {
-        **trainer.figures,
-        "value_error": evaluation.value_error(average, oracle, data),
-        "sample_distance": {"metric": f"{evaluation.distance}@{evaluation.samples}", "by_nfe": by_nfe},
-    }
+        self.evaluation = Evaluation(**_tuples(config["eval"]))
+        self.oracle = build_oracle(data, denoiser.process)
+        if self.oracle is not None:
+            self.oracle.to(config["device"])
+
+    def check(self) -> None:
+        """Try everything once, at little cost."""
+        trainer = self.trainer
+        x0, labels, generator = trainer.batch(0)
+        trainer.objective.draw(x0, cond=labels, generator=generator)
+        self.evaluation.check(trainer.ema.module, self.oracle, self.data)
+        self._draw(num_steps=1, samples=1)
+
+    def value_error(self) -> dict[str, float]:
+        """Of the averaged denoiser, by σ."""
+        return self.evaluation.value_error(self.trainer.ema.module, self.oracle, self.data)
+
+    def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
+        """Train to the end, or to an interruption; the figures for results.json."""
+        trainer = self.trainer
+        trainer.folder = folder.checkpoints(self.name)
+        trainer.resume()
+        columns = ["objective", *trainer.figures, "loss_value", "td_error", "grad_norm", "lr"]
+        if self.oracle is not None:
+            columns += [f"value_error_{sigma:g}" for sigma in self.evaluation.sigmas]
+        table = Table(folder.path / "metrics.csv", tuple(columns))
+        table.keep(lambda row: row["objective"] != self.name or int(row["grad_steps"]) <= trainer.step)
+        logger = _logger(self.config["logger"], str(folder.path), self.name)
+
+        def report(row: dict[str, float]) -> None:
+            table.append({"objective": self.name, **row})
+            if logger is not None:
+                for key, value in row.items():
+                    logger.log_scalar(f"{self.name}/{key}", value, step=int(row["grad_steps"]))
+
+        def evaluate(_: Trainer) -> dict[str, float]:
+            return {f"value_error_{sigma}": error for sigma, error in self.value_error().items()}
+
+        if not trainer.fit(report=report, evaluate=evaluate, stop=interrupted, progress=progress):
+            raise Interrupted(
+                f"stopped after gradient step {trainer.step} of {self.name}; continue with resume={folder.path}"
+            )
+        by_nfe, shown = {}, {}
+        kept = SHOWN["images" if len(self.data.event_shape) == 3 else "points"]
+        for num_steps in self.evaluation.num_steps:
+            x, nfe = self._draw(num_steps, self.evaluation.samples)
+            by_nfe[str(nfe)], shown[str(nfe)] = self.evaluation.sample_distance(x, self.data), x[:kept].float()
+        folder.write_samples("data", {"0": self.data.test[:kept]})
+        folder.write_samples(self.name, shown)
+        metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
+        return {
+            **trainer.figures,
+            "value_error": self.value_error(),
+            "sample_distance": {"metric": metric, "by_nfe": by_nfe},
+        }
+
+    def _draw(self, num_steps: int, samples: int) -> tuple[Tensor, int]:
+        return draw_samples(
+            self.trainer.ema.module,
+            self.data,
+            self.sampler,
+            num_steps=num_steps,
+            samples=samples,
+            guidance_scale=self.config["guidance_scale"],
+        )
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Refuse what no schema knows to be wrong."""
+    for key, known in (("dtype", tuple(AUTOCAST)), ("logger", LOGGERS)):
+        if config[key] not in known:
+            raise ValueError(f"{key} is {config[key]!r}: give {', '.join(known)}")
+    if config["logger"] != "csv":
+        require_installed(config["logger"], extra=config["logger"])
+    try:
+        torch.zeros(1, device=config["device"])
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack it
+        raise ValueError(f"device is {config['device']!r}, which cannot be used: {error}") from error
 
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
-def _logger(kind: str, folder: Path, name: str) -> Any:
+def _logger(kind: str, folder: str, name: str) -> Any:
     """TorchRL's logger of that kind; None for "csv", which metrics.csv is already."""
     if kind == "csv":
         return None
     from torchrl.record.loggers import get_logger  # costs seconds
 
-    return get_logger(kind, logger_name=str(folder / kind), experiment_name=name)
+    mode = {"wandb_kwargs": {"mode": os.environ.get("WANDB_MODE", "online")}} if kind == "wandb" else {}
+    return get_logger(kind, logger_name=f"{folder}/{kind}", experiment_name=name, **mode)
 
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turn SIGINT and SIGTERM into a flag, so that a run stops between two steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread hears signals
+        return
     seen: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:

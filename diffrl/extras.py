@@ -1,9 +1,10 @@
 """Optional dependencies: imported when needed, and named with their remedy when missing."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
-__all__ = ["MissingExtra", "require"]
+__all__ = ["MissingExtra", "require", "require_installed"]
 
 
 class MissingExtra(ImportError):
@@ -24,3 +25,17 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtra(f"{module} is missing: pip install 'diffrl[{extra}]'") from error
+
+
+def require_installed(*modules: str, extra: str) -> None:
+    """Say which extra is missing before any work is done; nothing is imported yet.
+
+    Args:
+        modules: top-level names.
+        extra: the extra that installs them all.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise MissingExtra(f"{', '.join(missing)} missing: pip install 'diffrl[{extra}]'")

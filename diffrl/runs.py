@@ -3,12 +3,17 @@
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -36,32 +41,49 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def start(cls, config: Mapping[str, Any]) -> "tuple[RunFolder, dict[str, Any]]":
-        """The folder to work in and the configuration to follow: a new run's, or with ``resume`` an old one's.
+    def start(cls, config: Mapping[str, Any]) -> "RunFolder":
+        """The folder to work in: with ``resume`` an old run's, else a new one.
 
         Raises:
             RunFolderError: there is another run in the folder, or none to resume.
         """
-        if config["resume"] is not None:
-            folder = cls.open(Path(config["resume"]))
-            return folder, folder.config()
-        return cls.create(Path(config["run_dir"]), config), dict(config)
+        if config["resume"] is None:
+            return cls.create(None if config["run_dir"] is None else Path(config["run_dir"]), config)
+        folder = cls.open(Path(config["resume"]))
+        stored, movable = folder.config(), ("device", "resume", "run_dir")
+        if other := [k for k in config if k not in movable and config[k] != stored.get(k)]:
+            raise RunFolderError(
+                f"{folder.path} holds a run with other settings of {', '.join(other)}: "
+                "it can only be resumed as it was started"
+            )
+        return folder
 
     @classmethod
-    def create(cls, path: Path, config: Mapping[str, Any]) -> "RunFolder":
-        """A folder for a new run, with its config and the versions it runs on.
+    def create(cls, path: Path | None, config: Mapping[str, Any]) -> "RunFolder":
+        """A folder for a new run, with its config, command and the versions it runs on.
+
+        Args:
+            path: the folder; None picks a new one, runs/<time>_<data>_<objective>_s<seed>.
+            config: the run's configuration.
 
         Raises:
             RunFolderError: it holds another run already.
         """
+        if path is None:
+            path = _new_folder(config)
         folder = cls(path)
         if folder.config_file.exists():
             raise RunFolderError(
                 f"{path} already holds a run: continue it with resume={path}, or choose another run_dir"
             )
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be made a run folder ({error}): choose another run_dir") from error
         write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
-        write_atomically(folder.config_file, OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+        write_atomically(path / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
+        whole = OmegaConf.create({**config, "run_dir": str(path)})
+        write_atomically(folder.config_file, OmegaConf.to_yaml(whole))
         return folder
 
     @classmethod
@@ -99,6 +121,20 @@ class RunFolder:
     def checkpoints(self, objective: str) -> Path:
         """Folder of an objective's checkpoints."""
         return self.path / "checkpoints" / objective
+
+    def samples(self) -> dict[str, dict[str, Tensor]]:
+        """Samples to look at: objective → network evaluations of each → [n, *E]; "data" → "0" → real ones."""
+        files = sorted((self.path / "samples").glob("*.safetensors"))
+        return {file.stem: safetensors.torch.load_file(file) for file in files}
+
+    def write_samples(self, objective: str, by_nfe: Mapping[str, Tensor]) -> None:
+        """Replace the samples of an objective at once."""
+        file = self.path / "samples" / f"{objective}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        tensors = {nfe: x.cpu().contiguous() for nfe, x in by_nfe.items()}
+        safetensors.torch.save_file(tensors, temporary)
+        os.replace(temporary, file)
 
 
 @dataclass(frozen=True)
@@ -149,7 +185,8 @@ def load(path: str | Path, objective: str | None = None) -> Run:
     config = folder.config()
     objective = objective or config["objective"]["name"]
     data = build_data(config)
-    denoiser = build_denoiser(config, data)
+    dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
+    denoiser = build_denoiser(config, data).to(dtype)
     newest = latest_checkpoint(folder.checkpoints(objective))
     if newest is None:
         raise CheckpointError(
@@ -157,6 +194,21 @@ def load(path: str | Path, objective: str | None = None) -> Run:
         )
     denoiser.load_state_dict(load_checkpoint(newest).weights["ema"])
     return Run(denoiser.eval(), config, folder.results(), objective, data)
+
+
+def _new_folder(config: Mapping[str, Any]) -> Path:
+    """A folder that nobody else has: runs that start in the same second are numbered."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = f"{now}_{config['data']['name']}_{config['objective']['name']}_s{config['seed']}"
+    number = 1
+    while True:
+        path = Path("runs") / (name if number == 1 else f"{name}_{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
 
 
 def versions() -> dict[str, str]:

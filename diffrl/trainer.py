@@ -1,9 +1,9 @@
-"""The training loop: gradient steps, learning rate, averages, checkpoints, one table of figures."""
+"""The training loop: gradient steps, learning rate, averages, checkpoints."""
 
-import csv
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from torchrl.objectives import HardUpdate, SoftUpdate
 from tqdm import tqdm
 
 from diffrl.build import Objective
-from diffrl.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.data import Data
 from diffrl.ema import EMA
 
-__all__ = ["Average", "Length", "NonFiniteLoss", "Optim", "Table", "Target", "Trainer", "step_generator"]
+__all__ = ["Average", "Length", "NonFiniteLoss", "Optim", "Target", "Trainer", "step_generator"]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -57,8 +57,16 @@ class Optim:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}: give two decay rates in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}: it must be 0 or more")
         if self.decay not in ("cosine", "none"):
             raise ValueError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm is {self.clip_norm}: it must be above 0; null does not clip")
 
     def lr_at(self, step: int, grad_steps: int) -> float:
         """Learning rate of gradient step `step`, counted from 0."""
@@ -80,6 +88,12 @@ class Target:
 
     decay: float = 0.999
     every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"target.decay is {self.decay}: it must lie in [0, 1]")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"target.every is {self.every}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -118,58 +132,15 @@ class Length:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (
-            "grad_steps",
-            "batch_size",
-            "report_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} is {getattr(self, name)}: it must be at least 1")
+        for name, value in vars(self).items():
+            if name != "label_dropout" and value < 1:
+                raise ValueError(f"trainer.{name} is {value}: it must be at least 1")
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"trainer.label_dropout is {self.label_dropout}: it is a share in [0, 1]")
 
 
-class Table:
-    """`metrics.csv`: one row per report, one column per figure, empty where a figure was not taken."""
-
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self.path, self.columns = path, columns
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row at the end.
-
-        Raises:
-            KeyError: a figure without a column.
-        """
-        if unknown := set(row) - set(self.columns):
-            raise KeyError(f"no column for {', '.join(sorted(unknown))}")
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-
-    def rows(self) -> list[dict[str, str]]:
-        """All rows, as text."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
-
-    def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:
-        """Drop the rows that are not wanted: those a resumed run writes again."""
-        rows = [row for row in self.rows() if wanted(row)]
-        self.path.unlink(missing_ok=True)
-        for row in rows:
-            self.append(row)
-
-
 class Trainer:
-    """Trains one objective; `steps` yields after each gradient step, `fit` runs to the end.
+    """Trains one objective: `steps` yields after each gradient step, `fit` runs to the end.
 
     Args:
         objective: the loss and what draws its states.
@@ -184,8 +155,7 @@ class Trainer:
         autocast: dtype for the network's arithmetic, e.g. torch.bfloat16; values stay in float32.
 
     Raises:
-        NonFiniteLoss: from `steps`, at the step where loss or gradient is not finite; weights and
-            checkpoints are those of the step before.
+        NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
     """
 
     def __init__(
@@ -232,16 +202,20 @@ class Trainer:
         }
 
     def steps(self) -> Iterator[dict[str, float]]:
-        """One gradient step an iteration, from where the trainer stands; yields its figures."""
+        """One gradient step an iteration, from where the trainer stands; yields its figures.
+
+        A checkpoint is due only when the next step is asked for: what the caller does with the figures of a
+        step is done when the step is saved, and lost with it otherwise.
+        """
         self.denoiser.train()
         while self.step < self.length.grad_steps:
             start = time.perf_counter()
             yielded = self._step()
             self.seconds += time.perf_counter() - start
+            yield yielded
             last = self.step == self.length.grad_steps
             if self.folder is not None and (last or self.step % self.length.checkpoint_every == 0):
                 self.save()
-            yield yielded
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None, Generator]:
         """Data of a step, its labels (some dropped), and the generator that the noise continues from."""
@@ -267,14 +241,9 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.parameters if p.grad is not None], foreach=True
         )
-        if not bool(torch.isfinite(loss + norm)):
+        if not bool(torch.isfinite(loss.detach() + norm)):
             self.optimiser.zero_grad()
-            kept = None if self.folder is None else latest_checkpoint(self.folder)
-            raise NonFiniteLoss(
-                f"{self.objective.name}: loss {float(loss):g} with gradient norm {float(norm):g} at gradient step "
-                f"{self.step}; stopped before the update. Last good checkpoint: {kept or 'none'}. "
-                "Lower optim.lr, or set optim.clip_norm"
-            )
+            raise self._not_finite(f"loss {loss.item():g} with gradient norm {norm.item():g}")
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_norm, norm, foreach=True)
         lr = self.optim.lr_at(self.step, self.length.grad_steps)
@@ -287,19 +256,32 @@ class Trainer:
         self.ema.update(self.length.batch_size)
         self.step += 1
         return {
-            "loss_value": float(loss),
-            "td_error": float(out["td_error"]),
-            "grad_norm": float(norm),
+            "loss_value": loss.item(),
+            "td_error": out["td_error"].item(),
+            "grad_norm": norm.item(),
             "lr": lr,
         }
+
+    def _not_finite(self, what: str) -> NonFiniteLoss:
+        kept = None if self.folder is None else latest_checkpoint(self.folder)
+        return NonFiniteLoss(
+            f"{self.objective.name}: {what} at gradient step {self.step}; last good checkpoint: "
+            f"{kept or 'none'}. Lower optim.lr, or clip with optim.clip_norm"
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step.
+
+        Raises:
+            NonFiniteLoss: the weights are not finite any more.
+        """
         if self.folder is None:
             raise ValueError("this trainer has no folder for checkpoints")
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise self._not_finite("weights that are not finite")
         weights = {"model": self.denoiser.state_dict(), "ema": self.ema.module.state_dict()}
         if self.target is not None:
             weights["target"] = {k: v for k, v in self.loss.state_dict().items() if k.startswith("target_")}
@@ -324,7 +306,11 @@ class Trainer:
             return False
         checkpoint = load_checkpoint(path)
         weights, training = checkpoint.weights, checkpoint.training
-        self.denoiser.load_state_dict(weights["model"])
+        try:
+            self.denoiser.load_state_dict(weights["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"checkpoint {path} is of another network: {reason}") from error
         self.ema.load_state_dict({"samples": training["ema_samples"], "module": weights["ema"]})
         if self.target is not None:
             self.loss.load_state_dict(weights["target"], strict=False)
@@ -353,9 +339,14 @@ class Trainer:
         Returns:
             Whether training reached its end.
         """
-        total, shown = self.length.grad_steps, "-"
+        total, shown = self.length.grad_steps, ""
         with tqdm(
-            total=total, initial=self.step, desc=self.objective.name, unit="step", disable=not progress
+            total=total,
+            initial=self.step,
+            desc=self.objective.name,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # a line of a log each
+            disable=not progress,
         ) as bar:
             for figures in self.steps():
                 last = self.step == total
@@ -366,11 +357,12 @@ class Trainer:
                         evaluated = evaluate(self)
                         self.denoiser.train()
                         row |= evaluated
-                        shown = " ".join(f"{value:.3g}" for value in evaluated.values())
+                        if evaluated:
+                            shown = f"value error {sum(evaluated.values()) / len(evaluated):.3g}, "
                     report(row)
-                    rate = self.loss.network_evaluations / max(self.seconds, 1e-9)
+                    rate = row["samples"] / max(self.seconds, 1e-9)
                     bar.set_postfix_str(
-                        f"loss {row['loss_value']:.3g}, value error {shown}, {rate:,.0f} samples/s"
+                        f"loss {row['loss_value']:.3g}, {shown}{rate:,.0f} samples/s", refresh=False
                     )
                 bar.update()
                 if stop() and not last:

@@ -9,15 +9,19 @@ from typing import Any
 
 from diffrl.configs.cli import command
 from diffrl.experiment import run_experiment
-from diffrl.runs import RunFolder
+from diffrl.extras import require_installed
+from diffrl.plots import draw_summary
+from diffrl.summary import summary_table
 
 
 @command("train")
 def main(config: dict[str, Any]) -> None:
     """Train, print the table, draw the figure."""
-    folder, config = RunFolder.start(config)
-    results = run_experiment(config, folder)
-    print(results)
+    require_installed("matplotlib", "ot", "PIL", "scipy", "sklearn", "torchmetrics", extra="demo")
+    folder = run_experiment(config)
+    figure = draw_summary(folder.path)
+    print(summary_table(folder.results()))
+    print(f"\nrun folder  {folder.path}\nfigure      {figure}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""What a run found, from its results.json: names for people, and one table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffrl.tables import aligned
+
+__all__ = ["distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
+
+DISTANCES = {
+    "w2": "W2 distance",
+    "sliced_w2": "sliced W2 distance",
+    "mmd": "squared MMD",
+    "fd_digits_cnn": "Fréchet distance (digits_cnn)",
+}
+
+
+def objective_label(name: str, config: Mapping[str, Any]) -> str:
+    """Name of an objective for people, such as "TD(λ=0.5)".
+
+    Args:
+        name: its key in ``results["objectives"]``.
+        config: the run's configuration.
+    """
+    if name == "monte_carlo":
+        return "Monte Carlo"
+    if name == "td_edm":
+        return "TD-EDM"
+    options = config["objective"]
+    if options["lmbda"] is not None:
+        return "TD(0)" if options["lmbda"] == 0 else f"TD(λ={options['lmbda']:g})"
+    return "TD(0)" if options["n_steps"] in (None, 1) else f"{options['n_steps']}-step TD"
+
+
+def distance_label(metric: str) -> str:
+    """Name for people of ``results["objectives"][...]["sample_distance"]["metric"]``, without the count."""
+    name = metric.partition("@")[0]
+    return DISTANCES.get(name, name)
+
+
+def mean_value_error(errors: Mapping[str, float]) -> float:
+    """Mean over noise levels."""
+    return sum(errors.values()) / len(errors)
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """One line that says what was run."""
+    config = results["config"]
+    data, length = config["data"], config["trainer"]
+    dim = f" ({data['dim']}-D, {data['components']} components)" if data["name"] == "gmm" else ""
+    versus = " and ".join(objective_label(name, config) for name in results["objectives"])
+    return (
+        f"{versus} on {data['name']}{dim}: {length['grad_steps']:,} gradient steps "
+        f"of {length['batch_size']} data, seed {results['seed']}"
+    )
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """One row a figure, one column an objective; of two objectives, a last column with their ratio."""
+    objectives = results["objectives"]
+    labels = [objective_label(name, results["config"]) for name in objectives]
+    found = list(objectives.values())
+    rows = [["", *labels], []]
+    two = len(found) == 2
+    if two:
+        rows[0].append("ratio")
+
+    def add(name: str, figures: list[float], text: str = "#.3g") -> None:
+        row = [name, *(format(figure, text).rstrip(".") for figure in figures)]
+        rows.append([*row, f"{figures[0] / figures[1]:.2f}" if two and figures[1] else ""][: len(rows[0])])
+
+    for sigma in found[0]["value_error"]:
+        add(f"value error, σ = {sigma}", [f["value_error"][sigma] for f in found])
+    if found[0]["value_error"]:
+        add("value error, mean", [mean_value_error(f["value_error"]) for f in found])
+        rows.append([])
+    distance = distance_label(found[0]["sample_distance"]["metric"])
+    for nfe in found[0]["sample_distance"]["by_nfe"]:
+        add(f"{distance}, NFE {nfe}", [f["sample_distance"]["by_nfe"][nfe] for f in found])
+    rows.append([])
+    add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
+    add("seconds of training", [f["seconds"] for f in found], ".1f")
+    return f"{title(results)}\n\n{aligned(rows)}"
