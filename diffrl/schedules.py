@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from diffrl.vp_curves import Cosine, Curve, LinearBeta, Scaled, Sigmoid
+
 __all__ = ["DDPM", "EDM", "PROCESSES", "VP", "Flow", "Schedule"]
 
 
@@ -158,77 +160,95 @@ class EDM(Schedule):
 class VP(Schedule):
     """Variance-preserving process in continuous time, t ∈ [0, 1]: σ_t = √(1-α_t²).
 
-        linear:  α_t = exp(-½ (β_min t + ½ (β_max - β_min) t²))
-        cosine:  α_t = cos(½π t)
+        linear:   α_t = exp(-½ (β_min t + ½ (β_max - β_min) t²))
+        cosine:   α_t = cos(½π t)
+        sigmoid:  α_t² = (s(end/τ) - s(u)) / (s(end/τ) - s(start/τ)),    u = (start + t (end - start))/τ
 
-    Levels are spaced evenly from t_max to t_min. The cosine's α is 0 at t = 1: keep t_max below it where a
-    log-SNR or a prediction of noise is wanted.
-
-    Source: Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
-    eqs. 11 and 33, https://arxiv.org/abs/2011.13456; cosine: Improved Denoising Diffusion Probabilistic
-    Models (Nichol & Dhariwal, 2021), eq. 17 without offset, https://arxiv.org/abs/2102.09672.
+    Levels are spaced evenly from t_max to t_min. Cosine and sigmoid have α = 0 at t = 1: keep t_max below it
+    where a log-SNR or a prediction of noise is wanted. An `input_scale` b shifts the log-SNR by 2 log b: it is
+    for α_t b x0 + σ_t ε divided by its standard deviation, which has the same posterior but ends at x0.
+    Simple diffusion's shift is that too, b = (resolution the curve was made for)/(resolution of the data).
+    Sources: see `diffrl.vp_curves`.
 
     Args:
-        kind: "linear" or "cosine".
+        kind: "linear", "cosine" or "sigmoid".
         beta_min: β at t = 0, > 0 (linear).
         beta_max: β at t = 1, ≥ beta_min (linear).
         t_min: time of the least noisy level, > 0.
         t_max: time of the noisiest level, ≤ 1.
+        start, end: of the piece of the logistic curve, start < end (sigmoid).
+        tau: τ > 0 (sigmoid).
+        input_scale: b > 0.
+        log_snr_max: if given, t_min and t_max are where the log-SNR, before a shift, is this and minus this;
+            the cosine with 15 is simple diffusion's.
 
     Raises:
         ValueError: an argument outside its range.
     """
 
-    kind: Literal["linear", "cosine"] = "linear"
+    kind: Literal["linear", "cosine", "sigmoid"] = "linear"
     beta_min: float = 0.1
     beta_max: float = 20.0
     t_min: float = 1e-3
     t_max: float = 0.999
+    start: float = -3.0
+    end: float = 3.0
+    tau: float = 1.0
+    input_scale: float = 1.0
+    log_snr_max: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "cosine"):
-            raise ValueError(f"VP has kinds linear and cosine, not {self.kind!r}")
+        if self.kind not in ("linear", "cosine", "sigmoid"):
+            raise ValueError(f"VP has kinds sigmoid, linear and cosine, not {self.kind!r}")
         if not 0 < self.t_min < self.t_max <= 1:
             raise ValueError(f"VP needs 0 < t_min < t_max <= 1, not {self.t_min} and {self.t_max}")
-        if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"VP needs 0 < beta_min <= beta_max, not {self.beta_min} and {self.beta_max}")
+        if self.log_snr_max is not None and not self.log_snr_max > 0:
+            raise ValueError(f"VP needs log_snr_max > 0, not {self.log_snr_max}")
+        if self._ends[1] > 1:
+            raise ValueError(f"log_snr_max is {self.log_snr_max}: the {self.kind} curve does not go so far")
 
-    def _log_alpha(self, t: Tensor) -> Tensor:
-        """Of the linear kind."""
-        return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
+    @cached_property
+    def _curve(self) -> Curve:
+        curve: Curve = Cosine()
+        if self.kind == "linear":
+            curve = LinearBeta(self.beta_min, self.beta_max)
+        elif self.kind == "sigmoid":
+            curve = Sigmoid(self.start, self.end, self.tau)
+        return curve if self.input_scale == 1 else Scaled(curve, self.input_scale)
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """Times of the least noisy and of the noisiest level."""
+        curve = self._curve  # which checks its numbers
+        if self.log_snr_max is None:
+            return self.t_min, self.t_max
+        ends = torch.tensor([self.log_snr_max, -self.log_snr_max], dtype=torch.float64)
+        low, high = curve.t_from_log_snr(ends + 2 * math.log(self.input_scale)).tolist()
+        return low, high
 
     def alpha(self, t: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return (t * (math.pi / 2)).cos().clamp(min=0)  # float32 rounds π/2 up: its cosine is < 0
-        return self._log_alpha(t).exp()
+        return self._curve.alpha(t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return (t * (math.pi / 2)).sin()
-        return (-torch.expm1(2 * self._log_alpha(t))).sqrt()
+        return self._curve.sigma(t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return -(math.pi / 2) * (t * (math.pi / 2)).sin()
-        return -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * t) * self.alpha(t)
+        return self._curve.alpha_dot(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
-        return -self.alpha(t) * self.alpha_dot(t) / self.sigma(t)
+        return self._curve.sigma_dot(t)
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        if self.kind == "cosine":
-            return torch.atan((-log_snr / 2).exp()) * (2 / math.pi)
-        # -2 log α = softplus(-log SNR) = β_min t + ½ (β_max - β_min) t²
-        c = torch.nn.functional.softplus(-log_snr)
-        b, a = self.beta_min, 0.5 * (self.beta_max - self.beta_min)
-        return 2 * c / (b + (b**2 + 4 * a * c).sqrt())
+        return self._curve.t_from_log_snr(log_snr)
 
     def _level(self, index: Tensor, num_steps: int) -> Tensor:
-        t = self.t_max + index / max(num_steps - 1, 1) * (self.t_min - self.t_max)
+        t_min, t_max = self._ends
+        t = t_max + index / max(num_steps - 1, 1) * (t_min - t_max)
         return t.clamp(max=1)  # the process ends there
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:
-        return (t.double() - self.t_max) / (self.t_min - self.t_max) * max(num_steps - 1, 1)
+        t_min, t_max = self._ends
+        return (t.double() - t_max) / (t_min - t_max) * max(num_steps - 1, 1)
 
 
 @dataclass(frozen=True)
