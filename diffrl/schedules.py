@@ -165,8 +165,8 @@ class VP(Schedule):
         sigmoid:  α_t² = (s(end/τ) - s(u)) / (s(end/τ) - s(start/τ)),    u = (start + t (end - start))/τ
 
     Levels are spaced evenly from t_max to t_min. Cosine and sigmoid have α = 0 at t = 1: keep t_max below it
-    where a log-SNR or a prediction of noise is wanted. An `input_scale` b shifts the log-SNR by 2 log b: it is
-    for α_t b x0 + σ_t ε divided by its standard deviation, which has the same posterior but ends at x0.
+    where a log-SNR or a prediction of noise is wanted. An `input_scale` b shifts the log-SNR by 2 log b: it
+    is for α_t b x0 + σ_t ε divided by its standard deviation, which has the same posterior but ends at x0.
     Simple diffusion's shift is that too, b = (resolution the curve was made for)/(resolution of the data).
     Sources: see `diffrl.vp_curves`.
 
