@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, Any
 if __name__ != "diffrl.envs":
     raise ImportError(f"this package is not {__name__!r}: import it as diffrl.envs")
 
-_HOMES = {"DiffusionMRP": "mrp"}  # name → the module that defines it
+# name → the module that defines it
+_HOMES = {
+    "DiffusionMRP": "mrp",
+    "DiffusionMRPEnv": "gymnasium_mrp",
+    "DiffusionMRPVectorEnv": "gymnasium_mrp",
+}
 
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
+    from diffrl.envs.gymnasium_mrp import DiffusionMRPEnv as DiffusionMRPEnv
+    from diffrl.envs.gymnasium_mrp import DiffusionMRPVectorEnv as DiffusionMRPVectorEnv
     from diffrl.envs.mrp import DiffusionMRP as DiffusionMRP
 else:  # hidden from type checkers, which would take any name for granted
 

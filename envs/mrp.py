@@ -1,0 +1,217 @@
+"""The denoising chain as a TorchRL environment: a batch of Markov reward processes on any device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from diffrl import keys
+from diffrl.data import Data
+from diffrl.envs.reward_process import RewardProcess, States
+from diffrl.schedules import Schedule
+
+__all__ = ["DiffusionMRP"]
+
+
+class DiffusionMRP(EnvBase):
+    """A batch of denoising chains: nothing to decide, each step pays the drift of the posterior mean.
+
+    A chain starts at the noisiest level of a datum x0 that only the environment knows, and ends at x0 itself:
+
+        x_s ~ N(A x0 + κ x_t, std²),    r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i
+
+    `rollout(K)` equals `diffrl.sample_chain` in law, and in number given the same noise: training takes the
+    latter, which is faster. The action has width zero. All of the state travels in the TensorDict, so
+    `step` may be given any state; past the clean one nothing changes and nothing is paid.
+
+    `reset(td, set_state=True)` starts at the x0 of td (and its `cond`); with an `index` too, at that
+    position; with `x_t` too, at that state.
+
+    >>> import diffrl, diffrl.envs, torch
+    >>> env = diffrl.envs.DiffusionMRP(diffrl.EDM(), torch.randn(100, 2), num_steps=18, batch_size=[64])
+    >>> env.rollout(18)["next", "reward"].shape
+    torch.Size([64, 18, 2])
+
+    Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048.
+
+    Args:
+        process: noise schedule.
+        data: what x0 is drawn from: a data set, or points of a floating dtype, [M, *E].
+        num_steps: N ≥ 1, the noise levels; see `diffrl.chains.Chain`.
+        coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
+        span: k ≥ 1, levels between successive states; K = ⌈N/k⌉ steps reach clean data.
+        stride: Δ > 0, levels of the step whose posterior mean is the value.
+        value: "posterior_mean", or "clean": A = 1, κ = 0, and only the last step pays.
+        batch_size: the chains, e.g. [64]; [] is a single one.
+        device: where states live; data are drawn on the CPU.
+        reward_mode: "vector", of the event's shape, or "sum" over it, [*b, 1].
+        max_steps: cut chains at this position: truncated; None lets them run to clean data.
+        noise: standard normal numbers for a tensor of the wanted shape, as `diffrl.samplers.Noise`: called
+            once at each reset and each step; None draws from the environment's own generator.
+        seed: of its generator; None takes one from torch's global state.
+
+    Raises:
+        TypeError: process is no schedule, or data holds integers or is something else.
+        ValueError: an argument is outside its range.
+        DataError: data holds NaN or infinity, or is smaller than the batch.
+    """
+
+    _supports_set_state = True
+
+    def __init__(
+        self,
+        process: Schedule,
+        data: Data | Tensor,
+        *,
+        num_steps: int,
+        coupling: float | str = "markov",
+        span: int = 1,
+        stride: float = 1.0,
+        value: Literal["posterior_mean", "clean"] = "posterior_mean",
+        batch_size: Sequence[int] = (64,),
+        device: torch.device | str = "cpu",
+        reward_mode: Literal["vector", "sum"] = "vector",
+        max_steps: int | None = None,
+        noise: Callable[[Tensor], Tensor] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(device=torch.device(device), batch_size=torch.Size(batch_size))
+        if reward_mode not in ("vector", "sum"):
+            raise ValueError(f"reward_mode is {reward_mode!r}: give 'vector' or 'sum'")
+        self.reward_process = RewardProcess(
+            process,
+            data,
+            num_steps=num_steps,
+            coupling=coupling,
+            span=span,
+            stride=stride,
+            value=value,
+            max_steps=max_steps,
+        )
+        self.reward_mode, self.noise = reward_mode, noise
+        self._make_specs()
+        self._make_generators(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+
+    @property
+    def num_transitions(self) -> int:
+        """K, the steps of a whole chain: `rollout(env.num_transitions)`."""
+        return self.reward_process.chain.num_transitions
+
+    def to(self, device: torch.device | str) -> "DiffusionMRP":
+        """Move the environment; its generator on the new device is seeded by the old one."""
+        moved = super().to(device)
+        seed = torch.randint(2**62, (), generator=self._generator, device=self._generator.device)
+        self._make_generators(int(seed))
+        return moved
+
+    def _make_specs(self) -> None:
+        b, r = self.batch_size, self.reward_process
+
+        def real(*shape: int) -> Unbounded:
+            return Unbounded((*b, *shape), dtype=r.dtype, device=self.device)
+
+        def state() -> Composite:
+            index = Bounded(0, r.chain.num_transitions, shape=(*b, 1), dtype=torch.int64, device=self.device)
+            spec = Composite(
+                {
+                    keys.X_T: real(*r.event_shape),
+                    keys.T: real(1),
+                    keys.X0: real(*r.event_shape),
+                    keys.A: real(1),
+                    keys.KAPPA: real(1),
+                    keys.INDEX: index,
+                },
+                shape=b,
+                device=self.device,
+            )
+            if r.num_classes:
+                spec[keys.COND] = Categorical(r.num_classes, shape=b, dtype=torch.int64, device=self.device)
+            return spec
+
+        self.observation_spec, self.state_spec = state(), state()
+        self.action_spec = real(0)
+        self.reward_spec = real(1) if self.reward_mode == "sum" else real(*r.event_shape)
+        flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+        self.done_spec = Composite(
+            {k: Categorical(2, shape=(*b, 1), dtype=torch.bool, device=self.device) for k in flags},
+            shape=b,
+            device=self.device,
+        )
+
+    def _make_generators(self, seed: int) -> None:
+        # data are drawn on the CPU; with one generator for both, x0 and the noise are independent
+        self._generator = torch.Generator(self.device)
+        on_cpu = self._generator.device.type == "cpu"
+        self._data_generator = self._generator if on_cpu else torch.Generator()
+        self._set_seed(seed)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._generator.manual_seed(seed)
+            self._data_generator.manual_seed(seed)
+
+    def _draw_noise(self, x: Tensor) -> Tensor:
+        if self.noise is not None:
+            return self.noise(x)
+        return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        set_state: bool = False,
+        **_: Any,  # TorchRL passes on what the caller gave to reset
+    ) -> TensorDict:
+        b, r = self.batch_size, self.reward_process
+        index = torch.zeros(b, dtype=torch.int64, device=self.device)
+        if set_state and tensordict is not None:
+            return self._observe(*self._given(tensordict, index))
+        x0, cond = r.draw(b.numel(), self._data_generator)
+        x0 = x0.to(self.device).view(*b, *r.event_shape)
+        cond = None if cond is None else cond.to(self.device).view(b)
+        return self._observe(r.start(index, x0, self._draw_noise(x0)), x0, cond)
+
+    def _given(self, td: TensorDictBase, index: Tensor) -> tuple[States, Tensor, Tensor | None]:
+        """States, x0 and labels that a TensorDict sets; what it does not hold is drawn."""
+        r = self.reward_process
+        x0, x, at = (td.get(key, None) for key in (keys.X0, keys.X_T, keys.INDEX))
+        if x0 is None or (x is not None and at is None):
+            missing = keys.X0 if x0 is None else keys.INDEX
+            raise ValueError(f"set_state=True: the TensorDict has no {missing!r}, which the state needs")
+        x0, cond = r.given(x0, td.get(keys.COND, None), self.batch_size)
+        if at is not None:
+            index = at.squeeze(-1)
+            if bool(((index < 0) | (index >= r.last)).any()):
+                raise ValueError(f"set_state=True: a chain starts at an index in [0, {r.last - 1}]")
+        states = r.start(index, x0, self._draw_noise(x0)) if x is None else r.states(index, x)
+        return states, x0, cond
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        x0, x, index = (tensordict.get(key) for key in (keys.X0, keys.X_T, keys.INDEX))
+        left = self.reward_process.states(index.squeeze(-1), x)
+        states, reward, terminated, truncated = self.reward_process.step(left, x0, self._draw_noise(x))
+        if self.reward_mode == "sum":
+            reward = reward.flatten(self.batch_dims).sum(-1, keepdim=True)
+        reached = self._observe(states, x0, tensordict.get(keys.COND, None))
+        reached.set(keys.REWARD, reward)
+        reached.set(keys.TERMINATED, terminated.unsqueeze(-1))
+        reached.set(keys.TRUNCATED, truncated.unsqueeze(-1))
+        reached.set(keys.DONE, (terminated | truncated).unsqueeze(-1))
+        return reached
+
+    def _observe(self, states: States, x0: Tensor, cond: Tensor | None) -> TensorDict:
+        seen = {
+            keys.X_T: states.x,
+            keys.T: states.t.unsqueeze(-1),
+            keys.X0: x0,
+            keys.A: states.A.unsqueeze(-1),
+            keys.KAPPA: states.kappa.unsqueeze(-1),
+            keys.INDEX: states.index.unsqueeze(-1),
+        }
+        if cond is not None:
+            seen[keys.COND] = cond
+        return TensorDict(seen, self.batch_size, device=self.device)
