@@ -135,7 +135,7 @@ def normal_log_prob(
         raise ValueError(
             "std is 0: a deterministic step has no log-probability; use eta > 0 or a floor on std"
         )
-    std = expand_like(std.to(x.dtype), x)
+    std = expand_like(std.to(x), x)
     log_p = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     flat = log_p.flatten(batch_dims) if x.ndim > batch_dims else log_p.unsqueeze(-1)
     return flat.sum(-1) if reduction == "sum" else flat.mean(-1)

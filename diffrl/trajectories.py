@@ -93,7 +93,7 @@ def draw_chain(
         assert window is not None
         start = torch.randint(K - window + 1, (B, 1), generator=generator, device=x0.device)
         index = start + torch.arange(window + 1, device=x0.device)
-        rows = index.cpu()
+        rows = index
         num_noise = window + 1
     W = index.shape[1] - 1
     tables = (chain.t, *chain.scales, *chain.value_coefficients, *chain.noise_mixing)
@@ -146,8 +146,8 @@ class ChainSampler:
         chain: the levels.
         window: transitions kept of each chain; None keeps whole chains.
         jitter: shift the grid by one uniform draw from (-½, ½) a batch, so that all noise levels are trained.
-            With a positive shift the last level is clean already and a chain is one shorter. None: where the
-            process has continuous times.
+            A positive shift makes the last level clean already, and the chain one shorter where the span
+            visits it. None: where the process has continuous times.
     """
 
     chain: Chain
