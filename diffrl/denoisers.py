@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffrl.predictions import PredictionType, Scalings, scalings
+from diffrl.predictions import PredictionType, Scalings, boundary_scalings, scalings
 from diffrl.schedules import Schedule
 from diffrl.shapes import expand_like, require_floating
 
@@ -44,8 +44,11 @@ class Denoiser(nn.Module):
         network: F, any module (x [N, *E], c_noise [N], cond) → [N, *E].
         process: noise schedule.
         sigma_data: σd, standard deviation of the data.
-        prediction_type: what F predicts; see `diffrl.predictions.scalings`.
-        time_input: what the network is told of t: "c_noise" (≈ ln(σ/α)/4) or "t" itself.
+        prediction_type: what F predicts, see `diffrl.predictions.scalings`; or "consistency", the form of
+            consistency models, which is x at σ_min, see `diffrl.predictions.boundary_scalings`.
+        time_input: what the network is told of t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
+            want it), "c_noise_x1000" (250 ln σ, as consistency models were published, for networks that embed
+            timesteps up to 1000), or "t" itself.
 
     Raises:
         ValueError: an unknown prediction type or time input, or sigma_data ≤ 0.
@@ -56,20 +59,22 @@ class Denoiser(nn.Module):
         network: nn.Module,
         process: Schedule,
         sigma_data: float = 0.5,
-        prediction_type: PredictionType = "edm",
-        time_input: Literal["c_noise", "t"] = "c_noise",
+        prediction_type: PredictionType | Literal["consistency"] = "edm",
+        time_input: Literal["c_noise", "c_noise_x1000", "t"] = "c_noise",
     ) -> None:
         super().__init__()
         if not sigma_data > 0:
             raise ValueError(f"sigma_data is {sigma_data}: the data's standard deviation is > 0")
-        if time_input not in ("c_noise", "t"):
-            raise ValueError(f"time_input is {time_input!r}: give 'c_noise' or 't'")
+        if time_input not in ("c_noise", "c_noise_x1000", "t"):
+            raise ValueError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input = prediction_type, time_input
         self.scalings(process.time_grid(1)[:1])  # refuses an unknown type here, and not in training
 
     def scalings(self, t: Tensor) -> Scalings:
         """c_skip, c_out and c_in at times t."""
+        if self.prediction_type == "consistency":
+            return boundary_scalings(self.process, t, self.sigma_data)
         return scalings(self.process, t, self.prediction_type, self.sigma_data)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -90,8 +95,10 @@ class Denoiser(nn.Module):
         _require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         c_noise = t
-        if self.time_input == "c_noise":  # float32 at least: half precision would merge noise levels
+        if self.time_input != "t":  # float32 at least: half precision would merge noise levels
             c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
+            if self.time_input == "c_noise_x1000":
+                c_noise = 1000 * c_noise
         F_x = self.network(c_in * x_t, c_noise, cond)
         D_x = c_skip * x_t + c_out * F_x.to(x_t.dtype)
         return D_x

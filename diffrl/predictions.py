@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from diffrl.schedules import Schedule
+from diffrl.schedules import EDM, Schedule
 from diffrl.shapes import expand_like
 
-__all__ = ["PredictionType", "Scalings", "from_x0", "scalings", "to_x0"]
+__all__ = ["PredictionType", "Scalings", "boundary_scalings", "from_x0", "scalings", "to_x0"]
 
 PredictionType = Literal["x0", "eps", "v", "velocity", "score", "edm"]
 
@@ -74,6 +74,36 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
     raise ValueError(
         f"prediction_type is {prediction_type!r}: give one of {', '.join(get_args(PredictionType))}"
     )
+
+
+def boundary_scalings(process: Schedule, t: Tensor, sigma_data: float) -> Scalings:
+    """The coefficients of a consistency model: EDM's, shifted so that D(x, σ_min) = x exactly.
+
+        c_skip = σd²/((σ - σ_min)² + σd²),    c_out = (σ - σ_min) σd/√(σ² + σd²),    c_in = 1/√(σ² + σd²)
+
+    No conversion like the others: at σ_min the output does not depend on F.
+
+    Source: Consistency Models (Song et al., 2023), appendix C, https://arxiv.org/abs/2303.01469; c_in:
+    Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Table 1,
+    https://arxiv.org/abs/2206.00364.
+
+    Args:
+        process: EDM.
+        t: noise levels σ ≥ σ_min, any shape.
+        sigma_data: σd, the standard deviation of the data.
+
+    Returns:
+        c_skip, c_out, c_in, of t's shape and dtype.
+
+    Raises:
+        ValueError: another process.
+    """
+    if not isinstance(process, EDM):
+        name = type(process).__name__
+        raise ValueError(f"the boundary form of consistency models is defined on EDM, not on {name}")
+    excess = t - process.sigma_min
+    c_in = (t**2 + sigma_data**2).rsqrt()
+    return Scalings(sigma_data**2 / (excess**2 + sigma_data**2), excess * sigma_data * c_in, c_in)
 
 
 def to_x0(

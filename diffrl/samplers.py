@@ -24,6 +24,7 @@ __all__ = [
     "Heun",
     "Kernel",
     "Model",
+    "Multistep",
     "Noise",
     "Sampler",
     "sample",
@@ -116,6 +117,10 @@ class Kernel(NamedTuple):
 
 class Sampler(ABC):
     """One reverse step; `sample` is the loop."""
+
+    def grid(self, process: Schedule, num_steps: int) -> Tensor:
+        """Times that are walked, the clean one last: float64, shape [N+1]."""
+        return process.time_grid(num_steps)
 
     @abstractmethod
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
@@ -235,6 +240,58 @@ class EDMStochastic(Sampler):
         return Heun().kernel(model, x, t_hat, s).mean
 
 
+@dataclass(frozen=True)
+class Multistep(GaussianSampler):
+    """Sampling of consistency models: jump to clean data, noise up to a lower level, jump again.
+
+        x0 = f(x_T, σ_max),    then for each lower level σ:    x = x0 + √(σ² - σ_min²) z,    x0 = f(x, σ)
+
+    Each of the N levels costs one evaluation: num_steps = NFE, and num_steps = 1 is the one-step generator.
+
+    Source: Consistency Models (Song et al., 2023), Algorithm 1, https://arxiv.org/abs/2303.01469.
+
+    Args:
+        levels: σ below σ_max, in falling order, of which a chain of N levels takes the first N - 1; the paper
+            searches for good ones by sample quality. None: those of the process's grid of N + 1 levels but for
+            its last, σ_min, where f does nothing.
+    """
+
+    levels: tuple[float, ...] | None = None
+
+    def grid(self, process: Schedule, num_steps: int) -> Tensor:
+        """σ_max, the lower levels, then clean data: float64, shape [N+1].
+
+        Raises:
+            ValueError: the process is not EDM, num_steps < 1, or `levels` are too few or do not fall from
+                below σ_max to above σ_min.
+        """
+        if not isinstance(process, EDM):
+            raise ValueError(
+                f"Multistep works on the EDM process, not on {type(process).__name__}: use DDIM(eta)"
+            )
+        first, clean = process.time_grid(num_steps)[[0, -1]]
+        if self.levels is None:
+            lower = process.time_grid(num_steps + 1)[1:num_steps]
+        elif len(self.levels) < num_steps - 1:
+            raise ValueError(
+                f"num_steps is {num_steps}, but only {len(self.levels)} levels are given below σ_max"
+            )
+        else:
+            lower = torch.tensor(self.levels[: num_steps - 1], dtype=torch.float64)
+        grid = torch.cat([first[None], lower, clean[None]])
+        if not bool((grid.diff() < 0).all() and grid[-2] > process.sigma_min):
+            raise ValueError(
+                f"levels are {list(self.levels or ())}: they must fall, from below {process.sigma_max:g} to "
+                f"above {process.sigma_min:g}"
+            )
+        return grid
+
+    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """N(f, σ_s² - σ_min²); a point where s is clean."""
+        assert isinstance(model.process, EDM)
+        return Kernel(model(x, t), (s**2 - model.process.sigma_min**2).clamp(min=0).sqrt())
+
+
 @torch.no_grad()
 def sample(
     denoiser: DenoiserFn,
@@ -260,7 +317,7 @@ def sample(
         denoiser: D; put a network in eval mode first.
         shape: shape of the result, [N, *E].
         sampler: one of this module.
-        num_steps: N noise levels; not the number of network evaluations, which `Model.nfe` counts.
+        num_steps: N noise levels; the network evaluations, which `Model.nfe` counts, may be more.
         process: noise schedule; taken from ``denoiser.process`` if None.
         cond: condition of each sample, shape [N, ...].
         seed: sample j is drawn from its own generator, seeded by seed + j, so that it does not depend on the
@@ -297,7 +354,7 @@ def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: Noise) -> It
         like: any tensor of the wanted shape [N, *E], dtype and device; its values are not read.
         noise: source of noise, the start's too.
     """
-    grid = model.process.time_grid(model.num_steps)
+    grid = sampler.grid(model.process, model.num_steps)
     x = model.process.sigma(grid[0]) * noise(like)
     yield x
     for t, s in itertools.pairwise(grid):
@@ -311,4 +368,5 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ddim": DDIM,
     "ancestral": Ancestral,
     "edm_stochastic": EDMStochastic,
+    "consistency": Multistep,
 }
