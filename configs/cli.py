@@ -1,4 +1,4 @@
-"""The command line of the examples: Hydra composes, and a mistake is one line that names it and its remedy."""
+"""The command line of the examples: Hydra composes; a mistake is one line that names it and its remedy."""
 
 import os
 import sys
@@ -81,7 +81,7 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
             raise ValueError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
     chosen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(chosen, dict)
-    if chosen["resume"] is None:
+    if chosen.get("resume") is None:
         return {str(key): value for key, value in chosen.items()}
     given = [override for override in overrides if not override.startswith("resume=")]
     if others := [override for override in given if not override.startswith("device=")]:
@@ -96,14 +96,14 @@ def explain(error: BaseException) -> str:
     while cause.__cause__ is not None and isinstance(cause, HydraException):
         cause = cause.__cause__
     if isinstance(cause, MissingMandatoryValue):
-        return f"{cause.full_key} has no default: give {cause.full_key}=..."
+        return f"{cause.full_key!s} has no default: give {cause.full_key}=..."
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         parent, key = cause.parent_node, str(cause.key)
         known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         if known and key not in known:
             near = _paths(parent, key) or get_close_matches(key, known, n=3) or sorted(set(known) - {"hydra"})
             return f"unknown config key {cause.full_key!r}; did you mean {', '.join(near)}?"
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+        return f"{cause.full_key!s}: {str(cause).splitlines()[0]}"
     return " ".join(str(cause).partition("Config search path:")[0].split())
 
 
@@ -123,7 +123,6 @@ def _one_line(*, full: bool) -> Iterator[None]:
         yield
     except Interrupted as stop:
         print(stop)
-        sys.exit(0)
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
     except EXPECTED as error:

@@ -1,4 +1,4 @@
-"""Structured configs, derived from the constructors' signatures: the only home of a default stays the code."""
+"""Structured configs, derived from constructors' signatures: the only home of a default stays the code."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,7 @@ __all__ = ["schema"]
 
 
 def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = (), tag: bool = True) -> type:
-    """A dataclass with the parameters of `functions` that have plain types, for OmegaConf to validate against.
+    """A dataclass with the parameters of `functions`, in plain types, for OmegaConf to validate against.
 
     Args:
         name: of the class, shown in error messages; with `tag` also the value of its field ``name``.

@@ -14,7 +14,7 @@ from diffrl.chains import Chain
 from diffrl.data import DATASETS, Data
 from diffrl.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
 from diffrl.networks import NETWORKS
-from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
+from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.samplers import SAMPLERS, Sampler
 from diffrl.schedules import PROCESSES, Schedule
@@ -66,7 +66,7 @@ def build_sampler(config: Config) -> Sampler:
 
 
 def build_denoiser(config: Config, data: Data) -> Denoiser:
-    """A fresh denoiser, its weights drawn from ``config["seed"]``; torch's global generator is left as it was."""
+    """A fresh denoiser, its weights drawn from ``config["seed"]``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         network: nn.Module = _named(
@@ -90,8 +90,8 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
     name = options.pop("name")
     if options.get("lmbda") is not None and options.get("n_steps") is not None:
         raise ValueError(
-            f"objective.lmbda={options['lmbda']} and objective.n_steps={options['n_steps']} are two families of "
-            "targets: set one of them to null"
+            f"objective.lmbda={options['lmbda']} and objective.n_steps={options['n_steps']} are two families "
+            "of targets: set one of them to null"
         )
     scheme = OBJECTIVES[name]
     draw: Draw
@@ -101,12 +101,12 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
         chain = Chain(denoiser.process, **_accepted(Chain, config["chain"]))
         draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]))
     if baseline:
-        return Objective("monte_carlo", monte_carlo_loss(denoiser, **_accepted(monte_carlo_loss, options)), draw)
+        name, scheme = "monte_carlo", OBJECTIVES["monte_carlo"]
     return Objective(name, scheme.loss(denoiser, **_accepted(scheme.loss, options)), draw)
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:
-    """The exact denoiser of the data: of its law, or of its training points; None where neither is at hand."""
+    """The exact denoiser of the data: of its law, or of its training points; None if neither is at hand."""
     if data.mixture is not None:
         m = data.mixture
         return MixtureDenoiser(process, m.means, m.stds, m.weights)

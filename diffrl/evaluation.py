@@ -1,5 +1,6 @@
 """What a trained denoiser is worth: value error by noise level, sample distance by network evaluations."""
 
+from collections import deque
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,7 +61,7 @@ class Evaluation:
         return value_error(denoiser, oracle, x0, process, self.sigmas, sigma_data=denoiser.sigma_data)
 
     def sample_distance(self, samples: Tensor, data: Data) -> float:
-        """Distance between samples and the law that training saw; images are clipped to [-1, 1], as when saved."""
+        """Distance between samples and the law that training saw; images are first clipped to [-1, 1]."""
         samples = samples.clamp(-1, 1) if len(data.event_shape) == 3 else samples
         return sample_distance(self.distance, samples.cpu(), _reference(data))
 
@@ -101,7 +102,9 @@ def draw_samples(
     """
     num_classes = int(getattr(denoiser.network, "num_classes", 0))
     if guidance_scale != 1 and num_classes == 0:
-        raise ValueError(f"guidance_scale is {guidance_scale:g}, but {data.name} was trained without labels to guide by")
+        raise ValueError(
+            f"guidance_scale is {guidance_scale:g}, but {data.name} was trained without labels to guide by"
+        )
     parameter = next(denoiser.parameters())
     guided = GuidedDenoiser(denoiser, num_classes, guidance_scale) if num_classes else denoiser
     parts, nfe = [], 0
@@ -114,8 +117,7 @@ def draw_samples(
         x = torch.zeros(n, *data.event_shape, dtype=parameter.dtype, device=parameter.device)
         noise = Noise.per_sample(range(seed + first, seed + first + n))
         with torch.no_grad():
-            for x in trajectory(model, sampler, x, noise):  # noqa: B020
-                pass
+            x = deque(trajectory(model, sampler, x, noise), maxlen=1).pop()
         parts.append(x)
         nfe = model.nfe * (2 if num_classes and guidance_scale not in (0, 1) else 1)
     return torch.cat(parts), nfe

@@ -1,4 +1,4 @@
-"""One experiment from a configuration: train the objective, and Monte Carlo beside it, evaluate, keep the figures."""
+"""One experiment from a configuration: train, with Monte Carlo beside it, evaluate, keep the figures."""
 
 import os
 import signal
@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.data import Data
+from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation, draw_samples
 from diffrl.extras import require_installed
 from diffrl.runs import RunFolder, versions
@@ -27,40 +28,42 @@ SHOWN = {"images": 64, "points": 1000}  # samples kept for figures
 
 
 class Interrupted(Exception):
-    """A run was asked to stop, and is saved."""
+    """A run was asked to stop by SIGINT or SIGTERM; it is saved."""
 
 
 def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFolder:
-    """Train and evaluate every objective of a configuration, continuing whatever a resumed folder holds already.
+    """Train and evaluate what a configuration says, continuing whatever a resumed folder holds already.
 
-    With ``compare`` the Monte Carlo objective is trained too, on the same data, noise and gradient steps.
+    With ``compare`` Monte Carlo is trained too, on the same data and noise for the same gradient steps.
 
     Args:
         config: what `diffrl.configs` composes.
         progress: whether to show progress bars.
 
     Returns:
-        The run's folder.
+        The run's folder, with all its results.
 
     Raises:
         ValueError, DataError, MissingExtra: something in the configuration cannot be; no folder is made.
         RunFolderError: see `RunFolder.start`.
-        Interrupted: by SIGINT or SIGTERM; the run is saved.
         NonFiniteLoss, CheckpointError: see `Trainer`.
+        Interrupted: the run is saved, and can be resumed.
     """
     _check(config)
     data = build_data(config)
-    _Job(config, data).check()
+    _Job(config, data).check()  # now, and not at the end of training
     folder = RunFolder.start(config)
-    baselines = [False, True] if config["compare"] and config["objective"]["name"] != "monte_carlo" else [False]
     head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
     results = folder.results() or head
+    main = config["objective"]["name"]
+    objectives = [main, "monte_carlo"] if config["compare"] and main != "monte_carlo" else [main]
     with _interruptible() as interrupted:
-        for baseline in baselines:
-            if ("monte_carlo" if baseline else config["objective"]["name"]) not in results["objectives"]:
-                job = _Job(config, data, baseline=baseline)
-                results["objectives"][job.name] = job.run(folder, interrupted, progress)
-                folder.write_results(results)
+        for name in objectives:
+            if name in results["objectives"]:
+                continue
+            job = _Job(config, data, baseline=name != main)
+            results["objectives"][name] = job.run(folder, interrupted, progress)
+            folder.write_results(results)
     return folder
 
 
@@ -91,20 +94,25 @@ class _Job:
         if self.oracle is not None:
             self.oracle.to(config["device"])
 
+    @property
+    def average(self) -> Denoiser:
+        """The averaged denoiser: what is evaluated."""
+        return cast(Denoiser, self.trainer.ema.module)
+
     def check(self) -> None:
         """Try everything once, at little cost."""
         trainer = self.trainer
         x0, labels, generator = trainer.batch(0)
         trainer.objective.draw(x0, cond=labels, generator=generator)
-        self.evaluation.check(trainer.ema.module, self.oracle, self.data)
+        self.evaluation.check(self.average, self.oracle, self.data)
         self._draw(num_steps=1, samples=1)
 
     def value_error(self) -> dict[str, float]:
         """Of the averaged denoiser, by σ."""
-        return self.evaluation.value_error(self.trainer.ema.module, self.oracle, self.data)
+        return self.evaluation.value_error(self.average, self.oracle, self.data)
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
-        """Train to the end, or to an interruption; the figures for results.json."""
+        """Train to the end, or raise `Interrupted`; the figures for results.json."""
         trainer = self.trainer
         trainer.folder = folder.checkpoints(self.name)
         trainer.resume()
@@ -125,14 +133,16 @@ class _Job:
             return {f"value_error_{sigma}": error for sigma, error in self.value_error().items()}
 
         if not trainer.fit(report=report, evaluate=evaluate, stop=interrupted, progress=progress):
-            raise Interrupted(
-                f"stopped after gradient step {trainer.step} of {self.name}; continue with resume={folder.path}"
-            )
+            place = f"gradient step {trainer.step} of {self.name}"
+            raise Interrupted(f"stopped after {place}, and saved; continue with resume={folder.path}")
         by_nfe, shown = {}, {}
         kept = SHOWN["images" if len(self.data.event_shape) == 3 else "points"]
         for num_steps in self.evaluation.num_steps:
             x, nfe = self._draw(num_steps, self.evaluation.samples)
-            by_nfe[str(nfe)], shown[str(nfe)] = self.evaluation.sample_distance(x, self.data), x[:kept].float()
+            by_nfe[str(nfe)], shown[str(nfe)] = (
+                self.evaluation.sample_distance(x, self.data),
+                x[:kept].float(),
+            )
         folder.write_samples("data", {"0": self.data.test[:kept]})
         folder.write_samples(self.name, shown)
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
@@ -144,7 +154,7 @@ class _Job:
 
     def _draw(self, num_steps: int, samples: int) -> tuple[Tensor, int]:
         return draw_samples(
-            self.trainer.ema.module,
+            self.average,
             self.data,
             self.sampler,
             num_steps=num_steps,
@@ -162,7 +172,11 @@ def _check(config: Mapping[str, Any]) -> None:
         require_installed(config["logger"], extra=config["logger"])
     try:
         torch.zeros(1, device=config["device"])
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has one for each way to lack it
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch has one for each way to lack it
         raise ValueError(f"device is {config['device']!r}, which cannot be used: {error}") from error
 
 

@@ -40,7 +40,7 @@ STYLE = {
     "legend.frameon": False,
     "pdf.fonttype": 42,
 }
-STRIP = 24  # images in a row
+STRIP = 32  # images in a row
 
 
 def draw_summary(folder: str | Path) -> Path:
@@ -72,11 +72,14 @@ def draw_summary(folder: str | Path) -> Path:
 
     images = len(next(iter(samples["data"].values())).shape) == 4
     with matplotlib.rc_context(STYLE):
-        figure = require("matplotlib.figure", "plot").Figure(figsize=(12, 7.2 if images else 6.9), layout="constrained")
+        figure = require("matplotlib.figure", "plot").Figure(
+            figsize=(12, 7.2 if images else 6.9), layout="constrained"
+        )
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
         curves, pictures = figure.subfigures(2, 1, height_ratios=(1, 1.15 if images else 0.95))
         _draw_curves(curves, figures, names, results)
-        (_draw_strips if images else _draw_clouds)(pictures, samples, names)
+        letter = "d" if any(row["panel"] == "value_error" for row in figures) else "c"
+        (_draw_strips if images else _draw_clouds)(pictures, letter, samples, names)
         figure.suptitle(title(results), x=0.01, ha="left", fontsize=12, fontweight="bold")
         command = run.path / "command.txt"
         if command.exists():
@@ -87,7 +90,9 @@ def draw_summary(folder: str | Path) -> Path:
     return out / "summary.png"
 
 
-def draw_samples(x: Tensor, path: str | Path, *, title: str, columns: int = 8, data: Tensor | None = None) -> Path:
+def draw_samples(
+    x: Tensor, path: str | Path, *, title: str, columns: int = 8, data: Tensor | None = None
+) -> Path:
     """Samples as a grid of images, or as points in the plane.
 
     Args:
@@ -95,7 +100,7 @@ def draw_samples(x: Tensor, path: str | Path, *, title: str, columns: int = 8, d
         path: the picture to write.
         title: what to write above.
         columns: images in a row.
-        data: real samples, drawn beneath points; they fix the plane that vectors of more than 2 dims are seen in.
+        data: real samples, drawn beneath points; they fix the plane in which vectors are seen.
 
     Returns:
         The path.
@@ -147,7 +152,9 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
     return found
 
 
-def _line(figures: Figures, panel: str, objective: str, sigma: str | None = None) -> tuple[list[float], list[float]]:
+def _line(
+    figures: Figures, panel: str, objective: str, sigma: str | None = None
+) -> tuple[list[float], list[float]]:
     rows = [
         row
         for row in figures
@@ -159,92 +166,108 @@ def _line(figures: Figures, panel: str, objective: str, sigma: str | None = None
 def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results: Mapping[str, Any]) -> None:
     first = next(iter(results["objectives"].values()))
     known = bool(first["value_error"])
-    if known:
-        curves, levels, distances = part.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    else:
-        curves, distances = part.subplots(1, 2, width_ratios=(1.25, 1))
+    panels = part.subplots(1, 3, width_ratios=(1.3, 1, 1)) if known else part.subplots(1, 2)
     for (name, label), (colour, marker) in zip(names.items(), STYLES, strict=False):
-        mark = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.8, "label": label}
+        mark = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.8, "label": label}
         if known:
-            curves.plot(*_line(figures, "learning_curve", name, "mean"), **{**mark, "markersize": 3})
             for sigma in first["value_error"]:
                 x, y = _line(figures, "learning_curve", name, sigma)
-                curves.plot(x, y, color=colour, linewidth=0.8, alpha=0.45)
-            levels.plot(*_line(figures, "value_error", name), **mark)
+                panels[0].plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+            panels[0].plot(*_line(figures, "learning_curve", name, "mean"), color=colour, linewidth=2.2)
+            panels[1].plot(*_line(figures, "value_error", name), **mark)
         else:
-            curves.plot(*_line(figures, "loss", name), **{**mark, "marker": ""})
-        distances.plot(*_line(figures, "sample_distance", name), **mark)
+            panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
+        panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
-    curves.set_xlabel("gradient steps")
     if known:
-        curves.set(title="a  Learning curves", ylabel="value error  $\\|D-D^*\\|^2/c_{out}^2$", yscale="log")
-        _name_lines(curves, figures, names, list(first["value_error"]))
-        sigmas = [float(sigma) for sigma in first["value_error"]]
-        levels.set(title="b  Value error by noise level", xscale="log", yscale="log")
-        levels.set(xlabel="noise level σ (units of the data)", ylabel="value error, at the end")
-        levels.set_xticks(sigmas, list(first["value_error"]), minor=False)
-        levels.set_xticks([], minor=True)
-        _write_ratios(levels, figures, "value_error", names)
+        panels[0].set(title="a  Learning curves", ylabel="value error  $\\|D-D^*\\|^2/c_{\\mathrm{out}}^2$")
+        panels[1].set(title="b  Value error by noise level", xscale="log")
+        panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
+        _name_ticks(panels[1], list(first["value_error"]))
     else:
-        curves.set(title="a  Training loss (each its own: no comparison)", ylabel="loss", yscale="log")
+        panels[0].set(title="a  Training loss: each its own, no comparison", ylabel="loss")
     metric, _, count = first["sample_distance"]["metric"].partition("@")
-    distances.set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log", yscale="log")
-    distances.set(xlabel="network evaluations per sample (NFE)", ylabel=f"{distance_label(metric)}, {int(count):,} samples")
-    nfes = [int(nfe) for nfe in first["sample_distance"]["by_nfe"]]
-    distances.set_xticks(nfes, [str(nfe) for nfe in nfes], minor=False)
-    distances.set_xticks([], minor=True)
-    _write_ratios(distances, figures, "sample_distance", names)
-    for axes in (curves, distances, *([levels] if known else [])):
-        _plain_log_ticks(axes)
-    curves.legend(loc="upper right")
+    panels[0].set_xlabel("gradient steps")
+    panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
+    panels[-1].set_xlabel("network evaluations per sample (NFE)")
+    panels[-1].set_ylabel(f"{distance_label(metric)}, {int(count):,} samples")
+    _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
+    for axes in panels:
+        _log_scale(axes)
+    if known:
+        _name_lines(panels[0], figures, names, list(first["value_error"]))
+        _write_ratios(panels[1], figures, "value_error", names)
+    _write_ratios(panels[-1], figures, "sample_distance", names)
+    if len(names) == 2:
+        panels[-1].plot([], [], " ", label=f"×: {' over '.join(names.values())}")
+    panels[-1].legend(loc="upper right", bbox_to_anchor=(1, 0.92))
+
+
+def _name_ticks(axes: Any, values: Sequence[str]) -> None:
+    axes.set_xticks([float(value) for value in values], values, minor=False)
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.1)
 
 
 def _name_lines(axes: Any, figures: Figures, names: Mapping[str, str], sigmas: Sequence[str]) -> None:
-    """σ at the end of each pair of thin lines, and "mean" at the thick ones."""
-    for sigma in (*sigmas, "mean"):
-        ends = [_line(figures, "learning_curve", name, sigma) for name in names]
-        x = max(end[0][-1] for end in ends)
-        y = float(np.exp(np.mean([np.log(end[1][-1]) for end in ends])))
-        text = "mean" if sigma == "mean" else f"σ = {sigma}"
-        weight = "bold" if sigma == "mean" else "normal"
+    """At the right end of each pair of thin lines its σ, and "mean" at the thick ones, kept apart."""
+    lines = {**{sigma: f"σ = {sigma}" for sigma in sigmas}, "mean": "mean"}
+    ends = {key: [_line(figures, "learning_curve", name, key) for name in names] for key in lines}
+    low, high = axes.get_ylim()
+    at = {
+        key: float(np.mean([np.log(y[-1] / low) / np.log(high / low) for _, y in end]))
+        for key, end in ends.items()
+    }
+    below = -1.0
+    for key in sorted(at, key=lambda key: at[key]):
+        below = max(at[key], below + 0.055)
+        weight = "bold" if key == "mean" else "normal"
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
         axes.annotate(
-            text, (x, y), (5, 0), textcoords="offset points", va="center", fontsize=7.5, color=REAL, weight=weight
+            lines[key], (1, below), (4, 0), va="center", fontsize=8, color=REAL, weight=weight, **place
         )
+    axes.set_xlim(0, max(x[-1] for end in ends.values() for x, _ in end))
 
 
 def _write_ratios(axes: Any, figures: Figures, panel: str, names: Mapping[str, str]) -> None:
-    """The ratio of two objectives above their points."""
+    """A row with the first objective's figures over the second's, above the points."""
     if len(names) != 2:
         return
     (xs, first), (_, second) = (_line(figures, panel, name) for name in names)
-    axes.margins(y=0.16)
-    for x, a, b in zip(xs, first, second, strict=True):
-        if min(a, b) > 0:
-            axes.annotate(
-                f"×{a / b:.2f}", (x, max(a, b)), (0, 7), textcoords="offset points", ha="center", fontsize=7.5, color=REAL
-            )
-
-
-def _plain_log_ticks(axes: Any) -> None:
-    """0.1 instead of 10⁻¹, and some numbers between the powers of ten where there are few."""
-    ticker = require("matplotlib.ticker", "plot")
     low, high = axes.get_ylim()
-    if axes.get_yscale() != "log" or low <= 0:
+    axes.set_ylim(
+        low, high * (high / low) ** 0.13 if axes.get_yscale() == "log" else high + 0.13 * (high - low)
+    )
+    for x, a, b in zip(xs, first, second, strict=True):
+        if b != 0:
+            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "top", "fontsize": 8}
+            axes.annotate(f"×{a / b:.2f}", (x, 0.985), color=STYLES[0][0], **place)
+
+
+def _log_scale(axes: Any) -> None:
+    """A logarithmic y axis where all is positive: 0.1 instead of 10⁻¹, more numbers where decades are few."""
+    y = np.concatenate([line.get_ydata() for line in axes.lines])
+    if not (y > 0).all():
         return
-    few = high / low < 100
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axes.set_yscale("log")
+    ticker = require("matplotlib.ticker", "plot")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if y.max() / y.min() < 100 else (1,)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _low_and_high(samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> list[tuple[str, str]]:
+def _low_and_high(
+    samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]
+) -> list[tuple[str, str]]:
     """(objective, evaluations) of the fewest and of the most evaluations, objectives side by side."""
     nfes = sorted(samples[next(iter(names))], key=int)
     return [(name, nfe) for nfe in dict.fromkeys((nfes[0], nfes[-1])) for name in names]
 
 
-def _draw_strips(part: Any, samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> None:
-    """Strips of images, one under the other: a column has one seed."""
+def _draw_strips(
+    part: Any, letter: str, samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]
+) -> None:
+    """Strips of images, one under the other."""
     shown = _low_and_high(samples, names)
     strips = [("data", next(iter(samples["data"].values())), REAL)]
     colours = {name: style[0] for name, style in zip(names, STYLES, strict=False)}
@@ -253,10 +276,12 @@ def _draw_strips(part: Any, samples: Mapping[str, Mapping[str, Tensor]], names: 
     for axes, (label, x, colour) in zip(grid, strips, strict=True):
         _show(axes, _tile(x[: 2 * STRIP].numpy(), STRIP))
         axes.set_ylabel(label, rotation=0, ha="right", va="center", color=colour, weight="bold")
-    grid[0].set_title("d  Samples: a column is one seed, so its images start from the same noise", fontsize=10)
+    grid[0].set_title(f"{letter}  Samples: in each place the same noise to start from")
 
 
-def _draw_clouds(part: Any, samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]) -> None:
+def _draw_clouds(
+    part: Any, letter: str, samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]
+) -> None:
     """Samples over data in a plane, one panel for each objective and number of evaluations."""
     real = next(iter(samples["data"].values())).numpy()
     plane, labels = _plane(real)
@@ -264,7 +289,7 @@ def _draw_clouds(part: Any, samples: Mapping[str, Mapping[str, Tensor]], names: 
     colours = {name: style[0] for name, style in zip(names, STYLES, strict=False)}
     grid = part.subplots(1, 1 + len(shown), sharex=True, sharey=True)
     _scatter(grid[0], plane(real), None, REAL, plane(real))
-    grid[0].set_title("d  Data", color=REAL)
+    grid[0].set_title(f"{letter}  Data (grey in the others)", color=REAL)
     grid[0].set(xlabel=labels[0], ylabel=labels[1])
     for axes, (name, nfe) in zip(grid[1:], shown, strict=True):
         _scatter(axes, plane(samples[name][nfe].numpy()), plane(real), colours[name], plane(real))
@@ -281,8 +306,13 @@ def _plane(real: Array) -> tuple[Callable[[Array], Array], tuple[str, str]]:
         return lambda x: np.hstack([x.reshape(len(x), 1), np.linspace(0, 1, len(x))[:, None]]), ("x", "rank")
     centre = flat.mean(0)
     axes = np.linalg.svd(flat - centre, full_matrices=False)[2][:2]
-    axes = axes * np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])[:, None]  # the sign is arbitrary: fix it
-    return lambda x: (x.reshape(len(x), -1) - centre) @ axes.T, ("first principal axis", "second principal axis")
+    axes = (
+        axes * np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])[:, None]
+    )  # the sign is arbitrary: fix it
+    return lambda x: (x.reshape(len(x), -1) - centre) @ axes.T, (
+        "first principal axis",
+        "second principal axis",
+    )
 
 
 def _scatter(axes: Any, points: Array, beneath: Array | None, colour: str, frame: Array) -> None:
@@ -292,12 +322,14 @@ def _scatter(axes: Any, points: Array, beneath: Array | None, colour: str, frame
     axes.scatter(*points.T, s=4, color=colour, alpha=0.55, linewidths=0, rasterized=True)
     low, high = frame.min(0), frame.max(0)
     middle, half = (low + high) / 2, 0.6 * float((high - low).max())
-    axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half), aspect="equal")
+    axes.set(
+        xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half), aspect="equal"
+    )
     axes.grid(False)
 
 
 def _tile(x: Array, columns: int) -> Array:
-    """Images [n, C, H, W] in [-1, 1] as one [rows H, columns W, C] in [0, 1], white between and after them."""
+    """Images [n, C, H, W] in [-1, 1] as one [rows H, columns W, C] in [0, 1], white between them."""
     n, C, H, W = x.shape
     columns = min(columns, n)
     rows = -(-n // columns)
@@ -310,7 +342,9 @@ def _tile(x: Array, columns: int) -> Array:
 
 
 def _show(axes: Any, sheet: Array) -> None:
-    axes.imshow(sheet if sheet.shape[2] == 3 else sheet[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        sheet if sheet.shape[2] == 3 else sheet[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""A run and its folder: config, versions, metrics.csv, results.json, checkpoints, plots; load it again with `load`."""
+"""A run and its folder: config, versions, metrics.csv, results.json, checkpoints, samples, plots."""
 
 import json
 import os
@@ -79,7 +79,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunFolderError(f"{path} cannot be made a run folder ({error}): choose another run_dir") from error
+            raise RunFolderError(
+                f"{path} cannot be made a run folder ({error}): choose another run_dir"
+            ) from error
         write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
         write_atomically(path / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
         whole = OmegaConf.create({**config, "run_dir": str(path)})

@@ -19,9 +19,8 @@ def main(config: dict[str, Any]) -> None:
     """Train, print the table, draw the figure."""
     require_installed("matplotlib", "ot", "PIL", "scipy", "sklearn", "torchmetrics", extra="demo")
     folder = run_experiment(config)
-    figure = draw_summary(folder.path)
     print(summary_table(folder.results()))
-    print(f"\nrun folder  {folder.path}\nfigure      {figure}")
+    print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
 
 
 if __name__ == "__main__":
