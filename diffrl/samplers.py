@@ -13,6 +13,7 @@ from torch import Tensor
 from diffrl.denoisers import DenoiserFn
 from diffrl.processes import normal_log_prob, posterior
 from diffrl.schedules import EDM, Schedule
+from diffrl.shapes import expand_like
 
 __all__ = [
     "DDIM",
@@ -29,6 +30,7 @@ __all__ = [
     "Sampler",
     "sample",
     "trajectory",
+    "velocity",
 ]
 
 
@@ -83,28 +85,37 @@ class Model:
         """Network evaluations per sample so far; guidance counts as one call here."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """D(x, t) for one time t shared by the batch."""
+        """D(x, t) for one time t shared by the batch, or one per state, shape [N]."""
         self.nfe += 1
         # float32 at least: bfloat16 has no 999
         t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
         return self.denoiser(x, t.expand(len(x)), self.cond)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE."""
+        """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE, at times as for D."""
+        p = self.process
+        coefficients = (p.alpha(t), p.sigma(t), p.alpha_dot(t), p.sigma_dot(t))
+        alpha, sigma, alpha_dot, sigma_dot = (_column(c, x) for c in coefficients)
         D_x = self(x, t)
-        eps = (x - self.process.alpha(t) * D_x) / self.process.sigma(t)
-        return self.process.alpha_dot(t) * D_x + self.process.sigma_dot(t) * eps
+        return alpha_dot * D_x + sigma_dot * (x - alpha * D_x) / sigma
+
+
+def _column(c: Tensor, x: Tensor) -> Tensor:
+    """A float64 number, or one per state, such that it multiplies states x [N, *E] of another dtype."""
+    return expand_like(c.to(x), x)
 
 
 class Kernel(NamedTuple):
-    """The reverse step as a law: x_s ~ N(mean, std² I); std = 0 is an ODE step."""
+    """The reverse step as a law: x_s ~ N(mean, std² I); std, one number or one per state, is 0 for an ODE."""
 
     mean: Tensor
     std: Tensor
 
     def sample(self, noise: Noise) -> Tensor:
         """A draw, mean + std z."""
-        return self.mean + self.std * noise(self.mean) if self.std > 0 else self.mean
+        if not bool((self.std > 0).any()):
+            return self.mean
+        return self.mean + _column(self.std, self.mean) * noise(self.mean)
 
     def log_prob(self, x: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
         """Log-density of x, shape [N]; see `diffrl.processes.normal_log_prob`.
@@ -112,7 +123,8 @@ class Kernel(NamedTuple):
         Raises:
             ValueError: std is 0.
         """
-        return normal_log_prob(x, self.mean, self.std, batch_dims=1, reduction=reduction)
+        std = self.std.to(x.device, x.dtype).expand(len(x))
+        return normal_log_prob(x, self.mean, std, batch_dims=1, reduction=reduction)
 
 
 class Sampler(ABC):
@@ -128,11 +140,23 @@ class Sampler(ABC):
 
 
 class GaussianSampler(Sampler):
-    """A sampler whose step is a Gaussian with known mean and std, so that it has a log-probability."""
+    """A sampler whose step is a Gaussian made from one evaluation, so that it has a log-probability."""
 
     @abstractmethod
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """Law of the state at time s given the state at time t and its clean estimate.
+
+        Args:
+            process: noise schedule.
+            x: state at time t, shape [N, *E].
+            D_x: its clean estimate, of x's shape.
+            t: time left, float64, a scalar or one a state, shape [N].
+            s: time reached, of t's shape.
+        """
+
     def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
-        """Law of the state at time s given the state x [N, *E] at time t."""
+        """`law` with the model's own clean estimate."""
+        return self.law(model.process, x, model(x, t), t, s)
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         """A draw from the kernel."""
@@ -143,26 +167,28 @@ class GaussianSampler(Sampler):
 class Euler(GaussianSampler):
     """x_s = x_t + (s - t) dx/dt: first order in the process's own time."""
 
-    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """A point: std = 0."""
-        return Kernel(x + (s - t) * model.velocity(x, t), torch.zeros_like(t))
+        return Kernel(x + _like(s - t, x) * velocity(process, x, D_x, t), torch.zeros_like(t))
 
 
 @dataclass(frozen=True)
-class Heun(GaussianSampler):
+class Heun(Sampler):
     """Euler, corrected with the slope at its end: second order, two evaluations a step, one in the last.
 
     Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
     Algorithm 1, https://arxiv.org/abs/2206.00364.
     """
 
-    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
-        """A point: std = 0."""
-        slope = model.velocity(x, t)
-        x_s = x + (s - t) * slope
-        if s != model.process.t_clean:
-            x_s = x + (s - t) * (slope + model.velocity(x_s, s)) / 2
-        return Kernel(x_s, torch.zeros_like(t))
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        """The corrected Euler step; no noise."""
+        h, slope = _column(s - t, x), model.velocity(x, t)
+        x_s = x + h * slope
+        lands = s == model.process.t_clean  # where the slope is infinite
+        if not bool(lands.all()):
+            corrected = x + h * (slope + model.velocity(x_s, torch.where(lands, t, s))) / 2
+            x_s = torch.where(_column(lands, x).bool(), x_s, corrected)
+        return x_s
 
 
 @dataclass(frozen=True)
@@ -189,7 +215,7 @@ class DDIM(GaussianSampler):
     def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """N(A D + κ x, std²)."""
         A, kappa, std = posterior(model.process, t, s, self.eta)
-        return Kernel(A * model(x, t) + kappa * x, std)
+        return Kernel(_column(A, x) * model(x, t) + _column(kappa, x) * x, std)
 
 
 def Ancestral() -> DDIM:  # noqa: N802 (used like the classes beside it)
@@ -237,7 +263,7 @@ class EDMStochastic(Sampler):
         t_hat = t + gamma * t
         if gamma > 0:
             x = x + (t_hat**2 - t**2).sqrt() * self.S_noise * noise(x)
-        return Heun().kernel(model, x, t_hat, s).mean
+        return Heun().step(model, x, t_hat, s, noise)
 
 
 @dataclass(frozen=True)
@@ -252,8 +278,8 @@ class Multistep(GaussianSampler):
 
     Args:
         levels: σ below σ_max, in falling order, of which a chain of N levels takes the first N - 1; the paper
-            searches for good ones by sample quality. None: those of the process's grid of N + 1 levels but for
-            its last, σ_min, where f does nothing.
+            searches for good ones by sample quality. None: those of the process's grid of N + 1 levels, but
+            for its last, σ_min, where f does nothing.
     """
 
     levels: tuple[float, ...] | None = None
@@ -286,10 +312,10 @@ class Multistep(GaussianSampler):
             )
         return grid
 
-    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """N(f, σ_s² - σ_min²); a point where s is clean."""
-        assert isinstance(model.process, EDM)
-        return Kernel(model(x, t), (s**2 - model.process.sigma_min**2).clamp(min=0).sqrt())
+        assert isinstance(process, EDM)
+        return Kernel(D_x, (s**2 - process.sigma_min**2).clamp(min=0).sqrt())
 
 
 @torch.no_grad()
@@ -360,6 +386,11 @@ def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: Noise) -> It
     for t, s in itertools.pairwise(grid):
         x = sampler.step(model, x, t, s, noise)
         yield x
+
+
+def _like(c: Tensor, x: Tensor) -> Tensor:
+    """A coefficient, one or one a state, broadcastable against x and of its dtype."""
+    return expand_like(c, x).to(x)
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {

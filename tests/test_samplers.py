@@ -22,6 +22,7 @@ from diffrl.samplers import (
     Heun,
     Kernel,
     Model,
+    Multistep,
     Noise,
     Sampler,
     sample,
@@ -358,6 +359,22 @@ def test_kernel_is_the_law_of_its_draws(process: Schedule, eta: float, dtype: to
         torch.testing.assert_close(result, witness)
 
 
+@continuous
+@pytest.mark.parametrize("sampler", SAMPLES, ids=str)
+def test_states_may_be_at_times_of_their_own(process: Schedule, sampler: GaussianSampler) -> None:
+    """As a minibatch of transitions is; as many states as coordinates, so that a wrong broadcast would pass."""
+    grid, x = process.time_grid(5), randn(5, 5)
+    exact = normal_denoiser(process, D=5)
+    t, s = grid[torch.tensor([0, 3, 4, 1, 1])], grid[torch.tensor([1, 4, 5, 2, 3])]
+    together, z = sampler.kernel(Model(exact, process, 5), x, t, s), randn(5, 5, seed=1)
+    drawn = together.sample(lambda x: z)
+    for n in range(5):
+        alone = sampler.kernel(Model(exact, process, 5), x[n : n + 1], t[n], s[n])
+        torch.testing.assert_close(together.mean[n], alone.mean[0])
+        torch.testing.assert_close(together.std[n], alone.std)
+        torch.testing.assert_close(drawn[n], alone.sample(lambda x: z[n : n + 1])[0])  # noqa: B023
+
+
 @pytest.mark.parametrize("sampler", [Euler(), Heun(), DDIM(0.0)], ids=str)
 def test_an_ode_step_is_a_point(sampler: GaussianSampler) -> None:
     t, s = EDM().time_grid(6)[2:4]
@@ -423,6 +440,7 @@ def test_registry() -> None:
         "ddim": DDIM(),
         "ancestral": Ancestral(),
         "edm_stochastic": EDMStochastic(),
+        "consistency": Multistep(),
     }
 
 
