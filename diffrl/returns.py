@@ -114,6 +114,11 @@ def n_step_returns(
     check_n_steps(n_steps)
     if reward.ndim >= 2 and n_steps >= reward.shape[1]:
         return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
+    if n_steps == 1:  # no recursion
+        check_unit_interval("gamma", gamma)
+        _check_chain(reward, next_value, terminated, done)
+        V = next_value.masked_fill(expand_like(terminated.squeeze(-1), reward), 0.0)
+        return torch.add(reward, V, alpha=gamma)
     r, V, ended = _steps(reward, next_value, terminated, done, gamma)
     out, G = _slots(reward, next_value)
     for k in range(len(r)):

@@ -1,4 +1,4 @@
-"""TD-EDM, the paper's objective: pairs of noise levels, a target network, denoising where a pair leaves the grid."""
+"""TD-EDM, the paper's objective: pairs of noise levels, a target network, denoising off the grid."""
 
 import torch
 from tensordict import TensorDict
@@ -59,8 +59,9 @@ def sample_td_edm_pairs(
     Indices are clamped to the grid, so the clean state is never reached. The defaults are the released
     command's; the paper's text has k = 1, Δ = 0.25.
 
-    Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048; the
-    log-normal law: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Table 1.
+    Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048; the
+    log-normal law: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+    Table 1, https://arxiv.org/abs/2206.00364.
 
     Args:
         process: EDM.
@@ -69,7 +70,8 @@ def sample_td_edm_pairs(
         num_steps: N of the ρ-grid.
         span: k > 0, in index units.
         stride: Δ > 0, in index units.
-        P_mean, P_std: of ln σ_t.
+        P_mean: mean of ln σ_t.
+        P_std: standard deviation of ln σ_t.
         cond: condition, shape [B, ...].
         sigma: σ_t to use, shape [B].
         noise: n to use, of x0's shape.

@@ -1,5 +1,8 @@
 """Value learning: the denoiser is the value function of the chain, and every way to train it is a target."""
 
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from diffrl import keys
 from diffrl.denoisers import Denoiser
 from diffrl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.objectives.weights import WeightTerms, weight_function
+from diffrl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
 
 __all__ = ["ChainValue", "ValueLoss"]
@@ -56,24 +60,25 @@ class ValueLoss(LossModule):
     | λ < 1, n-step, Markov coupling | TD for diffusion: the same fixed point, less target variance |
     | TD(0) on the 'clean' value, shared noise | consistency training |
 
-    Where the chain holds x0 the loss is evaluated in the error coordinates e_i = A_i (x0 - D(x_i)), that is after
-    potential-based shaping with Φ(x_i) = A_i x0 + κ_i x_i: then no κ x cancels in float32, and the reward that is
-    left is (γ-1) Φ(x_{i+1}), which vanishes at γ = 1. With γ < 1 the fixed point is no denoiser.
+    Where the chain holds x0 the loss is evaluated in the error coordinates e_i = A_i (x0 - D(x_i)), that is
+    after potential-based shaping with Φ(x_i) = A_i x0 + κ_i x_i: then no κ x cancels in float32, and the
+    reward that is left is (γ-1) Φ(x_{i+1}), which vanishes at γ = 1. With γ < 1 the fixed point is no denoiser.
 
-    Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048; shaping:
-    Policy Invariance Under Reward Transformations (Ng et al., 1999), Theorem 1.
+    Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
+    shaping: Policy Invariance Under Reward Transformations (Ng et al., 1999), Theorem 1.
 
     Args:
         denoiser: D, kept by reference and trained in place.
         lmbda: λ ∈ [0, 1] of TD(λ). Give this or `n_steps`; neither is TD(0).
         n_steps: n ≥ 1 of n-step TD.
         gamma: discount γ ∈ [0, 1].
-        bootstrap: what the target's values come from: "own", the network's own prediction on the chain, gradient
-            stopped, at no further evaluation; "target", a target network, to be moved by TorchRL's `SoftUpdate`
-            or `HardUpdate`; "residual", own predictions with gradient through both ends.
+        bootstrap: what the target's values come from: "own", the network's own prediction on the chain,
+            gradient stopped, at no further evaluation; "target", a target network in evaluation mode, to be
+            moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with gradient through
+            both ends.
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
-        denoising_coef: c ≥ 0, the added denoising loss. Where the chain marks a state not `valid`, its loss is
-            (1 + c) L_den.
+        denoising_coef: c ≥ 0, the added denoising loss. Where the chain marks a state not `valid`, its loss
+            is (1 + c) L_den.
 
     Raises:
         ValueError: an argument outside its range, or both lmbda and n_steps.
@@ -81,8 +86,6 @@ class ValueLoss(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        value: NestedKey = keys.STATE_VALUE
-        value_target: NestedKey = keys.VALUE_TARGET
         reward: NestedKey = keys.REWARD
         done: NestedKey = keys.DONE
         terminated: NestedKey = keys.TERMINATED
@@ -108,30 +111,34 @@ class ValueLoss(LossModule):
         super().__init__()
         if bootstrap not in ("own", "target", "residual"):
             raise ValueError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
-        if denoising_coef < 0:
+        if not denoising_coef >= 0:
             raise ValueError(f"denoising_coef is {denoising_coef}: it is a weight >= 0")
         if lmbda is not None and n_steps is not None:
             raise ValueError("give lmbda or n_steps, not both: they are two families of targets")
         self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
         self._weight = weight_function(weight)
-        value = ChainValue(denoiser)
         inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        network = TensorDictModule(value, inputs, [keys.STATE_VALUE])
+        network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
         self.convert_to_functional(network, "value_network", create_target_params=bootstrap == "target")
-        self.value_network.eval()  # only ever run on target parameters
-        # the online network is called directly: a functional call costs as much as a small network
-        self.__dict__["_online"] = value
+        if bootstrap == "target":
+            self.__dict__["_target_network"] = copy.deepcopy(network).requires_grad_(False).eval()
+        self._tie()
         self.network_evaluations = 0
         """States forwarded so far, over all networks."""
         if lmbda is not None:
-            self.make_value_estimator("td_lambda", lmbda=lmbda, gamma=gamma)
+            self.make_value_estimator("td_lambda", lmbda=lmbda)
         else:
-            self.make_value_estimator("n_step", n_steps=1 if n_steps is None else n_steps, gamma=gamma)
+            self.make_value_estimator("n_step", n_steps=1 if n_steps is None else n_steps)
 
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser that is trained."""
-        return self.__dict__["_online"].denoiser
+        return self.value_network.module.denoiser
+
+    def train(self, mode: bool = True) -> "ValueLoss":
+        """Switch the denoiser too; a target network stays in evaluation mode."""
+        self.value_network.train(mode)
+        return super().train(mode)
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -142,45 +149,39 @@ class ValueLoss(LossModule):
         return [*state, *((keys.NEXT, name) for name in reached)]
 
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> "ValueLoss":  # noqa: ANN401
-        """Choose the target: "td_lambda" (lmbda), "n_step" (n_steps), "monte_carlo", or any estimator of TorchRL.
+        """Choose the target: "td_lambda" (lmbda), "n_step" (n_steps), "monte_carlo", or one of TorchRL's.
 
         Args:
-            value_type: name, member of TorchRL's `ValueEstimators`, estimator class or instance.
-            hyperparams: the estimator's own, e.g. ``lmbda=0.5``.
+            value_type: name, member of TorchRL's `ValueEstimators` (TD0, TD1, TDLambda), or an estimator,
+                class or instance; None is TD(0).
+            hyperparams: the estimator's own, e.g. ``lmbda=0.5``; with a name, gamma defaults to the loss's.
         """
-        kind = VectorEstimators.N_STEP if value_type is None else value_type
-        if isinstance(kind, ValueEstimatorBase) or (
-            isinstance(kind, type) and issubclass(kind, ValueEstimatorBase)
-        ):
-            super().make_value_estimator(kind, **hyperparams)
-            self._forward_value_estimator_keys()
-            return self
-        k = self.tensor_keys
-        dispatch_value_estimator(
-            self,
-            kind,
-            supported=(*VectorEstimators, ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda),
-            value_network=self.value_network,
-            tensor_keys={"value": k.value, "reward": k.reward, "done": k.done, "terminated": k.terminated},
-            differentiable=self.bootstrap == "residual",
-            **hyperparams,
-        )
+        if value_type is None:
+            value_type, hyperparams = VectorEstimators.N_STEP, {"n_steps": 1, **hyperparams}
+        if isinstance(value_type, ValueEstimatorBase | type):
+            super().make_value_estimator(value_type, **hyperparams)
+        else:
+            torchrl = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
+            dispatch_value_estimator(
+                self,
+                value_type,
+                supported=(*VectorEstimators, *torchrl),
+                value_network=self.value_network,
+                differentiable=self.bootstrap == "residual",
+                **hyperparams,
+            )
+        self._forward_value_estimator_keys()
         return self
 
     def _forward_value_estimator_keys(self, **_: Any) -> None:  # noqa: ANN401
         if self._value_estimator is not None:
             k = self.tensor_keys
-            self._value_estimator.set_keys(
-                value=k.value,
-                value_target=k.value_target,
-                reward=k.reward,
-                done=k.done,
-                terminated=k.terminated,
-            )
+            names = {"reward": k.reward, "done": k.done, "terminated": k.terminated}
+            self._value_estimator.set_keys(value=keys.STATE_VALUE, **names)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss of a batch of chains [B, K], or of single transitions [B].
+        """The loss of a batch of chains [*b, K], or of single transitions [N].
 
         Args:
             tensordict: what `diffrl.sample_chain` or an environment's rollout gives.
@@ -191,105 +192,111 @@ class ValueLoss(LossModule):
         Raises:
             TypeError: x_t holds integers.
             KeyError: an entry is missing.
+            ValueError: a Monte Carlo target of a chain that is cut, without x0 or with γ < 1.
         """
-        chain = tensordict if tensordict.ndim > 1 else tensordict.unsqueeze(1)
-        x_t, A = chain.get(keys.X_T), chain.get(keys.A)
+        chain = tensordict.unsqueeze(1) if tensordict.ndim == 1 else tensordict
+        if chain.ndim > 2:
+            chain = chain.flatten(0, chain.ndim - 2)
+        x_t, t, x0 = chain[keys.X_T], chain[keys.T], chain.get(keys.X0, None)
         require_floating([(keys.X_T, x_t)])
-        D_x = self.__dict__["_online"].denoise(x_t, chain.get(keys.T), chain.get(keys.COND, None))
-        self.network_evaluations += A.numel()
-        x0 = chain.get(keys.X0, None)
-        if isinstance(self.value_estimator, VectorEstimator):
-            delta = self._delta(chain, D_x, x0)
-        else:
-            delta = self._torchrl_target(chain) - _value(chain, D_x)
+        self.network_evaluations += t.numel()
+        D_x = self.value_network.module.denoise(x_t, t, chain.get(keys.COND, None))
+        delta = self._delta(chain, D_x, x0)
+        square = _square_mean(delta)
 
-        w, c_out = self._weights(chain)
-        loss = w * _square_mean(delta, chain.ndim)
-        if self.denoising_coef > 0 or keys.VALID in chain.keys():
-            L_den = _square_mean(x0 - D_x, chain.ndim) / c_out**2
-            c = self.denoising_coef
-            valid = chain.get(keys.VALID, None)
-            loss = (
-                loss + c * L_den if valid is None else torch.where(valid, loss + c * L_den, (1 + c) * L_den)
-            )
-        td_error = delta.detach().square().mean().sqrt()
-        return TensorDict({"loss_value": loss.mean(), "td_error": td_error})
+        reached = chain[keys.NEXT]
+        c_out, c_out_next = self.denoiser.scalings(torch.cat([t, reached[keys.T]])).c_out.chunk(2)
+        loss = self._weight(WeightTerms(chain[keys.A], reached[keys.A], c_out, c_out_next)) * square
+        valid = chain.get(keys.VALID, None)
+        if self.denoising_coef > 0 or valid is not None:
+            if x0 is None:
+                raise KeyError("the denoising loss needs x0, which this chain has lost: set denoising_coef=0")
+            c, L_den = self.denoising_coef, _square_mean(D_x - x0) / c_out**2
+            loss = loss + c * L_den
+            if valid is not None:
+                loss = torch.where(valid, loss, (1 + c) * L_den)
+        return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
 
     def _delta(self, chain: TensorDictBase, D_x: Tensor, x0: Tensor | None) -> Tensor:
         """δ, in error coordinates where x0 is known: value -e, reward (γ-1) Φ of the state reached."""
-        reached, estimator = chain.get(keys.NEXT), self.value_estimator
-        done, terminated = reached.get(self.tensor_keys.done), reached.get(self.tensor_keys.terminated)
-        known = x0 is not None
-        if known and isinstance(estimator, MonteCarlo):
-            D_next = x0  # the tail beyond a cut window is known
-        else:
-            D_next = self._denoised_next(chain, D_x, terminated, done)
-        if not known:
-            V, V_next, reward = (
-                _value(chain, D_x),
-                _value(reached, D_next),
-                reached.get(self.tensor_keys.reward),
-            )
-        else:
-            A_next = expand_like(reached.get(keys.A), D_x)
-            V = expand_like(chain.get(keys.A), D_x) * (D_x - x0)
-            V_next = A_next * (D_next - x0)
+        estimator, reached, k = self.value_estimator, chain[keys.NEXT], self.tensor_keys
+        done, terminated = reached[k.done], reached[k.terminated]
+        if isinstance(estimator, MonteCarlo):
+            if x0 is not None and estimator.gamma == 1:
+                return expand_like(chain[keys.A], D_x) * (x0 - D_x)  # the tail beyond a cut is known too
+            if is_truncated(terminated, done):
+                raise ValueError(
+                    "the Monte Carlo return of a chain that is cut is known only from x0 and for gamma=1: "
+                    "draw whole chains, or bootstrap at the cut by td_lambda with lmbda=1"
+                )
+        D_next = self._denoised_next(chain, D_x, terminated, done)
+        if x0 is not None and isinstance(estimator, VectorEstimator):
+            A, A_next = expand_like(chain[keys.A], D_x), expand_like(reached[keys.A], D_x)
             if estimator.gamma == 1:
-                reward = V.new_zeros(()).expand_as(V)
+                reward = D_x.new_zeros(()).expand_as(D_x)
             else:
                 reward = (estimator.gamma - 1) * _value(reached, x0)  # 0 where terminated: A = κ = 0
-        return estimator.returns(reward, V_next, terminated, done) - V
+            return estimator.returns(reward, A_next * (D_next - x0), terminated, done) + A * (x0 - D_x)
+        V_next = _value(reached, D_next)
+        if isinstance(estimator, VectorEstimator):
+            G = estimator.returns(reached[k.reward], V_next, terminated, done)
+        else:
+            G = self._torchrl_returns(reached, V_next)
+        return G - _value(chain, D_x)
 
     def _denoised_next(self, chain: TensorDictBase, D_x: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
         """D⁻ at the states reached; anything finite where they are clean."""
+        estimator, x_t, t = self.value_estimator, chain[keys.X_T], chain[keys.T]
+        cond = chain.get(keys.COND, None)
         boot = D_x if self.bootstrap == "residual" else D_x.detach()
-        x_t, t, cond = chain.get(keys.X_T), chain.get(keys.T), chain.get(keys.COND, None)
-        later = boot[:, 1:]
-        if self.bootstrap == "target" and later.shape[1] > 0:
-            later = self._bootstrap(x_t[:, 1:], t[:, 1:], None if cond is None else cond[:, 1:])
-        boot = torch.cat([later, boot[:, -1:]], 1)
-        # the state reached is the next row's, but for the last row and where a chain is cut inside the window
-        missing = ~terminated
-        missing[:, :-1] &= done[:, :-1]
-        missing = missing.squeeze(-1)
-        if bool(missing.any()):
-            reached = chain.get(keys.NEXT)
-            x_t, t = reached.get(keys.X_T)[missing], reached.get(keys.T)[missing]
-            boot[missing] = self._bootstrap(x_t, t, None if cond is None else cond[missing])
+        boot = boot.roll(-1, 1)  # the state reached is the one left by the next step
+        K = t.shape[1]
+        reads_values = not (isinstance(estimator, VectorEstimator) and estimator.is_monte_carlo(K))
+        if self.bootstrap == "target" and K > 1 and reads_values:
+            later = None if cond is None else cond[:, 1:]
+            boot[:, :-1] = self._bootstrap(x_t[:, 1:], t[:, 1:], later)
+        cut = (done & ~terminated).squeeze(-1)  # … but where it is cut, and at the end of the window
+        cut[:, -1] = ~terminated[:, -1, 0]
+        if bool(cut.any()):
+            reached = chain[keys.NEXT]
+            at_cut = None if cond is None else cond[cut]
+            boot[cut] = self._bootstrap(reached[keys.X_T][cut], reached[keys.T][cut], at_cut)
         return boot
 
     def _bootstrap(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """D⁻ by a forward pass of its own."""
         self.network_evaluations += t.numel()
-        if self.bootstrap == "residual":
-            return self.__dict__["_online"].denoise(x_t, t, cond)
-        with torch.no_grad():
-            if self.bootstrap == "own":
-                return self.__dict__["_online"].denoise(x_t, t, cond)
-            with self.target_value_network_params.to_module(self.value_network):
-                return self.value_network.module.denoise(x_t, t, cond)
+        network = self._target_network if self.bootstrap == "target" else self.value_network
+        with nullcontext() if self.bootstrap == "residual" else torch.no_grad():
+            return network.module.denoise(x_t, t, cond)
 
-    def _torchrl_target(self, chain: TensorDictBase) -> Tensor:
-        """The target of an estimator of TorchRL, which wants flags of the reward's shape and evaluates by itself."""
-        copy = chain.copy()
-        reached = copy.get(keys.NEXT).copy()
-        reward = reached.get(self.tensor_keys.reward)
-        for flag in (self.tensor_keys.done, self.tensor_keys.terminated):
-            reached.set(flag, expand_like(reached.get(flag), reward).expand_as(reward))
-        if keys.COND in chain.keys():
-            reached.set(keys.COND, chain.get(keys.COND))
-        copy.set(keys.NEXT, reached)
-        self.network_evaluations += reached.numel()
-        return self.value_estimator.value_estimate(
-            copy, target_params=self.target_value_network_params
-        ).detach()
+    def _torchrl_returns(self, reached: TensorDictBase, V_next: Tensor) -> Tensor:
+        """The target of an estimator of TorchRL, which wants flags of the reward's shape."""
+        k = self.tensor_keys
+        reward = reached[k.reward]
+        flags = {f: expand_like(reached[f], reward).expand_as(reward) for f in (k.done, k.terminated)}
+        steps = TensorDict({keys.NEXT: {k.reward: reward, **flags}}, reached.batch_size)
+        G = self.value_estimator.value_estimate(steps, next_value=V_next)
+        return G if self.bootstrap == "residual" else G.detach()
 
-    def _weights(self, chain: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """The weight on δ² and c_out, each [B, K, 1]."""
-        reached = chain.get(keys.NEXT)
-        c_out = self.denoiser.scalings(chain.get(keys.T)).c_out
-        c_out_next = self.denoiser.scalings(reached.get(keys.T)).c_out
-        return self._weight(WeightTerms(chain.get(keys.A), reached.get(keys.A), c_out, c_out_next)), c_out
+    def _tie(self) -> None:
+        """Let the networks hold the tensors that this module registers: a copy or a cast parts them."""
+        self.value_network_params.to_module(self.value_network, preserve_module_state=False)
+        if self.bootstrap == "target":
+            registered = self._modules["target_value_network_params"].flatten_keys(".")
+            network = self._target_network
+            for named in (network.named_parameters, network.named_buffers):
+                for name, tensor in named(remove_duplicate=False):
+                    tensor.data = registered[name].data
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueLoss":
+        super()._apply(fn)
+        self._tie()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tie()
 
 
 def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:
@@ -298,6 +305,6 @@ def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:
     return expand_like(A, x_t) * D_x + expand_like(kappa, x_t) * x_t
 
 
-def _square_mean(x: Tensor, batch_dims: int) -> Tensor:
-    """‖x‖²/dim(E), shape [*b, 1]."""
-    return event_mean(x.square(), batch_dims).unsqueeze(-1)
+def _square_mean(x: Tensor) -> Tensor:
+    """‖x‖²/dim(E), [B, K, *E] → [B, K, 1]."""
+    return event_mean(x.square(), 2).unsqueeze(-1)
