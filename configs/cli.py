@@ -95,22 +95,23 @@ def explain(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None and isinstance(cause, HydraException):
         cause = cause.__cause__
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{cause.full_key!s} has no default: give {cause.full_key}=..."
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        where = str(cause.full_key)
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{where} has no default: give {where}=..."
         parent, key = cause.parent_node, str(cause.key)
         known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
         if known and key not in known:
             near = _paths(parent, key) or get_close_matches(key, known, n=3) or sorted(set(known) - {"hydra"})
-            return f"unknown config key {cause.full_key!r}; did you mean {', '.join(near)}?"
-        return f"{cause.full_key!s}: {str(cause).splitlines()[0]}"
+            return f"unknown config key {where!r}; did you mean {', '.join(near)}?"
+        return f"{where}: {str(cause).splitlines()[0]}"
     return " ".join(str(cause).partition("Config search path:")[0].split())
 
 
 def _paths(config: DictConfig, key: str) -> list[str]:
     """Where a key stands that was looked for at the top."""
     return [
-        f"{group}.{key}"
+        f"{group!s}.{key}"
         for group, options in config.items_ex(resolve=False)
         if group != "hydra" and isinstance(options, DictConfig) and key in options
     ]

@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from enum import Enum
-from types import NoneType, UnionType
+from functools import partial
+from types import GenericAlias, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
@@ -31,11 +32,9 @@ def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()
             if parameter.name in omit or parameter.name in fields:
                 continue
             default = MISSING if parameter.default is parameter.empty else parameter.default
-            if isinstance(default, tuple):
-                default = list(default)
             value = (
-                field(default_factory=lambda d=default: list(d))
-                if isinstance(default, list)
+                field(default_factory=partial(list, default))
+                if isinstance(default, list | tuple)
                 else field(default=default)
             )
             fields[parameter.name] = (parameter.name, _plain(hints[parameter.name]), value)
@@ -43,16 +42,19 @@ def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()
 
 
 def _plain(hint: Any) -> Any:
-    """The type as OmegaConf knows it: a Literal is its values' type, a tuple is a list, a path a string."""
+    """The type as OmegaConf knows it.
+
+    A Literal is its values' type, a tuple a list, a path a string; of a union, what can be written in a file.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return type(args[0])
     if origin in (Union, UnionType):
-        inner = [_plain(a) for a in args if a is not NoneType]
-        union = Union[tuple(dict.fromkeys(inner))]  # noqa: UP007
-        return union | None if NoneType in args else union
+        inner = [plain for a in args if a is not NoneType and (plain := _plain(a)) is not Any]
+        union = Union[tuple(dict.fromkeys(inner))] if inner else Any  # noqa: UP007
+        return Union[union, None] if NoneType in args else union  # noqa: UP007
     if origin in (tuple, list):
-        return list[_plain(args[0])]  # type: ignore[misc]
+        return GenericAlias(list, (_plain(args[0]),))
     if inspect.isclass(hint) and issubclass(hint, (bool, int, float, str, Enum)):
         return hint
     return str if getattr(hint, "__name__", "") in ("Path", "PathLike") else Any

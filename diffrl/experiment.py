@@ -16,6 +16,7 @@ from diffrl.data import Data
 from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation, draw_samples
 from diffrl.extras import require_installed
+from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.runs import RunFolder, versions
 from diffrl.tables import Table
 from diffrl.trainer import Average, Length, Optim, Target, Trainer
@@ -56,7 +57,8 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
     results = folder.results() or head
     main = config["objective"]["name"]
-    objectives = [main, "monte_carlo"] if config["compare"] and main != "monte_carlo" else [main]
+    is_baseline = OBJECTIVES[main].loss is monte_carlo_loss
+    objectives = [main, "monte_carlo"] if config["compare"] and not is_baseline else [main]
     with _interruptible() as interrupted:
         for name in objectives:
             if name in results["objectives"]:
@@ -120,7 +122,8 @@ class _Job:
         if self.oracle is not None:
             columns += [f"value_error_{sigma:g}" for sigma in self.evaluation.sigmas]
         table = Table(folder.path / "metrics.csv", tuple(columns))
-        table.keep(lambda row: row["objective"] != self.name or int(row["grad_steps"]) <= trainer.step)
+        done = range(trainer.step + 1 if trainer.step > 0 else 0)
+        table.keep(lambda row: row["objective"] != self.name or int(row["grad_steps"]) in done)
         logger = _logger(self.config["logger"], str(folder.path), self.name)
 
         def report(row: dict[str, float]) -> None:

@@ -143,7 +143,7 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
                 add("learning_curve", name, sigma, step, error)
             if errors:
                 add("learning_curve", name, "mean", step, mean_value_error(errors))
-            if not result["value_error"]:
+            if not result["value_error"] and row["loss_value"]:
                 add("loss", name, "", step, float(row["loss_value"]))
         for sigma, error in result["value_error"].items():
             add("value_error", name, sigma, float(sigma), error)
@@ -173,7 +173,8 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
             for sigma in first["value_error"]:
                 x, y = _line(figures, "learning_curve", name, sigma)
                 panels[0].plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
-            panels[0].plot(*_line(figures, "learning_curve", name, "mean"), color=colour, linewidth=2.2)
+            mean = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 2.2}
+            panels[0].plot(*_line(figures, "learning_curve", name, "mean"), **mean)
             panels[1].plot(*_line(figures, "value_error", name), **mark)
         else:
             panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
@@ -198,9 +199,11 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
         _name_lines(panels[0], figures, names, list(first["value_error"]))
         _write_ratios(panels[1], figures, "value_error", names)
     _write_ratios(panels[-1], figures, "sample_distance", names)
+    handles, labels = panels[-1].get_legend_handles_labels()
     if len(names) == 2:
-        panels[-1].plot([], [], " ", label=f"×: {' over '.join(names.values())}")
-    panels[-1].legend(loc="upper right", bbox_to_anchor=(1, 0.92))
+        handles.append(require("matplotlib.lines", "plot").Line2D([], [], linestyle=""))
+        labels.append(f"×: {' over '.join(labels)}")
+    part.legend(handles, labels, loc="outside upper left", ncols=len(handles), borderpad=0, borderaxespad=1)
 
 
 def _name_ticks(axes: Any, values: Sequence[str]) -> None:

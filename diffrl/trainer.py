@@ -328,7 +328,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         progress: bool = True,
     ) -> bool:
-        """Train to the end under a progress bar.
+        """Train to the end under a progress bar; the first report is of the untrained denoiser.
 
         Args:
             report: takes a row of figures; the loss in a row is that of its step.
@@ -340,6 +340,8 @@ class Trainer:
             Whether training reached its end.
         """
         total, shown = self.length.grad_steps, ""
+        if self.step == 0:
+            report({**self.figures, **evaluate(self)})
         with tqdm(
             total=total,
             initial=self.step,
