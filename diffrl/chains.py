@@ -100,8 +100,11 @@ class Chain:
     def value_coefficients(self) -> tuple[Tensor, Tensor]:
         """A_i and κ_i of each state's value, 0 at the clean one: float64, shape [K+1] each."""
         stride = float("inf") if self.value == "clean" else self.stride
-        s = self.process.time(self.indices[:-1] + stride, self.num_steps)
-        A, kappa, _ = posterior(self.process, self.t[:-1], s, self.eta)
+        if stride == self.span:
+            A, kappa, _ = self.step_coefficients
+        else:
+            s = self.process.time(self.indices[:-1] + stride, self.num_steps)
+            A, kappa, _ = posterior(self.process, self.t[:-1], s, self.eta)
         zero = torch.zeros(1, dtype=torch.float64)
         return torch.cat([A, zero]), torch.cat([kappa, zero])
 
@@ -122,6 +125,11 @@ class Chain:
         sigma_t, sigma_s = self.scales[1][:-2], self.scales[1][1:-1]
         zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         return torch.cat([zero, kappa * sigma_t / sigma_s, zero]), torch.cat([one, std / sigma_s, zero])
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Rows t, A, κ, α, σ, ρ, √(1-ρ²), a column for each state: float64, shape [7, K+1]."""
+        return torch.stack([self.t, *self.value_coefficients, *self.scales, *self.noise_mixing])
 
     def step(self, index: Tensor, x0: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """The state reached from state `index`: x_s = A x0 + κ x_t + std z of the step i → i+k.

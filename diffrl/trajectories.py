@@ -82,60 +82,67 @@ def draw_chain(
     B, K, E = x0.shape[0], chain.num_transitions, x0.shape[1:]
     if cond is not None and len(cond) != B:
         raise ValueError(f"cond has {len(cond)} entries, but there are {B} data")
-    whole = window is None or window >= K
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: keep at least one transition, or None for whole chains")
+    whole = window is None or window >= K
+    W = K if whole or window is None else window
+    position, table = torch.arange(W + 1, device=x0.device), chain.table.to(x0)
     if whole:
-        index = torch.arange(K + 1, device=x0.device).expand(B, K + 1)
-        rows: Tensor | slice = slice(None)
-        num_noise = K
+        num_noise, index = K, position  # the clean state has none
     else:
-        assert window is not None
-        start = torch.randint(K - window + 1, (B, 1), generator=generator, device=x0.device)
-        index = start + torch.arange(window + 1, device=x0.device)
-        rows = index
-        num_noise = window + 1
-    W = index.shape[1] - 1
-    tables = (chain.t, *chain.scales, *chain.value_coefficients, *chain.noise_mixing)
-    picked = torch.stack(tables).to(x0)[:, rows].view(len(tables), -1, W + 1)
-    _, alpha, sigma, A, kappa, rho, fresh = picked.view(*picked.shape, *[1] * len(E)).unbind()
+        num_noise = W + 1
+        start = torch.randint(K - W + 1, (B, 1), generator=generator, device=x0.device)
+        index = start + position
+        table = table[:, index]
+    table, index = table.view(len(table), -1, W + 1, 1), index.expand(B, W + 1).unsqueeze(-1)
 
     if noise is None:
         noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
     elif noise.shape != (B, num_noise, *E):
         raise ValueError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
 
-    x = x0.new_empty(B, W + 1, *E)
+    _, A, kappa, alpha, sigma, rho, fresh = _spread(table, E).unbind()
+    x, datum = x0.new_empty(B, W + 1, *E), x0.unsqueeze(1)
     n = x[:, :num_noise]
     torch.mul(noise, fresh[:, :num_noise], out=n)
     n[:, 0] = noise[:, 0]  # wherever a window starts, its first state is a marginal draw
     states, mixing = n.unbind(1), rho.unbind(1)
     for k in range(1, num_noise):  # n_s = ρ n_t + √(1-ρ²) z
         states[k].addcmul_(mixing[k], states[k - 1])
-    datum = x0.unsqueeze(1)
     n.mul_(sigma[:, :num_noise]).addcmul_(alpha[:, :num_noise], datum)
     if whole:
         x[:, K] = x0
-
     mu = (A * datum).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
-    terminated = index[:, 1:, None] == K
-    done = torch.zeros_like(terminated)
-    done[:, -1] = True  # the clean state is never reached before the window's end
 
-    columns = picked.unsqueeze(-1).expand(-1, B, -1, -1)
-    state = {keys.T: columns[0], keys.A: columns[3], keys.KAPPA: columns[4], keys.INDEX: index.unsqueeze(-1)}
-    left = {keys.X_T: x[:, :-1], keys.X0: datum.expand(B, W, *E), **{k: v[:, :-1] for k, v in state.items()}}
+    columns = table[:3].expand(3, B, W + 1, 1)
+    terminated = index[:, 1:] == K
+    done = (position[1:] == W).expand(B, W).unsqueeze(-1)  # the clean state ends the window that reaches it
+    state = (keys.T, keys.A, keys.KAPPA)
+    left = {
+        keys.X_T: x[:, :-1],
+        keys.X0: datum.expand(B, W, *E),
+        keys.INDEX: index[:, :-1],
+        **dict(zip(state, columns[:, :, :-1].unbind(), strict=True)),
+    }
     if cond is not None:
         left[keys.COND] = cond.unsqueeze(1).expand(B, W, *cond.shape[1:])
     reached = {
         keys.X_T: x[:, 1:],
-        **{k: v[:, 1:] for k, v in state.items()},
+        keys.INDEX: index[:, 1:],
+        **dict(zip(state, columns[:, :, 1:].unbind(), strict=True)),
         keys.REWARD: mu[:, :-1] - mu[:, 1:],
         keys.TERMINATED: terminated,
         keys.TRUNCATED: done & ~terminated,
         keys.DONE: done,
     }
     return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, W])}, [B, W])
+
+
+def _spread(table: Tensor, E: torch.Size) -> Tensor:
+    """Coefficients [n, 1 or B, W+1, 1] such that they broadcast against states [B, W+1, *E]."""
+    spread = table.view(*table.shape[:3], *[1] * len(E))
+    # written out for small events: torch's inner loops end at the first dim that is broadcast
+    return spread.expand(*table.shape[:3], *E).contiguous() if E.numel() <= 64 else spread
 
 
 @dataclass(frozen=True)
