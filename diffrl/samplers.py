@@ -92,12 +92,22 @@ class Model:
         return self.denoiser(x, t.expand(len(x)), self.cond)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE, at times as for D."""
-        p = self.process
-        coefficients = (p.alpha(t), p.sigma(t), p.alpha_dot(t), p.sigma_dot(t))
-        alpha, sigma, alpha_dot, sigma_dot = (_column(c, x) for c in coefficients)
-        D_x = self(x, t)
-        return alpha_dot * D_x + sigma_dot * (x - alpha * D_x) / sigma
+        """dx/dt of the probability-flow ODE, at times as for D."""
+        return velocity(self.process, x, self(x, t), t)
+
+
+def velocity(process: Schedule, x: Tensor, D_x: Tensor, t: Tensor) -> Tensor:
+    """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE, for a clean estimate D.
+
+    Args:
+        process: noise schedule.
+        x: state, shape [N, *E].
+        D_x: its clean estimate, of x's shape.
+        t: times, float64, a scalar or shape [N].
+    """
+    coefficients = (process.alpha(t), process.sigma(t), process.alpha_dot(t), process.sigma_dot(t))
+    alpha, sigma, alpha_dot, sigma_dot = (_column(c, x) for c in coefficients)
+    return alpha_dot * D_x + sigma_dot * (x - alpha * D_x) / sigma
 
 
 def _column(c: Tensor, x: Tensor) -> Tensor:
@@ -123,7 +133,7 @@ class Kernel(NamedTuple):
         Raises:
             ValueError: std is 0.
         """
-        std = self.std.to(x.device, x.dtype).expand(len(x))
+        std = self.std.expand(len(x))
         return normal_log_prob(x, self.mean, std, batch_dims=1, reduction=reduction)
 
 
@@ -169,7 +179,7 @@ class Euler(GaussianSampler):
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """A point: std = 0."""
-        return Kernel(x + _like(s - t, x) * velocity(process, x, D_x, t), torch.zeros_like(t))
+        return Kernel(x + _column(s - t, x) * velocity(process, x, D_x, t), torch.zeros_like(t))
 
 
 @dataclass(frozen=True)
@@ -184,11 +194,9 @@ class Heun(Sampler):
         """The corrected Euler step; no noise."""
         h, slope = _column(s - t, x), model.velocity(x, t)
         x_s = x + h * slope
-        lands = s == model.process.t_clean  # where the slope is infinite
-        if not bool(lands.all()):
-            corrected = x + h * (slope + model.velocity(x_s, torch.where(lands, t, s))) / 2
-            x_s = torch.where(_column(lands, x).bool(), x_s, corrected)
-        return x_s
+        if s == model.process.t_clean:  # where the slope is infinite
+            return x_s
+        return x + h * (slope + model.velocity(x_s, s)) / 2
 
 
 @dataclass(frozen=True)
@@ -212,10 +220,10 @@ class DDIM(GaussianSampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: it lies in [0, 1]")
 
-    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """N(A D + κ x, std²)."""
-        A, kappa, std = posterior(model.process, t, s, self.eta)
-        return Kernel(_column(A, x) * model(x, t) + _column(kappa, x) * x, std)
+        A, kappa, std = posterior(process, t, s, self.eta)
+        return Kernel(_column(A, x) * D_x + _column(kappa, x) * x, std)
 
 
 def Ancestral() -> DDIM:  # noqa: N802 (used like the classes beside it)
@@ -386,11 +394,6 @@ def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: Noise) -> It
     for t, s in itertools.pairwise(grid):
         x = sampler.step(model, x, t, s, noise)
         yield x
-
-
-def _like(c: Tensor, x: Tensor) -> Tensor:
-    """A coefficient, one or one a state, broadcastable against x and of its dtype."""
-    return expand_like(c, x).to(x)
 
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {

@@ -360,9 +360,9 @@ def test_kernel_is_the_law_of_its_draws(process: Schedule, eta: float, dtype: to
 
 
 @continuous
-@pytest.mark.parametrize("sampler", SAMPLES, ids=str)
+@pytest.mark.parametrize("sampler", [s for s in SAMPLES if isinstance(s, GaussianSampler)], ids=str)
 def test_states_may_be_at_times_of_their_own(process: Schedule, sampler: GaussianSampler) -> None:
-    """As a minibatch of transitions is; as many states as coordinates, so that a wrong broadcast would pass."""
+    """As in a minibatch of transitions; as many states as coordinates, where a wrong broadcast would pass."""
     grid, x = process.time_grid(5), randn(5, 5)
     exact = normal_denoiser(process, D=5)
     t, s = grid[torch.tensor([0, 3, 4, 1, 1])], grid[torch.tensor([1, 4, 5, 2, 3])]
@@ -375,7 +375,7 @@ def test_states_may_be_at_times_of_their_own(process: Schedule, sampler: Gaussia
         torch.testing.assert_close(drawn[n], alone.sample(lambda x: z[n : n + 1])[0])  # noqa: B023
 
 
-@pytest.mark.parametrize("sampler", [Euler(), Heun(), DDIM(0.0)], ids=str)
+@pytest.mark.parametrize("sampler", [Euler(), DDIM(0.0)], ids=str)
 def test_an_ode_step_is_a_point(sampler: GaussianSampler) -> None:
     t, s = EDM().time_grid(6)[2:4]
     model, x = Model(normal_denoiser(EDM()), EDM(), 6), randn(4, 1)
