@@ -48,9 +48,14 @@ class EMA:
                 )
         self.halflife_samples, self.ramp, self.samples = float(halflife_samples), ramp, 0
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self._source = module
         self._parameters: list[Tensor] = list(module.parameters())
         self._averages: list[Tensor] = list(self.module.parameters())
+        # by name, as a module may put another tensor in a buffer's place
+        self._buffers = [
+            (average, source, name)
+            for average, source in zip(self.module.modules(), module.modules(), strict=True)
+            for name, _ in source.named_buffers(recurse=False)
+        ]
 
     def new_weight(self, samples: int) -> float:
         """1 - β, the weight of θ in the next update, if it follows `samples` further samples."""
@@ -69,8 +74,8 @@ class EMA:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, not {samples}")
         torch._foreach_lerp_(self._averages, self._parameters, self.new_weight(samples))
-        for average, buffer in zip(self.module.buffers(), self._source.buffers(), strict=True):
-            average.copy_(buffer)
+        for average, source, name in self._buffers:
+            getattr(average, name).copy_(getattr(source, name))
         self.samples += samples
 
     def state_dict(self) -> dict[str, Any]:
