@@ -10,8 +10,9 @@ from diffrl.data import Data
 from diffrl.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
 from diffrl.metrics import sample_distance, value_error
 from diffrl.samplers import Model, Noise, Sampler, trajectory
+from diffrl.schedules import Schedule
 
-__all__ = ["Evaluation", "draw_samples"]
+__all__ = ["Evaluation", "draw_samples", "grid_for"]
 
 SAMPLE_SEED = 2_718_281  # evaluation noise is the same for every run, and no training seed's
 
@@ -121,3 +122,20 @@ def draw_samples(
         parts.append(x)
         nfe = model.nfe * (2 if num_classes and guidance_scale not in (0, 1) else 1)
     return torch.cat(parts), nfe
+
+
+def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
+    """Levels of the grid on which a sampler evaluates the denoiser `nfe` times.
+
+    Raises:
+        ValueError: there is no such grid.
+    """
+    counts = [0]
+    while counts[-1] < nfe and len(counts) <= nfe:  # a step evaluates at least once
+        model = Model(lambda x, t, cond: x, process, num_steps=len(counts))
+        deque(trajectory(model, sampler, torch.zeros(1, 1), Noise(torch.Generator())), maxlen=0)
+        counts.append(model.nfe)
+    if counts[-1] != nfe:
+        name = type(sampler).__name__
+        raise ValueError(f"{name} cannot sample with {nfe} evaluations, but with {counts[-2]} or {counts[-1]}")
+    return len(counts) - 1
