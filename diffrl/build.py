@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDict
@@ -14,6 +14,7 @@ from diffrl.chains import Chain
 from diffrl.data import DATASETS, Data
 from diffrl.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
 from diffrl.networks import NETWORKS
+from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.samplers import SAMPLERS, Sampler
@@ -23,6 +24,7 @@ from diffrl.trajectories import ChainSampler
 __all__ = [
     "Draw",
     "Objective",
+    "Progressive",
     "build_data",
     "build_denoiser",
     "build_objective",
@@ -41,13 +43,35 @@ class Draw(Protocol):
         ...
 
 
+@runtime_checkable
+class Progressive(Protocol):
+    """A `Draw` that changes along the training; where that stands is all it depends on, so resuming is exact.
+
+    It may bring `target_decay`, the decay of the target network after the present step.
+    """
+
+    def set_progress(self, step: int, grad_steps: int) -> None:
+        """Stand at gradient step `step`, counted from 0, of `grad_steps`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
     """A way to train: a loss, and what draws the states it is fed with."""
 
     name: str
-    loss: ValueLoss
+    loss: ValueLoss | DenoiserLoss
     draw: Draw
+
+    def set_progress(self, step: int, grad_steps: int) -> None:
+        """Tell a `Progressive` draw where the training stands; to be called before every step."""
+        if isinstance(self.draw, Progressive):
+            self.draw.set_progress(step, grad_steps)
+
+    @property
+    def target_decay(self) -> float | None:
+        """The decay of the target network that the draw brings, if it does."""
+        return getattr(self.draw, "target_decay", None)
 
 
 def build_data(config: Config) -> Data:
@@ -96,7 +120,8 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
     scheme = OBJECTIVES[name]
     draw: Draw
     if scheme.draw is not None:
-        draw = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
+        make = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
+        draw = make() if inspect.isclass(scheme.draw) else make
     else:
         chain = Chain(denoiser.process, **_accepted(Chain, config["chain"]))
         draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]))

@@ -82,7 +82,8 @@ class Target:
     """How a target network follows, where the objective has one.
 
     Args:
-        decay: θ⁻ ← decay θ⁻ + (1 - decay) θ after every step (TorchRL's SoftUpdate).
+        decay: θ⁻ ← decay θ⁻ + (1 - decay) θ after every step (TorchRL's SoftUpdate); an objective that brings
+            decays of its own, as consistency training does, goes by those.
         every: instead, a hard copy each so many steps (TorchRL's HardUpdate).
     """
 
@@ -232,6 +233,7 @@ class Trainer:
         return x0.to(self.device, dtype), labels, generator
 
     def _step(self) -> dict[str, float]:
+        self.objective.set_progress(self.step, self.length.grad_steps)
         x0, labels, generator = self.batch(self.step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
         with self._autocast():
@@ -252,6 +254,8 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad()
         if self.target is not None:
+            if isinstance(self.target, SoftUpdate) and self.objective.target_decay is not None:
+                self.target.eps = self.objective.target_decay
             self.target.step()
         self.ema.update(self.length.batch_size)
         self.step += 1

@@ -1,0 +1,193 @@
+"""Consistency training, plain (CT) and with a TD term (TD-CT), on pairs of states that share one noise."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from diffrl import keys
+from diffrl.denoisers import Denoiser
+from diffrl.objectives.networks import DenoiserLoss
+from diffrl.objectives.value import ChainValue
+from diffrl.objectives.weights import WeightTerms, weight_function
+from diffrl.shapes import event_mean, expand_like
+
+__all__ = [
+    "CT_WEIGHTS",
+    "METRICS",
+    "ConsistencyLoss",
+    "ct_loss",
+    "td_ct_loss",
+]
+
+PSEUDO_HUBER = 0.00054  # c per root of the event's size, of the improved consistency training
+
+
+def l2(u: Tensor) -> Tensor:
+    """Mean of u²."""
+    return event_mean(u.square(), 2)
+
+
+def l1(u: Tensor) -> Tensor:
+    """Mean of |u|."""
+    return event_mean(u.abs(), 2)
+
+
+def pseudo_huber(u: Tensor) -> Tensor:
+    """(√(‖u‖² + c²) - c)/√dim(E) with c = 0.00054 √dim(E): as published, over the root of the event's size.
+
+    Source: Improved Techniques for Training Consistency Models (Song & Dhariwal, 2024), section 3.3,
+    https://arxiv.org/abs/2310.14189.
+    """
+    return (event_mean(u.square(), 2) + PSEUDO_HUBER**2).sqrt() - PSEUDO_HUBER
+
+
+METRICS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2, "l1": l1, "pseudo_huber": pseudo_huber}
+"""d(x, y) of u = x - y, [B, K, *E] → [B, K], in place of the paper's LPIPS, which is a network itself."""
+
+CT_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "uniform": lambda sigma, sigma_data: torch.ones_like(sigma),
+    "edm": lambda sigma, sigma_data: sigma**-2 + sigma_data**-2,
+}
+"""λ(σ_t) of the consistency term."""
+
+
+class ConsistencyLoss(DenoiserLoss):
+    """The loss of consistency training with a TD term, to be fed with `sample_consistency_pairs`.
+
+        L_CT = λ(σ_t) d(f(x_t), f⁻(x_t'))
+        L_TD = w ‖δ‖²/dim(E),    δ = A_t (x0 - f(x_t)) - A_t' (x0 - f⁻(x_t'))
+        L = mean( valid ? b L_TD + c L_CT : (b + c) L_CT )
+
+    b = 0, c = 1 is plain consistency training (`ct_loss`): with d = l2 and λ uniform, TD(0) of the 'clean'
+    value under shared noise. b = 1, c = 0.5 is TD-CT (`td_ct_loss`). f⁻ carries no gradient and is evaluated
+    once for both terms.
+
+    Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
+    Consistency Models (Song et al., 2023), eq. 10, https://arxiv.org/abs/2303.01469.
+
+    Args:
+        denoiser: f, in the boundary form, prediction_type "consistency"; kept by reference, trained in place.
+        td_coef: b ≥ 0.
+        consistency_coef: c ≥ 0.
+        td_weight: w, a name in `diffrl.objectives.weights.WEIGHTS`; the released code has "sum_sq" and "sum".
+        metric: d, a name in `METRICS`.
+        ct_weight: λ, "uniform" or "edm" (σ⁻² + σd⁻²).
+        bootstrap: f⁻ is a "target" network that lags behind, or the network's "own" prediction.
+
+    Raises:
+        ValueError: an argument outside its range, or a denoiser in another form.
+    """
+
+    out_keys = ["loss_value", "td_error"]
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        td_coef: float,
+        consistency_coef: float,
+        td_weight: str = "sum_sq",
+        metric: str = "pseudo_huber",
+        ct_weight: str = "uniform",
+        bootstrap: Literal["target", "own"] = "target",
+    ) -> None:
+        if denoiser.prediction_type != "consistency":
+            raise ValueError(
+                "consistency training needs f(x, σ_min) = x: set denoiser.prediction_type=consistency, "
+                f"not {denoiser.prediction_type}"
+            )
+        if not (td_coef >= 0 and consistency_coef >= 0 and td_coef + consistency_coef > 0):
+            raise ValueError(f"td_coef is {td_coef} and consistency_coef {consistency_coef}: one must be > 0")
+        for name, value, known in (("metric", metric, METRICS), ("ct_weight", ct_weight, CT_WEIGHTS)):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
+        if bootstrap not in ("target", "own"):
+            raise ValueError(f"bootstrap is {bootstrap!r}: give 'target' or 'own'")
+        network = TensorDictModule(ChainValue(denoiser), self.in_keys[:4], [keys.STATE_VALUE])
+        super().__init__(network, target=bootstrap == "target")
+        self.td_coef, self.consistency_coef, self.bootstrap = td_coef, consistency_coef, bootstrap
+        self._td_weight, self._metric = weight_function(td_weight), METRICS[metric]
+        self._ct_weight = CT_WEIGHTS[ct_weight]
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries of the pairs that the loss reads; cond is read where present."""
+        state = [keys.X_T, keys.T, keys.A, keys.KAPPA]
+        return [*state, keys.X0, keys.VALID, *((keys.NEXT, name) for name in state)]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The loss of a batch of pairs [B, 1].
+
+        Args:
+            tensordict: what `sample_consistency_pairs` gives.
+
+        Returns:
+            TensorDict with the scalars ``loss_value`` and ``td_error``, the root mean square of f(x_t) -
+            f⁻(x_t'), which is the TD error of the 'clean' value.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
+        x_t, t, A, _, x0, valid, x_next, t_next, A_next, _ = (tensordict[key] for key in self.in_keys)
+        cond = tensordict.get(keys.COND, None)
+        f = self.value_network.module.denoise(x_t, t, cond)
+        with torch.no_grad():
+            f_next = self.bootstrap_network.module.denoise(x_next, t_next, cond)
+        self.network_evaluations += 2 * t.numel()
+
+        b, c = self.td_coef, self.consistency_coef
+        L_CT = self._ct_weight(t, self.denoiser.sigma_data) * self._metric(f - f_next).unsqueeze(-1)
+        loss = c * L_CT
+        if b > 0:
+            delta = expand_like(A, x0) * (x0 - f) - expand_like(A_next, x0) * (x0 - f_next)
+            c_out, c_out_next = self.denoiser.scalings(torch.cat([t, t_next])).c_out.chunk(2)
+            w = self._td_weight(WeightTerms(A, A_next, c_out, c_out_next, t**-2))
+            loss = torch.where(valid, b * w * l2(delta).unsqueeze(-1) + c * L_CT, (b + c) * L_CT)
+        return TensorDict(
+            {"loss_value": loss.mean(), "td_error": (f.detach() - f_next).square().mean().sqrt()}
+        )
+
+
+def ct_loss(
+    denoiser: Denoiser,
+    *,
+    metric: str = "pseudo_huber",
+    ct_weight: str = "uniform",
+    bootstrap: Literal["target", "own"] = "target",
+) -> ConsistencyLoss:
+    """Plain consistency training, L = L_CT; the arguments are those of `ConsistencyLoss`."""
+    return ConsistencyLoss(
+        denoiser,
+        td_coef=0.0,
+        consistency_coef=1.0,
+        metric=metric,
+        ct_weight=ct_weight,
+        bootstrap=bootstrap,
+    )
+
+
+def td_ct_loss(
+    denoiser: Denoiser,
+    *,
+    td_weight: str = "sum_sq",
+    consistency_coef: float = 0.5,
+    metric: str = "pseudo_huber",
+    ct_weight: str = "uniform",
+    bootstrap: Literal["target", "own"] = "target",
+) -> ConsistencyLoss:
+    """TD-CT, L = valid ? L_TD + c L_CT : (1 + c) L_CT; the arguments are those of `ConsistencyLoss`."""
+    return ConsistencyLoss(
+        denoiser,
+        td_coef=1.0,
+        consistency_coef=consistency_coef,
+        td_weight=td_weight,
+        metric=metric,
+        ct_weight=ct_weight,
+        bootstrap=bootstrap,
+    )

@@ -1,0 +1,173 @@
+"""States for consistency training: pairs of neighbouring levels that share one noise, on grids that grow."""
+
+import math
+from typing import Literal
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from diffrl import keys
+from diffrl.processes import posterior
+from diffrl.schedules import EDM
+from diffrl.shapes import expand_like, require_floating
+
+__all__ = ["ConsistencyPairs", "num_scales", "sample_consistency_pairs", "target_decay"]
+
+
+def num_scales(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150) -> int:
+    """N(j) = s(j) + 1 levels at gradient step j of K; from 2 to s_1 + 1.
+
+        s(j) = max(1, ⌈√(j/K ((s_1 + 1)² - s_0²) + s_0²) - 1⌉)
+
+    Source: Consistency Models (Song et al., 2023), appendix C, https://arxiv.org/abs/2303.01469; the maximum:
+    Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048.
+    """
+    s = max(1, math.ceil(math.sqrt(step / grad_steps * ((s_1 + 1) ** 2 - s_0**2) + s_0**2) - 1))
+    return s + 1
+
+
+def target_decay(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150, mu_0: float = 0.9) -> float:
+    """μ(j) = exp(s_0 ln μ_0 / s(j)), the decay of the target network after gradient step j of K.
+
+    μ_0 where s(j) = s_0; with s_0 = 2 training begins below it, at s = 1 with μ_0². Source: as `num_scales`.
+    """
+    s = num_scales(step, grad_steps, s_0, s_1) - 1
+    return math.exp(s_0 * math.log(mu_0) / s)
+
+
+def sample_consistency_pairs(
+    process: EDM,
+    x0: Tensor,
+    *,
+    num_scales: int,
+    stride: float = 0.25,
+    kappa: Literal["markov", "shared"] = "markov",
+    cond: Tensor | None = None,
+    index: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> TensorDict:
+    """Pairs (x_t, x_t') of one datum each with one noise, at neighbouring levels of a grid.
+
+        i ~ U{0, …, N-2},    x_t = x0 + σ_i n,    x_t' = x0 + σ_{i+1} n
+        valid: i < N-2; else x_t' lies at σ_min, where a consistency model is the identity
+
+    A and κ are those of the steps i → i+Δ and i+1 → i+1+Δ. The published TD term has the Markov posterior's
+    coefficients, A = 1 - (σ_s/σ_t)², although the pair shares its noise; "shared" has A = 1 - σ_s/σ_t.
+
+    Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
+    Consistency Models (Song et al., 2023), Algorithm 3, https://arxiv.org/abs/2303.01469.
+
+    Args:
+        process: EDM.
+        x0: clean data, floating dtype, shape [B, *E].
+        num_scales: N ≥ 2.
+        stride: Δ > 0, in index units.
+        kappa: whose coefficients the value has.
+        cond: condition, shape [B, ...].
+        index: i to use, integers, shape [B].
+        noise: n to use, of x0's shape.
+        generator: source of randomness; drawn in the order i, n.
+
+    Returns:
+        TensorDict of batch size [B, 1], with the entry ``valid`` beside those of a chain.
+
+    Raises:
+        ValueError: another process, num_scales < 2, stride ≤ 0, or another kappa.
+        TypeError: x0 holds integers.
+    """
+    require_floating([("x0", x0)])
+    _check_pairs(process, stride, kappa)
+    if num_scales < 2:
+        raise ValueError(f"num_scales is {num_scales}: a pair needs two levels")
+    B, N = len(x0), num_scales
+    if index is None:
+        index = torch.randint(N - 1, (B,), generator=generator, device=x0.device)
+    if noise is None:
+        noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
+
+    def state(i: Tensor) -> dict[str, Tensor]:
+        t, s = process.time(i, N), process.time(i + stride, N)
+        A, kappa_, _ = posterior(process, t, s, 1.0 if kappa == "markov" else 0.0)
+        t, A, kappa_ = (c.to(x0.dtype).view(B, 1, 1) for c in (t, A, kappa_))
+        x_t = x0.unsqueeze(1) + expand_like(t, x0.unsqueeze(1)) * noise.unsqueeze(1)
+        return {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: kappa_, keys.INDEX: i.view(B, 1, 1)}
+
+    left, reached = state(index), state(index + 1)
+    datum, cut = x0.unsqueeze(1), torch.ones(B, 1, 1, dtype=torch.bool, device=x0.device)
+    mu, mu_next = (
+        expand_like(c[keys.A], datum) * datum + expand_like(c[keys.KAPPA], datum) * c[keys.X_T]
+        for c in (left, reached)
+    )
+    left |= {keys.X0: datum, keys.VALID: (index < N - 2).view(B, 1, 1)}
+    if cond is not None:
+        left[keys.COND] = cond.unsqueeze(1)
+    reached |= {keys.REWARD: mu - mu_next, keys.DONE: cut, keys.TRUNCATED: cut, keys.TERMINATED: ~cut}
+    return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, 1])}, [B, 1])
+
+
+class ConsistencyPairs:
+    """Draws the pairs that a run trains on, on grids that grow with it; see `sample_consistency_pairs`.
+
+    Args:
+        process: EDM.
+        s_0: s with which training begins (s + 1 levels), ≥ 1; see `num_scales`.
+        s_1: s with which it ends, ≥ s_0.
+        mu_0: μ_0 ∈ (0, 1], see `target_decay`.
+        stride: Δ > 0.
+        kappa: "markov", as published, or "shared".
+
+    Attributes:
+        num_scales: N at the present step.
+        target_decay: μ at the present step.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        process: EDM,
+        s_0: int = 2,
+        s_1: int = 150,
+        mu_0: float = 0.9,
+        stride: float = 0.25,
+        kappa: Literal["markov", "shared"] = "markov",
+    ) -> None:
+        _check_pairs(process, stride, kappa)
+        if not 1 <= s_0 <= s_1:
+            raise ValueError(f"s_0 is {s_0} and s_1 {s_1}: the levels grow, 1 <= s_0 <= s_1")
+        if not 0 < mu_0 <= 1:
+            raise ValueError(f"mu_0 is {mu_0}: a decay lies in (0, 1]")
+        self.process, self.s_0, self.s_1, self.mu_0 = process, s_0, s_1, mu_0
+        self.stride, self.kappa = stride, kappa
+        self.set_progress(0, 1)
+
+    def set_progress(self, step: int, grad_steps: int) -> None:
+        """Stand at gradient step `step`, counted from 0, of `grad_steps`."""
+        self.num_scales = num_scales(step, grad_steps, self.s_0, self.s_1)
+        self.target_decay = target_decay(step, grad_steps, self.s_0, self.s_1, self.mu_0)
+
+    def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
+        """A batch of pairs."""
+        return sample_consistency_pairs(
+            self.process,
+            x0,
+            num_scales=self.num_scales,
+            stride=self.stride,
+            kappa=self.kappa,
+            cond=cond,
+            generator=generator,
+        )
+
+
+def _check_pairs(process: object, stride: float, kappa: str) -> None:
+    if not isinstance(process, EDM):
+        raise ValueError(
+            f"consistency training is defined on the EDM process, not on {type(process).__name__}"
+        )
+    if not stride > 0:
+        raise ValueError(f"stride is {stride}: it must be > 0")
+    if kappa not in ("markov", "shared"):
+        raise ValueError(f"kappa is {kappa!r}: give 'markov' (as published) or 'shared'")
