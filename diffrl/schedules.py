@@ -144,6 +144,9 @@ class EDM(Schedule):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return (-log_snr / 2).exp()
 
+    def c_noise(self, t: Tensor) -> Tensor:
+        return (t.log() / 4).clamp(-10, 10)
+
     def _roots(self) -> tuple[float, float]:
         return self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
 
