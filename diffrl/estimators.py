@@ -8,6 +8,7 @@ float64; γ defaults to 1, the target carries no gradient by default, and no par
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Any
@@ -74,8 +75,15 @@ class VectorEstimator(ValueEstimatorBase):
         self.gamma = float(gamma)  # TorchRL keeps a float32 buffer, which rounds
 
     @abstractmethod
-    def returns(self, reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
-        """Targets [B, K, *E]; the arguments are those of `diffrl.returns`."""
+    def returns(
+        self,
+        reward: Tensor,
+        next_value: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        reached: TensorDictBase | None = None,
+    ) -> Tensor:
+        """Targets [B, K, *E]; the arguments are those of `diffrl.returns`, and the states reached, [B, K]."""
 
     @abstractmethod
     def is_monte_carlo(self, num_steps: int) -> bool:
@@ -124,7 +132,8 @@ class VectorEstimator(ValueEstimatorBase):
                 G = monte_carlo_returns(chains(reward), None, terminated, done, gamma=self.gamma)
             else:
                 V = self._value(reached, target_params) if next_value is None else next_value
-                G = self.returns(chains(reward), chains(V), terminated, done)
+                states = reached if len(batch) == 1 else reached.reshape(-1, K)
+                G = self.returns(chains(reward), chains(V), terminated, done, states)
         return G.reshape(reward.shape)
 
     def forward(
@@ -170,23 +179,40 @@ class TDLambda(VectorEstimator):
         Gₖ = rₖ + γ [(1 - λₖ) Vₖ₊₁ + λₖ Gₖ₊₁]
 
     Args:
-        lmbda: λ in [0, 1], or one per step, a tensor of shape [1, K, 1] or [B, K, 1].
+        lmbda: λ in [0, 1]; or one per step, a tensor of shape [1, K, 1] or [B, K, 1]; or a function from the
+            states reached, a TensorDict [B, K], to such a tensor.
         **options: those of `VectorEstimator`.
     """
 
-    def __init__(self, *, lmbda: float | Tensor, **options: Any) -> None:
+    def __init__(self, *, lmbda: float | Tensor | Callable[[TensorDictBase], Tensor], **options: Any) -> None:
         super().__init__(**options)
-        if not isinstance(lmbda, Tensor):
+        if not (isinstance(lmbda, Tensor) or callable(lmbda)):
             check_unit_interval("lmbda", lmbda)
         self.lmbda = lmbda
 
-    def returns(self, reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
-        """λ-returns [B, K, *E]."""
-        return lambda_returns(reward, next_value, terminated, done, lmbda=self.lmbda, gamma=self.gamma)
+    def returns(
+        self,
+        reward: Tensor,
+        next_value: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        reached: TensorDictBase | None = None,
+    ) -> Tensor:
+        """λ-returns [B, K, *E].
+
+        Raises:
+            ValueError: λ is a function of the states reached, and they are not given.
+        """
+        lmbda = self.lmbda
+        if callable(lmbda):
+            if reached is None:
+                raise ValueError("lmbda is a function of the states reached: give them")
+            lmbda = lmbda(reached)
+        return lambda_returns(reward, next_value, terminated, done, lmbda=lmbda, gamma=self.gamma)
 
     def is_monte_carlo(self, num_steps: int) -> bool:
         """For the number λ = 1."""
-        return not isinstance(self.lmbda, Tensor) and self.lmbda == 1
+        return isinstance(self.lmbda, float | int) and self.lmbda == 1
 
 
 class NStep(VectorEstimator):
@@ -204,7 +230,14 @@ class NStep(VectorEstimator):
         check_n_steps(n_steps)
         self.n_steps = n_steps
 
-    def returns(self, reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
+    def returns(
+        self,
+        reward: Tensor,
+        next_value: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        reached: TensorDictBase | None = None,
+    ) -> Tensor:
         """n-step returns [B, K, *E]."""
         return n_step_returns(reward, next_value, terminated, done, n_steps=self.n_steps, gamma=self.gamma)
 
@@ -221,7 +254,14 @@ class MonteCarlo(VectorEstimator):
     The arguments are those of `VectorEstimator`.
     """
 
-    def returns(self, reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
+    def returns(
+        self,
+        reward: Tensor,
+        next_value: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        reached: TensorDictBase | None = None,
+    ) -> Tensor:
         """Monte Carlo returns [B, K, *E]."""
         return monte_carlo_returns(reward, next_value, terminated, done, gamma=self.gamma)
 

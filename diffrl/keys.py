@@ -13,6 +13,8 @@ X0: Final = "x0"  # the datum the environment drew, hidden from the denoiser, [B
 INDEX: Final = "index"  # position along the chain: 0 is the noisiest state, [B, K, 1]
 VALID: Final = "valid"  # whether a pair lies on the grid (TD-EDM), [B, K, 1]
 COND: Final = "cond"  # condition (label, embedding), [B, K, ...]
+IMPORTANCE: Final = "importance"  # weight that undoes an uneven law of starts, [B, K, 1]; absent: 1
+LOSS: Final = "loss"  # what a loss found for the state, before importance; no gradient, [B, K, 1]
 GROUP: Final = "group"  # index of prompt or pair, [B, K, 1]
 
 NEXT: Final = "next"
@@ -29,4 +31,5 @@ ADVANTAGE: Final = "advantage"
 ACTION: Final = "action"
 ACTION_LOG_PROB: Final = "action_log_prob"
 REF_LOG_PROB: Final = "ref_log_prob"
-X0_HAT: Final = "x0_hat"
+X0_HAT: Final = "x0_hat"  # clean estimate made at the state left, [B, K, *E]
+TRAINABLE: Final = "trainable"  # whether the step is stochastic, so that it has a log-probability, [B, K, 1]

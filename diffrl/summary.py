@@ -13,6 +13,14 @@ DISTANCES = {
     "mmd": "squared MMD",
     "fd_digits_cnn": "Fréchet distance (digits_cnn)",
 }
+OBJECTIVES = {
+    "monte_carlo": "Monte Carlo",
+    "td_edm": "TD-EDM",
+    "ct": "CT",
+    "td_ct": "TD-CT",
+    "edm": "EDM",
+    "denoising": "Denoising",
+}
 
 
 def objective_label(name: str, config: Mapping[str, Any]) -> str:
@@ -22,11 +30,11 @@ def objective_label(name: str, config: Mapping[str, Any]) -> str:
         name: its key in ``results["objectives"]``.
         config: the run's configuration.
     """
-    if name == "monte_carlo":
-        return "Monte Carlo"
-    if name == "td_edm":
-        return "TD-EDM"
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
     options = config["objective"]
+    if name == "td_lambda_schedule":
+        return f"TD(λ={options['low_noise']:g}…{options['high_noise']:g})"
     if options["lmbda"] is not None:
         return "TD(0)" if options["lmbda"] == 0 else f"TD(λ={options['lmbda']:g})"
     return "TD(0)" if options["n_steps"] in (None, 1) else f"{options['n_steps']}-step TD"

@@ -1,5 +1,7 @@
 """TD-EDM, the paper's objective: pairs of noise levels, a target network, denoising off the grid."""
 
+from collections.abc import Mapping
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -14,7 +16,13 @@ from diffrl.shapes import expand_like, require_floating
 __all__ = ["sample_td_edm_pairs", "td_edm_loss"]
 
 
-def td_edm_loss(denoiser: Denoiser, *, weight: str = "edm", denoising_coef: float = 0.5) -> ValueLoss:
+def td_edm_loss(
+    denoiser: Denoiser,
+    *,
+    weight: str = "edm",
+    weight_options: Mapping[str, float] | None = None,
+    denoising_coef: float = 0.5,
+) -> ValueLoss:
     """The loss of TD-EDM, to be fed with `sample_td_edm_pairs`.
 
         L = mean( valid ? w ‖δ‖² + c L_den : (1 + c) L_den ),    δ = A_t (x0 - D(x_t)) - A_t' (x0 - D⁻(x_t'))
@@ -28,9 +36,17 @@ def td_edm_loss(denoiser: Denoiser, *, weight: str = "edm", denoising_coef: floa
     Args:
         denoiser: D, on an EDM process.
         weight: w; "edm" is the released code's, "pairwise" the text's.
+        weight_options: numbers of that weight.
         denoising_coef: c.
     """
-    return ValueLoss(denoiser, n_steps=1, bootstrap="target", weight=weight, denoising_coef=denoising_coef)
+    return ValueLoss(
+        denoiser,
+        n_steps=1,
+        bootstrap="target",
+        weight=weight,
+        weight_options=weight_options,
+        denoising_coef=denoising_coef,
+    )
 
 
 def sample_td_edm_pairs(

@@ -1,7 +1,7 @@
 """Value learning: the denoiser is the value function of the chain, and every way to train it is a target."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from diffrl import keys
 from diffrl.denoisers import Denoiser
 from diffrl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
+from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.weights import WeightTerms, weight_function
 from diffrl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
@@ -62,14 +63,14 @@ class ValueLoss(LossModule):
 
     Where the chain holds x0 the loss is evaluated in the error coordinates e_i = A_i (x0 - D(x_i)), that is
     after potential-based shaping with Φ(x_i) = A_i x0 + κ_i x_i: then no κ x cancels in float32, and the
-    reward that is left is (γ-1) Φ(x_{i+1}), which vanishes at γ = 1. With γ < 1 the fixed point is no denoiser.
+    reward that is left is (γ-1) Φ(x_{i+1}), which is 0 at γ = 1. With γ < 1 the fixed point is no denoiser.
 
     Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
     shaping: Policy Invariance Under Reward Transformations (Ng et al., 1999), Theorem 1.
 
     Args:
         denoiser: D, kept by reference and trained in place.
-        lmbda: λ ∈ [0, 1] of TD(λ). Give this or `n_steps`; neither is TD(0).
+        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this or `n_steps`; neither is TD(0).
         n_steps: n ≥ 1 of n-step TD.
         gamma: discount γ ∈ [0, 1].
         bootstrap: what the target's values come from: "own", the network's own prediction on the chain,
@@ -77,6 +78,7 @@ class ValueLoss(LossModule):
             moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with gradient through
             both ends.
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
+        weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
         denoising_coef: c ≥ 0, the added denoising loss. Where the chain marks a state not `valid`, its loss
             is (1 + c) L_den.
 
@@ -101,11 +103,12 @@ class ValueLoss(LossModule):
         self,
         denoiser: Denoiser,
         *,
-        lmbda: float | None = None,
+        lmbda: float | LambdaSchedule | None = None,
         n_steps: int | None = None,
         gamma: float = 1.0,
         bootstrap: Literal["own", "target", "residual"] = "own",
         weight: str = "edm",
+        weight_options: Mapping[str, float] | None = None,
         denoising_coef: float = 0.0,
     ) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class ValueLoss(LossModule):
         if lmbda is not None and n_steps is not None:
             raise ValueError("give lmbda or n_steps, not both: they are two families of targets")
         self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
-        self._weight = weight_function(weight)
+        self._weight = weight_function(weight, weight_options)
         inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
         self.convert_to_functional(network, "value_network", create_target_params=bootstrap == "target")
@@ -158,6 +161,9 @@ class ValueLoss(LossModule):
         """
         if value_type is None:
             value_type, hyperparams = VectorEstimators.N_STEP, {"n_steps": 1, **hyperparams}
+        lmbda = hyperparams.get("lmbda")
+        if isinstance(lmbda, LambdaSchedule):
+            hyperparams["lmbda"] = lmbda.of_states(self.denoiser.process)
         if isinstance(value_type, ValueEstimatorBase | type):
             super().make_value_estimator(value_type, **hyperparams)
         else:
@@ -204,9 +210,10 @@ class ValueLoss(LossModule):
         delta = self._delta(chain, D_x, x0)
         square = _square_mean(delta)
 
-        reached = chain[keys.NEXT]
+        reached, process = chain[keys.NEXT], self.denoiser.process
         c_out, c_out_next = self.denoiser.scalings(torch.cat([t, reached[keys.T]])).c_out.chunk(2)
-        loss = self._weight(WeightTerms(chain[keys.A], reached[keys.A], c_out, c_out_next)) * square
+        snr = (process.alpha(t) / process.sigma(t)).square()
+        loss = self._weight(WeightTerms(chain[keys.A], reached[keys.A], c_out, c_out_next, snr)) * square
         valid = chain.get(keys.VALID, None)
         if self.denoising_coef > 0 or valid is not None:
             if x0 is None:
@@ -215,6 +222,10 @@ class ValueLoss(LossModule):
             loss = loss + c * L_den
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
+        tensordict[keys.LOSS] = loss.detach().view(*tensordict.batch_size, 1)
+        importance = chain.get(keys.IMPORTANCE, None)
+        if importance is not None:
+            loss = importance * loss
         return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
 
     def _delta(self, chain: TensorDictBase, D_x: Tensor, x0: Tensor | None) -> Tensor:
@@ -236,10 +247,11 @@ class ValueLoss(LossModule):
                 reward = D_x.new_zeros(()).expand_as(D_x)
             else:
                 reward = (estimator.gamma - 1) * _value(reached, x0)  # 0 where terminated: A = κ = 0
-            return estimator.returns(reward, A_next * (D_next - x0), terminated, done) + A * (x0 - D_x)
+            e_next = A_next * (D_next - x0)
+            return estimator.returns(reward, e_next, terminated, done, reached) + A * (x0 - D_x)
         V_next = _value(reached, D_next)
         if isinstance(estimator, VectorEstimator):
-            G = estimator.returns(reached[k.reward], V_next, terminated, done)
+            G = estimator.returns(reached[k.reward], V_next, terminated, done, reached)
         else:
             G = self._torchrl_returns(reached, V_next)
         return G - _value(chain, D_x)

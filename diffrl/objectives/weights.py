@@ -1,6 +1,8 @@
 """Weights on the squared TD error δ², one function per name, all of the same few quantities."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,15 +22,24 @@ class WeightTerms(NamedTuple):
     """Scale of the network's output at the state left."""
     c_out_next: Tensor
     """The same at the state reached; anything finite if it is clean."""
+    snr: Tensor
+    """α_t²/σ_t² of the state left; 0 if it is pure noise."""
+
+
+# Of TD learning. Source: Temporal Difference Learning for Diffusion Models (2026), eq. of the TD loss and its
+# released code, https://arxiv.org/abs/2606.15048.
 
 
 def pairwise(w: WeightTerms) -> Tensor:
-    """1/(A_t² c_out(t)² + A_t'² c_out(t')²): the variance of δ in units of network output (the paper's text)."""
+    """1/(A_t² c_out(t)² + A_t'² c_out(t')²): δ's variance in units of network output (the paper's text)."""
     return 1 / ((w.A * w.c_out) ** 2 + (w.A_next * w.c_out_next) ** 2)
 
 
 def edm(w: WeightTerms) -> Tensor:
-    """1/max(A_t² c_out(t)², 1e-8): δ in units of network output (the released EDM code)."""
+    """1/max(A_t² c_out(t)², 1e-8): δ in units of network output (the released EDM code).
+
+    With standard denoising it is the plain loss of whatever the network predicts: EDM's F, ε, v, a velocity.
+    """
     return 1 / ((w.A * w.c_out) ** 2).clamp(min=1e-8)
 
 
@@ -47,23 +58,109 @@ def none(w: WeightTerms) -> Tensor:
     return torch.ones_like(w.A)
 
 
-WEIGHTS: dict[str, Callable[[WeightTerms], Tensor]] = {
+# Of denoising, published for ‖ε - ε̂‖² or ‖x0 - D‖². In a variance-preserving process ‖ε - ε̂‖² = SNR ‖x0 - D‖²
+# and ‖v - v̂‖² = (SNR + 1) ‖x0 - D‖²; any other process is one, but for a factor on x_t that D does not see.
+
+
+def _per_x0(w: WeightTerms, w_x0: Tensor) -> Tensor:
+    """The weight on δ² that is w_x0 on ‖x0 - D‖², as δ = A (x0 - D) in Monte Carlo: w_x0/max(A², 1e-12).
+
+    Pure noise gets w_x0 = 1: it has to be trained too, and weights made for ε give it 0 or nothing. The floor
+    binds for A < 1e-6, where the value hardly depends on D.
+    """
+    return torch.where(w.snr > 0, w_x0, 1.0) / (w.A**2).clamp(min=1e-12)
+
+
+def x0(w: WeightTerms) -> Tensor:
+    """1 on ‖x0 - D‖²."""
+    return _per_x0(w, torch.ones_like(w.snr))
+
+
+def eps(w: WeightTerms) -> Tensor:
+    """1 on ‖ε - ε̂‖², 'simple'; SNR on ‖x0 - D‖².
+
+    Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 14, https://arxiv.org/abs/2006.11239.
+    """
+    return _per_x0(w, w.snr)
+
+
+def v(w: WeightTerms) -> Tensor:
+    """1 on ‖v - v̂‖²; SNR + 1 on ‖x0 - D‖².
+
+    Source: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), section 4,
+    https://arxiv.org/abs/2202.00512.
+    """
+    return _per_x0(w, w.snr + 1)
+
+
+def trunc_snr(w: WeightTerms) -> Tensor:
+    """max(SNR, 1) on ‖x0 - D‖².
+
+    Source: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), section 4,
+    https://arxiv.org/abs/2202.00512.
+    """
+    return _per_x0(w, w.snr.clamp(min=1))
+
+
+def min_snr(w: WeightTerms, gamma: float = 5.0) -> Tensor:
+    """min(SNR, γ) on ‖x0 - D‖²; min(SNR, γ)/SNR on ‖ε - ε̂‖².
+
+    Source: Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023), section 3.4,
+    https://arxiv.org/abs/2303.09556.
+    """
+    return _per_x0(w, w.snr.clamp(max=gamma))
+
+
+def p2(w: WeightTerms, gamma: float = 1.0, k: float = 1.0) -> Tensor:
+    """1/(k + SNR)^γ on ‖ε - ε̂‖²; γ = 0 is `eps`, and 0.5 was published too.
+
+    Source: Perception Prioritized Training of Diffusion Models (Choi et al., 2022), eq. 8,
+    https://arxiv.org/abs/2204.00227.
+    """
+    return _per_x0(w, w.snr / (k + w.snr) ** gamma)
+
+
+def debias(w: WeightTerms) -> Tensor:
+    """1/√SNR on ‖ε - ε̂‖²; √SNR on ‖x0 - D‖².
+
+    Source: Debias the Training of Diffusion Models (Yu et al., 2023), https://arxiv.org/abs/2310.08442.
+    """
+    return _per_x0(w, w.snr.sqrt())
+
+
+WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "pairwise": pairwise,
     "edm": edm,
     "sum_sq": sum_sq,
     "sum": sum_,
     "none": none,
+    "x0": x0,
+    "eps": eps,
+    "v": v,
+    "snr": eps,
+    "trunc_snr": trunc_snr,
+    "min_snr": min_snr,
+    "p2": p2,
+    "debias": debias,
 }
-"""Source: Temporal Difference Learning for Diffusion Models (2026), eq. of the TD loss and its released code,
-https://arxiv.org/abs/2606.15048."""
+"""Name → function of `WeightTerms` and of the weight's own numbers; "snr" is "eps" by its other name."""
 
 
-def weight_function(name: str) -> Callable[[WeightTerms], Tensor]:
+def weight_function(name: str, options: Mapping[str, float] | None = None) -> Callable[[WeightTerms], Tensor]:
     """The weight of that name.
 
+    Args:
+        name: in `WEIGHTS`.
+        options: numbers of its own, e.g. ``{"gamma": 0.5}`` for "p2".
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it has no such number.
     """
     if name not in WEIGHTS:
         raise ValueError(f"weight is {name!r}: give one of {', '.join(WEIGHTS)}")
-    return WEIGHTS[name]
+    options = options or {}
+    known = list(inspect.signature(WEIGHTS[name]).parameters)[1:]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"weight {name!r} has no number {option!r}: it has {', '.join(known) or 'none'}")
+    return partial(WEIGHTS[name], **options)
