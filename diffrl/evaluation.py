@@ -137,5 +137,5 @@ def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
         counts.append(model.nfe)
     if counts[-1] != nfe:
         name = type(sampler).__name__
-        raise ValueError(f"{name} cannot sample with {nfe} evaluations, but with {counts[-2]} or {counts[-1]}")
+        raise ValueError(f"{name} cannot sample with {nfe} evaluations, but {counts[-2]} or {counts[-1]}")
     return len(counts) - 1

@@ -51,14 +51,14 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         Interrupted: the run is saved, and can be resumed.
     """
     _check(config)
-    data = build_data(config)
-    _Job(config, data).check()  # now, and not at the end of training
+    data, main = build_data(config), config["objective"]["name"]
+    is_baseline = OBJECTIVES[main].loss is monte_carlo_loss
+    objectives = [main, "monte_carlo"] if config["compare"] and not is_baseline else [main]
+    for name in objectives:
+        _Job(config, data, baseline=name != main).check()  # now, and not at the end of training
     folder = RunFolder.start(config)
     head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
     results = folder.results() or head
-    main = config["objective"]["name"]
-    is_baseline = OBJECTIVES[main].loss is monte_carlo_loss
-    objectives = [main, "monte_carlo"] if config["compare"] and not is_baseline else [main]
     with _interruptible() as interrupted:
         for name in objectives:
             if name in results["objectives"]:
@@ -72,7 +72,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
 class _Job:
     """One objective of an experiment: its trainer, and how it is evaluated."""
 
-    def __init__(self, config: Mapping[str, Any], data: Data, *, baseline: bool = False) -> None:
+    def __init__(self, config: Mapping[str, Any], data: Data, *, baseline: bool) -> None:
         self.config, self.data = config, data
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
@@ -105,7 +105,16 @@ class _Job:
         """Try everything once, at little cost."""
         trainer = self.trainer
         x0, labels, generator = trainer.batch(0)
-        trainer.objective.draw(x0, cond=labels, generator=generator)
+        trainer.objective.set_progress(0, trainer.length.grad_steps)
+        states = trainer.objective.draw(x0, cond=labels, generator=generator)
+        try:
+            with torch.no_grad():
+                trainer.loss(states)
+        except KeyError as error:
+            other = self.config["objective"]["name"]
+            raise ValueError(
+                f"{self.name} cannot be trained on the states of {other}: give compare=false"
+            ) from error
         self.evaluation.check(self.average, self.oracle, self.data)
         self._draw(num_steps=1, samples=1)
 

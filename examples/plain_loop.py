@@ -1,4 +1,4 @@
-"""Temporal-difference learning in a training loop of your own: plain PyTorch, and the loss is the only change.
+"""Temporal-difference learning in a training loop of your own: plain PyTorch, only the loss is another.
 
 python examples/plain_loop.py            # TD(0): ends at a value error of about 0.53
 python examples/plain_loop.py 1          # λ = 1, standard denoising, on the same data and noise: about 0.86
