@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
@@ -143,7 +144,7 @@ def test_ddpm_has_no_fractional_stride() -> None:
 
 
 @values
-@pytest.mark.parametrize("event", [(2,), (1, 4, 4), (5,)])
+@pytest.mark.parametrize("event", [(2,), (1, 4, 4), (5,), (1, 9, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keys_shapes_and_flags(value: str, event: tuple[int, ...], dtype: torch.dtype) -> None:
     B, K = 3, 5
@@ -195,9 +196,9 @@ def test_rewards_telescope(process: Schedule, coupling: float | str, value: str)
 
 @every_process
 @couplings
-@pytest.mark.parametrize("span", [1, 3])
-def test_a_path_is_its_steps(process: Schedule, coupling: float | str, span: int) -> None:
-    x0, noise = randn(3, 1, 2, 2), randn(3, math.ceil(8 / span), 1, 2, 2, seed=1)
+@pytest.mark.parametrize(("span", "side"), [(1, 2), (3, 2), (3, 9)])
+def test_a_path_is_its_steps(process: Schedule, coupling: float | str, span: int, side: int) -> None:
+    x0, noise = randn(3, 1, side, side), randn(3, math.ceil(8 / span), 1, side, side, seed=1)
     chain = Chain(process, 8, coupling, span=span)
     path = draw_chain(chain, x0, noise=noise)
     alpha, sigma = process.alpha(chain.t), process.sigma(chain.t)
@@ -252,6 +253,20 @@ def test_joint_law_of_the_states(name: str, eta: float) -> None:
     assert_within(Estimate(products.mean(0), products.std(0) / M**0.5), expected)
     mean = chain["x_t"].squeeze(-1)
     assert_within(Estimate(mean.mean(0), mean.std(0) / M**0.5), 0.3 * alpha)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_coordinates_are_drawn_alike_and_apart(window: int | None) -> None:
+    """A large event is two small ones side by side."""
+    x0, noise = randn(3, 80), randn(3, 6 if window is None else window + 1, 80, seed=1)
+
+    def draw(part: slice) -> TensorDict:
+        chain = Chain(VP(), 6, 0.5)
+        return draw_chain(chain, x0[:, part], window=window, noise=noise[..., part], generator=generator())
+
+    whole, left, right = draw(slice(None)), draw(slice(40)), draw(slice(40, None))
+    for name in ("x_t", ("next", "x_t"), ("next", "reward")):
+        torch.testing.assert_close(whole[name], torch.cat([left[name], right[name]], -1))
 
 
 # Windows

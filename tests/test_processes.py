@@ -126,6 +126,18 @@ def test_no_step_and_the_last_step(process: Schedule, eta: float) -> None:
         torch.testing.assert_close(law.std, zero, rtol=0, atol=1e-7)
 
 
+@continuous
+@etas
+def test_the_shortest_step_is_finite(process: Schedule, eta: float) -> None:
+    """Rounding must not make a variance negative."""
+    t = torch.linspace(0.01, 0.99, 999, dtype=torch.float64)
+    s = torch.nextafter(t, torch.zeros(()).double())
+    law = posterior(process, t, s, eta)
+    torch.testing.assert_close(law.kappa, torch.ones_like(t))
+    torch.testing.assert_close(law.std, torch.zeros_like(t), rtol=0, atol=1e-6)
+    assert bool(torch.isfinite(transition(process, s, t)[1]).all())
+
+
 @etas
 def test_from_pure_noise(eta: float) -> None:
     """x_t tells nothing of x0 there: x_s = α_s x0 + σ_s (√(1-η²) x_t + η z)."""
