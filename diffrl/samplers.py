@@ -133,8 +133,7 @@ class Kernel(NamedTuple):
         Raises:
             ValueError: std is 0.
         """
-        std = self.std.expand(len(x))
-        return normal_log_prob(x, self.mean, std, batch_dims=1, reduction=reduction)
+        return normal_log_prob(x, self.mean, self.std, batch_dims=1, reduction=reduction)
 
 
 class Sampler(ABC):
