@@ -1,0 +1,101 @@
+"""Stochastic samplers made for policies: the flow SDE and its coefficient-preserving successor."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffrl.samplers import SAMPLERS, GaussianSampler, Kernel
+from diffrl.schedules import Flow, Schedule
+from diffrl.shapes import expand_like
+
+__all__ = ["CPS", "STOCHASTIC_SAMPLERS", "FlowSDE"]
+
+
+@dataclass(frozen=True)
+class FlowSDE(GaussianSampler):
+    """One Euler-Maruyama step of an SDE with the flow's marginals, for rectified flow.
+
+        sd = a √(t/(1-t)),    h = s - t < 0,    v = (x - D)/t
+        mean = x (1 + sd² h/(2t)) + v (1 + sd² (1-t)/(2t)) h,    std = sd √(-h)
+
+    At pure noise sd is infinite, there the t under the root is replaced by s, the next level. The step onto clean
+    data has std > 0 too. The coefficient of x0 is exact, but more noise is left than s.
+
+    Source: Flow-GRPO: Training Flow Matching Models via Online RL (Liu et al., 2025), eq. 9 and its code,
+    https://arxiv.org/abs/2505.05470.
+
+    Args:
+        a: amount of noise, ≥ 0; 0 is Euler.
+    """
+
+    a: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not self.a >= 0:
+            raise ValueError(f"a is {self.a}: it is an amount of noise >= 0")
+
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """N(mean, std²).
+
+        Raises:
+            ValueError: the process is not Flow.
+        """
+        if not isinstance(process, Flow):
+            raise ValueError(
+                f"FlowSDE works on the Flow process, not on {type(process).__name__}: use DDIM(eta)"
+            )
+        t, s = t.double(), s.double()
+        finite = torch.where(t == 1, s, t)
+        sd, h = self.a * (finite / (1 - finite)).sqrt(), s - t
+        on_x, on_v = 1 + sd**2 * h / (2 * t), (1 + sd**2 * (1 - t) / (2 * t)) * h
+        v = (x - D_x) / _like(t, x)
+        return Kernel(_like(on_x, x) * x + _like(on_v, x) * v, sd * (-h).sqrt())
+
+
+@dataclass(frozen=True)
+class CPS(GaussianSampler):
+    """Coefficient-preserving sampling: part of the noise is drawn afresh, and the marginal's coefficients stay exact.
+
+        std = σ_s sin(½π η),    mean = α_s D + √(σ_s² - std²) ε̂,    ε̂ = (x - α_t D)/σ_t
+
+    η = 0 is DDIM(0). Works for every process. The published objective scores actions by -|x' - mean|² without
+    1/(2 std²); `Kernel.log_prob` gives the true log-density.
+
+    Source: Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching (2025), and its code,
+    https://arxiv.org/abs/2509.05952.
+
+    Args:
+        eta: η ∈ [0, 1].
+    """
+
+    eta: float = 0.7
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}: it lies in [0, 1]")
+
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """N(mean, std²)."""
+        t, s = t.double(), s.double()
+        alpha_t, sigma_t, alpha_s, sigma_s = (
+            process.alpha(t),
+            process.sigma(t),
+            process.alpha(s),
+            process.sigma(s),
+        )
+        std = sigma_s * math.sin(math.pi * self.eta / 2)
+        kept = (sigma_s**2 - std**2).clamp(min=0).sqrt()
+        eps = (x - _like(alpha_t, x) * D_x) / _like(sigma_t, x)
+        return Kernel(_like(alpha_s, x) * D_x + _like(kept, x) * eps, std)
+
+
+def _like(c: Tensor, x: Tensor) -> Tensor:
+    return expand_like(c.to(x), x)
+
+
+STOCHASTIC_SAMPLERS = {name: SAMPLERS[name] for name in ("ddim", "ancestral")} | {
+    "flow_sde": FlowSDE,
+    "cps": CPS,
+}
