@@ -1,0 +1,41 @@
+"""Small configurations, composed in this process as a command would compose them."""
+
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from diffrl.configs.cli import settings
+from diffrl.configs.groups import register
+
+SMALL = (
+    "data=rings",
+    "data.test_size=64",
+    "network.hidden=16",
+    "network.depth=1",
+    "chain.num_steps=6",
+    "trainer.grad_steps=30",
+    "trainer.batch_size=8",
+    "trainer.report_every=4",
+    "trainer.eval_every=10",
+    "trainer.checkpoint_every=10",
+    "eval.sigmas=[0.3,1]",
+    "eval.points=32",
+    "eval.num_steps=[2,4]",
+    "eval.samples=40",
+)
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    """What Hydra composes."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("diffrl.configs", version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def small(*overrides: str) -> dict[str, Any]:
+    """Configuration of a run that takes a fraction of a second."""
+    given = [*SMALL, *overrides]
+    return settings(composed(*given), given)
