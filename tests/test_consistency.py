@@ -1,0 +1,622 @@
+"""Consistency training and its TD term: formulas again in plain float64, the map's relation, and a run."""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.objectives import SoftUpdate
+
+from diffrl.build import Objective
+from diffrl.data import Data
+from diffrl.denoisers import Denoiser
+from diffrl.networks import MLP
+from diffrl.objectives.consistency import METRICS, ConsistencyLoss, ct_loss, td_ct_loss
+from diffrl.objectives.consistency_pairs import (
+    ConsistencyPairs,
+    num_scales,
+    sample_consistency_pairs,
+    target_decay,
+)
+from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.objectives.value import ValueLoss
+from diffrl.samplers import Model, Multistep, Noise, sample, trajectory
+from diffrl.schedules import EDM, VP
+from diffrl.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.trajectories import sample_chain
+from tests.oracles import generator, randn
+
+SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5
+
+
+class Wave(nn.Module):
+    """A network that tells states, noise levels and labels apart, with few parameters."""
+
+    def __init__(self, scale: float = 0.7) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
+        self.shift = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+        level = c_noise.view(-1, *[1] * (x.ndim - 1))
+        label = 0.0 if cond is None else 0.1 * cond.view(-1, *[1] * (x.ndim - 1))
+        return torch.sin(self.scale * x + self.shift * level + label)
+
+
+def consistency(network: nn.Module | None = None, **options: Any) -> Denoiser:  # noqa: ANN401
+    return Denoiser(network or Wave(), EDM(), SIGMA_DATA, "consistency", **options)
+
+
+def mlp(dim: int = 1, seed: int = 0, **sizes: int) -> Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return consistency(MLP((dim,), **sizes))
+
+
+# Scales and decay
+
+
+def test_scales_grow_from_2_to_151_without_leaving_out_any() -> None:
+    K = 100_000
+    N = [num_scales(j, K) for j in range(K + 1)]
+    assert N[0] == 2 and N[K - 1] == N[K] == 151
+    assert sorted(set(N)) == list(range(2, 152)) and sorted(N) == N
+
+
+@pytest.mark.parametrize(
+    ("step", "scales"),
+    # s(j) = ⌈√(4 + j/1000·22797) - 1⌉ by hand: at j = 1, √26.797 - 1 = 4.18; at 100, √2283.7 - 1 = 46.8; …
+    [(0, 2), (1, 6), (10, 16), (100, 48), (250, 76), (500, 107), (750, 131), (999, 151), (1000, 151)],
+)
+def test_scales_by_hand(step: int, scales: int) -> None:
+    assert num_scales(step, 1000) == scales
+
+
+def test_scales_of_other_ends() -> None:
+    assert [num_scales(j, 4, s_0=10, s_1=10) for j in range(5)] == [10, 11, 11, 11, 11]
+    assert num_scales(0, 10, s_0=1, s_1=1) == 2  # s never below 1
+
+
+def test_decay_of_the_target() -> None:
+    K = 100_000
+    mu = [target_decay(j, K) for j in range(0, K + 1, 100)]
+    assert mu[0] == pytest.approx(0.81, abs=1e-15)  # s = 1: μ_0²
+    two_levels_on = next(j for j in range(K) if num_scales(j, K) == 3)
+    assert target_decay(two_levels_on, K) == pytest.approx(0.9, abs=1e-15)  # s = s_0: μ_0
+    assert mu[-1] == pytest.approx(0.9 ** (2 / 150), abs=1e-15) and mu == sorted(mu)
+
+
+# The boundary form
+
+
+def test_boundary_form() -> None:
+    x = randn(64, 3)
+    sigma = torch.logspace(math.log10(SIGMA_MIN), math.log10(SIGMA_MAX), 64, dtype=torch.float64)
+    D_x, network = consistency()(x, sigma), Wave()
+    for n in range(64):  # td.md, section 3, in plain numbers
+        s = float(sigma[n])
+        c_skip = SIGMA_DATA**2 / ((s - SIGMA_MIN) ** 2 + SIGMA_DATA**2)
+        c_out = (s - SIGMA_MIN) * SIGMA_DATA / math.sqrt(s**2 + SIGMA_DATA**2)
+        c_in = 1 / math.sqrt(s**2 + SIGMA_DATA**2)
+        F_x = network(c_in * x[n : n + 1], torch.tensor([math.log(s) / 4], dtype=torch.float64), None)
+        torch.testing.assert_close(D_x[n : n + 1], c_skip * x[n : n + 1] + c_out * F_x, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_identity_at_sigma_min(dtype: torch.dtype) -> None:
+    x, process = randn(5, 1, 4, 4).to(dtype), EDM()
+    sigma_min = process.time_grid(18)[17].to(torch.promote_types(dtype, torch.float32)).expand(5)
+    assert torch.equal(sigma_min.double(), sigma_min.double()[:1].expand(5))
+    for t in (sigma_min, torch.full((5,), SIGMA_MIN, dtype=sigma_min.dtype)):
+        torch.testing.assert_close(
+            consistency()(x, t), x, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("time_input", "told"),
+    [
+        ("c_noise", lambda s: math.log(s) / 4),
+        ("c_noise_x1000", lambda s: 250 * math.log(s)),
+        ("t", lambda s: s),
+    ],
+)
+def test_what_the_network_is_told(time_input: Any, told: Callable[[float], float]) -> None:  # noqa: ANN401
+    seen = []
+
+    class Listener(nn.Module):
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+            seen.append(c_noise)
+            return x
+
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64)
+    consistency(Listener(), time_input=time_input)(randn(3, 2), sigma)
+    torch.testing.assert_close(seen[0], torch.tensor([told(float(s)) for s in sigma], dtype=torch.float64))
+
+
+# The formula of the loss
+
+
+def level(i: float, N: int) -> float:
+    """σ_i of the ρ-schedule; past its last level the clean state."""
+    if i > N - 1:
+        return 0.0
+    high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
+    return (high + i / (N - 1) * (low - high)) ** RHO
+
+
+def reference(  # td.md, section 3, one pair after another
+    f: Denoiser,
+    f_minus: Denoiser,
+    x0: Tensor,
+    noise: Tensor,
+    index: Tensor,
+    N: int,
+    *,
+    td: bool,
+    c: float,
+    kappa: str,
+    stride: float,
+    td_weight: str,
+    metric: str,
+    ct_weight: str,
+) -> Tensor:
+    def kappa_of(t: float, s: float) -> float:
+        return (s / t) ** 2 if kappa == "markov" else s / t
+
+    total = torch.zeros((), dtype=torch.float64)
+    for b, i in enumerate(index.tolist()):
+        t, t_next = level(i, N), level(i + 1, N)
+        at = torch.tensor([t, t_next], dtype=torch.float64)
+        x_t, x_next = x0[b] + t * noise[b], x0[b] + t_next * noise[b]
+        y, target = f(x_t[None], at[:1])[0], f_minus(x_next[None], at[1:])[0].detach()
+        u = y - target
+        D = u.numel()
+        if metric == "l2":
+            d = (u**2).sum() / D
+        elif metric == "l1":
+            d = u.abs().sum() / D
+        else:
+            huber = 0.00054 * math.sqrt(D)
+            d = (torch.sqrt((u**2).sum() + huber**2) - huber) / math.sqrt(D)
+        L_CT = d * (1.0 if ct_weight == "uniform" else 1 / t**2 + 1 / SIGMA_DATA**2)
+        if not td:
+            total = total + L_CT
+        elif i == N - 2:
+            total = total + (1 + c) * L_CT
+        else:
+            A = 1 - kappa_of(t, level(i + stride, N))
+            A_next = 1 - kappa_of(t_next, level(i + 1 + stride, N))
+            delta = A * (x0[b] - y) - A_next * (x0[b] - target)
+            w = 1 / max(A**2 + A_next**2 if td_weight == "sum_sq" else A + A_next, 0.01)
+            total = total + w * (delta**2).sum() / D + c * L_CT
+    return total / len(x0)
+
+
+def parted(loss: ConsistencyLoss | ValueLoss) -> Denoiser:
+    """Move the network away from its target; a denoiser that equals the target."""
+    if loss.bootstrap == "target":
+        SoftUpdate(loss, eps=0.9)  # begins with a copy
+    online = copy.deepcopy(loss.denoiser)
+    with torch.no_grad():
+        loss.denoiser.network.scale.mul_(1.3)  # type: ignore[union-attr]
+        loss.denoiser.network.shift.add_(0.2)  # type: ignore[union-attr]
+    return online
+
+
+@pytest.mark.parametrize("num_scales", [2, 3, 18, 151])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"td": False, "metric": "l2"},
+        {"td": False, "metric": "l1", "ct_weight": "edm"},
+        {"td": False, "metric": "pseudo_huber"},
+        {"td": True, "metric": "l2"},
+        {"td": True, "metric": "pseudo_huber", "td_weight": "sum", "c": 1.0},
+        {"td": True, "metric": "l1", "kappa": "shared", "ct_weight": "edm"},
+        {"td": True, "metric": "l2", "stride": 1.0, "c": 0.0},
+        {"td": True, "metric": "l2", "stride": 2.5},  # one-step means beyond the grid are the datum
+    ],
+    ids=lambda options: "-".join(str(v) for v in options.values()),
+)
+def test_loss_equals_the_published_formula(num_scales: int, options: dict[str, Any]) -> None:
+    given = {
+        "c": 0.5,
+        "kappa": "markov",
+        "stride": 0.25,
+        "td_weight": "sum_sq",
+        "ct_weight": "uniform",
+    } | options
+    B, N = 12, num_scales
+    x0, noise = SIGMA_DATA * randn(B, 2, 3), randn(B, 2, 3, seed=1)
+    index = torch.arange(B) % (N - 1)
+    index[:2] = N - 2
+    shared = {"metric": given["metric"], "ct_weight": given["ct_weight"]}
+    loss = (
+        td_ct_loss(consistency(), td_weight=given["td_weight"], consistency_coef=given["c"], **shared)
+        if given["td"]
+        else ct_loss(consistency(), **shared)
+    )
+    f_minus = parted(loss)
+    pairs = sample_consistency_pairs(
+        EDM(), x0, num_scales=N, stride=given["stride"], kappa=given["kappa"], index=index, noise=noise
+    )
+    out = loss(pairs)
+    expected = reference(loss.denoiser, f_minus, x0, noise, index, N, **given)
+    torch.testing.assert_close(out["loss_value"], expected, rtol=1e-12, atol=0)
+
+    ours = torch.autograd.grad(out["loss_value"], list(loss.denoiser.parameters()))
+    theirs = torch.autograd.grad(expected, list(loss.denoiser.parameters()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_coefficients_at_their_ends() -> None:
+    pairs = sample_consistency_pairs(EDM(), randn(64, 2), num_scales=8, generator=generator())
+    pairs = pairs[pairs["valid"].squeeze(-1)].unsqueeze(1)
+    parts = {}
+    for b, c in ((1.0, 0.0), (0.0, 1.0), (1.0, 0.5), (2.0, 3.0)):
+        loss = ConsistencyLoss(consistency(), td_coef=b, consistency_coef=c)
+        parted(loss)
+        parts[b, c] = loss(pairs)["loss_value"]
+    L_TD, L_CT = parts[1.0, 0.0], parts[0.0, 1.0]
+    torch.testing.assert_close(parts[1.0, 0.5], L_TD + 0.5 * L_CT)
+    torch.testing.assert_close(parts[2.0, 3.0], 2 * L_TD + 3 * L_CT)
+
+
+@pytest.mark.parametrize(("bootstrap", "label"), [("target", None), ("own", None), ("target", 4)])
+def test_one_forward_of_the_target_serves_both_terms(bootstrap: Any, label: int | None) -> None:  # noqa: ANN401
+    calls: list[tuple[int, bool]] = []
+
+    class Counting(Wave):
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+            calls.append((len(x), torch.is_grad_enabled()))
+            assert cond is None if label is None else bool((cond == label).all())
+            return super().forward(x, c_noise, cond)
+
+    loss = td_ct_loss(consistency(Counting()), bootstrap=bootstrap)
+    if bootstrap == "target":
+        SoftUpdate(loss, eps=0.9)
+    cond = None if label is None else torch.full((9,), label)
+    pairs = sample_consistency_pairs(EDM(), randn(9, 2), num_scales=5, cond=cond, generator=generator())
+    loss(pairs)["loss_value"].backward()
+    assert calls == [(9, True), (9, False)] and loss.network_evaluations == 18
+
+
+def test_gradient_stops_in_the_target() -> None:
+    """With the network's own prediction too: the gradient is that of a constant target."""
+    x0, index = randn(20, 2), torch.arange(20) % 7
+    pairs = sample_consistency_pairs(EDM(), x0, num_scales=8, index=index, noise=randn(20, 2, seed=1))
+    grads = []
+    for bootstrap in ("own", "target"):
+        loss = td_ct_loss(consistency(), bootstrap=bootstrap, metric="l2")
+        if bootstrap == "target":
+            SoftUpdate(loss, eps=0.9)
+        loss(pairs)["loss_value"].backward()
+        grads.append([p.grad for p in loss.denoiser.parameters()])
+        teacher = [p for name, p in loss.named_parameters() if "target" in name]
+        assert all(not p.requires_grad for p in teacher)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+    loss = td_ct_loss(consistency(), bootstrap="own", metric="l2")
+    f, f_next = (
+        loss.denoiser(state["x_t"].squeeze(1), state["t"].flatten(), None) for state in (pairs, pairs["next"])
+    )
+    both = torch.autograd.grad((f - f_next).square().mean(), list(loss.denoiser.parameters()))
+    ct = ct_loss(loss.denoiser, metric="l2", bootstrap="own")
+    one = torch.autograd.grad(ct(pairs)["loss_value"], list(loss.denoiser.parameters()))
+    assert not torch.allclose(both[0], one[0], rtol=1e-3)  # a gradient through both ends would be another
+
+
+def test_target_stays_in_evaluation_mode_and_follows_softly() -> None:
+    class Noisy(Wave):
+        def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+            assert self.training == torch.is_grad_enabled()
+            return super().forward(x, c_noise, cond)
+
+    loss = ct_loss(consistency(Noisy()))
+    loss.train()
+    before = parted(loss)
+    loss(sample_consistency_pairs(EDM(), randn(4, 2), num_scales=3, generator=generator()))
+    updater = SoftUpdate(loss, eps=0.75)
+    teacher = loss.bootstrap_network.module.denoiser.network
+    torch.testing.assert_close(teacher.scale.data, loss.denoiser.network.scale.data)
+    with torch.no_grad():
+        loss.denoiser.network.scale.copy_(before.network.scale)
+    updater.step()
+    assert float(teacher.scale) == pytest.approx(0.75 * 1.3 * 0.7 + 0.25 * 0.7, rel=1e-12)
+
+
+def test_copies_and_casts_keep_the_networks_together() -> None:
+    loss = td_ct_loss(consistency())
+    parted(loss)
+    pairs = sample_consistency_pairs(EDM(), randn(6, 2).float(), num_scales=4, generator=generator())
+    expected = loss(pairs)["loss_value"]
+    twin = copy.deepcopy(loss).float()
+    torch.testing.assert_close(twin(pairs)["loss_value"].double(), expected.double(), rtol=1e-5, atol=1e-7)
+    assert twin.denoiser.network.scale is not loss.denoiser.network.scale
+    with torch.no_grad():
+        twin.denoiser.network.scale.zero_()
+    assert twin(pairs)["loss_value"].item() != pytest.approx(expected.item(), rel=1e-3)
+    torch.testing.assert_close(loss(pairs)["loss_value"], expected)
+
+
+# The map: consistency training is TD(0) of the 'clean' value under shared noise
+
+
+@pytest.mark.parametrize("bootstrap", ["target", "own"])
+def test_ct_is_td0_of_the_clean_value_under_shared_noise(bootstrap: Any) -> None:  # noqa: ANN401
+    N, x0 = 12, SIGMA_DATA * randn(5, 3)
+    chain = sample_chain(
+        EDM(), x0, num_steps=N, coupling="shared", value="clean", generator=generator(), window=None
+    )
+    steps = chain[:, :-1].flatten()  # but for the step from σ_min, where f is the identity
+    steps["next", "done"] = steps["next", "truncated"] = torch.ones(len(steps), 1, dtype=torch.bool)
+    noise = (steps["x_t"] - steps["x0"]) / steps["t"]
+    pairs = sample_consistency_pairs(
+        EDM(), steps["x0"], num_scales=N, index=steps["index"].flatten(), noise=noise
+    )
+    torch.testing.assert_close(pairs["next", "x_t"].squeeze(1), steps["next", "x_t"], rtol=1e-9, atol=1e-12)
+
+    ct = ct_loss(consistency(), metric="l2", bootstrap=bootstrap)
+    value = ValueLoss(consistency(), n_steps=1, weight="none", bootstrap=bootstrap)
+    for loss in (ct, value):
+        parted(loss)
+    ours, theirs = ct(pairs), value(steps)
+    for key in ("loss_value", "td_error"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours["loss_value"], list(ct.denoiser.parameters())),
+        torch.autograd.grad(theirs["loss_value"], list(value.denoiser.parameters())),
+        rtol=1e-8,
+        atol=0,
+    )
+
+
+# Pairs
+
+
+def test_drawn_pairs() -> None:
+    N, B = 6, 20_000
+    pairs = sample_consistency_pairs(EDM(), torch.zeros(B, 2), num_scales=N, generator=generator())
+    grid = EDM().time_grid(N)
+    i = pairs["index"].flatten()
+    assert i.unique().tolist() == [0, 1, 2, 3, 4]
+    share = torch.bincount(i).double() / B
+    assert float((share - 0.2).abs().max()) < 5 * math.sqrt(0.16 / B)
+    torch.testing.assert_close(pairs["t"].flatten().double(), grid[i], rtol=1e-6, atol=0)
+    torch.testing.assert_close(pairs["next", "t"].flatten().double(), grid[i + 1], rtol=1e-6, atol=0)
+    assert torch.equal(pairs["valid"].flatten(), i < N - 2)
+    noise = pairs["x_t"] / pairs["t"]
+    torch.testing.assert_close(pairs["next", "x_t"] / pairs["next", "t"], noise)  # one noise for both
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    again = sample_consistency_pairs(EDM(), torch.zeros(B, 2), num_scales=N, generator=generator())
+    assert bool((again == pairs).all())
+
+
+def test_pairs_are_transitions_like_any() -> None:
+    """Standard denoising on them is standard denoising; so they serve Monte Carlo as a baseline."""
+    pairs = sample_consistency_pairs(EDM(), randn(30, 2), num_scales=9, generator=generator())
+    keys = set(sample_td_edm_pairs(EDM(), randn(30, 2), generator=generator()).keys(True, True))
+    assert set(pairs.keys(True, True)) - {"index", ("next", "index")} == keys
+    torch.testing.assert_close(
+        pairs["next", "reward"],
+        pairs["A"] * pairs["x0"]
+        + pairs["kappa"] * pairs["x_t"]
+        - pairs["next", "A"] * pairs["x0"]
+        - pairs["next", "kappa"] * pairs["next", "x_t"],
+    )
+
+
+def test_draw_follows_the_progress() -> None:
+    draw = ConsistencyPairs(EDM(), s_0=3, s_1=9, mu_0=0.8, stride=0.5, kappa="shared")
+    assert (draw.num_scales, draw.target_decay) == (3, pytest.approx(0.8**1.5))
+    draw.set_progress(70, 100)
+    assert draw.num_scales == num_scales(70, 100, 3, 9) == 9
+    assert draw.target_decay == target_decay(70, 100, 3, 9, 0.8) == pytest.approx(0.8 ** (3 / 8))
+    pairs = draw(randn(8, 2), cond=None, generator=generator(3))
+    same = sample_consistency_pairs(
+        EDM(), randn(8, 2), num_scales=9, stride=0.5, kappa="shared", generator=generator(3)
+    )
+    assert bool((pairs == same).all())
+
+
+# Sampling
+
+
+def test_multistep_jumps_and_renoises() -> None:
+    f, process = consistency(), EDM()
+    for N in (1, 2, 4):
+        model, z = Model(f, process, N), randn(N, 6, 2)
+        like, feed = torch.empty(6, 2, dtype=torch.float64), iter(z)
+        states = list(trajectory(model, Multistep(), like, lambda x, feed=feed: next(feed)))
+        assert model.nfe == N and len(states) == N + 1
+        sigma = [level(i, N + 1) for i in range(N)]
+        x = sigma[0] * z[0]
+        for i in range(N):
+            x = f(x, torch.full((6,), sigma[i], dtype=torch.float64))
+            if i + 1 < N:
+                x = x + math.sqrt(sigma[i + 1] ** 2 - SIGMA_MIN**2) * z[i + 1]
+        torch.testing.assert_close(states[-1], x, rtol=1e-9, atol=1e-12)
+
+
+def test_multistep_recovers_the_flow_map_of_normal_data() -> None:
+    """The exact consistency function of N(0, 1) keeps quantiles: f(x, σ) = x √((1 + σ_min²)/(1 + σ²))."""
+
+    def flow_map(x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        return x * ((1 + SIGMA_MIN**2) / (1 + t[:, None] ** 2)).sqrt()
+
+    for N, levels in ((1, None), (2, None), (3, (1.0, 0.3, 0.1))):
+        x = sample(
+            flow_map,
+            (40_000, 1),
+            sampler=Multistep(levels),
+            num_steps=N,
+            process=EDM(),
+            noise=Noise(generator()),
+            dtype=torch.float64,
+        )
+        # σ_max²/(1 + σ_max²): the start lacks the datum's own variance
+        assert float(x.std()) == pytest.approx(1, abs=5 / math.sqrt(2 * 40_000))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "process", "message"),
+    [
+        (Multistep(), 2, VP(), "EDM process, not on VP"),
+        (Multistep((0.8,)), 3, EDM(), "only 1 levels"),
+        (Multistep((0.3, 0.8)), 3, EDM(), "must fall"),
+        (Multistep((90.0,)), 2, EDM(), "must fall"),
+        (Multistep((0.002,)), 2, EDM(), "must fall"),
+        (Multistep(), 0, EDM(), "num_steps is 0"),
+    ],
+)
+def test_multistep_refuses(sampler: Multistep, num_steps: int, process: Any, message: str) -> None:  # noqa: ANN401
+    with pytest.raises(ValueError, match=message):
+        sample(lambda x, t, c: x, (2, 1), sampler=sampler, num_steps=num_steps, process=process, seed=0)
+
+
+# Training
+
+
+def normal_data(std: float = SIGMA_DATA) -> Data:
+    def draw(n: int, g: torch.Generator | None) -> Tensor:
+        return std * torch.randn(n, 1, generator=g)
+
+    return Data("normal", draw(1000, generator(9)), draw=draw)
+
+
+def trainer(
+    folder: Path | None, scheme: Callable[..., ConsistencyLoss], grad_steps: int, **draw: Any
+) -> Trainer:  # noqa: ANN401
+    denoiser = mlp(hidden=32, depth=2, x_features=0, noise_features=16)
+    objective = Objective("ct", scheme(denoiser), ConsistencyPairs(EDM(), **draw))
+    return Trainer(
+        objective,
+        normal_data(),
+        seed=0,
+        folder=folder,
+        length=Length(grad_steps=grad_steps, batch_size=256, checkpoint_every=15),
+        optim=Optim(lr=3e-3, warmup_steps=20),
+        average=Average(halflife=5000),
+        target=Target(),
+    )
+
+
+def fixed_point(N: int, b: float, c: float) -> float:
+    """Standard deviation of one-step samples where the loss of f(x, σ_i) = g_i x on N(0, σd²) is least (l2).
+
+    With E x² = σd² + σ², E x x' = σd² + σσ', E x0 x = σd² each level's g is a regression on the next one's.
+    """
+    g, v = 1.0, SIGMA_DATA**2
+    for i in reversed(range(N - 1)):
+        t, t_next = level(i, N), level(i + 1, N)
+        A, A_next = 1 - (level(i + 0.25, N) / t) ** 2, 1 - (level(i + 1.25, N) / t_next) ** 2
+        w = b / max(A**2 + A_next**2, 0.01) if i < N - 2 else 0.0
+        rest = c if i < N - 2 else b + c
+        target = w * A * ((A - A_next) * v + A_next * g * (v + t * t_next)) + rest * g * (v + t * t_next)
+        g = target / ((w * A**2 + rest) * (v + t**2))
+    return g * SIGMA_MAX
+
+
+def test_fixed_points() -> None:
+    """Plain CT tends to the flow map as levels are added; the TD term of the published variant moves it."""
+    plain = [fixed_point(N, 0.0, 1.0) for N in (5, 21, 151, 5000)]
+    assert plain == sorted(plain) and plain[-1] == pytest.approx(SIGMA_DATA, rel=1e-3)
+    assert fixed_point(51, 1.0, 0.5) > 1.2 * SIGMA_DATA
+
+
+@pytest.mark.parametrize(
+    ("scheme", "b", "c"), [(ct_loss, 0.0, 1.0), (td_ct_loss, 1.0, 0.5)], ids=["ct", "td_ct"]
+)
+def test_training_widens_one_step_samples_to_the_fixed_point(
+    scheme: Callable[..., ConsistencyLoss], b: float, c: float
+) -> None:
+    def std(denoiser: nn.Module) -> float:
+        x = sample(denoiser, (4000, 1), sampler=Multistep(), num_steps=1, noise=Noise(generator()))
+        return float(x.std())
+
+    run = trainer(None, partial(scheme, metric="l2"), 600, s_0=5, s_1=10)
+    assert std(run.denoiser) < 0.02 * SIGMA_DATA  # a network of zeros gives the data's mean
+    for _ in run.steps():
+        pass
+    assert std(run.ema.module) == pytest.approx(fixed_point(11, b, c), rel=0.1)
+
+
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    """Levels, the target's decay and the target itself go on where they were."""
+    whole = trainer(tmp_path / "whole", td_ct_loss, 40)
+    losses = [figures["loss_value"] for figures in whole.steps()]
+
+    cut = trainer(tmp_path / "cut", td_ct_loss, 40)
+    steps = cut.steps()
+    first = [next(steps)["loss_value"] for _ in range(17)]  # saved after 15
+    steps.close()
+    again = trainer(tmp_path / "cut", td_ct_loss, 40)
+    assert again.resume() and again.step == 15
+    rest = [figures["loss_value"] for figures in again.steps()]
+    assert first[:15] + rest == losses
+    for name, tensor in whole.loss.state_dict().items():
+        assert torch.equal(tensor, again.loss.state_dict()[name]), name
+    assert again.loss.network_evaluations == whole.loss.network_evaluations == 40 * 2 * 256
+
+
+def test_trainer_takes_the_decay_from_the_objective() -> None:
+    run = trainer(None, ct_loss, 30, s_0=2, s_1=5)
+    scale = "value_network_params.module.denoiser.network.last.weight"
+    teacher = run.loss.state_dict()["target_" + scale].clone()
+    levels = []
+    for j, _ in enumerate(run.steps()):
+        levels.append(run.objective.draw.num_scales)  # type: ignore[attr-defined]
+        mu = target_decay(j, 30, 2, 5)
+        teacher.lerp_(run.loss.state_dict()[scale], 1 - mu)
+        torch.testing.assert_close(run.loss.state_dict()["target_" + scale], teacher, rtol=1e-6, atol=1e-9)
+    assert levels == [num_scales(j, 30, 2, 5) for j in range(30)] and set(levels) == {2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ct_loss(Denoiser(Wave(), EDM())), "denoiser.prediction_type=consistency, not edm"),
+        (
+            lambda: ct_loss(consistency(), metric="lpips"),
+            "metric is 'lpips': give one of l2, l1, pseudo_huber",
+        ),
+        (lambda: ct_loss(consistency(), ct_weight="snr"), "ct_weight is 'snr'"),
+        (lambda: ct_loss(consistency(), bootstrap="residual"), "bootstrap is 'residual'"),  # type: ignore[arg-type]
+        (lambda: td_ct_loss(consistency(), consistency_coef=-1), "consistency_coef -1"),
+        (lambda: td_ct_loss(consistency(), td_weight="mean"), "weight is 'mean'"),
+        (lambda: ConsistencyLoss(consistency(), td_coef=0, consistency_coef=0), "one must be > 0"),
+        (lambda: Denoiser(Wave(), VP(), prediction_type="consistency"), "defined on EDM, not on VP"),
+        (lambda: Denoiser(Wave(), EDM(), time_input="sigma"), "time_input is 'sigma'"),  # type: ignore[arg-type]
+        (lambda: ConsistencyPairs(VP()), "the EDM process, not on VP"),  # type: ignore[arg-type]
+        (lambda: ConsistencyPairs(EDM(), s_0=0), "s_0 is 0"),
+        (lambda: ConsistencyPairs(EDM(), s_0=5, s_1=4), "s_0 is 5 and s_1 4"),
+        (lambda: ConsistencyPairs(EDM(), mu_0=1.5), "mu_0 is 1.5"),
+        (lambda: ConsistencyPairs(EDM(), stride=0), "stride is 0"),
+        (lambda: ConsistencyPairs(EDM(), kappa="ddim"), "kappa is 'ddim'"),  # type: ignore[arg-type]
+        (lambda: sample_consistency_pairs(EDM(), randn(2, 1), num_scales=1), "num_scales is 1"),
+    ],
+)
+def test_a_bad_argument_is_named(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(TypeError, match="x0 has dtype"):
+        sample_consistency_pairs(EDM(), torch.zeros(2, 1, dtype=torch.int64), num_scales=3)
+
+
+def test_metrics_agree_where_they_should() -> None:
+    u = randn(3, 1, 4, 4)
+    values = {name: metric(u) for name, metric in METRICS.items()}
+    torch.testing.assert_close(values["l2"], u.square().flatten(2).mean(-1))
+    torch.testing.assert_close(values["pseudo_huber"], values["l2"].sqrt(), rtol=1e-2, atol=0)  # far from 0
+    small = METRICS["pseudo_huber"](1e-6 * u)  # near 0 a parabola
+    torch.testing.assert_close(small, METRICS["l2"](1e-6 * u) / (2 * 0.00054), rtol=1e-4, atol=0)
+    assert isinstance(values["l1"], Tensor) and isinstance(TensorDict(values), TensorDict)
