@@ -9,6 +9,7 @@ three returns are one recursion and differ in X, the estimate of what follows:
 A chain may thus be cut inside the window, and the end of the window cuts every chain.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ["is_truncated", "lambda_returns", "monte_carlo_returns", "n_step_retu
 
 
 def lambda_returns(
-    reward: Tensor,
+    reward: Tensor | None,
     next_value: Tensor,
     terminated: Tensor,
     done: Tensor | None = None,
@@ -36,7 +37,7 @@ def lambda_returns(
     estimates of the state that step k reaches, as in TorchRL's loop version (the source calls it λₖ₊₁).
 
     Args:
-        reward: rₖ, shape [B, K, *E].
+        reward: rₖ, shape [B, K, *E]; None if no step pays anything.
         next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`.
         terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
@@ -63,18 +64,18 @@ def lambda_returns(
             return n_step_returns(reward, next_value, terminated, done, n_steps=1, gamma=gamma)
         if lmbda == 1:
             return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
-    r, V, ended = _steps(reward, next_value, terminated, done, gamma)
-    lmbdas = _lambdas(lmbda, reward)
-    out, G = _slots(reward, next_value, lmbda)
+    r, V, cut = _steps(reward, next_value, terminated, done, gamma)
+    lmbdas = _lambdas(lmbda, next_value)
+    out, G = _slots(next_value, reward, lmbda)
     X = V[-1]
     for k in reversed(range(len(r))):
-        X = torch.lerp(V[k], _restart(X, V[k], ended[k]), lmbdas[k], out=G[k])  # (1 - λ) V + λ G
-        X = G[k] = torch.add(r[k], X, alpha=gamma, out=G[k])
+        X = torch.lerp(V[k], _restart(X, V[k], cut[k]), lmbdas[k], out=G[k])  # (1 - λ) V + λ G
+        X = G[k] = X if reward is None and gamma == 1 else _paid(r[k], gamma, X, G[k])
     return torch.stack(G, 1) if out is None else out
 
 
 def n_step_returns(
-    reward: Tensor,
+    reward: Tensor | None,
     next_value: Tensor,
     terminated: Tensor,
     done: Tensor | None = None,
@@ -90,7 +91,7 @@ def n_step_returns(
     end of the window, and without it where `terminated`. n = 1 is TD(0), n ≥ K is Monte Carlo.
 
     Args:
-        reward: rₖ, shape [B, K, *E].
+        reward: rₖ, shape [B, K, *E]; None if no step pays anything.
         next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`.
         terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
@@ -112,26 +113,26 @@ def n_step_returns(
     tensor([[0.5000, 1.0000]])
     """
     check_n_steps(n_steps)
-    if reward.ndim >= 2 and n_steps >= reward.shape[1]:
+    if next_value.ndim >= 2 and n_steps >= next_value.shape[1]:
         return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
     if n_steps == 1:  # no recursion
         check_unit_interval("gamma", gamma)
         _check_chain(reward, next_value, terminated, done)
-        V = next_value.masked_fill(expand_like(terminated.squeeze(-1), reward), 0.0)
-        return torch.add(reward, V, alpha=gamma)
-    r, V, ended = _steps(reward, next_value, terminated, done, gamma)
-    out, G = _slots(reward, next_value)
+        V_next = next_value.masked_fill(expand_like(terminated.squeeze(-1), next_value), 0.0)
+        return _paid(reward, gamma, V_next)
+    r, V, cut = _steps(reward, next_value, terminated, done, gamma)
+    out, G = _slots(next_value, reward)
     for k in range(len(r)):
         last = min(k + n_steps, len(r)) - 1
         X = V[last]
         for j in reversed(range(k, last + 1)):
-            X = torch.add(r[j], _restart(X, V[j], ended[j]), alpha=gamma, out=G[k])
+            X = _paid(r[j], gamma, _restart(X, V[j], cut[j]), G[k])
         G[k] = X
     return torch.stack(G, 1) if out is None else out
 
 
 def monte_carlo_returns(
-    reward: Tensor,
+    reward: Tensor | None,
     next_value: Tensor | None,
     terminated: Tensor,
     done: Tensor | None = None,
@@ -145,7 +146,7 @@ def monte_carlo_returns(
     The values of the states that are not cut off are not read.
 
     Args:
-        reward: rₖ, shape [B, K, *E].
+        reward: rₖ, shape [B, K, *E]; None if no step pays anything.
         next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`; None if no chain is
             truncated (see `is_truncated`).
         terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
@@ -166,14 +167,19 @@ def monte_carlo_returns(
     >>> monte_carlo_returns(r, None, end, gamma=0.9)
     tensor([[0.9000, 1.0000]])
     """
-    values = reward.new_zeros(()).expand_as(reward) if next_value is None else next_value
-    r, V, ended = _steps(reward, values, terminated, done, gamma)
+    if next_value is not None:
+        values = next_value
+    elif reward is not None:
+        values = reward.new_zeros(()).expand_as(reward)
+    else:
+        raise ValueError("reward and next_value are both None: a return is made of one of them at least")
+    r, V, cut = _steps(reward, values, terminated, done, gamma)
     if next_value is None and not torch.compiler.is_compiling() and is_truncated(terminated, done):
         raise ValueError("next_value is None, but a chain is truncated: give the values it bootstraps from")
-    out, G = _slots(reward, values)
+    out, G = _slots(values, reward)
     X = V[-1]
     for k in reversed(range(len(r))):
-        X = G[k] = torch.add(r[k], _restart(X, V[k], ended[k]), alpha=gamma, out=G[k])
+        X = G[k] = _paid(r[k], gamma, _restart(X, V[k], cut[k]), G[k])
     return torch.stack(G, 1) if out is None else out
 
 
@@ -203,44 +209,48 @@ def check_n_steps(n_steps: int) -> None:
 
 
 def _steps(
-    reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor | None, gamma: float
-) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor | None]]:
+    reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None, gamma: float
+) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor | None]]:
     """Per step: the reward, the value (0 where terminated), and where chains are cut (None: nowhere)."""
     check_unit_interval("gamma", gamma)
     _check_chain(reward, next_value, terminated, done)
     ended = terminated if done is None else terminated | done
+    K = ended.shape[1]
     # Most steps end no chain: one look at the flags spares a mask over [B, *E] at each of them.
-    somewhere = [True] * ended.shape[1]
-    if not torch.compiler.is_compiling():
-        somewhere = ended.squeeze(-1).any(0).tolist()
-    stop = expand_like(terminated.squeeze(-1), reward).unbind(1)
-    cut = expand_like(ended.squeeze(-1), reward).unbind(1)
-    # Masked, not multiplied: 0 · NaN is NaN.
-    V = [
-        v.masked_fill(s, 0.0) if any_ else v
-        for v, s, any_ in zip(next_value.unbind(1), stop, somewhere, strict=True)
-    ]
-    return reward.unbind(1), V, [c if any_ else None for c, any_ in zip(cut, somewhere, strict=True)]
+    somewhere = [True] * K if torch.compiler.is_compiling() else ended.squeeze(-1).any(0).tolist()
+    r: Sequence[Tensor | None] = [None] * K if reward is None else reward.unbind(1)
+    V = list(next_value.unbind(1))
+    cut: list[Tensor | None] = [None] * K
+    for k, v in enumerate(V):
+        if somewhere[k]:
+            V[k] = v.masked_fill(expand_like(terminated[:, k, 0], v), 0.0)  # not multiplied: 0 · NaN is NaN
+            cut[k] = expand_like(ended[:, k, 0], v)
+    return r, V, cut
 
 
-def _restart(X: Tensor, V: Tensor, ended: Tensor | None) -> Tensor:
+def _restart(X: Tensor, V: Tensor, cut: Tensor | None) -> Tensor:
     """What follows a step: X, or V where the chain is cut."""
-    return X if ended is None else torch.where(ended, V, X)
+    return X if cut is None else torch.where(cut, V, X)
 
 
-def _slots(reward: Tensor, *others: float | Tensor) -> tuple[Tensor | None, list[Any]]:
+def _paid(r: Tensor | None, gamma: float, X: Tensor, out: Tensor | None = None) -> Tensor:
+    """R + γ X."""
+    return torch.mul(X, gamma, out=out) if r is None else torch.add(r, X, alpha=gamma, out=out)
+
+
+def _slots(V: Tensor, *others: float | Tensor | None) -> tuple[Tensor | None, list[Any]]:
     """An output [B, K, *E] and its K rows to write into; no output where a graph is to be recorded."""
-    inputs = [x for x in (reward, *others) if isinstance(x, Tensor)]
+    inputs = [x for x in (V, *others) if isinstance(x, Tensor)]
     graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if graph or torch.compiler.is_compiling():
-        return None, [None] * reward.shape[1]
-    out = reward.new_empty(reward.shape)
+        return None, [None] * V.shape[1]
+    out = V.new_empty(V.shape)
     return out, list(out.unbind(1))
 
 
-def _lambdas(lmbda: float | Tensor, reward: Tensor) -> tuple[Any, ...]:
+def _lambdas(lmbda: float | Tensor, V: Tensor) -> tuple[Any, ...]:
     """λₖ for every step, a number or a tensor that broadcasts against [B, *E]."""
-    B, K = reward.shape[:2]
+    B, K = V.shape[:2]
     if not isinstance(lmbda, Tensor):
         return (lmbda,) * K
     if lmbda.shape not in {(B, K, 1), (1, K, 1)}:
@@ -248,28 +258,27 @@ def _lambdas(lmbda: float | Tensor, reward: Tensor) -> tuple[Any, ...]:
         raise ValueError(f"lmbda has shape {shape}, expected a number, [{B}, {K}, 1] or [1, {K}, 1]")
     if not torch.compiler.is_compiling() and not bool(((lmbda >= 0) & (lmbda <= 1)).all()):
         raise ValueError("lmbda has entries outside [0, 1]")
-    return expand_like(lmbda.to(reward).squeeze(-1), reward).unbind(1)
+    return expand_like(lmbda.to(V).squeeze(-1), V).unbind(1)
 
 
-def _check_chain(reward: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor | None) -> None:
-    if reward.ndim < 2 or reward.shape[1] < 1:
-        raise ValueError(f"reward has shape {list(reward.shape)}, expected [B, K, *E] with K of at least 1")
-    if not reward.is_floating_point():
+def _check_chain(reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None) -> None:
+    name, x = ("next_value", next_value) if reward is None else ("reward", reward)
+    if x.ndim < 2 or x.shape[1] < 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected [B, K, *E] with K of at least 1")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} has dtype {x.dtype}, but returns need a floating dtype: {name}.float()")
+    if next_value.shape != x.shape:
         raise ValueError(
-            f"reward has dtype {reward.dtype}, but returns need a floating dtype: reward.float()"
+            f"next_value has shape {list(next_value.shape)}, expected that of reward, {list(x.shape)}"
         )
-    if next_value.shape != reward.shape:
-        raise ValueError(
-            f"next_value has shape {list(next_value.shape)}, expected that of reward, {list(reward.shape)}"
-        )
-    if next_value.dtype != reward.dtype:
-        raise ValueError(f"next_value has dtype {next_value.dtype}, expected that of reward, {reward.dtype}")
+    if next_value.dtype != x.dtype:
+        raise ValueError(f"next_value has dtype {next_value.dtype}, expected that of reward, {x.dtype}")
     for name, flag in (("terminated", terminated), ("done", done)):
         if flag is None:
             continue
         if flag.dtype != torch.bool:
             raise ValueError(f"{name} has dtype {flag.dtype}, expected torch.bool: use {name}.bool()")
-        if flag.shape != (*reward.shape[:2], 1):
+        if flag.shape != (*x.shape[:2], 1):
             raise ValueError(
-                f"{name} has shape {list(flag.shape)}, expected one flag per step, {[*reward.shape[:2], 1]}"
+                f"{name} has shape {list(flag.shape)}, expected one flag per step, {[*x.shape[:2], 1]}"
             )

@@ -72,6 +72,29 @@ def by_hand(data: Chain, one: Callable[[int, int], Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda *a, **k: lambda_returns(*a, lmbda=0.0, **k),
+        lambda *a, **k: lambda_returns(*a, lmbda=0.6, **k),
+        lambda *a, **k: lambda_returns(*a, lmbda=1.0, **k),
+        lambda *a, **k: n_step_returns(*a, n_steps=2, **k),
+        lambda *a, **k: monte_carlo_returns(*a, **k),
+    ],
+)
+def test_no_reward_is_a_reward_of_zero(returns: Callable[..., Tensor], gamma: float, ending: str) -> None:
+    reward, *rest = chain(5, ending=ending)
+    nothing = returns(None, *rest, gamma=gamma)
+    torch.testing.assert_close(nothing, returns(torch.zeros_like(reward), *rest, gamma=gamma), **EXACT)
+
+
+def test_a_return_is_made_of_something() -> None:
+    with pytest.raises(ValueError, match="reward and next_value are both None"):
+        monte_carlo_returns(None, None, chain(3)[2])
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("event", [(), (3,), (1, 4, 4)])
 @pytest.mark.parametrize("K", [1, 2, 8])
 @pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
