@@ -98,73 +98,74 @@ def sample_td_edm_pairs(
         TensorDict of batch size [B, 1], with the entry ``valid`` beside those of a chain.
 
     Raises:
-        ValueError: another coupling, or span or stride not positive.
         TypeError: x0 holds integers.
+        ValueError: another process or coupling, span or stride not positive, or a tensor of another shape.
     """
     require_floating([("x0", x0)])
     eta = coupling_eta(coupling)
+    if not isinstance(process, EDM):
+        raise ValueError(f"the process is {type(process).__name__}: TD-EDM is defined for EDM")
     if eta not in (0.0, 1.0):
         raise ValueError(f"coupling is {coupling!r}: TD-EDM is defined for 'markov' and 'shared'")
     if not (span > 0 and stride > 0):
         raise ValueError(f"span is {span} and stride {stride}: both must be > 0")
-    B, last = len(x0), num_steps - 1
+    if x0.ndim < 2:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data")
+    B = len(x0)
+    if cond is not None and len(cond) != B:
+        raise ValueError(f"cond has {len(cond)} entries, but there are {B} data")
+    for name, given, shape in (
+        ("sigma", sigma, (B,)),
+        ("noise", noise, x0.shape),
+        ("fresh_noise", fresh_noise, x0.shape),
+    ):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(shape)}")
 
-    def randn(given: Tensor | None, shape: torch.Size) -> Tensor:
-        return (
-            torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
-            if given is None
-            else given
-        )
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
 
-    sigma_t = (P_mean + P_std * randn(None, torch.Size([B]))).exp() if sigma is None else sigma
-    sigma_t = sigma_t.double()
-    i = process.index(sigma_t.clamp(process.sigma_min, process.sigma_max), num_steps)
-
-    def level(index: Tensor) -> Tensor:
-        return process.time(index.clamp(max=last), num_steps).clamp(process.sigma_min, process.sigma_max)
-
-    sigma_next = level(i + span)
-    valid = (sigma_t >= process.sigma_min) & (sigma_t <= process.sigma_max) & (i <= last - (span + stride))
-    A = posterior(process, sigma_t, level(i + stride), eta).A
-    A_next = posterior(process, sigma_next, level(i + span + stride), eta).A
-    A, A_next = (
-        torch.where(valid, a, 1.0) for a in (A, A_next)
-    )  # unused where invalid, but must stay finite
-
-    n = randn(noise, x0.shape)
+    if sigma is None:
+        sigma = (P_mean + P_std * randn(B)).exp()
+    levels, valid = _levels(process, sigma.double(), num_steps, eta, span, stride)
+    t, t_next, added, A, A_next = (c.to(x0.dtype).view(B, 1, 1) for c in levels)
+    n = randn(*x0.shape) if noise is None else noise
+    x0, n = x0.unsqueeze(1), n.unsqueeze(1)
+    x_next = x0 + expand_like(t_next, x0) * n
     if eta == 1:
-        x_next = x0 + _to(sigma_next, x0) * n
-        added = (sigma_t**2 - sigma_next**2).clamp(min=0).sqrt()
-        x_t = x_next + _to(added, x0) * randn(fresh_noise, x0.shape)
+        n_add = randn(*x0.shape) if fresh_noise is None else fresh_noise.unsqueeze(1)
+        x_t = x_next + expand_like(added, x0) * n_add
     else:
-        x_t, x_next = x0 + _to(sigma_t, x0) * n, x0 + _to(sigma_next, x0) * n
+        x_t = x0 + expand_like(t, x0) * n
 
-    A, A_next, t, t_next = (c.to(x0.dtype).view(B, 1, 1) for c in (A, A_next, sigma_t, sigma_next))
-    x0, x_t, x_next = x0.unsqueeze(1), x_t.unsqueeze(1), x_next.unsqueeze(1)
-    mu, mu_next = (
-        expand_like(a, x) * x0 + expand_like(1 - a, x) * x for a, x in ((A, x_t), (A_next, x_next))
-    )
-    cut = torch.ones(B, 1, 1, dtype=torch.bool, device=x0.device)
-    left = {
-        keys.X_T: x_t,
-        keys.T: t,
-        keys.A: A,
-        keys.KAPPA: 1 - A,
-        keys.X0: x0,
-        keys.VALID: valid.view(B, 1, 1),
-    }
+    def state(x: Tensor, time: Tensor, A: Tensor) -> dict[str, Tensor]:
+        return {keys.X_T: x, keys.T: time, keys.A: A, keys.KAPPA: 1 - A}
+
+    A_x, A_x_next = expand_like(A, x0), expand_like(A_next, x0)
+    mu, mu_next = A_x * x0 + (1 - A_x) * x_t, A_x_next * x0 + (1 - A_x_next) * x_next
+    yes = torch.ones_like(valid)
+    flags = {keys.DONE: yes, keys.TRUNCATED: yes.clone(), keys.TERMINATED: ~yes}
+    reached = {**state(x_next, t_next, A_next), keys.REWARD: mu - mu_next, **flags}
+    left = {**state(x_t, t, A), keys.X0: x0, keys.VALID: valid}
     if cond is not None:
         left[keys.COND] = cond.unsqueeze(1)
-    reached = {
-        keys.X_T: x_next,
-        keys.T: t_next,
-        keys.A: A_next,
-        keys.KAPPA: 1 - A_next,
-        keys.REWARD: mu - mu_next,
-    }
-    reached |= {keys.DONE: cut, keys.TRUNCATED: cut, keys.TERMINATED: ~cut}
     return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, 1])}, [B, 1])
 
 
-def _to(c: Tensor, x: Tensor) -> Tensor:
-    return expand_like(c.to(x.dtype), x)
+def _levels(
+    process: EDM, sigma_t: Tensor, num_steps: int, eta: float, span: float, stride: float
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """σ_t, σ_t', √max(σ_t² - σ_t'², 0), A_t and A_t', float64 [B]; validity [B, 1, 1]."""
+    low, high, last = process.sigma_min, process.sigma_max, num_steps - 1
+    i = process.index(sigma_t.clamp(low, high), num_steps)
+
+    def level(index: Tensor) -> Tensor:
+        return process.time(index.clamp(max=last), num_steps).clamp(low, high)
+
+    valid = (sigma_t >= low) & (sigma_t <= high) & (i <= last - (span + stride))
+    sigma_next = level(i + span)
+    added = (sigma_t**2 - sigma_next**2).clamp(min=0).sqrt()
+    A = posterior(process, sigma_t, level(i + stride), eta).A
+    A_next = posterior(process, sigma_next, level(i + span + stride), eta).A
+    A, A_next = (torch.where(valid, a, 1.0) for a in (A, A_next))  # not used elsewhere, but must be finite
+    return (sigma_t, sigma_next, added, A, A_next), valid.view(-1, 1, 1)

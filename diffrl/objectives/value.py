@@ -313,7 +313,7 @@ class ValueLoss(LossModule):
 
 def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:
     """V = A D + κ x."""
-    A, kappa, x_t = states.get(keys.A), states.get(keys.KAPPA), states.get(keys.X_T)
+    A, kappa, x_t = states[keys.A], states[keys.KAPPA], states[keys.X_T]
     return expand_like(A, x_t) * D_x + expand_like(kappa, x_t) * x_t
 
 
