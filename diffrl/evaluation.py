@@ -104,7 +104,8 @@ def draw_samples(
     num_classes = int(getattr(denoiser.network, "num_classes", 0))
     if guidance_scale != 1 and num_classes == 0:
         raise ValueError(
-            f"guidance_scale is {guidance_scale:g}, but {data.name} was trained without labels to guide by"
+            f"guidance_scale is {guidance_scale:g}, but there were no labels in training: "
+            "data.conditional=true uses those of the data"
         )
     parameter = next(denoiser.parameters())
     guided = GuidedDenoiser(denoiser, num_classes, guidance_scale) if num_classes else denoiser

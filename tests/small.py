@@ -36,6 +36,8 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
 
 
 def small(*overrides: str) -> dict[str, Any]:
-    """Configuration of a run that takes a fraction of a second."""
-    given = [*SMALL, *overrides]
+    """Configuration of a run that takes a fraction of a second; a chosen group keeps its own options."""
+    chosen = {override.partition("=")[0] for override in overrides}
+    given = [word for word in SMALL if word.partition(".")[0] not in chosen or "." not in word]
+    given = [word for word in given if word.partition("=")[0] not in chosen] + list(overrides)
     return settings(composed(*given), given)

@@ -1,0 +1,491 @@
+"""A whole run: its folder, what the objectives share, interruption of every kind, and what is refused."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+import diffrl
+from diffrl import experiment
+from diffrl.build import Objective, build_data, build_denoiser, build_objective
+from diffrl.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
+from diffrl.evaluation import Evaluation, draw_samples, grid_for
+from diffrl.experiment import Interrupted, run_experiment
+from diffrl.extras import MissingExtra
+from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.runs import RunFolder, RunFolderError
+from diffrl.samplers import DDIM, Euler, Heun
+from diffrl.trainer import NonFiniteLoss, Trainer
+from tests.small import small
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(path: Path, *overrides: str) -> RunFolder:
+    return run_experiment(small(f"run_dir={path}", *overrides), progress=False)
+
+
+def rows(folder: RunFolder) -> list[dict[str, str]]:
+    """metrics.csv without its clock."""
+    with (folder.path / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def results(folder: RunFolder) -> dict[str, Any]:
+    found = folder.results()
+    for figures in found["objectives"].values():
+        del figures["seconds"]
+    del found["config"]["run_dir"]
+    return found
+
+
+def checkpoint(folder: RunFolder, objective: str = "td") -> dict[str, Tensor]:
+    newest = latest_checkpoint(folder.checkpoints(objective))
+    assert newest is not None
+    read = load_checkpoint(newest)
+    found = {f"{name}.{k}": v for name, tensors in read.weights.items() for k, v in tensors.items()}
+    for i, moments in read.training["optimiser"]["state"].items():
+        found |= {f"optimiser.{i}.{k}": v for k, v in moments.items()}
+    return found
+
+
+def assert_same_run(a: RunFolder, b: RunFolder) -> None:
+    assert rows(a) == rows(b)
+    assert results(a) == results(b)
+    for objective in results(a)["objectives"]:
+        one, two = checkpoint(a, objective), checkpoint(b, objective)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that was not interrupted."""
+    return run(tmp_path_factory.mktemp("whole") / "run")
+
+
+# What a run leaves
+
+
+def test_folder(whole: RunFolder) -> None:
+    names = {path.name for path in whole.path.iterdir()}
+    assert names == {
+        "config.yaml",
+        "versions.json",
+        "command.txt",
+        "metrics.csv",
+        "results.json",
+        "checkpoints",
+        "samples",
+    }
+    assert json.loads((whole.path / "versions.json").read_text())["torch"] == torch.__version__
+    assert [path.name for path in list_checkpoints(whole.checkpoints("td"))] == ["step_000020", "step_000030"]
+
+
+def test_results_are_as_documented(whole: RunFolder) -> None:
+    found = json.loads((whole.path / "results.json").read_text())
+    assert found.keys() == {"config", "seed", "versions", "objectives"}
+    assert list(found["objectives"]) == ["td", "monte_carlo"] and found["seed"] == 0
+    for figures in found["objectives"].values():
+        assert figures.keys() == {
+            "grad_steps",
+            "samples",
+            "network_evaluations",
+            "seconds",
+            "value_error",
+            "sample_distance",
+        }
+        assert figures["grad_steps"] == 30 and list(figures["value_error"]) == ["0.3", "1"]
+        assert figures["sample_distance"]["metric"] == "sliced_w2@40"
+        assert list(figures["sample_distance"]["by_nfe"]) == ["3", "7"]  # Heun: 2 N - 1
+    assert found["config"] == whole.config()
+    td, mc = found["objectives"].values()
+    assert td["network_evaluations"] == mc["network_evaluations"] > 0
+
+
+def test_metrics_are_one_table(whole: RunFolder) -> None:
+    table = rows(whole)
+    for objective in ("td", "monte_carlo"):
+        steps = [int(row["grad_steps"]) for row in table if row["objective"] == objective]
+        assert steps == sorted({0, *range(4, 31, 4), 10, 20, 30})
+    assert {len(row) for row in table} == {len(table[0])}
+    looked = [row for row in table if row["value_error_1"]]
+    assert [int(row["grad_steps"]) for row in looked] == 2 * [0, 10, 20, 30]
+    last = float(looked[3]["value_error_0.3"])
+    assert last == whole.results()["objectives"]["td"]["value_error"]["0.3"]
+
+
+def test_same_configuration_same_run(whole: RunFolder, tmp_path: Path) -> None:
+    assert_same_run(whole, run(tmp_path / "again"))
+
+
+def test_another_seed_another_run(whole: RunFolder, tmp_path: Path) -> None:
+    other = run(tmp_path / "other", "seed=1")
+    assert rows(other) != rows(whole)
+
+
+# What the two objectives share
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
+    """What each objective draws: once as it is tried, then at every step."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def build(config: dict[str, Any], denoiser: diffrl.Denoiser, *, baseline: bool) -> Objective:
+        objective = build_objective(config, denoiser, baseline=baseline)
+
+        def draw(x0: Tensor, **more: Any) -> TensorDict:
+            states = objective.draw(x0, **more)
+            seen.setdefault(objective.name, []).append(states["x_t"].clone())
+            return states
+
+        return replace(objective, draw=draw)
+
+    monkeypatch.setattr(experiment, "build_objective", build)
+    return seen
+
+
+@pytest.mark.parametrize("objective", ["td", "td_edm"])
+def test_both_objectives_see_the_same_states(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = recorded(monkeypatch)
+    folder = run(tmp_path / "run", f"objective={objective}", "trainer.grad_steps=5")
+    assert set(seen) == {objective, "monte_carlo"} == set(folder.results()["objectives"])
+    assert len(seen[objective]) == len(seen["monte_carlo"]) == 6
+    assert all(map(torch.equal, seen[objective], seen["monte_carlo"]))
+    assert not torch.equal(seen[objective][1], seen[objective][2])
+
+
+def test_both_objectives_start_from_the_same_weights(whole: RunFolder) -> None:
+    starts = [row for row in rows(whole) if row["grad_steps"] == "0"]
+    assert starts[0].pop("objective") == "td" and starts[1].pop("objective") == "monte_carlo"
+    assert starts[0] == starts[1]
+
+
+def test_a_target_network_is_counted(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", "objective.bootstrap=target", "chain.jitter=false").results()["objectives"]
+    assert found["td"]["network_evaluations"] == 30 * 8 * (6 + 5)  # the clean state needs no value
+    assert found["monte_carlo"]["network_evaluations"] == 30 * 8 * 6
+
+
+@pytest.mark.parametrize("override", ["objective=monte_carlo", "compare=false"])
+def test_one_objective_alone(override: str, tmp_path: Path) -> None:
+    assert len(run(tmp_path / "run", override).results()["objectives"]) == 1
+
+
+def test_td_edm_beside_monte_carlo_is_edm_on_the_same_pairs() -> None:
+    """The pairs' Monte Carlo loss is EDM's weighted denoising loss, invalid pairs included."""
+    config = small("objective=td_edm")
+    denoiser = build_denoiser(config, build_data(config))
+    baseline = build_objective(config, denoiser, baseline=True)
+    x0 = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    pairs = sample_td_edm_pairs(denoiser.process, x0, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    drawn = baseline.draw(x0, cond=None, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(pairs["x_t"], drawn["x_t"]) and not bool(pairs["valid"].all())
+    t = pairs["t"].flatten()
+    weight = (t**2 + 0.5**2) / (0.5 * t) ** 2
+    edm = weight * (denoiser(pairs["x_t"][:, 0], t) - x0).square().mean(1)
+    torch.testing.assert_close(baseline.loss(drawn)["loss_value"], edm.mean())
+
+
+# Interruption
+
+
+def at_step(
+    number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch, objective: str = "td"
+) -> None:
+    step = Trainer._step
+
+    def acting(self: Trainer) -> dict[str, float]:
+        if self.step == number and self.objective.name == objective:
+            act()
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_step", acting)
+
+
+@pytest.mark.parametrize("objective", ["td", "monte_carlo"])
+def test_terminated_and_resumed(
+    objective: str, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    at_step(16, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch, objective)
+    with pytest.raises(Interrupted, match=rf"gradient step 17 of {objective}, .*resume=.*run") as stop:
+        run(tmp_path / "run")
+    assert "\n" not in str(stop.value)
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.checkpoints(objective) / "step_000017").is_dir()
+    resumed = run_experiment({**folder.config(), "resume": str(folder.path)}, progress=False)
+    assert_same_run(whole, resumed)
+
+
+def test_asked_twice_it_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(16, twice, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run")
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from diffrl.trainer import Trainer
+from tests.small import small
+from diffrl.experiment import run_experiment
+torch.set_num_threads(1)
+step = Trainer._step
+def dying(self):
+    if self.step == 27:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self)
+Trainer._step = dying
+run_experiment(small("run_dir=" + sys.argv[1]), progress=False)
+"""
+
+
+def test_killed_and_resumed(whole: RunFolder, tmp_path: Path) -> None:
+    """Kill -9 between two checkpoints: what was lost is trained again, and nothing is different."""
+    folder = RunFolder(tmp_path / "run")
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder.path)]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert list_checkpoints(folder.checkpoints("td"))[-1].name == "step_000020"
+    assert int(rows(folder)[-1]["grad_steps"]) == 24  # reported, but not saved
+    (folder.checkpoints("td") / "step_000025.tmp-1").mkdir()  # as if in the middle of a checkpoint
+    with (folder.path / "metrics.csv").open("a") as file:
+        file.write("td,26,")  # and of a row
+    resumed = run_experiment({**folder.config(), "resume": str(folder.path)}, progress=False)
+    assert_same_run(whole, resumed)
+
+
+def test_signalled_from_outside(tmp_path: Path) -> None:
+    """The command line: SIGTERM ends it with status 0 and a line that says how to go on."""
+    path = tmp_path / "run"
+    words = ["data=rings", "trainer.grad_steps=1000000", "trainer.report_every=1", f"run_dir={path}"]
+    command = [sys.executable, "-W", "ignore", "examples/train_td_lambda.py", *words]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not (path / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.startswith("stopped after gradient step") and f"resume={path}" in out
+    assert latest_checkpoint(path / "checkpoints" / "td") is not None
+
+
+def test_a_finished_run_is_not_trained_again(
+    whole: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(self: Trainer) -> dict[str, float]:
+        raise AssertionError("trained")
+
+    monkeypatch.setattr(Trainer, "_step", never)
+    before = (whole.path / "results.json").read_bytes()
+    run_experiment({**whole.config(), "resume": str(whole.path)}, progress=False)
+    assert (whole.path / "results.json").read_bytes() == before
+
+
+# What is refused
+
+
+def test_a_folder_with_another_run(whole: RunFolder) -> None:
+    before = (whole.path / "config.yaml").read_bytes()
+    with pytest.raises(RunFolderError, match=f"{whole.path} already holds a run: .*resume="):
+        run(whole.path, "seed=1")
+    assert (whole.path / "config.yaml").read_bytes() == before
+
+
+def test_resuming_with_other_settings(whole: RunFolder) -> None:
+    config = {**whole.config(), "resume": str(whole.path), "seed": 1}
+    with pytest.raises(RunFolderError, match="other settings of seed"):
+        run_experiment(config, progress=False)
+
+
+def test_no_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no run"):
+        RunFolder.start({"resume": str(tmp_path), "run_dir": None})
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="cannot be made a run folder"):
+        run(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.lmbda=2"], r"lmbda is 2\.0"),
+        (["objective.n_steps=0"], "n_steps"),
+        (["objective.lmbda=0.5", "objective.n_steps=3"], "two families"),
+        (["objective.weight=nope"], "weight is 'nope'"),
+        (["objective.bootstrap=nope"], "bootstrap is 'nope'"),
+        (["dtype=float16"], "dtype is 'float16': give float32, float64, bfloat16"),
+        (["logger=nope"], "logger is 'nope': give csv, tensorboard, wandb"),
+        (["device=nope"], "device is 'nope'"),
+        (["guidance_scale=2"], "no labels in training: data.conditional=true"),
+        (["network=unet"], "UNet"),
+        (["eval.distance=nope"], "nope"),
+        (["eval.distance=fd_digits_cnn"], "8"),
+        (["eval.sigmas=[0]"], "sigma is 0"),
+        (["eval.num_steps=[]"], "num_steps"),
+        (["eval.points=0"], "eval.points is 0"),
+        (["ema.halflife=-1"], "halflife"),
+        (["optim.lr=-1"], "optim.lr"),
+        (["trainer.batch_size=0"], "batch_size"),
+        (["process=ddpm", "objective=td_edm"], "EDM"),
+        (["process=vp", "sampler=edm_stochastic"], "EDM"),
+        (["chain.t_max=0"], "t_max"),
+        (["seed=-1"], "negative"),
+    ],
+)
+def test_nothing_is_made_of_a_wrong_configuration(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        run(tmp_path / "run", *overrides)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device is 'cuda'"):
+        run(tmp_path / "run", "device=cuda")
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=rf"diffrl\[{package}\]"):
+        run(tmp_path / "run", f"logger={package}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    overrides = (
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+        "optim.clip_norm=null",
+        "trainer.checkpoint_every=1",
+    )
+    with pytest.raises(NonFiniteLoss, match=r"td: .* at gradient step \d+"):
+        run(tmp_path / "run", *overrides)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+# Options
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_dtype(dtype: str, whole: RunFolder, tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", f"dtype={dtype}", "compare=false")
+    stored = torch.float64 if dtype == "float64" else torch.float32
+    assert {x.dtype for k, x in checkpoint(folder).items() if k.startswith(("model", "ema"))} == {stored}
+    assert next(diffrl.load(folder.path).denoiser.parameters()).dtype == stored
+    errors = [folder.results()["objectives"]["td"]["value_error"] for folder in (folder, whole)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.2)
+
+
+def test_data_without_a_known_law(tmp_path: Path) -> None:
+    figures = run(tmp_path / "run", "data=checkerboard", "compare=false").results()["objectives"]["td"]
+    assert figures["value_error"] == {} and figures["sample_distance"]["by_nfe"]["7"] > 0
+
+
+def images(path: Path) -> str:
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (60, 4, 4), dtype=np.uint8), np.arange(60) % 3
+    np.savez(path / "images.npz", x=pixels, labels=labels)
+    return str(path / "images.npz")
+
+
+def test_labelled_images_with_guidance(tmp_path: Path) -> None:
+    labelled = ("data=npz", "data.conditional=true", f"data.path={images(tmp_path)}")
+    folder = run(tmp_path / "run", *labelled, "guidance_scale=2")
+    found = folder.results()["objectives"]["td"]
+    assert list(found["sample_distance"]["by_nfe"]) == ["6", "14"]  # twice Heun's
+    assert all(error > 0 for error in found["value_error"].values())
+    loaded = diffrl.load(folder.path)
+    assert loaded.data.num_classes == 3
+    one, two = (loaded.sample(6, num_steps=3, guidance_scale=w) for w in (1.0, 2.0))
+    assert one.shape == (6, 1, 4, 4) and not torch.equal(one, two)
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "logger=tensorboard", "trainer.grad_steps=4", "compare=false")
+    (events,) = (folder.path / "tensorboard").rglob("events.out.tfevents.*")
+    assert b"td/loss_value" in events.read_bytes()
+
+
+def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = small()
+    folders = [RunFolder.start(config).path for _ in range(3)]
+    assert len(set(folders)) == 3 and all(path.parent == Path("runs") for path in folders)
+    assert all(path.name.partition("_")[2].partition("_")[2].startswith("rings_td_s0") for path in folders)
+    assert RunFolder(folders[2]).config()["run_dir"] == str(folders[2])
+
+
+# Loading
+
+
+def test_load(whole: RunFolder) -> None:
+    for name in ("td", "monte_carlo"):
+        loaded = diffrl.load(whole.path, None if name == "td" else name)
+        assert loaded.objective == name and loaded.results == whole.results()
+        assert not loaded.denoiser.training
+        weights = checkpoint(whole, name)
+        for key, value in loaded.denoiser.state_dict().items():
+            assert torch.equal(value, weights[f"ema.{key}"])
+
+
+def test_loaded_samples_are_those_that_were_evaluated(whole: RunFolder) -> None:
+    loaded = diffrl.load(whole.path)
+    x, nfe = draw_samples(loaded.denoiser, loaded.data, Heun(), num_steps=4, samples=40)
+    assert nfe == 7 and torch.equal(x, whole.samples()["td"]["7"])
+    distance = Evaluation(samples=40).sample_distance(x, loaded.data)
+    assert distance == loaded.results["objectives"]["td"]["sample_distance"]["by_nfe"]["7"]
+
+
+def test_samples_do_not_depend_on_the_batch_they_are_drawn_in(whole: RunFolder) -> None:
+    loaded = diffrl.load(whole.path)
+    alone = loaded.sample(1, num_steps=4, seed=5)
+    torch.testing.assert_close(loaded.sample(6, num_steps=4, seed=0)[5:], alone)
+
+
+def test_there_is_nothing_to_load(whole: RunFolder, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no run"):
+        diffrl.load(tmp_path)
+    with pytest.raises(CheckpointError, match="has nope been trained"):
+        diffrl.load(whole.path, "nope")
+
+
+@pytest.mark.parametrize("nfe", [1, 3, 9, 35])
+def test_grid_for_heun(nfe: int) -> None:
+    assert grid_for(Heun(), diffrl.EDM(), nfe) == (nfe + 1) // 2
+
+
+def test_grid_for_others() -> None:
+    assert grid_for(Euler(), diffrl.EDM(), 8) == grid_for(DDIM(), diffrl.DDPM(), 8) == 8
+    with pytest.raises(ValueError, match="Heun cannot sample with 10 evaluations, but 9 or 11"):
+        grid_for(Heun(), diffrl.EDM(), 10)
