@@ -16,6 +16,7 @@ from diffrl.networks import NETWORKS
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.samplers import SAMPLERS
 from diffrl.schedules import PROCESSES
+from diffrl.starts import STARTS
 from diffrl.trainer import Average, Length, Optim, Target
 from diffrl.trajectories import ChainSampler
 
@@ -29,6 +30,7 @@ class TrainConfig:
     data: Any = MISSING
     process: Any = MISSING
     chain: Any = MISSING
+    starts: Any = MISSING
     network: Any = MISSING
     denoiser: Any = MISSING
     objective: Any = MISSING
@@ -61,6 +63,7 @@ def register() -> None:
     group("process", PROCESSES)
     group("network", NETWORKS, omit=("event_shape", "num_classes"))
     group("sampler", SAMPLERS)
+    group("starts", STARTS)
     drawn = ("denoiser", "process", "x0", "cond", "sigma", "noise", "fresh_noise", "generator")
     for option, scheme in OBJECTIVES.items():
         functions = [f for f in (scheme.loss, scheme.draw) if f is not None]
@@ -69,7 +72,7 @@ def register() -> None:
     def single(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()) -> None:
         store.store(group=name, name="default", node=schema(name, *functions, omit=omit, tag=False))
 
-    single("chain", Chain, ChainSampler, omit=("process", "offset", "chain"))
+    single("chain", Chain, ChainSampler, omit=("process", "offset", "chain", "starts"))
     single("denoiser", Denoiser, omit=("network", "process"))
     single("optim", Optim)
     single("ema", Average)

@@ -19,9 +19,11 @@ from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.samplers import SAMPLERS, Sampler
 from diffrl.schedules import PROCESSES, Schedule
+from diffrl.starts import STARTS, Starts, UniformStarts
 from diffrl.trajectories import ChainSampler
 
 __all__ = [
+    "Adaptive",
     "Draw",
     "Objective",
     "Progressive",
@@ -52,6 +54,23 @@ class Progressive(Protocol):
 
     def set_progress(self, step: int, grad_steps: int) -> None:
         """Stand at gradient step `step`, counted from 0, of `grad_steps`."""
+        ...
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """A `Draw` that learns from the losses of the states that it drew, and is saved with the training."""
+
+    def update(self, states: TensorDict) -> None:
+        """Learn from states in which the loss has left its losses."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was learnt: tensors and numbers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
         ...
 
 
@@ -118,13 +137,16 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
             "of targets: set one of them to null"
         )
     scheme = OBJECTIVES[name]
+    starts: Starts = _named(STARTS, config["starts"])
     draw: Draw
     if scheme.draw is not None:
         make = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
         draw = make() if inspect.isclass(scheme.draw) else make
+        if not isinstance(starts, UniformStarts):
+            raise ValueError(f"objective {name} draws its states without a chain: set starts=uniform")
     else:
         chain = Chain(denoiser.process, **_accepted(Chain, config["chain"]))
-        draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]))
+        draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]), starts=starts)
     if baseline:
         name, scheme = "monte_carlo", OBJECTIVES["monte_carlo"]
     return Objective(name, scheme.loss(denoiser, **_accepted(scheme.loss, options)), draw)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate, SoftUpdate
 from tqdm import tqdm
 
-from diffrl.build import Objective
+from diffrl.build import Adaptive, Objective
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.data import Data
 from diffrl.ema import EMA
@@ -189,6 +189,7 @@ class Trainer:
             self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
         )
         self.target = _target_updater(self.loss, target)
+        self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
         self.step, self.seconds = 0, 0.0
         data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
 
@@ -258,6 +259,8 @@ class Trainer:
                 self.target.eps = self.objective.target_decay
             self.target.step()
         self.ema.update(self.length.batch_size)
+        if self.adaptive is not None:
+            self.adaptive.update(chain)
         self.step += 1
         return {
             "loss_value": loss.item(),
@@ -296,6 +299,8 @@ class Trainer:
             "seconds": self.seconds,
             "ema_samples": self.ema.samples,
         }
+        if self.adaptive is not None:
+            training["draw"] = self.adaptive.state_dict()
         keep = self.length.keep_checkpoints
         return save_checkpoint(self.folder, self.step, weights=weights, training=training, keep=keep)
 
@@ -320,6 +325,8 @@ class Trainer:
             self.loss.load_state_dict(weights["target"], strict=False)
             self.target.load_state_dict(training["target"])
         self.optimiser.load_state_dict(training["optimiser"])
+        if self.adaptive is not None:
+            self.adaptive.load_state_dict(training["draw"])
         self.loss.network_evaluations = training["network_evaluations"]
         self.seconds, self.step = training["seconds"], checkpoint.step
         return True

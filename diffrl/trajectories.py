@@ -1,6 +1,6 @@
 """Chains as TensorDicts: the one place that knows their keys, order (noise → data) and shapes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from diffrl import keys
 from diffrl.chains import Chain
 from diffrl.schedules import Schedule
 from diffrl.shapes import require_floating
+from diffrl.starts import Starts, UniformStarts
 
 __all__ = ["ChainSampler", "draw_chain", "sample_chain"]
 
@@ -69,11 +70,15 @@ def draw_chain(
     x0: Tensor,
     *,
     window: int | None = None,
+    start: Tensor | None = None,
     cond: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TensorDict:
-    """`sample_chain` for a ready `Chain`, whose coefficients are then computed once."""
+    """`sample_chain` for a ready `Chain`, whose coefficients are then computed once.
+
+    `start` is where each window begins, integers in [0, K - window], shape [B], instead of uniform draws.
+    """
     require_floating([("x0", x0)])
     if x0.ndim < 2:
         raise ValueError(
@@ -91,8 +96,9 @@ def draw_chain(
         num_noise, index = K, position  # the clean state has none
     else:
         num_noise = W + 1
-        start = torch.randint(K - W + 1, (B, 1), generator=generator, device=x0.device)
-        index = start + position
+        if start is None:
+            start = torch.randint(K - W + 1, (B,), generator=generator, device=x0.device)
+        index = start.unsqueeze(1) + position
         table = table[:, index]
     table, index = table.view(len(table), -1, W + 1, 1), index.expand(B, W + 1).unsqueeze(-1)
 
@@ -155,11 +161,23 @@ class ChainSampler:
         jitter: shift the grid by one uniform draw from (-½, ½) a batch, so that all noise levels are trained.
             A positive shift makes the last level clean already, and the chain one shorter where the span
             visits it. None: where the process has continuous times.
+        starts: where windows begin, see `diffrl.starts`.
+
+    Raises:
+        ValueError: starts are chosen, but chains are whole.
     """
 
     chain: Chain
     window: int | None = None
     jitter: bool | None = None
+    starts: Starts = field(default_factory=UniformStarts)
+
+    def __post_init__(self) -> None:
+        whole = self.window is None or self.window >= self.chain.num_transitions
+        if whole and not isinstance(self.starts, UniformStarts):
+            raise ValueError(
+                "starts say where windows of a chain begin, but chains are whole: set chain.window, e.g. to 1"
+            )
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
         """A batch of chains, see `sample_chain`."""
@@ -167,4 +185,25 @@ class ChainSampler:
         if chain.process.continuous if self.jitter is None else self.jitter:
             offset = float(torch.rand((), generator=generator, device=generator.device)) - 0.5
             chain = replace(chain, offset=offset)
-        return draw_chain(chain, x0, window=self.window, cond=cond, generator=generator)
+        W, K = self.window, chain.num_transitions
+        if W is None or W >= K:
+            return draw_chain(chain, x0, window=W, cond=cond, generator=generator)
+        start, importance = self.starts.draw(len(x0), K - W + 1, generator)
+        drawn = draw_chain(chain, x0, window=W, start=start, cond=cond, generator=generator)
+        if importance is not None:
+            drawn[keys.IMPORTANCE] = importance.to(x0.dtype).view(-1, 1, 1).expand(-1, W, 1)
+        return drawn
+
+    def update(self, states: TensorDict) -> None:
+        """Let the starts learn from chains that were drawn here and that a loss has left its losses in."""
+        if isinstance(self.starts, UniformStarts):
+            return
+        self.starts.update(states[keys.INDEX][:, 0, 0], states[keys.LOSS].mean((1, 2)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the starts have learnt."""
+        return self.starts.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.starts.load_state_dict(state)
