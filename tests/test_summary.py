@@ -1,0 +1,88 @@
+"""A run's results in words."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from diffrl.build import build_data, build_denoiser, build_objective
+from diffrl.metrics import SAMPLE_DISTANCES
+from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.summary import DISTANCES, distance_label, objective_label, summary_table, title
+from tests.small import small
+
+
+def found(value_error: dict[str, float], distance: float, evaluations: int) -> dict[str, Any]:
+    return {
+        "grad_steps": 30,
+        "network_evaluations": evaluations,
+        "seconds": 2.0,
+        "value_error": value_error,
+        "sample_distance": {"metric": "sliced_w2@40", "by_nfe": {"9": distance}},
+    }
+
+
+def results(*overrides: str, **objectives: dict[str, Any]) -> dict[str, Any]:
+    return {"config": small(*overrides), "seed": 3, "versions": {}, "objectives": objectives}
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ([], "TD(0)"),
+        (["objective.lmbda=0"], "TD(0)"),
+        (["objective.lmbda=0.5"], "TD(λ=0.5)"),
+        (["objective.n_steps=1"], "TD(0)"),
+        (["objective.n_steps=3"], "3-step TD"),
+        (["objective=td_edm"], "TD-EDM"),
+        (["objective=monte_carlo"], "Monte Carlo"),
+    ],
+)
+def test_labels(options: list[str], label: str) -> None:
+    config = small(*options)
+    assert objective_label(config["objective"]["name"], config) == label
+    assert objective_label("monte_carlo", config) == "Monte Carlo"
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_a_label(name: str) -> None:
+    label = objective_label(name, small(f"objective={name}"))
+    assert label and "_" not in label
+
+
+def test_every_distance_has_a_label() -> None:
+    assert DISTANCES.keys() == SAMPLE_DISTANCES.keys()
+    assert distance_label("sliced_w2@2000") == "sliced W2 distance"
+
+
+def test_table_of_two() -> None:
+    td, mc = found({"0.3": 1.0, "1": 0.02}, 0.5, 1234567), found({"0.3": 2.0, "1": 0.08}, 0.4, 1234567)
+    lines = summary_table(results(td=td, monte_carlo=mc)).splitlines()
+    assert lines[0] == "TD(0) and Monte Carlo on rings: 30 gradient steps of 8 data, seed 3"
+    cells = {line[:33].strip(): line[33:].split() for line in lines[2:] if not line.startswith("-")}
+    assert cells["value error, σ = 0.3"] == ["1.00", "2.00", "0.50"]
+    assert cells["value error, σ = 1"] == ["0.0200", "0.0800", "0.25"]
+    assert cells["value error, mean"] == ["0.510", "1.04", "0.49"]
+    assert cells["sliced W2 distance, NFE 9"] == ["0.500", "0.400", "1.25"]
+    assert cells["network evaluations in training"] == ["1,234,567", "1,234,567", "1.00"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_table_of_one_without_value_error() -> None:
+    text = summary_table(results("data=checkerboard", td=found({}, 0.5, 10)))
+    assert "value error" not in text and "ratio" not in text and "0.500" in text
+
+
+def test_title_says_which_mixture() -> None:
+    assert "gmm (5-D, 3 components)" in title(results("data=gmm", "data.dim=5", "data.components=3"))
+
+
+def test_labels_are_of_what_is_built() -> None:
+    """TD(0) by its three names is one loss."""
+    x0, losses = torch.linspace(-1, 1, 16).view(8, 2), []
+    for options in (["objective.lmbda=0"], ["objective.n_steps=1"], []):
+        config = small(*options)
+        objective = build_objective(config, build_denoiser(config, build_data(config)))
+        states = objective.draw(x0, cond=None, generator=torch.Generator().manual_seed(0))
+        losses.append(objective.loss(states)["loss_value"].item())
+    assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2])
