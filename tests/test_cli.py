@@ -1,0 +1,297 @@
+"""Configs and command line: everything composes and builds; a mistake is one line that names it."""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
+from diffrl.chains import Chain
+from diffrl.configs.cli import EXPECTED, command, explain, settings
+from diffrl.configs.groups import TrainConfig, register
+from diffrl.configs.schema import schema
+from diffrl.data import DATASETS
+from diffrl.denoisers import Denoiser
+from diffrl.evaluation import Evaluation
+from diffrl.networks import NETWORKS
+from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.runs import RunFolderError
+from diffrl.samplers import SAMPLERS
+from diffrl.schedules import PROCESSES
+from diffrl.trainer import Average, Length, Optim, Target
+from diffrl.trajectories import ChainSampler
+from tests.small import composed, small
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+
+
+# Everything composes and builds
+
+
+no_updater = pytest.mark.filterwarnings("ignore:No target network updater")
+
+
+def built(config: dict[str, Any]) -> None:
+    """Build all of a configuration, and take the loss of one batch."""
+    data = build_data(config)
+    denoiser = build_denoiser(config, data)
+    objective = build_objective(config, denoiser)
+    build_sampler(config)
+    build_oracle(data, denoiser.process)
+    objective.set_progress(0, 10)
+    x0, _ = data.batch(4, torch.Generator().manual_seed(0))
+    states = objective.draw(x0, cond=None, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert bool(objective.loss(states)["loss_value"].isfinite())
+
+
+@no_updater
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_builds(name: str) -> None:
+    words = [f"experiment={name}"]
+    built(settings(composed(*words), words))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """A path for each data set that reads files."""
+    pillow = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=pixels)
+    (tmp_path / "x.idx").write_bytes(
+        bytes([0, 0, 8, 3, *(b for n in (20, 4, 4) for b in (0, 0, 0, n))]) + pixels.tobytes()
+    )
+    for i, image in enumerate(pixels):
+        folder = tmp_path / "images" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pillow.fromarray(image).save(folder / f"{i:02}.png")
+    return {
+        "npz": str(tmp_path / "x.npz"),
+        "idx": str(tmp_path / "x.idx"),
+        "folder": str(tmp_path / "images"),
+    }
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_data_set_builds(name: str, files: dict[str, str]) -> None:
+    built(small(f"data={name}", *([f"data.path={files[name]}"] if name in files else [])))
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_process_builds(name: str) -> None:
+    built(small(f"process={name}"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_builds(name: str) -> None:
+    built(small(f"network={name}", "data=digits"))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_builds(name: str) -> None:
+    built(small(f"sampler={name}"))
+
+
+@no_updater
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_builds(name: str) -> None:
+    consistency = ["denoiser.prediction_type=consistency"] if name in ("ct", "td_ct") else []
+    built(small(f"objective={name}", *consistency))
+
+
+def test_every_group_of_the_configuration_has_options() -> None:
+    register()
+    groups = {name for name, options in ConfigStore.instance().repo.items() if isinstance(options, dict)}
+    assert {
+        field.name for field in fields(TrainConfig) if field.default is NO_DEFAULT or field.default == "???"
+    } <= groups
+
+
+# The constructors' signatures are the only home of a default
+
+
+def constructors() -> list[tuple[str, str, Callable[..., Any]]]:
+    registries = {"data": DATASETS, "process": PROCESSES, "network": NETWORKS, "sampler": SAMPLERS}
+    found = [(g, name, f) for g, registry in registries.items() for name, f in registry.items()]
+    for name, scheme in OBJECTIVES.items():
+        found += [("objective", name, f) for f in (scheme.loss, scheme.draw) if f is not None]
+    singles = {"chain": ChainSampler, "denoiser": Denoiser, "optim": Optim, "ema": Average, "target": Target}
+    singles |= {"trainer": Length, "eval": Evaluation}
+    return found + [(g, "default", f) for g, f in singles.items()] + [("chain", "default", Chain)]
+
+
+@pytest.mark.parametrize(("group", "name", "function"), constructors())
+def test_defaults_are_the_signatures(group: str, name: str, function: Callable[..., Any]) -> None:
+    register()
+    node = ConfigStore.instance().load(f"{group}/{name}.yaml").node
+    config = OmegaConf.to_container(OmegaConf.create(node))
+    assert isinstance(config, dict)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in config and parameter.default is not parameter.empty:
+            default = parameter.default
+            assert config[parameter.name] == (list(default) if isinstance(default, tuple) else default)
+    required = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    assert all(config.get(key, "???") == "???" for key in required)
+
+
+def test_schema_types() -> None:
+    def f(
+        a: int,
+        b: float | None = None,
+        c: tuple[float, ...] = (1.0, 2.0),
+        d: Literal["x", "y"] = "x",
+        e: float | Path | torch.Tensor = 1.0,
+        *,
+        skipped: torch.Tensor | None = None,
+    ) -> None: ...
+
+    config = OmegaConf.structured(schema("f", f, omit=("skipped",)))
+    assert OmegaConf.to_container(config) == {
+        "name": "f", "a": "???", "b": None, "c": [1.0, 2.0], "d": "x", "e": 1.0,
+    }  # fmt: skip
+    for key, wrong in (("a", "x"), ("b", "x"), ("c", ["x"]), ("c", 3)):
+        with pytest.raises(EXPECTED):
+            OmegaConf.update(config, key, wrong)
+    OmegaConf.update(config, "e", "somewhere")
+
+
+# A mistake is one line
+
+
+def mistake(*words: str, name: str = "train") -> str:
+    with pytest.raises(EXPECTED) as error:
+        settings(composed(*words, name=name), list(words))
+    line = explain(error.value)
+    assert "\n" not in line and len(line) < 400
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["objective.lmbd=0.5"], "unknown config key 'objective.lmbd'; did you mean lmbda?"),
+        (["lmbda=0.5"], "unknown config key 'lmbda'; did you mean objective.lmbda?"),
+        (["grad_steps=5"], "did you mean trainer.grad_steps?"),
+        (["sed=1"], "unknown config key 'sed'; did you mean seed"),
+        (["trainer.zzz=1"], "did you mean batch_size"),
+        (["data=digits", "data.dim=3"], "unknown config key 'data.dim'"),
+        (["data=nope"], "Could not find 'data/nope' Available options in 'data': checkerboard digits"),
+        (["nope=digits"], "unknown config key 'nope'"),
+        (["experiment=nope"], "Could not find 'experiment/nope'"),
+        (
+            ["trainer.grad_steps=many"],
+            "trainer.grad_steps: Value 'many' of type 'str' could not be converted",
+        ),
+        (["trainer.grad_steps=1.5"], "trainer.grad_steps: Value '1.5'"),
+        (["seed=null"], "seed: "),
+        (["compare=perhaps"], "compare: Value 'perhaps'"),
+        (["data=idx"], "data.path has no default: give data.path=..."),
+        (["+foo=1"], r"+foo=1: keys are neither added (+) nor removed (~)"),
+        (["~seed"], "~seed: keys are neither added"),
+        (["objective.lmbda"], "objective.lmbda"),
+        (["seed=[1"], "no viable alternative at input '[1'"),
+        (["resume=/nowhere/at/all"], "/nowhere/at/all holds no run"),
+        (["resume=x", "seed=1", "data=gmm"], "seed=1, data=gmm: a run is resumed as it was started"),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    assert message in mistake(*words)
+
+
+def test_resume_takes_the_old_run_s_settings(tmp_path: Path) -> None:
+    stored = {**small("seed=5"), "run_dir": str(tmp_path)}
+    OmegaConf.save(OmegaConf.create(stored), tmp_path / "config.yaml")
+    words = [f"resume={tmp_path}"]
+    assert settings(composed(*words), words) == {**stored, "resume": str(tmp_path)}
+    words.append("device=meta")
+    assert settings(composed(*words), words)["device"] == "meta"
+
+
+# The command
+
+
+def test_command_passes_a_plain_dict(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys, "argv", ["train", "objective.lmbda=0.5", "eval.sigmas=[1]"])
+    command("train")(seen.append)()
+    assert (
+        type(seen[0]) is dict and seen[0]["objective"]["lmbda"] == 0.5 and seen[0]["eval"]["sigmas"] == [1.0]
+    )
+
+
+@pytest.mark.parametrize("error", [RunFolderError("that\nfolder"), ValueError("that folder")])
+def test_expected_errors_are_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(config: dict[str, Any]) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        command("train")(failing)()
+    assert stop.value.code == "error: that folder"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(type(error)):
+        command("train")(failing)()
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: dict[str, Any]) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(ZeroDivisionError):
+        command("train")(failing)()
+
+
+def never(config: dict[str, Any]) -> None:
+    raise AssertionError("run")
+
+
+def test_help_and_cfg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        command("train")(never)()
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    for group in ("data: checkerboard, digits", "objective: ", "process: ddpm, edm", "experiment: "):
+        assert group in text
+    assert "resume=runs/..." in text and "lmbda: null" in text and max(map(len, text.splitlines())) <= 120
+
+    monkeypatch.setattr(sys, "argv", ["train", "--cfg", "job", "data=gmm", "objective.lmbda=0.5"])
+    command("train")(never)()
+    shown = OmegaConf.to_container(OmegaConf.create(capsys.readouterr().out))
+    assert isinstance(shown, dict) and shown["data"]["name"] == "gmm" and shown["objective"]["lmbda"] == 0.5
+
+
+def test_a_sweep_runs_each_combination(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "--multirun", "objective.lmbda=0,0.5", "seed=0,1"])
+    command("train")(seen.append)()
+    assert [(c["objective"]["lmbda"], c["seed"]) for c in seen] == [(0, 0), (0, 1), (0.5, 0), (0.5, 1)]
+
+
+def test_from_a_shell() -> None:
+    """Status 1 and one line, nothing else."""
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "examples/train_td_lambda.py", "objective.lmbd=0.5"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr == "error: unknown config key 'objective.lmbd'; did you mean lmbda?\n"
