@@ -170,6 +170,29 @@ class GaussianDenoiser(nn.Module):
         D_x = self.mean + ((x_t - alpha * self.mean) @ self.axes * gain) @ self.axes.T
         return D_x.to(x_t.dtype)
 
+    def sample_posterior(
+        self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws of x0 given x_t.
+
+            x0 | x_t ~ N(E[x0 | x_t], σ² C (α² C + σ² I)⁻¹)
+
+        Args:
+            x_t: states, shape [N, D].
+            t: times, shape [N].
+            draws: how many for each state.
+            generator: source of randomness.
+
+        Returns:
+            Shape [N, draws, D], of x_t's dtype.
+        """
+        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
+        std = sigma * (self.variances / (alpha**2 * self.variances + sigma**2)).sqrt()
+        shape = (len(x_t), draws, x_t.shape[1])
+        z = torch.randn(shape, generator=generator, dtype=torch.float64, device=x_t.device)
+        mean = self(x_t.double(), t)
+        return (mean[:, None] + (std[:, None] * z) @ self.axes.T).to(x_t.dtype)
+
 
 class MixtureDenoiser(nn.Module):
     """Exact denoiser of a mixture of isotropic Gaussians, any dimension.
@@ -242,6 +265,38 @@ class MixtureDenoiser(nn.Module):
             )
         parts = zip(x_t.split(self.batch_size), t.split(self.batch_size), strict=True)
         return torch.cat([self._posterior_mean(x, s) for x, s in parts])
+
+    def sample_posterior(
+        self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draws of x0 given x_t: a component by its responsibility, then a Gaussian of its own.
+
+            x0 | x_t, c ~ N(m_c + α s_c²/v_c (x_t - α m_c), s_c² σ²/v_c I)
+
+        Args:
+            x_t: states, shape [N, *E].
+            t: times, shape [N].
+            draws: how many for each state.
+            generator: source of randomness.
+
+        Returns:
+            Shape [N, draws, *E], of x_t's dtype.
+        """
+        parts = zip(x_t.split(self.batch_size), t.split(self.batch_size), strict=True)
+        return torch.cat([self._draw_posterior(x, s, draws, generator) for x, s in parts])
+
+    def _draw_posterior(
+        self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None
+    ) -> Tensor:
+        N, x = len(x_t), x_t.double().flatten(1)[:, None]
+        c = torch.multinomial(self.responsibilities(x_t, t), draws, replacement=True, generator=generator)
+        alpha, sigma = self.process.alpha(t.double()), self.process.sigma(t.double())
+        alpha, sigma = alpha[:, None, None], sigma[:, None, None]
+        m, s = self.means[c], self.stds[c][..., None]
+        v = alpha**2 * s**2 + sigma**2
+        z = torch.randn(m.shape, generator=generator, dtype=torch.float64, device=x_t.device)
+        x0 = m + alpha * s**2 / v * (x - alpha * m) + s * sigma / v.sqrt() * z
+        return x0.view(N, draws, *x_t.shape[1:]).to(x_t.dtype)
 
 
 def EmpiricalDenoiser(  # noqa: N802 (used like the classes beside it)
