@@ -143,7 +143,10 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "p2": p2,
     "debias": debias,
 }
-"""Name → function of `WeightTerms` and of the weight's own numbers; "snr" is "eps" by its other name."""
+"""Name → function of `WeightTerms` and of the weight's own numbers; "snr" is "eps" by its other name.
+
+On a command line: ``objective.weight=p2 'objective.weight_options={gamma: 0.5}'``.
+"""
 
 
 def weight_function(name: str, options: Mapping[str, float] | None = None) -> Callable[[WeightTerms], Tensor]:
