@@ -163,7 +163,7 @@ def test_edm_is_the_plain_loss_of_any_prediction() -> None:
 
 
 TARGETS: dict[str, dict[str, Any]] = {
-    "td0": {},
+    "td0": {"n_steps": 1},
     "lambda": {"lmbda": 0.5},
     "n_step": {"n_steps": 3},
     "target": {"bootstrap": "target"},
