@@ -22,10 +22,12 @@ _HOMES = {
     "GaussianDenoiser": "denoisers",
     "Heun": "samplers",
     "MixtureDenoiser": "denoisers",
+    "Multistep": "samplers",
     "load": "runs",
     "sample": "samplers",
     "sample_chain": "trajectories",
     "data": "",
+    "diagnostics": "",
     "envs": "",
     "metrics": "",
     "networks": "",
@@ -37,6 +39,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from diffrl import data as data
+    from diffrl import diagnostics as diagnostics
     from diffrl import envs as envs
     from diffrl import metrics as metrics
     from diffrl import networks as networks
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from diffrl.samplers import EDMStochastic as EDMStochastic
     from diffrl.samplers import Euler as Euler
     from diffrl.samplers import Heun as Heun
+    from diffrl.samplers import Multistep as Multistep
     from diffrl.samplers import sample as sample
     from diffrl.schedules import DDPM as DDPM
     from diffrl.schedules import EDM as EDM

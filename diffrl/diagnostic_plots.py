@@ -51,7 +51,7 @@ def draw_target_errors(
     sigma = [level["sigma"] for level in levels]
     with matplotlib.rc_context(STYLE):
         figure = require("matplotlib.figure", "plot").Figure(figsize=(9, 6.4), layout="constrained")
-        axes = figure.subplots(2, 2)
+        axes = figure.subplots(2, 2, sharex=True)
         colours = matplotlib.colormaps["viridis"]
         for axis, (quantity, heading) in zip(axes.flat, PANELS.items(), strict=False):
             for n, name in enumerate(targets):
@@ -71,9 +71,10 @@ def draw_target_errors(
         choice.yaxis.label.set_color(CHOICE)
         choice.grid(visible=False)
         lines = [*last.get_lines(), *choice.get_lines()]
-        choice.legend(lines, [line.get_label() for line in lines])
-        for axis in axes.flat:
-            axis.set(xscale="log", xlabel="noise level σ/α")
+        choice.legend(lines, [line.get_label() for line in lines], loc="upper left")
+        axes.flat[0].set_xscale("log")
+        for axis in axes[1]:
+            axis.set_xlabel("noise level σ/α")
         axes.flat[0].set_ylabel("in units of the network's output")
         axes.flat[2].set_ylabel("in units of the network's output")
         if title:

@@ -1,5 +1,7 @@
 """Training objectives: a TorchRL LossModule each, and what draws the states it is fed with."""
 
+from diffrl.objectives.consistency import ConsistencyLoss as ConsistencyLoss
+from diffrl.objectives.consistency_pairs import sample_consistency_pairs as sample_consistency_pairs
 from diffrl.objectives.denoising import sample_log_normal_states as sample_log_normal_states
 from diffrl.objectives.denoising import sample_uniform_states as sample_uniform_states
 from diffrl.objectives.lambda_schedule import LambdaSchedule as LambdaSchedule
@@ -8,8 +10,10 @@ from diffrl.objectives.td_edm import td_edm_loss as td_edm_loss
 from diffrl.objectives.value import ValueLoss as ValueLoss
 
 __all__ = [
+    "ConsistencyLoss",
     "LambdaSchedule",
     "ValueLoss",
+    "sample_consistency_pairs",
     "sample_log_normal_states",
     "sample_td_edm_pairs",
     "sample_uniform_states",
