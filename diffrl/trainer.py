@@ -12,13 +12,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.objectives import HardUpdate
 from tqdm import tqdm
 
 from diffrl.build import Adaptive, Objective
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.data import Data
 from diffrl.ema import EMA
+from diffrl.objectives.soft_update import SoftUpdate
 
 __all__ = ["Average", "Length", "NonFiniteLoss", "Optim", "Target", "Trainer", "step_generator"]
 
