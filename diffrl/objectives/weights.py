@@ -105,7 +105,7 @@ def trunc_snr(w: WeightTerms) -> Tensor:
 def min_snr(w: WeightTerms, gamma: float = 5.0) -> Tensor:
     """min(SNR, γ) on ‖x0 - D‖²; min(SNR, γ)/SNR on ‖ε - ε̂‖².
 
-    Source: Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023), section 3.4,
+    Source: Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023),
     https://arxiv.org/abs/2303.09556.
     """
     return _per_x0(w, w.snr.clamp(max=gamma))
@@ -114,7 +114,7 @@ def min_snr(w: WeightTerms, gamma: float = 5.0) -> Tensor:
 def p2(w: WeightTerms, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     """1/(k + SNR)^γ on ‖ε - ε̂‖²; γ = 0 is `eps`, and 0.5 was published too.
 
-    Source: Perception Prioritized Training of Diffusion Models (Choi et al., 2022), eq. 8,
+    Source: Perception Prioritized Training of Diffusion Models (Choi et al., 2022),
     https://arxiv.org/abs/2204.00227.
     """
     return _per_x0(w, w.snr / (k + w.snr) ** gamma)
