@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.tables import aligned
 
 __all__ = ["distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
@@ -35,9 +36,10 @@ def objective_label(name: str, config: Mapping[str, Any]) -> str:
     options = config["objective"]
     if name == "td_lambda_schedule":
         return f"TD(λ={options['low_noise']:g}…{options['high_noise']:g})"
-    if options["lmbda"] is not None:
-        return "TD(0)" if options["lmbda"] == 0 else f"TD(λ={options['lmbda']:g})"
-    return "TD(0)" if options["n_steps"] in (None, 1) else f"{options['n_steps']}-step TD"
+    if options["n_steps"] is not None:
+        return "TD(0)" if options["n_steps"] == 1 else f"{options['n_steps']}-step TD"
+    lmbda = DEFAULT_LMBDA if options["lmbda"] is None else options["lmbda"]
+    return "TD(0)" if lmbda == 0 else f"TD(λ={lmbda:g})"
 
 
 def distance_label(metric: str) -> str:

@@ -40,7 +40,8 @@ def inputs(network: nn.Module, N: int = 5, *, seed: int = 1) -> tuple[Tensor, Te
 
 
 def test_registry() -> None:
-    assert NETWORKS == {"mlp": MLP, "unet": UNet}
+    assert NETWORKS["mlp"] is MLP and NETWORKS["unet"] is UNet
+    assert isinstance(NETWORKS["auto"]((1, 8, 8)), UNet) and isinstance(NETWORKS["auto"]((64,)), MLP)
 
 
 def test_import_is_light() -> None:

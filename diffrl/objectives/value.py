@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,9 @@ from diffrl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
 
 __all__ = ["ChainValue", "ValueLoss"]
+
+
+DEFAULT_LMBDA = 0.9  # gains a little almost everywhere; see the comparison in results/ for where less is better
 
 
 class ChainValue(nn.Module):
@@ -70,7 +74,7 @@ class ValueLoss(LossModule):
 
     Args:
         denoiser: D, kept by reference and trained in place.
-        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this or `n_steps`; neither is TD(0).
+        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this or `n_steps`; neither is λ = 0.9.
         n_steps: n ≥ 1 of n-step TD.
         gamma: discount γ ∈ [0, 1].
         bootstrap: what the target's values come from: "own", the network's own prediction on the chain,
@@ -128,10 +132,10 @@ class ValueLoss(LossModule):
         self._tie()
         self.network_evaluations = 0
         """States forwarded so far, over all networks."""
-        if lmbda is not None:
-            self.make_value_estimator("td_lambda", lmbda=lmbda)
+        if n_steps is not None:
+            self.make_value_estimator("n_step", n_steps=n_steps)
         else:
-            self.make_value_estimator("n_step", n_steps=1 if n_steps is None else n_steps)
+            self.make_value_estimator("td_lambda", **({} if lmbda is None else {"lmbda": lmbda}))
 
     @property
     def denoiser(self) -> Denoiser:
@@ -156,11 +160,12 @@ class ValueLoss(LossModule):
 
         Args:
             value_type: name, member of TorchRL's `ValueEstimators` (TD0, TD1, TDLambda), or an estimator,
-                class or instance; None is TD(0).
-            hyperparams: the estimator's own, e.g. ``lmbda=0.5``; with a name, gamma defaults to the loss's.
+                class or instance; None is "td_lambda".
+            hyperparams: the estimator's own, e.g. ``lmbda=0.5``; with a name, gamma defaults to the loss's, and
+                the λ of "td_lambda" to 0.9.
         """
-        if value_type is None:
-            value_type, hyperparams = VectorEstimators.N_STEP, {"n_steps": 1, **hyperparams}
+        if value_type in (None, VectorEstimators.TD_LAMBDA):
+            value_type, hyperparams = VectorEstimators.TD_LAMBDA, {"lmbda": DEFAULT_LMBDA, **hyperparams}
         lmbda = hyperparams.get("lmbda")
         if isinstance(lmbda, LambdaSchedule):
             hyperparams["lmbda"] = lmbda.of_states(self.denoiser.process)
@@ -210,15 +215,13 @@ class ValueLoss(LossModule):
         delta = self._delta(chain, D_x, x0)
         square = _square_mean(delta)
 
-        reached, process = chain[keys.NEXT], self.denoiser.process
-        c_out, c_out_next = self.denoiser.scalings(torch.cat([t, reached[keys.T]])).c_out.chunk(2)
-        snr = (process.alpha(t) / process.sigma(t)).square()
-        loss = self._weight(WeightTerms(chain[keys.A], reached[keys.A], c_out, c_out_next, snr)) * square
+        terms = _ChainTerms(chain, self.denoiser)
+        loss = self._weight(terms) * square
         valid = chain.get(keys.VALID, None)
         if self.denoising_coef > 0 or valid is not None:
             if x0 is None:
                 raise KeyError("the denoising loss needs x0, which this chain has lost: set denoising_coef=0")
-            c, L_den = self.denoising_coef, _square_mean(D_x - x0) / c_out**2
+            c, L_den = self.denoising_coef, _square_mean(D_x - x0) / terms.c_out**2
             loss = loss + c * L_den
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
@@ -243,10 +246,8 @@ class ValueLoss(LossModule):
         D_next = self._denoised_next(chain, D_x, terminated, done)
         if x0 is not None and isinstance(estimator, VectorEstimator):
             A, A_next = expand_like(chain[keys.A], D_x), expand_like(reached[keys.A], D_x)
-            if estimator.gamma == 1:
-                reward = D_x.new_zeros(()).expand_as(D_x)
-            else:
-                reward = (estimator.gamma - 1) * _value(reached, x0)  # 0 where terminated: A = κ = 0
+            gamma = estimator.gamma
+            reward = None if gamma == 1 else (gamma - 1) * _value(reached, x0)  # 0 where terminated: A = κ = 0
             e_next = A_next * (D_next - x0)
             return estimator.returns(reward, e_next, terminated, done, reached) + A * (x0 - D_x)
         V_next = _value(reached, D_next)
@@ -267,9 +268,10 @@ class ValueLoss(LossModule):
         if self.bootstrap == "target" and K > 1 and reads_values:
             later = None if cond is None else cond[:, 1:]
             boot[:, :-1] = self._bootstrap(x_t[:, 1:], t[:, 1:], later)
-        cut = (done & ~terminated).squeeze(-1)  # … but where it is cut, and at the end of the window
-        cut[:, -1] = ~terminated[:, -1, 0]
-        if bool(cut.any()):
+        # … but where the chain is cut, and at the end of the window
+        if not (torch.equal(done, terminated) and bool(terminated[:, -1].all())):
+            cut = (done & ~terminated).squeeze(-1)
+            cut[:, -1] = ~terminated[:, -1, 0]
             reached = chain[keys.NEXT]
             at_cut = None if cond is None else cond[cut]
             boot[cut] = self._bootstrap(reached[keys.X_T][cut], reached[keys.T][cut], at_cut)
@@ -309,6 +311,28 @@ class ValueLoss(LossModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tie()
+
+
+class _ChainTerms:
+    """`WeightTerms` of the states of a chain, computed as far as a weight asks for them."""
+
+    def __init__(self, chain: TensorDictBase, denoiser: Denoiser) -> None:
+        reached = chain[keys.NEXT]
+        self._t, self._t_next, self._denoiser = chain[keys.T], reached[keys.T], denoiser
+        self.A, self.A_next = chain[keys.A], reached[keys.A]
+
+    @cached_property
+    def c_out(self) -> Tensor:
+        return self._denoiser.scalings(self._t).c_out
+
+    @property
+    def c_out_next(self) -> Tensor:
+        return self._denoiser.scalings(self._t_next).c_out
+
+    @property
+    def snr(self) -> Tensor:
+        process = self._denoiser.process
+        return (process.alpha(self._t) / process.sigma(self._t)).square()
 
 
 def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:
