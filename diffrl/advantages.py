@@ -1,4 +1,4 @@
-"""Credit for fine-tuning: statistics that rewards are standardised by, rewards-to-go, and a learned critic's advantages.
+"""Credit for fine-tuning: statistics to standardise rewards by, rewards-to-go, and a learned critic's advantages.
 
 Functions of tensors along chains, ignorant of diffusion. Rows are trajectories, columns are denoising steps.
 """

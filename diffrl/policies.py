@@ -95,7 +95,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         return Law(mean, std.clamp(min=self.std_floor).expand(len(x_t)).to(x_t), D_x)
 
     def log_prob(self, law: Law, action: Tensor) -> Tensor:
-        """log π of actions, float32, shape [N]; 0 where the step is deterministic."""
+        """Log π of actions, float32, shape [N]; 0 where the step is deterministic."""
         stochastic = law.std > 0
         std = torch.where(stochastic, law.std, 1.0)
         log_p = normal_log_prob(action.float(), law.mean, std, batch_dims=1, reduction=self.reduction)

@@ -1,6 +1,6 @@
 """Networks of our own, small and by name: F_θ(x [N, *E], c_noise [N], cond [N] or None) → [N, *E]."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
@@ -11,7 +11,7 @@ __all__ = ["MLP", "NETWORKS", "UNet", "auto"]
 
 
 def auto(
-    event_shape: Sequence[int], num_classes: int = 0, channels: int = 16, hidden: int = 128
+    event_shape: tuple[int, ...], num_classes: int = 0, channels: int = 16, hidden: int = 128
 ) -> MLP | UNet:
     """A small network that fits the data: a UNet for images (C, H, W), an MLP for all else.
 

@@ -1,4 +1,4 @@
-"""SDPO: regression of the difference in log-ratio of two trajectories on the difference of their stepwise advantages."""
+"""SDPO: regression of a pair's difference in log-ratio on the difference of its stepwise advantages."""
 
 from dataclasses import dataclass
 
