@@ -100,33 +100,38 @@ def draw_chain(
             start = torch.randint(K - W + 1, (B,), generator=generator, device=x0.device)
         index = start.unsqueeze(1) + position
         table = table[:, index]
-    table, index = table.view(len(table), -1, W + 1, 1), index.expand(B, W + 1).unsqueeze(-1)
+    table, index = table.view(len(table), -1, W + 1, 1), index.view(-1, W + 1, 1)
 
     if noise is None:
         noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
     elif noise.shape != (B, num_noise, *E):
         raise ValueError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
 
-    _, A, kappa, alpha, sigma, rho, fresh = _spread(table, E).unbind()
-    x, datum = x0.new_empty(B, W + 1, *E), x0.unsqueeze(1)
-    n = x[:, :num_noise]
-    torch.mul(noise, fresh[:, :num_noise], out=n)
-    n[:, 0] = noise[:, 0]  # wherever a window starts, its first state is a marginal draw
-    states, mixing = n.unbind(1), rho.unbind(1)
+    # in memory, states lie in the order of time: a step runs over the whole batch in one piece
+    by_time = table.transpose(1, 2).reshape(len(table), W + 1, -1, *[1] * len(E))
+    _, A, kappa, alpha, sigma, rho, fresh = by_time.unbind()
+    x, z = x0.new_empty(W + 1, B, *E), noise.transpose(0, 1)
+    n = x[:num_noise]
+    torch.mul(z, fresh[:num_noise], out=n)
+    n[0] = z[0]  # wherever a window starts, its first state is a marginal draw
+    states, mixing = n.unbind(), rho.unbind()
     for k in range(1, num_noise):  # n_s = ρ n_t + √(1-ρ²) z
         states[k].addcmul_(mixing[k], states[k - 1])
-    n.mul_(sigma[:, :num_noise]).addcmul_(alpha[:, :num_noise], datum)
+    n.mul_(sigma[:num_noise]).addcmul_(alpha[:num_noise], x0)
     if whole:
-        x[:, K] = x0
-    mu = (A * datum).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
+        x[K] = x0
+    mu = (A * x0).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
+    x, reward = x.transpose(0, 1), (mu[:-1] - mu[1:]).transpose(0, 1)
 
     columns = table[:3].expand(3, B, W + 1, 1)
     terminated = index[:, 1:] == K
-    done = (position[1:] == W).expand(B, W).unsqueeze(-1)  # the clean state ends the window that reaches it
+    done = (position[1:] == W).unsqueeze(-1)  # the clean state ends the window that reaches it
+    truncated = done & ~terminated
+    index = index.expand(B, W + 1, 1)
     state = (keys.T, keys.A, keys.KAPPA)
     left = {
         keys.X_T: x[:, :-1],
-        keys.X0: datum.expand(B, W, *E),
+        keys.X0: x0.unsqueeze(1).expand(B, W, *E),
         keys.INDEX: index[:, :-1],
         **dict(zip(state, columns[:, :, :-1].unbind(), strict=True)),
     }
@@ -136,19 +141,12 @@ def draw_chain(
         keys.X_T: x[:, 1:],
         keys.INDEX: index[:, 1:],
         **dict(zip(state, columns[:, :, 1:].unbind(), strict=True)),
-        keys.REWARD: mu[:, :-1] - mu[:, 1:],
-        keys.TERMINATED: terminated,
-        keys.TRUNCATED: done & ~terminated,
-        keys.DONE: done,
+        keys.REWARD: reward,
+        keys.TERMINATED: terminated.expand(B, W, 1),
+        keys.TRUNCATED: truncated.expand(B, W, 1),
+        keys.DONE: done.expand(B, W, 1),
     }
     return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, W])}, [B, W])
-
-
-def _spread(table: Tensor, E: torch.Size) -> Tensor:
-    """Coefficients [n, 1 or B, W+1, 1] such that they broadcast against states [B, W+1, *E]."""
-    spread = table.view(*table.shape[:3], *[1] * len(E))
-    # written out for small events: torch's inner loops end at the first dim that is broadcast
-    return spread.expand(*table.shape[:3], *E).contiguous() if E.numel() <= 64 else spread
 
 
 @dataclass(frozen=True)
