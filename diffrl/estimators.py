@@ -77,7 +77,7 @@ class VectorEstimator(ValueEstimatorBase):
     @abstractmethod
     def returns(
         self,
-        reward: Tensor,
+        reward: Tensor | None,
         next_value: Tensor,
         terminated: Tensor,
         done: Tensor,
@@ -192,7 +192,7 @@ class TDLambda(VectorEstimator):
 
     def returns(
         self,
-        reward: Tensor,
+        reward: Tensor | None,
         next_value: Tensor,
         terminated: Tensor,
         done: Tensor,
@@ -232,7 +232,7 @@ class NStep(VectorEstimator):
 
     def returns(
         self,
-        reward: Tensor,
+        reward: Tensor | None,
         next_value: Tensor,
         terminated: Tensor,
         done: Tensor,
@@ -256,7 +256,7 @@ class MonteCarlo(VectorEstimator):
 
     def returns(
         self,
-        reward: Tensor,
+        reward: Tensor | None,
         next_value: Tensor,
         terminated: Tensor,
         done: Tensor,

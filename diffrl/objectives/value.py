@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -20,14 +19,16 @@ from diffrl import keys
 from diffrl.denoisers import Denoiser
 from diffrl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.objectives.lambda_schedule import LambdaSchedule
-from diffrl.objectives.weights import WeightTerms, weight_function
+from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
 
 __all__ = ["ChainValue", "ValueLoss"]
 
 
-DEFAULT_LMBDA = 0.9  # gains a little almost everywhere; see the comparison in results/ for where less is better
+DEFAULT_LMBDA = (
+    0.9  # gains a little almost everywhere; see the comparison in results/ for where less is better
+)
 
 
 class ChainValue(nn.Module):
@@ -123,7 +124,7 @@ class ValueLoss(LossModule):
         if lmbda is not None and n_steps is not None:
             raise ValueError("give lmbda or n_steps, not both: they are two families of targets")
         self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
-        self._weight = weight_function(weight, weight_options)
+        self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
         inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
         self.convert_to_functional(network, "value_network", create_target_params=bootstrap == "target")
@@ -215,7 +216,7 @@ class ValueLoss(LossModule):
         delta = self._delta(chain, D_x, x0)
         square = _square_mean(delta)
 
-        terms = _ChainTerms(chain, self.denoiser)
+        terms = ChainTerms(chain, self.denoiser)
         loss = self._weight(terms) * square
         valid = chain.get(keys.VALID, None)
         if self.denoising_coef > 0 or valid is not None:
@@ -247,7 +248,9 @@ class ValueLoss(LossModule):
         if x0 is not None and isinstance(estimator, VectorEstimator):
             A, A_next = expand_like(chain[keys.A], D_x), expand_like(reached[keys.A], D_x)
             gamma = estimator.gamma
-            reward = None if gamma == 1 else (gamma - 1) * _value(reached, x0)  # 0 where terminated: A = κ = 0
+            reward = (
+                None if gamma == 1 else (gamma - 1) * _value(reached, x0)
+            )  # 0 where terminated: A = κ = 0
             e_next = A_next * (D_next - x0)
             return estimator.returns(reward, e_next, terminated, done, reached) + A * (x0 - D_x)
         V_next = _value(reached, D_next)
@@ -311,28 +314,6 @@ class ValueLoss(LossModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tie()
-
-
-class _ChainTerms:
-    """`WeightTerms` of the states of a chain, computed as far as a weight asks for them."""
-
-    def __init__(self, chain: TensorDictBase, denoiser: Denoiser) -> None:
-        reached = chain[keys.NEXT]
-        self._t, self._t_next, self._denoiser = chain[keys.T], reached[keys.T], denoiser
-        self.A, self.A_next = chain[keys.A], reached[keys.A]
-
-    @cached_property
-    def c_out(self) -> Tensor:
-        return self._denoiser.scalings(self._t).c_out
-
-    @property
-    def c_out_next(self) -> Tensor:
-        return self._denoiser.scalings(self._t_next).c_out
-
-    @property
-    def snr(self) -> Tensor:
-        process = self._denoiser.process
-        return (process.alpha(self._t) / process.sigma(self._t)).square()
 
 
 def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__ = ["WEIGHTS", "WeightTerms", "weight_function"]
+from diffrl import keys
+from diffrl.denoisers import Denoiser
+
+__all__ = ["WEIGHTS", "ChainTerms", "WeightTerms", "weight_function"]
 
 
 class WeightTerms(NamedTuple):
@@ -24,6 +28,28 @@ class WeightTerms(NamedTuple):
     """The same at the state reached; anything finite if it is clean."""
     snr: Tensor
     """α_t²/σ_t² of the state left; 0 if it is pure noise."""
+
+
+class ChainTerms:
+    """`WeightTerms` of the states of a chain, computed as far as a weight asks for them."""
+
+    def __init__(self, chain: TensorDictBase, denoiser: Denoiser) -> None:
+        reached = chain[keys.NEXT]
+        self._t, self._t_next, self._denoiser = chain[keys.T], reached[keys.T], denoiser
+        self.A, self.A_next = chain[keys.A], reached[keys.A]
+
+    @cached_property
+    def c_out(self) -> Tensor:
+        return self._denoiser.scalings(self._t).c_out
+
+    @property
+    def c_out_next(self) -> Tensor:
+        return self._denoiser.scalings(self._t_next).c_out
+
+    @property
+    def snr(self) -> Tensor:
+        process = self._denoiser.process
+        return (process.alpha(self._t) / process.sigma(self._t)).square()
 
 
 # Of TD learning. Source: Temporal Difference Learning for Diffusion Models (2026), eq. of the TD loss and its
