@@ -85,8 +85,9 @@ def draw_summary(folder: str | Path) -> Path:
         if command.exists():
             text = textwrap.fill(command.read_text().strip(), 190)
             figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=FAINT, family="monospace")
-        for suffix in ("pdf", "png"):
-            figure.savefig(out / f"summary.{suffix}", dpi=150)
+        figure.savefig(out / "summary.png", dpi=150)
+        figure.set_layout_engine("none")  # it is laid out by now
+        figure.savefig(out / "summary.pdf", dpi=150)
     return out / "summary.png"
 
 

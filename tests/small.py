@@ -12,6 +12,7 @@ from diffrl.configs.groups import register
 SMALL = (
     "data=rings",
     "data.test_size=64",
+    "network=mlp",
     "network.hidden=16",
     "network.depth=1",
     "chain.num_steps=6",

@@ -8,6 +8,7 @@ import torch
 from diffrl.build import build_data, build_denoiser, build_objective
 from diffrl.metrics import SAMPLE_DISTANCES
 from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.summary import DISTANCES, distance_label, objective_label, summary_table, title
 from tests.small import small
 
@@ -29,7 +30,7 @@ def results(*overrides: str, **objectives: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "label"),
     [
-        ([], "TD(0)"),
+        ([], f"TD(λ={DEFAULT_LMBDA:g})"),
         (["objective.lmbda=0"], "TD(0)"),
         (["objective.lmbda=0.5"], "TD(λ=0.5)"),
         (["objective.n_steps=1"], "TD(0)"),
@@ -57,8 +58,8 @@ def test_every_distance_has_a_label() -> None:
 
 def test_table_of_two() -> None:
     td, mc = found({"0.3": 1.0, "1": 0.02}, 0.5, 1234567), found({"0.3": 2.0, "1": 0.08}, 0.4, 1234567)
-    lines = summary_table(results(td=td, monte_carlo=mc)).splitlines()
-    assert lines[0] == "TD(0) and Monte Carlo on rings: 30 gradient steps of 8 data, seed 3"
+    lines = summary_table(results("objective.lmbda=0.5", td=td, monte_carlo=mc)).splitlines()
+    assert lines[0] == "TD(λ=0.5) and Monte Carlo on rings: 30 gradient steps of 8 data, seed 3"
     cells = {line[:33].strip(): line[33:].split() for line in lines[2:] if not line.startswith("-")}
     assert cells["value error, σ = 0.3"] == ["1.00", "2.00", "0.50"]
     assert cells["value error, σ = 1"] == ["0.0200", "0.0800", "0.25"]
@@ -78,11 +79,17 @@ def test_title_says_which_mixture() -> None:
 
 
 def test_labels_are_of_what_is_built() -> None:
-    """TD(0) by its three names is one loss."""
+    """TD(0) by its two names is one loss, Monte Carlo too."""
     x0, losses = torch.linspace(-1, 1, 16).view(8, 2), []
-    for options in (["objective.lmbda=0"], ["objective.n_steps=1"], []):
+    for options in (
+        ["objective.lmbda=0"],
+        ["objective.n_steps=1"],
+        ["objective=monte_carlo"],
+        ["objective.lmbda=1"],
+    ):
         config = small(*options)
         objective = build_objective(config, build_denoiser(config, build_data(config)))
         states = objective.draw(x0, cond=None, generator=torch.Generator().manual_seed(0))
         losses.append(objective.loss(states)["loss_value"].item())
-    assert losses[0] == pytest.approx(losses[1]) == pytest.approx(losses[2])
+    assert losses[0] == pytest.approx(losses[1]) != pytest.approx(losses[2])
+    assert losses[2] == pytest.approx(losses[3])
