@@ -211,12 +211,15 @@ class ValueLoss(LossModule):
             chain = chain.flatten(0, chain.ndim - 2)
         x_t, t, x0 = chain[keys.X_T], chain[keys.T], chain.get(keys.X0, None)
         require_floating([(keys.X_T, x_t)])
+        # a target network comes first: what is kept for the backward pass then takes the memory that it frees
+        target_first = self.bootstrap == "target" and not isinstance(self.value_estimator, MonteCarlo)
+        D_next = self._target_next(chain) if target_first else None
+        network = self.value_network.module
         self.network_evaluations += t.numel()
-        D_x = self.value_network.module.denoise(x_t, t, chain.get(keys.COND, None))
-        delta = self._delta(chain, D_x, x0)
-        square = _square_mean(delta)
+        D_x = network.denoise(x_t, t, chain.get(keys.COND, None))
+        square = _square_mean(self._delta(chain, D_x, x0, D_next))
 
-        terms = ChainTerms(chain, self.denoiser)
+        terms = ChainTerms(chain, network.denoiser)
         loss = self._weight(terms) * square
         valid = chain.get(keys.VALID, None)
         if self.denoising_coef > 0 or valid is not None:
@@ -232,7 +235,7 @@ class ValueLoss(LossModule):
             loss = importance * loss
         return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
 
-    def _delta(self, chain: TensorDictBase, D_x: Tensor, x0: Tensor | None) -> Tensor:
+    def _delta(self, chain: TensorDictBase, D_x: Tensor, x0: Tensor | None, D_next: Tensor | None) -> Tensor:
         """δ, in error coordinates where x0 is known: value -e, reward (γ-1) Φ of the state reached."""
         estimator, reached, k = self.value_estimator, chain[keys.NEXT], self.tensor_keys
         done, terminated = reached[k.done], reached[k.terminated]
@@ -244,13 +247,13 @@ class ValueLoss(LossModule):
                     "the Monte Carlo return of a chain that is cut is known only from x0 and for gamma=1: "
                     "draw whole chains, or bootstrap at the cut by td_lambda with lmbda=1"
                 )
-        D_next = self._denoised_next(chain, D_x, terminated, done)
+        if D_next is None:
+            D_next = self._own_next(chain, D_x)
         if x0 is not None and isinstance(estimator, VectorEstimator):
             A, A_next = expand_like(chain[keys.A], D_x), expand_like(reached[keys.A], D_x)
             gamma = estimator.gamma
-            reward = (
-                None if gamma == 1 else (gamma - 1) * _value(reached, x0)
-            )  # 0 where terminated: A = κ = 0
+            # 0 where terminated: A = κ = 0
+            reward = None if gamma == 1 else (gamma - 1) * _value(reached, x0)
             e_next = A_next * (D_next - x0)
             return estimator.returns(reward, e_next, terminated, done, reached) + A * (x0 - D_x)
         V_next = _value(reached, D_next)
@@ -260,22 +263,29 @@ class ValueLoss(LossModule):
             G = self._torchrl_returns(reached, V_next)
         return G - _value(chain, D_x)
 
-    def _denoised_next(self, chain: TensorDictBase, D_x: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
-        """D⁻ at the states reached; anything finite where they are clean."""
-        estimator, x_t, t = self.value_estimator, chain[keys.X_T], chain[keys.T]
-        cond = chain.get(keys.COND, None)
+    def _own_next(self, chain: TensorDictBase, D_x: Tensor) -> Tensor:
+        """D⁻ at the states reached, by the predictions at hand; anything finite where they are clean."""
         boot = D_x if self.bootstrap == "residual" else D_x.detach()
-        boot = boot.roll(-1, 1)  # the state reached is the one left by the next step
-        K = t.shape[1]
-        reads_values = not (isinstance(estimator, VectorEstimator) and estimator.is_monte_carlo(K))
-        if self.bootstrap == "target" and K > 1 and reads_values:
+        return self._at_cuts(chain, boot.roll(-1, 1))  # the state reached is the one left by the next step
+
+    def _target_next(self, chain: TensorDictBase) -> Tensor:
+        """D⁻ at the states reached, by the target network; 0 where they are clean or not looked at."""
+        estimator, x_t, t = self.value_estimator, chain[keys.X_T], chain[keys.T]
+        K, boot = t.shape[1], torch.zeros_like(x_t)
+        if K > 1 and not (isinstance(estimator, VectorEstimator) and estimator.is_monte_carlo(K)):
+            cond = chain.get(keys.COND, None)
             later = None if cond is None else cond[:, 1:]
             boot[:, :-1] = self._bootstrap(x_t[:, 1:], t[:, 1:], later)
-        # … but where the chain is cut, and at the end of the window
+        return self._at_cuts(chain, boot)
+
+    def _at_cuts(self, chain: TensorDictBase, boot: Tensor) -> Tensor:
+        """D⁻ that is evaluated where a chain is cut, and at the end of the window: no step leaves that state."""
+        reached, k = chain[keys.NEXT], self.tensor_keys
+        done, terminated = reached[k.done], reached[k.terminated]
         if not (torch.equal(done, terminated) and bool(terminated[:, -1].all())):
             cut = (done & ~terminated).squeeze(-1)
             cut[:, -1] = ~terminated[:, -1, 0]
-            reached = chain[keys.NEXT]
+            cond = chain.get(keys.COND, None)
             at_cut = None if cond is None else cond[cut]
             boot[cut] = self._bootstrap(reached[keys.X_T][cut], reached[keys.T][cut], at_cut)
         return boot
