@@ -20,7 +20,8 @@ Array = NDArray[Any]
 Figures = list[dict[str, Any]]  # a row for each figure: panel, objective, sigma, x, y
 
 # Okabe and Ito's palette, which the colour-blind can tell apart; shapes of markers say the same
-STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")]
+STYLES = [("#0072B2", "o"), ("#D55E00", "s")]
+WIDTHS = [3.0, 1.5]  # so that both are seen where they coincide
 INK, FAINT, REAL = "#222222", "#8A8A8A", "#555555"
 STYLE = {
     "font.size": 9,
@@ -168,13 +169,19 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
     first = next(iter(results["objectives"].values()))
     known = bool(first["value_error"])
     panels = part.subplots(1, 3, width_ratios=(1.3, 1, 1)) if known else part.subplots(1, 2)
-    for (name, label), (colour, marker) in zip(names.items(), STYLES, strict=False):
-        mark = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.8, "label": label}
+    for (name, label), (colour, marker), width in zip(names.items(), STYLES, WIDTHS, strict=False):
+        mark = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 3 + width,
+            "linewidth": width,
+            "label": label,
+        }
         if known:
             for sigma in first["value_error"]:
                 x, y = _line(figures, "learning_curve", name, sigma)
                 panels[0].plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
-            mean = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 2.2}
+            mean = {**mark, "markersize": 1 + width}
             panels[0].plot(*_line(figures, "learning_curve", name, "mean"), **mean)
             panels[1].plot(*_line(figures, "value_error", name), **mark)
         else:
@@ -263,9 +270,13 @@ def _log_scale(axes: Any) -> None:
 def _low_and_high(
     samples: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, str]
 ) -> list[tuple[str, str]]:
-    """(objective, evaluations) of the fewest and of the most evaluations, objectives side by side."""
+    """(objective, evaluations), objectives side by side: with few evaluations, and with the most.
+
+    The fewest of all may be too few to see anything: of more than two numbers, few is the second.
+    """
     nfes = sorted(samples[next(iter(names))], key=int)
-    return [(name, nfe) for nfe in dict.fromkeys((nfes[0], nfes[-1])) for name in names]
+    few = nfes[1] if len(nfes) > 2 else nfes[0]
+    return [(name, nfe) for nfe in dict.fromkeys((few, nfes[-1])) for name in names]
 
 
 def _draw_strips(
