@@ -245,9 +245,10 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in self.parameters if p.grad is not None], foreach=True
         )
-        if not bool(torch.isfinite(loss.detach() + norm)):
+        loss_value, grad_norm = loss.item(), norm.item()
+        if not math.isfinite(loss_value + grad_norm):
             self.optimiser.zero_grad()
-            raise self._not_finite(f"loss {loss.item():g} with gradient norm {norm.item():g}")
+            raise self._not_finite(f"loss {loss_value:g} with gradient norm {grad_norm:g}")
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_norm, norm, foreach=True)
         lr = self.optim.lr_at(self.step, self.length.grad_steps)
@@ -264,9 +265,9 @@ class Trainer:
             self.adaptive.update(chain)
         self.step += 1
         return {
-            "loss_value": loss.item(),
+            "loss_value": loss_value,
             "td_error": out["td_error"].item(),
-            "grad_norm": norm.item(),
+            "grad_norm": grad_norm,
             "lr": lr,
         }
 
