@@ -72,12 +72,12 @@ def draw_summary(folder: str | Path) -> Path:
         writer.writerows(figures)
 
     images = len(next(iter(samples["data"].values())).shape) == 4
+    height = 0.72 * (1 + len(_low_and_high(samples, names))) if images else 3.0
     with matplotlib.rc_context(STYLE):
-        figure = require("matplotlib.figure", "plot").Figure(
-            figsize=(12, 7.2 if images else 6.9), layout="constrained"
-        )
+        make = require("matplotlib.figure", "plot").Figure
+        figure = make(figsize=(12, 3.9 + height), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-        curves, pictures = figure.subfigures(2, 1, height_ratios=(1, 1.15 if images else 0.95))
+        curves, pictures = figure.subfigures(2, 1, height_ratios=(3.1, height))
         _draw_curves(curves, figures, names, results)
         letter = "d" if any(row["panel"] == "value_error" for row in figures) else "c"
         (_draw_strips if images else _draw_clouds)(pictures, letter, samples, names)
@@ -199,7 +199,7 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
     panels[0].set_xlabel("gradient steps")
     panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
     panels[-1].set_xlabel("network evaluations per sample (NFE)")
-    panels[-1].set_ylabel(f"{distance_label(metric)}, {int(count):,} samples")
+    panels[-1].set_ylabel(f"{distance_label(metric)}\n{int(count):,} samples")
     _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
     for axes in panels:
         _log_scale(axes)
@@ -224,9 +224,9 @@ def _name_lines(axes: Any, figures: Figures, names: Mapping[str, str], sigmas: S
     """At the right end of each pair of thin lines its σ, and "mean" at the thick ones, kept apart."""
     lines = {**{sigma: f"σ = {sigma}" for sigma in sigmas}, "mean": "mean"}
     ends = {key: [_line(figures, "learning_curve", name, key) for name in names] for key in lines}
-    low, high = axes.get_ylim()
+    height = axes.transScale + axes.transLimits  # of a point, as a share of the axes' height
     at = {
-        key: float(np.mean([np.log(y[-1] / low) / np.log(high / low) for _, y in end]))
+        key: float(np.mean([height.transform((x[-1], y[-1]))[1] for x, y in end]))
         for key, end in ends.items()
     }
     below = -1.0
@@ -256,9 +256,9 @@ def _write_ratios(axes: Any, figures: Figures, panel: str, names: Mapping[str, s
 
 
 def _log_scale(axes: Any) -> None:
-    """A logarithmic y axis where all is positive: 0.1 instead of 10⁻¹, more numbers where decades are few."""
+    """A logarithmic y axis where numbers are far apart: 0.1 instead of 10⁻¹, and more where decades are few."""
     y = np.concatenate([line.get_ydata() for line in axes.lines])
-    if not (y > 0).all():
+    if not (y > 0).all() or y.max() < 3 * y.min():
         return
     axes.set_yscale("log")
     ticker = require("matplotlib.ticker", "plot")
