@@ -160,7 +160,7 @@ def _levels(
     i = process.index(sigma_t.clamp(low, high), num_steps)
 
     def level(index: Tensor) -> Tensor:
-        return process.time(index.clamp(max=last), num_steps).clamp(low, high)
+        return process.time(index, num_steps).clamp(low, high)
 
     valid = (sigma_t >= low) & (sigma_t <= high) & (i <= last - (span + stride))
     sigma_next = level(i + span)
