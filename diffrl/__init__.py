@@ -9,20 +9,23 @@ __version__ = "0.1.0"
 
 # name → the module that defines it; "" marks a submodule
 _HOMES = {
+    "CPS": "sde_samplers",
     "DDIM": "samplers",
     "DDPM": "schedules",
     "EDM": "schedules",
     "VP": "schedules",
     "Ancestral": "samplers",
     "Denoiser": "denoisers",
+    "DenoisingPolicy": "policies",
     "EDMStochastic": "samplers",
     "EmpiricalDenoiser": "denoisers",
     "Euler": "samplers",
     "Flow": "schedules",
+    "FlowSDE": "sde_samplers",
     "GaussianDenoiser": "denoisers",
     "Heun": "samplers",
     "MixtureDenoiser": "denoisers",
-    "Multistep": "samplers",
+    "Multistep": "consistency_sampler",
     "load": "runs",
     "sample": "samplers",
     "sample_chain": "trajectories",
@@ -45,22 +48,25 @@ if TYPE_CHECKING:
     from diffrl import networks as networks
     from diffrl import objectives as objectives
     from diffrl import returns as returns
+    from diffrl.consistency_sampler import Multistep as Multistep
     from diffrl.denoisers import Denoiser as Denoiser
     from diffrl.denoisers import EmpiricalDenoiser as EmpiricalDenoiser
     from diffrl.denoisers import GaussianDenoiser as GaussianDenoiser
     from diffrl.denoisers import MixtureDenoiser as MixtureDenoiser
+    from diffrl.policies import DenoisingPolicy as DenoisingPolicy
     from diffrl.runs import load as load
     from diffrl.samplers import DDIM as DDIM
     from diffrl.samplers import Ancestral as Ancestral
     from diffrl.samplers import EDMStochastic as EDMStochastic
     from diffrl.samplers import Euler as Euler
     from diffrl.samplers import Heun as Heun
-    from diffrl.samplers import Multistep as Multistep
     from diffrl.samplers import sample as sample
     from diffrl.schedules import DDPM as DDPM
     from diffrl.schedules import EDM as EDM
     from diffrl.schedules import VP as VP
     from diffrl.schedules import Flow as Flow
+    from diffrl.sde_samplers import CPS as CPS
+    from diffrl.sde_samplers import FlowSDE as FlowSDE
     from diffrl.trajectories import sample_chain as sample_chain
 else:  # hidden from type checkers, which would take any name for granted
 

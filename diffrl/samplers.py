@@ -1,26 +1,29 @@
 """Reverse samplers: from noise to data with a denoiser; one loop for all, network evaluations counted."""
 
 import itertools
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffrl.consistency_sampler import Multistep
 from diffrl.denoisers import DenoiserFn
-from diffrl.processes import normal_log_prob, posterior
+from diffrl.kernels import GaussianSampler, Kernel, Model, Noise, Sampler, column, velocity
+from diffrl.processes import posterior
 from diffrl.schedules import EDM, Schedule
-from diffrl.shapes import expand_like
+from diffrl.sde_samplers import CPS, FlowSDE
 
 __all__ = [
+    "CPS",
     "DDIM",
     "SAMPLERS",
+    "STOCHASTIC_SAMPLERS",
     "Ancestral",
     "EDMStochastic",
     "Euler",
+    "FlowSDE",
     "GaussianSampler",
     "Heun",
     "Kernel",
@@ -34,151 +37,13 @@ __all__ = [
 ]
 
 
-class Noise:
-    """Standard normal numbers for a batch, from one generator or from one per sample.
-
-    With one seed per sample each sample is the same whatever batch it is drawn in.
-
-    Args:
-        generators: one generator for all, or one per sample.
-    """
-
-    def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None) -> None:
-        self.generators = generators
-
-    @classmethod
-    def per_sample(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
-        """One generator per sample, seeded by its number."""
-        return cls([torch.Generator(device).manual_seed(int(s)) for s in seeds])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Noise of x's shape [N, *E], dtype and device.
-
-        Raises:
-            ValueError: there are generators for another number of samples.
-        """
-        if self.generators is None or isinstance(self.generators, torch.Generator):
-            return torch.randn(x.shape, generator=self.generators, dtype=x.dtype, device=x.device)
-        if len(self.generators) != len(x):
-            raise ValueError(f"{len(self.generators)} generators for {len(x)} samples: give one for each")
-        draws = [
-            torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
-        ]
-        return torch.stack(draws).to(x.device)
-
-
-class Model:
-    """A denoiser bound to its process, condition and grid, which counts its own calls.
-
-    Args:
-        denoiser: D.
-        process: noise schedule.
-        num_steps: N, the levels of the grid that is walked.
-        cond: condition of each sample, shape [N, ...], or None.
-    """
-
-    def __init__(
-        self, denoiser: DenoiserFn, process: Schedule, num_steps: int, cond: Tensor | None = None
-    ) -> None:
-        self.denoiser, self.process, self.num_steps, self.cond = denoiser, process, num_steps, cond
-        self.nfe = 0
-        """Network evaluations per sample so far; guidance counts as one call here."""
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """D(x, t) for one time t shared by the batch, or one per state, shape [N]."""
-        self.nfe += 1
-        # float32 at least: bfloat16 has no 999
-        t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
-        return self.denoiser(x, t.expand(len(x)), self.cond)
-
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dt of the probability-flow ODE, at times as for D."""
-        return velocity(self.process, x, self(x, t), t)
-
-
-def velocity(process: Schedule, x: Tensor, D_x: Tensor, t: Tensor) -> Tensor:
-    """dx/dt = α' D + σ' (x - α D)/σ of the probability-flow ODE, for a clean estimate D.
-
-    Args:
-        process: noise schedule.
-        x: state, shape [N, *E].
-        D_x: its clean estimate, of x's shape.
-        t: times, float64, a scalar or shape [N].
-    """
-    coefficients = (process.alpha(t), process.sigma(t), process.alpha_dot(t), process.sigma_dot(t))
-    alpha, sigma, alpha_dot, sigma_dot = (_column(c, x) for c in coefficients)
-    return alpha_dot * D_x + sigma_dot * (x - alpha * D_x) / sigma
-
-
-def _column(c: Tensor, x: Tensor) -> Tensor:
-    """A float64 number, or one per state, such that it multiplies states x [N, *E] of another dtype."""
-    return expand_like(c.to(x), x)
-
-
-class Kernel(NamedTuple):
-    """The reverse step as a law: x_s ~ N(mean, std² I); std, one number or one per state, is 0 for an ODE."""
-
-    mean: Tensor
-    std: Tensor
-
-    def sample(self, noise: Noise) -> Tensor:
-        """A draw, mean + std z."""
-        if not bool((self.std > 0).any()):
-            return self.mean
-        return self.mean + _column(self.std, self.mean) * noise(self.mean)
-
-    def log_prob(self, x: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
-        """Log-density of x, shape [N]; see `diffrl.processes.normal_log_prob`.
-
-        Raises:
-            ValueError: std is 0.
-        """
-        return normal_log_prob(x, self.mean, self.std, batch_dims=1, reduction=reduction)
-
-
-class Sampler(ABC):
-    """One reverse step; `sample` is the loop."""
-
-    def grid(self, process: Schedule, num_steps: int) -> Tensor:
-        """Times that are walked, the clean one last: float64, shape [N+1]."""
-        return process.time_grid(num_steps)
-
-    @abstractmethod
-    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        """The state at time s from the state x [N, *E] at time t (float64 scalars)."""
-
-
-class GaussianSampler(Sampler):
-    """A sampler whose step is a Gaussian made from one evaluation, so that it has a log-probability."""
-
-    @abstractmethod
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
-        """Law of the state at time s given the state at time t and its clean estimate.
-
-        Args:
-            process: noise schedule.
-            x: state at time t, shape [N, *E].
-            D_x: its clean estimate, of x's shape.
-            t: time left, float64, a scalar or one a state, shape [N].
-            s: time reached, of t's shape.
-        """
-
-    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
-        """`law` with the model's own clean estimate."""
-        return self.law(model.process, x, model(x, t), t, s)
-
-    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        """A draw from the kernel."""
-        return self.kernel(model, x, t, s).sample(noise)
-
-
 @dataclass(frozen=True)
 class Euler(GaussianSampler):
     """x_s = x_t + (s - t) dx/dt: first order in the process's own time."""
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """A point: std = 0."""
-        return Kernel(x + _column(s - t, x) * velocity(process, x, D_x, t), torch.zeros_like(t))
+        return Kernel(x + column(s - t, x) * velocity(process, x, D_x, t), torch.zeros_like(t))
 
 
 @dataclass(frozen=True)
@@ -191,7 +56,7 @@ class Heun(Sampler):
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         """The corrected Euler step; no noise."""
-        h, slope = _column(s - t, x), model.velocity(x, t)
+        h, slope = column(s - t, x), model.velocity(x, t)
         x_s = x + h * slope
         if s == model.process.t_clean:  # where the slope is infinite
             return x_s
@@ -222,7 +87,7 @@ class DDIM(GaussianSampler):
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
         """N(A D + κ x, std²)."""
         A, kappa, std = posterior(process, t, s, self.eta)
-        return Kernel(_column(A, x) * D_x + _column(kappa, x) * x, std)
+        return Kernel(column(A, x) * D_x + column(kappa, x) * x, std)
 
 
 def Ancestral() -> DDIM:  # noqa: N802 (used like the classes beside it)
@@ -273,58 +138,6 @@ class EDMStochastic(Sampler):
         return Heun().step(model, x, t_hat, s, noise)
 
 
-@dataclass(frozen=True)
-class Multistep(GaussianSampler):
-    """Sampling of consistency models: jump to clean data, noise up to a lower level, jump again.
-
-        x0 = f(x_T, σ_max),    then for each lower level σ:    x = x0 + √(σ² - σ_min²) z,    x0 = f(x, σ)
-
-    Each of the N levels costs one evaluation: num_steps = NFE, and num_steps = 1 is the one-step generator.
-
-    Source: Consistency Models (Song et al., 2023), Algorithm 1, https://arxiv.org/abs/2303.01469.
-
-    Args:
-        levels: σ below σ_max, in falling order, of which a chain of N levels takes the first N - 1; the paper
-            searches for good ones by sample quality. None: those of the process's grid of N + 1 levels, but
-            for its last, σ_min, where f does nothing.
-    """
-
-    levels: tuple[float, ...] | None = None
-
-    def grid(self, process: Schedule, num_steps: int) -> Tensor:
-        """σ_max, the lower levels, then clean data: float64, shape [N+1].
-
-        Raises:
-            ValueError: the process is not EDM, num_steps < 1, or `levels` are too few or do not fall from
-                below σ_max to above σ_min.
-        """
-        if not isinstance(process, EDM):
-            raise ValueError(
-                f"Multistep works on the EDM process, not on {type(process).__name__}: use DDIM(eta)"
-            )
-        first, clean = process.time_grid(num_steps)[[0, -1]]
-        if self.levels is None:
-            lower = process.time_grid(num_steps + 1)[1:num_steps]
-        elif len(self.levels) < num_steps - 1:
-            raise ValueError(
-                f"num_steps is {num_steps}, but only {len(self.levels)} levels are given below σ_max"
-            )
-        else:
-            lower = torch.tensor(self.levels[: num_steps - 1], dtype=torch.float64)
-        grid = torch.cat([first[None], lower, clean[None]])
-        if not bool((grid.diff() < 0).all() and grid[-2] > process.sigma_min):
-            raise ValueError(
-                f"levels are {list(self.levels or ())}: they must fall, from below {process.sigma_max:g} to "
-                f"above {process.sigma_min:g}"
-            )
-        return grid
-
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
-        """N(f, σ_s² - σ_min²); a point where s is clean."""
-        assert isinstance(process, EDM)
-        return Kernel(D_x, (s**2 - process.sigma_min**2).clamp(min=0).sqrt())
-
-
 @torch.no_grad()
 def sample(
     denoiser: DenoiserFn,
@@ -349,7 +162,7 @@ def sample(
     Args:
         denoiser: D; put a network in eval mode first.
         shape: shape of the result, [N, *E].
-        sampler: one of this module.
+        sampler: one of `SAMPLERS`.
         num_steps: N noise levels; the network evaluations, which `Model.nfe` counts, may be more.
         process: noise schedule; taken from ``denoiser.process`` if None.
         cond: condition of each sample, shape [N, ...].
@@ -402,4 +215,8 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral": Ancestral,
     "edm_stochastic": EDMStochastic,
     "consistency": Multistep,
+    "flow_sde": FlowSDE,
+    "cps": CPS,
 }
+STOCHASTIC_SAMPLERS = {name: SAMPLERS[name] for name in ("ddim", "ancestral", "flow_sde", "cps")}
+"""Those whose steps may have a log-probability, so that they make a policy."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.samplers import SAMPLERS, GaussianSampler, Kernel
+from diffrl.kernels import GaussianSampler, Kernel, column
 from diffrl.schedules import Flow, Schedule
-from diffrl.shapes import expand_like
 
-__all__ = ["CPS", "STOCHASTIC_SAMPLERS", "FlowSDE"]
+__all__ = ["CPS", "FlowSDE"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class FlowSDE(GaussianSampler):
         finite = torch.where(t == 1, s, t)
         sd, h = self.a * (finite / (1 - finite)).sqrt(), s - t
         on_x, on_v = 1 + sd**2 * h / (2 * t), (1 + sd**2 * (1 - t) / (2 * t)) * h
-        v = (x - D_x) / _like(t, x)
-        return Kernel(_like(on_x, x) * x + _like(on_v, x) * v, sd * (-h).sqrt())
+        v = (x - D_x) / column(t, x)
+        return Kernel(column(on_x, x) * x + column(on_v, x) * v, sd * (-h).sqrt())
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,5 @@ class CPS(GaussianSampler):
         )
         std = sigma_s * math.sin(math.pi * self.eta / 2)
         kept = (sigma_s**2 - std**2).clamp(min=0).sqrt()
-        eps = (x - _like(alpha_t, x) * D_x) / _like(sigma_t, x)
-        return Kernel(_like(alpha_s, x) * D_x + _like(kept, x) * eps, std)
-
-
-def _like(c: Tensor, x: Tensor) -> Tensor:
-    return expand_like(c.to(x), x)
-
-
-STOCHASTIC_SAMPLERS = {name: SAMPLERS[name] for name in ("ddim", "ancestral")} | {
-    "flow_sde": FlowSDE,
-    "cps": CPS,
-}
+        eps = (x - column(alpha_t, x) * D_x) / column(sigma_t, x)
+        return Kernel(column(alpha_s, x) * D_x + column(kept, x) * eps, std)

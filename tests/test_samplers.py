@@ -13,11 +13,13 @@ from torch.distributions import Normal
 
 from diffrl.denoisers import Denoiser, GaussianDenoiser
 from diffrl.samplers import (
+    CPS,
     DDIM,
     SAMPLERS,
     Ancestral,
     EDMStochastic,
     Euler,
+    FlowSDE,
     GaussianSampler,
     Heun,
     Kernel,
@@ -441,6 +443,8 @@ def test_registry() -> None:
         "ancestral": Ancestral(),
         "edm_stochastic": EDMStochastic(),
         "consistency": Multistep(),
+        "flow_sde": FlowSDE(),
+        "cps": CPS(),
     }
 
 
