@@ -19,8 +19,8 @@ class FlowSDE(GaussianSampler):
         sd = a √(t/(1-t)),    h = s - t < 0,    v = (x - D)/t
         mean = x (1 + sd² h/(2t)) + v (1 + sd² (1-t)/(2t)) h,    std = sd √(-h)
 
-    At pure noise sd is infinite, there the t under the root is replaced by s, the next level. The step onto clean
-    data has std > 0 too. The coefficient of x0 is exact, but more noise is left than s.
+    At pure noise, t = 1, it would be infinite: there sd = a √(t/(1-s)), so that std = a. The step onto clean data has
+    std > 0 too. The coefficient of x0 is exact, but more noise is left than s.
 
     Source: Flow-GRPO: Training Flow Matching Models via Online RL (Liu et al., 2025), eq. 9 and its code,
     https://arxiv.org/abs/2505.05470.
@@ -46,8 +46,8 @@ class FlowSDE(GaussianSampler):
                 f"FlowSDE works on the Flow process, not on {type(process).__name__}: use DDIM(eta)"
             )
         t, s = t.double(), s.double()
-        finite = torch.where(t == 1, s, t)
-        sd, h = self.a * (finite / (1 - finite)).sqrt(), s - t
+        pure = 1 - t < 1e-9  # rounding may leave a shifted grid just beside 1
+        sd, h = self.a * (t / (1 - torch.where(pure, s, t))).sqrt(), s - t
         on_x, on_v = 1 + sd**2 * h / (2 * t), (1 + sd**2 * (1 - t) / (2 * t)) * h
         v = (x - D_x) / column(t, x)
         return Kernel(column(on_x, x) * x + column(on_v, x) * v, sd * (-h).sqrt())
