@@ -224,6 +224,7 @@ def _name_lines(axes: Any, figures: Figures, names: Mapping[str, str], sigmas: S
     """At the right end of each pair of thin lines its σ, and "mean" at the thick ones, kept apart."""
     lines = {**{sigma: f"σ = {sigma}" for sigma in sigmas}, "mean": "mean"}
     ends = {key: [_line(figures, "learning_curve", name, key) for name in names] for key in lines}
+    axes.autoscale_view()  # the limits are set from now on
     height = axes.transScale + axes.transLimits  # of a point, as a share of the axes' height
     at = {
         key: float(np.mean([height.transform((x[-1], y[-1]))[1] for x, y in end]))
