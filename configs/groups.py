@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from diffrl.chains import Chain
+from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
 from diffrl.data import DATASETS
 from diffrl.denoisers import Denoiser
@@ -54,6 +55,7 @@ def register() -> None:
     """Fill Hydra's store."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
+    store.store(name="compare_schema", node=CompareConfig)
 
     def group(name: str, registry: Mapping[str, Callable[..., Any]], omit: tuple[str, ...] = ()) -> None:
         for option, function in registry.items():

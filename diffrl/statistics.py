@@ -103,9 +103,14 @@ def bootstrap_interval(
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level={level} must lie in (0, 1) and resamples={resamples} must be at least 1")
     rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(resamples):
-        picked = [np.take_along_axis(a, rng.integers(a.shape[0], size=a.shape), axis=0) for a in arrays]
-        draws.append(float(np.asarray(statistic(*picked))))
+    if statistic is iqm and len(arrays) == 1:  # the same resamples, all at once
+        S, T = arrays[0].shape
+        rows = rng.integers(S, size=(resamples, S, T))
+        draws = iqm(np.take_along_axis(arrays[0][None], rows, axis=1).reshape(resamples, S * T), axis=1)
+    else:
+        draws = np.empty(resamples)
+        for i in range(resamples):
+            picked = [np.take_along_axis(a, rng.integers(a.shape[0], size=a.shape), axis=0) for a in arrays]
+            draws[i] = float(np.asarray(statistic(*picked)))
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -44,6 +44,12 @@ def test_probability_of_improvement_ends() -> None:
         probability_of_improvement(np.zeros((2, 3)), np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize("shape", [(2,), (5,), (5, 3)])
+def test_intervals_of_the_iqm_at_once_are_those_of_a_loop(shape: tuple[int, ...]) -> None:
+    x = RNG.gamma(2.0, size=shape)
+    assert bootstrap_interval(x) == bootstrap_interval(x, statistic=lambda y: iqm(y))
+
+
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_interval_of_one_task_is_scipys_percentile_bootstrap(level: float) -> None:
     x = RNG.gamma(2.0, size=25)

@@ -1,0 +1,58 @@
+"""Schema of a comparison: studies, each of cases × schemes × seeds, as `plan/*.yaml` writes them down."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+__all__ = ["CompareConfig", "PlanConfig", "StudyConfig"]
+
+
+@dataclass
+class StudyConfig:
+    """One question; an *override* is a word for the command line of `examples/train_td_lambda.py`."""
+
+    title: str = ""
+    """The question, in words."""
+    cases: list[str] = MISSING
+    """Names of the plan's cases."""
+    schemes: dict[str, list[str]] = field(default_factory=dict)
+    """Overrides of each scheme: a scheme is a line."""
+    axes: dict[str, str] = field(default_factory=dict)
+    """A grid of further schemes: by the label of an axis, key and values, as ``objective.lmbda=0,0.5,1``."""
+    baseline: str = MISSING
+    """The scheme that the others are measured by; one of a grid is called as ``λ=1, η=1.0``."""
+    matched: str = "grad_steps"
+    """What all schemes have in common: grad_steps, network_evaluations or seconds."""
+    overrides: list[str] = field(default_factory=list)
+    """Of every cell of the study."""
+    seeds: list[int] = MISSING
+
+
+@dataclass
+class PlanConfig:
+    """What to compare."""
+
+    name: str = MISSING
+    data_dir: str = "data"
+    """Folder of the user's own data."""
+    score_sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0])
+    """The score is the mean of the value errors at these, each as a multiple of the baseline's."""
+    cases: dict[str, list[str]] = MISSING
+    """Overrides of each case: data, network, sizes. ``{seed}`` stands for the seed of a cell, ``{data_dir}`` for
+    `data_dir`."""
+    studies: dict[str, StudyConfig] = MISSING
+
+
+@dataclass
+class CompareConfig:
+    """How to run and report a plan."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    out: str = MISSING
+    """Folder of the comparison."""
+    studies: list[str] = field(default_factory=list)
+    """Run only these; all if empty."""
+    workers: int = 2
+    """Processes, with one thread each; 0 runs all in one."""
+    report: bool = False
+    """Only draw the report anew, from what is in `out`."""

@@ -1,0 +1,262 @@
+"""The report of a comparison, from its folder alone: tables, figures, and every number in CSV and JSON.
+
+out/
+  report.md       tables and figures, for people
+  summary.csv     a row for each cell of each study, with all its figures
+  summary.json    the same, and every estimate that the report shows
+  figures/        PNG and PDF, the numbers of each as CSV
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffrl.findings import SCORE, Estimate, Findings, Interval, Panel, Quantity
+from diffrl.report_figures import draw_figures
+from diffrl.runs import write_atomically
+from diffrl.summary import distance_label
+
+__all__ = ["write_report"]
+
+LONG = 24  # rows; a longer table is folded away
+NAMES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
+LEGEND = """\
+Every figure is a distance or an error: **less is better**. `0.62 [0.58, 0.66] P 1.00` reads: interquartile
+mean over seeds 0.62, its 95 % bootstrap interval, and the probability of improvement over the baseline.
+Unless a table says otherwise, figures are multiples of the baseline's at the same seed (same data, noise
+and first weights), and P is the share of seeds that improve; with fewer than some ten seeds the true
+coverage of the intervals is lower. Bold: the least of a column. *Value error* is ‖D - D\\*‖²/c_out² against
+the exact denoiser; its mean is over {sigmas}. Network evaluations are states forwarded in training, over
+all networks; NFE counts them for one sample. Seconds are those of training on one thread, beside other
+cells.
+"""
+
+
+def write_report(out: Path) -> Path:
+    """Write everything anew, from the cells that are finished; the others are listed.
+
+    Args:
+        out: folder of the comparison.
+
+    Returns:
+        Path of report.md.
+
+    Raises:
+        RunFolderError: there is no comparison in the folder.
+        MissingExtra: matplotlib is not installed.
+    """
+    findings = Findings(out)
+    panels = [panel for panel in findings.panels() if panel.schemes]
+    rows = [cell.row() for cell in findings.cells]
+    _write_csv(out / "summary.csv", rows)
+    summary = {
+        "plan": findings.plan,
+        "commands": findings.commands,
+        "cells": rows,
+        "estimates": [entry for panel in panels for entry in _estimates(panel)],
+        "efforts": [entry for panel in panels for entry in _efforts(panel)],
+    }
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+
+    parts = [_head(findings), _in_short(panels)]
+    study = None
+    for panel in panels:
+        if panel.study != study:
+            study = panel.study
+            parts.append(f"## {study.name}: {study.title}\n")
+        figures = draw_figures(panel, out / "figures")
+        parts.append(_panel(panel))
+        parts += [f"![{title}](figures/{path.name})\n" for title, path in figures]
+    parts.append(_unfinished(findings))
+    write_atomically(out / "report.md", "\n".join(part for part in parts if part))
+    return out / "report.md"
+
+
+def _head(findings: Findings) -> str:
+    cells = {cell.path: cell.status for cell in findings.cells}
+    finished = sum(status == "finished" for status in cells.values())
+    lines = [f"# Comparison: {findings.plan}\n", f"{finished} of {len(cells)} cells are finished.\n"]
+    rows = [["command", "started", "cells", "wall time"]]
+    for command in findings.commands:
+        seconds = command.get("seconds")
+        took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
+        rows.append([f"`{command['command']}`", command["started"], str(command.get("cells", "")), took])
+    lines.append(_table(rows))
+    for versions in {
+        json.dumps(command["versions"]): command["versions"] for command in findings.commands
+    }.values():
+        lines.append(
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
+        )
+    sigmas = "σ = " + ", ".join(findings.score_sigmas)
+    return "\n".join([*lines, LEGEND.format(sigmas=sigmas)])
+
+
+def _in_short(panels: Sequence[Panel]) -> str:
+    """The best scheme of each column."""
+    rows = [["study", "case", "figure", "best scheme", "over the baseline"]]
+    for panel in panels:
+        for quantity in panel.quantities:
+            if quantity.kind == "value_error" or len(panel.compared) < 2:
+                continue
+            estimates = {s: e for s in panel.compared if (e := panel.estimates[s, quantity]) is not None}
+            if estimates:
+                best = min(estimates, key=lambda s: estimates[s].ratio.iqm)
+                what = _cell(estimates[best]) if best != panel.study.baseline else "1 (the baseline)"
+                rows.append([panel.study.name, panel.case, _label(quantity, panel), best, what])
+    return f"## Best schemes\n\n{_table(rows)}" if len(rows) > 1 else ""
+
+
+def _panel(panel: Panel) -> str:
+    study = panel.study
+    lines = [f"### {study.name}, {panel.case}\n"]
+    if not panel.compared:
+        return (
+            f"{lines[0]}\nNo seed of the baseline, {study.baseline}, is finished: nothing to compare with.\n"
+        )
+    spent = panel.costs(study.baseline)[study.matched]
+    lines.append(
+        f"Baseline: {study.baseline}. Matched: {NAMES[study.matched]}, {spent:,.0f}. Seeds: "
+        f"{', '.join(str(seed) for seed in study.seeds)}.\n"
+    )
+    errors = [q for q in panel.quantities if q.kind != "sample_distance"]
+    distances = [q for q in panel.quantities if q.kind == "sample_distance"]
+    name = f"{distance_label(panel.metric)}, {panel.metric.partition('@')[2]} samples"
+    for title, quantities in (("Value error", errors), (f"Sample distance: {name}", distances)):
+        if quantities:
+            lines.append(_folded(f"{title}, × baseline", _ratio_rows(panel, quantities)))
+            lines.append(_folded(f"{title}, absolute", _value_rows(panel, quantities), fold=True))
+    if SCORE in panel.quantities:
+        lines.append(_folded("Effort to reach the baseline's last value error", _effort_rows(panel)))
+    lines.append(_folded("Cost of a run", _cost_rows(panel)))
+    return "\n".join(lines)
+
+
+def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
+    """A row a scheme, a column a figure."""
+    columns = [{s: panel.estimates[s, quantity] for s in panel.compared} for quantity in quantities]
+    least = [min((e.ratio.iqm for e in column.values() if e is not None), default=0.0) for column in columns]
+    rows = [["scheme", *(_label(quantity, panel) for quantity in quantities)]]
+    for scheme in panel.compared:
+        found = [(column[scheme], best) for column, best in zip(columns, least, strict=True)]
+        baseline = scheme == panel.study.baseline
+        cells = ["1.00" if baseline and e is not None else _cell(e) for e, _ in found]
+        bold = [e is not None and e.ratio.iqm == best for e, best in found]
+        rows.append(
+            [_seeded(scheme, panel), *(f"**{c}**" if b else c for c, b in zip(cells, bold, strict=True))]
+        )
+    return rows
+
+
+def _value_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
+    quantities = [quantity for quantity in quantities if quantity != SCORE]
+    rows = [["scheme", *(_label(quantity, panel) for quantity in quantities)]]
+    for scheme in panel.compared:
+        estimates = [panel.estimates[scheme, quantity] for quantity in quantities]
+        cells = [
+            "not finite" if e is None or e.value is None else _interval(e.value, "#.3g") for e in estimates
+        ]
+        rows.append([_seeded(scheme, panel), *cells])
+    return rows
+
+
+def _effort_rows(panel: Panel) -> list[list[str]]:
+    """Shares of what the baseline spends in all."""
+    rows = [["scheme", "gradient steps", "network evaluations"]]
+    for scheme in panel.compared:
+        effort = panel.effort(scheme)
+        shares = (effort.grad_steps, effort.network_evaluations)
+        missed = f"not reached at {effort.seeds - effort.reached} of {effort.seeds} seeds"
+        rows.append([scheme, *(missed if share is None else _interval(share) for share in shares)])
+    return rows
+
+
+def _cost_rows(panel: Panel) -> list[list[str]]:
+    rows = [["scheme", "gradient steps", "data", "network evaluations", "seconds", "matched"]]
+    for scheme in panel.compared:
+        cost = panel.costs(scheme)
+        counts = [f"{cost[name]:,.0f}" for name in ("grad_steps", "samples", "network_evaluations")]
+        rows.append(
+            [scheme, *counts, f"{cost['seconds']:.1f}", "yes" if panel.is_matched(scheme) else "**no**"]
+        )
+    return rows
+
+
+def _unfinished(findings: Findings) -> str:
+    cells = findings.unfinished()
+    if not cells:
+        return ""
+    rows = [["study", "case", "scheme", "seed", "state", "folder", "error"]]
+    for c in cells:
+        error = (c.error or "").replace("|", "\\|")
+        rows.append([c.study, c.case, c.scheme, str(c.seed), c.status, f"`cells/{c.path.name}`", error])
+    return f"## Cells without a result\n\nThe same command runs them again.\n\n{_table(rows)}"
+
+
+def _estimates(panel: Panel) -> Iterable[dict[str, Any]]:
+    for scheme in panel.compared:
+        for quantity in panel.quantities:
+            estimate = panel.estimates[scheme, quantity]
+            where = {"study": panel.study.name, "case": panel.case, "scheme": scheme, **quantity._asdict()}
+            yield {**where, **({} if estimate is None else _plain(estimate))}
+
+
+def _efforts(panel: Panel) -> Iterable[dict[str, Any]]:
+    if SCORE in panel.quantities:
+        for scheme in panel.compared:
+            where = {"study": panel.study.name, "case": panel.case, "scheme": scheme}
+            yield {**where, **_plain(panel.effort(scheme))}
+
+
+def _plain(found: Any) -> dict[str, Any]:
+    return {k: v._asdict() if isinstance(v, Interval) else v for k, v in vars(found).items()}
+
+
+def _label(quantity: Quantity, panel: Panel) -> str:
+    if quantity == SCORE:
+        return "value error, mean"
+    return f"σ = {quantity.at}" if quantity.kind == "value_error" else f"NFE {quantity.at}"
+
+
+def _seeded(scheme: str, panel: Panel) -> str:
+    """The scheme, and how many seeds it has if some are missing."""
+    n, whole = len(panel.seeds(scheme)), len(panel.study.seeds)
+    return scheme if n == whole else f"{scheme} ({n} of {whole} seeds)"
+
+
+def _cell(estimate: Estimate | None) -> str:
+    return "not finite" if estimate is None else f"{_interval(estimate.ratio)} P {estimate.probability:.2f}"
+
+
+def _interval(interval: Interval, form: str = ".2f") -> str:
+    if interval.low is None or interval.high is None:
+        return format(interval.iqm, form)
+    return f"{interval.iqm:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
+def _folded(title: str, rows: list[list[str]], *, fold: bool = False) -> str:
+    """A titled table; folded away if it is long, or by choice."""
+    if fold or len(rows) > LONG:
+        return f"<details><summary>{title}</summary>\n\n{_table(rows)}\n</details>\n"
+    return f"**{title}**\n\n{_table(rows)}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], ""])
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Columns in the order in which they first come up."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    for last in ("metric", "folder", "error"):
+        columns[last] = columns.pop(last)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)

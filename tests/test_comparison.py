@@ -1,0 +1,336 @@
+"""Plans become cells, cells become run folders: once each, resumed, failures listed, changes refused."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import diffrl.comparison
+from diffrl.comparison import Cell, Comparison, Study, run_comparison
+from diffrl.configs.cells import plan_comparison
+from diffrl.configs.groups import register
+from diffrl.experiment import Interrupted
+from diffrl.runs import RunFolderError
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "data=gmm", "network=mlp",
+    "data.dim=2", "data.components=3", "data.test_size=64", "network.hidden=8", "network.depth=1",
+    "network.x_features=4", "network.noise_features=4", "chain.num_steps=4", "chain.coupling=1.0",
+    "trainer.grad_steps=6", "trainer.batch_size=4", "trainer.eval_every=2", "trainer.report_every=2",
+    "trainer.checkpoint_every=2", "optim.warmup_steps=1",
+    "eval.points=16", "eval.samples=16", "eval.num_steps=[2,3]",
+]  # fmt: skip
+MC, TD = ["objective=monte_carlo"], ["objective.lmbda=0"]
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "title": "which",
+        "cases": ["tiny"],
+        "schemes": {"MC": MC, "TD": TD},
+        "axes": {},
+    }
+    return {**fields, "baseline": "MC", "matched": "grad_steps", "overrides": [], "seeds": [0, 1], **changes}
+
+
+def plan(**studies: dict[str, Any]) -> dict[str, Any]:
+    cases = {"tiny": [*TINY, "data.mixture_seed=10{seed}"]}
+    return {
+        "name": "p",
+        "data_dir": "data",
+        "score_sigmas": [0.1, 0.3, 1.0],
+        "cases": cases,
+        "studies": studies,
+    }
+
+
+@pytest.fixture(autouse=True)
+def groups() -> None:
+    register()
+
+
+def results(out: Path) -> dict[str, Any]:
+    """Figures of each finished cell but for its seconds, by folder."""
+    found = {}
+    for file in (out / "cells").glob("*/results.json"):
+        [figures] = json.loads(file.read_text())["objectives"].values()
+        found[file.parent.name] = {k: v for k, v in figures.items() if k != "seconds"}
+    return found
+
+
+# plans
+
+
+def test_cells_are_the_product_and_follow_the_seed() -> None:
+    cells = plan_comparison(plan(a=study())).cells
+    assert [(c.case, c.scheme, c.seed) for c in cells] == [
+        ("tiny", "MC", 0), ("tiny", "MC", 1), ("tiny", "TD", 0), ("tiny", "TD", 1),
+    ]  # fmt: skip
+    assert [c.config["data"]["mixture_seed"] for c in cells] == [100, 101, 100, 101]
+    assert [c.config["seed"] for c in cells] == [0, 1, 0, 1]
+    assert [c.config["objective"]["name"] for c in cells] == ["monte_carlo"] * 2 + ["td"] * 2
+    assert not any(c.config["compare"] for c in cells) and len({c.identity for c in cells}) == 4
+
+
+def test_configurations_are_what_the_command_line_would_give() -> None:
+    words = [
+        "data=digits",
+        "eval.num_steps=[2,9]",
+        "dtype=float64",
+        "optim.betas=[0.5,0.9]",
+        "chain.t_max=null",
+    ]
+    words += ["run_dir='a b'", "objective.denoising_coef=1", "trainer.grad_steps=7"]
+    schemes = {"MC": [*MC, *words[:1], "network=unet"], "x": words}
+    cell = plan_comparison(plan(a=study(schemes=schemes, seeds=[3])) | {"cases": {"tiny": []}}).cells[1]
+    with initialize_config_module("diffrl.configs", version_base="1.3"):
+        whole = OmegaConf.to_container(compose("train", [*words, "seed=3", "compare=false"]), resolve=True)
+    assert isinstance(whole, dict)
+    assert cell.config == {k: v for k, v in whole.items() if k not in ("run_dir", "resume")}
+
+
+def test_a_grid_is_the_product_of_its_axes_after_the_named_schemes() -> None:
+    axes = {"λ": "objective.lmbda=0, 1", "η": "chain.coupling=0.0,0.5"}
+    made = plan_comparison(plan(a=study(schemes={"MC": MC}, axes=axes, seeds=[0])))
+    grid = ("λ=0, η=0.0", "λ=0, η=0.5", "λ=1, η=0.0", "λ=1, η=0.5")
+    assert made.studies[0].schemes == ("MC", *grid)
+    assert made.studies[0].axes == {"λ": ("0", "1"), "η": ("0.0", "0.5")}
+    assert [(c.config["objective"]["lmbda"], c.config["chain"]["coupling"]) for c in made.cells[1:]] == [
+        (0.0, 0.0), (0.0, 0.5), (1.0, 0.0), (1.0, 0.5),
+    ]  # fmt: skip
+    assert made.cells[2].folder == f"tiny_lambda=0-eta=0.5_s0_{made.cells[2].identity}"
+
+
+def test_identity_is_what_deviates_from_the_defaults() -> None:
+    schemes = {"MC": MC, "TD": TD}
+    schemes |= {"spelled out": [*TD, "objective.gamma=1.0"], "other": [*TD, "objective.gamma=0.9"]}
+    _, td, spelled_out, other = plan_comparison(plan(a=study(schemes=schemes, seeds=[0]))).cells
+    assert td.identity == spelled_out.identity != other.identity
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schemes": {"MC": MC, "x": ["objective.lmda=0"]}}, "case tiny, scheme x: .*objective.lmda.*lmbda"),
+        ({"schemes": {"MC": MC, "x": ["objective.lmbda=much"]}}, "case tiny, scheme x: objective.lmbda"),
+        ({"schemes": {"MC": MC, "x": ["objective=tdd"]}}, "study a, case tiny, scheme x: .*objective/tdd"),
+        ({"cases": ["tony"]}, "study a: no case 'tony' in the plan: there are tiny"),
+        ({"baseline": "Monte"}, "study a: the baseline 'Monte' is none of its schemes: MC; TD"),
+        ({"matched": "steps"}, "study a: matched is 'steps': give one of grad_steps"),
+        ({"axes": {"λ": "objective.lmbda"}}, "study a: axis λ is 'objective.lmbda': write key=value,value"),
+        ({"axes": {"λ": "objective.lmbda=0,,1"}}, "study a: axis λ"),
+        ({"seeds": []}, "study a has no seed"),
+        ({"cases": []}, "study a has no case"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_plan_is_one_clear_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        plan_comparison(plan(a=study(**changes)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["quick", "default", "full"])
+def test_plans_that_come_with_the_library_compose(name: str) -> None:
+    with initialize_config_module("diffrl.configs", version_base="1.3"):
+        config = OmegaConf.to_container(
+            compose("compare", [f"plan={name}"]), resolve=True, throw_on_missing=True
+        )
+    assert isinstance(config, dict) and config["plan"]["name"] == name
+    assert config["out"] == f"runs/compare_{name}"
+    one_seed = {k: {**s, "seeds": s["seeds"][:1]} for k, s in config["plan"]["studies"].items()}
+    made = plan_comparison({**config["plan"], "studies": one_seed})
+    assert len(made.cells) == sum(len(s.cases) * len(s.schemes) for s in made.studies)
+
+
+# execution
+
+
+def test_cells_run_once_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = plan_comparison(plan(a=study(), b=study(schemes={"Monte Carlo": MC}, baseline="Monte Carlo")))
+    assert len(both.cells) == 6
+    done = run_comparison(both, tmp_path, studies=["b"], workers=0, progress=False)
+    assert (done.finished, done.total, dict(done.failed), done.interrupted) == (2, 2, {}, False)
+    done = run_comparison(both, tmp_path, workers=0, progress=False)
+    assert (done.finished, done.total) == (4, 4) and len(results(tmp_path)) == 4
+    monkeypatch.setattr(diffrl.comparison, "run_experiment", None)  # nothing is left to run
+    assert run_comparison(both, tmp_path, workers=0, progress=False).finished == 4
+
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert [command["cells"] for command in index["commands"]] == [2, 2, 0]
+    folders = {(c["study"], c["scheme"], c["seed"]): c["folder"] for c in index["cells"]}
+    assert folders["a", "MC", 1] == folders["b", "Monte Carlo", 1] != folders["a", "TD", 1]
+    with pytest.raises(ValueError, match="no study 'c' in plan p: there are a, b"):
+        run_comparison(both, tmp_path, studies=["c"], workers=0)
+
+
+def test_workers_do_what_this_process_does(tmp_path: Path) -> None:
+    made = plan_comparison(plan(a=study(seeds=[0])))
+    run_comparison(made, tmp_path / "here", workers=0, progress=False)
+    done = run_comparison(made, tmp_path / "workers", workers=1, progress=False)
+    assert done.finished == 2 and results(tmp_path / "here") == results(tmp_path / "workers")
+
+
+def test_a_failed_cell_is_listed_sinks_no_other_and_runs_again(tmp_path: Path) -> None:
+    broken = plan_comparison(plan(a=study(schemes={"MC": MC, "wild": [*TD, "optim.lr=1e30"]}, seeds=[0])))
+    done = run_comparison(broken, tmp_path, workers=0, progress=False)
+    assert (done.finished, done.total) == (1, 2)
+    assert (
+        list(done.failed) == ["tiny, wild, seed 0"] and "NonFiniteLoss" in done.failed["tiny, wild, seed 0"]
+    )
+    [file] = (tmp_path / "cells").glob("*/error.txt")
+    assert "Traceback" in file.read_text()
+    again = run_comparison(broken, tmp_path, workers=0, progress=False)
+    assert again.failed.keys() == done.failed.keys() and again.finished == 1
+
+
+def test_an_interrupted_cell_continues_to_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan_comparison(plan(a=study()))
+    run_comparison(made, tmp_path / "whole", workers=0, progress=False)
+    run = diffrl.comparison.run_experiment
+
+    def stopped(config: dict[str, Any], *, progress: bool) -> None:
+        from diffrl.trainer import Trainer
+
+        step = Trainer._step
+
+        def step_and_stop(self: Trainer) -> Any:
+            if self.step == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return step(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_step", step_and_stop)
+            with pytest.raises(Interrupted):
+                run(config, progress=progress)
+        raise Interrupted
+
+    monkeypatch.setattr(diffrl.comparison, "run_experiment", stopped)
+    done = run_comparison(made, tmp_path / "stopped", workers=0, progress=False)
+    assert done.interrupted and done.finished == 0 and not results(tmp_path / "stopped")
+    assert list((tmp_path / "stopped" / "cells").glob("*/checkpoints/*/step_*"))
+    monkeypatch.undo()
+    done = run_comparison(made, tmp_path / "stopped", workers=0, progress=False)
+    assert done.finished == 4 and results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
+    made = plan_comparison(plan(a=study(seeds=[0])))
+    run_comparison(made, tmp_path, workers=0, progress=False)
+    [file, *_] = sorted((tmp_path / "cells").glob("*TD*/config.yaml"))
+    file.write_text(file.read_text().replace("gamma: 1.0", "gamma: 0.5"))
+    with pytest.raises(RunFolderError, match=r"objective.gamma=0.5, but now it is 1.0: delete that folder"):
+        run_comparison(made, tmp_path, workers=0, progress=False)
+    file.write_text(file.read_text().replace("  gamma: 0.5\n", "  gone: 3\n"))  # options come and go
+    assert run_comparison(made, tmp_path, workers=0, progress=False).finished == 2
+
+
+def test_cells_can_be_made_by_hand() -> None:
+    one = Study("a", "which", "MC", "grad_steps", ("tiny",), ("MC",), (0,))
+    cell = Cell("a", "tiny", "MC (λ=1)", 0, "abc", {})
+    assert cell.folder == "tiny_MC-lambda=1_s0_abc" and cell.label == "tiny, MC (λ=1), seed 0"
+    assert Comparison("p", ("0.1",), (one,), (cell,)).studies[0].axes == {}
+
+
+# the command
+
+
+def command(*words: str, **options: Any) -> subprocess.Popen[str]:
+    script = [sys.executable, str(ROOT / "examples" / "compare_bootstrapping.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        script, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def wait_for_checkpoint(out: Path, running: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not list(out.glob("cells/*/checkpoints/*/step_*/manifest.json")):
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < end, "no checkpoint came"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_command_continues(tmp_path: Path, number: signal.Signals) -> None:
+    long = [*TINY, "trainer.grad_steps=300", "trainer.eval_every=50", "trainer.checkpoint_every=25"]
+    cases = "plan.cases.gmm16=[" + ",".join(f"'{word}'" for word in long) + "]"
+    words = ["plan=quick", "studies=[map]", cases, f"out={tmp_path / 'stopped'}"]
+    running = command(*words)
+    wait_for_checkpoint(tmp_path / "stopped", running)
+    running.send_signal(number)
+    said, _ = running.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert running.returncode != 0 and "interrupted: the same command continues" in said
+        assert "Traceback" not in said and (tmp_path / "stopped" / "report.md").exists()
+    assert len(results(tmp_path / "stopped")) < 12
+    said, _ = (running := command(*words)).communicate(timeout=250)
+    assert running.returncode == 0, said
+    assert "12 of 12 cells are finished" in said
+    said, _ = (running := command(*words[:-1], f"out={tmp_path / 'whole'}")).communicate(timeout=250)
+    assert running.returncode == 0, said
+    assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_the_quick_plan_takes_less_than_three_minutes(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    said, _ = (running := command("plan=quick", f"out={tmp_path}")).communicate(timeout=250)
+    assert running.returncode == 0, said
+    assert time.monotonic() - begun < 180
+    report = (tmp_path / "report.md").read_text()
+    assert "24 of 24 cells are finished" in report and "Cells without a result" not in report
+    for image in (part.partition(")")[0] for part in report.split("](")[1:]):
+        assert (tmp_path / image).stat().st_size > 10_000
+    (tmp_path / "report.md").unlink()
+    said, _ = (running := command("report=true", f"out={tmp_path}")).communicate(timeout=250)
+    assert running.returncode == 0 and (tmp_path / "report.md").read_text() == report
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan=quik"], "Could not find 'plan/quik'"),
+        (["plan=quick", "plan.studies.map.baselin=x"], "unknown config key 'plan.studies.map.baselin'"),
+        (["plan=quick", "studies=[maps]"], "no study 'maps' in plan quick: there are map, schemes"),
+        (["report=true"], "holds no comparison: there is no index.json in it"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare_bootstrapping.py", *words, f"out={tmp_path}"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "examples" / "compare_bootstrapping.py"), run_name="__main__")
+    said = str(caught.value)
+    assert said.startswith("error: ") and message in said and "\n" not in said
+
+
+@pytest.mark.slow
+def test_multirun_with_joblib_gives_each_job_a_folder(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    script = [sys.executable, str(ROOT / "examples" / "train_td_lambda.py"), "-m", "hydra/launcher=joblib"]
+    script += [
+        "hydra.launcher.n_jobs=2",
+        "seed=0,1,2",
+        "compare=false",
+        *TINY,
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    seeds = [json.loads(file.read_text())["seed"] for file in tmp_path.glob("runs/*/results.json")]
+    assert sorted(seeds) == [0, 1, 2]

@@ -1,0 +1,287 @@
+"""The report's numbers against plain loops over the cells' result files; what is missing or single."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import trim_mean
+
+import diffrl.comparison
+import diffrl.report
+from diffrl.comparison import Cell, Comparison, Study, run_comparison
+from diffrl.findings import SCORE, Findings, Panel, Quantity
+from diffrl.report import write_report
+from diffrl.report_figures import _plain_ticks
+from diffrl.runs import RunFolderError
+from diffrl.tables import Table
+
+SIGMAS, NFES = ("0.1", "0.3", "1", "3"), ("5", "9")
+STEPS = 100
+CONFIG = {"trainer": {"grad_steps": STEPS}}
+
+
+def figures(scheme: str, seed: int, *, oracle: bool = True) -> dict[str, Any]:
+    """Figures that are a function of the scheme's name and the seed alone."""
+    rng = np.random.default_rng([seed, *scheme.encode()])
+    errors = {s: float(rng.gamma(5.0)) for s in SIGMAS} if oracle else {}
+    distances = {n: float(rng.gamma(5.0)) for n in NFES}
+    evaluations = 2000 if "target" in scheme else 1000
+    return {
+        "grad_steps": STEPS,
+        "samples": 400,
+        "network_evaluations": evaluations,
+        "seconds": float(rng.gamma(5.0)),
+        "value_error": errors,
+        "sample_distance": {"metric": "sliced_w2@50", "by_nfe": distances},
+    }
+
+
+def make(out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = True) -> Findings:
+    """A folder as `run_comparison` leaves it, with made-up figures; `skip` names cells, as scheme/seed."""
+    cells = [
+        Cell(s.name, case, scheme, seed, f"{case}{scheme}{seed}".encode().hex(), CONFIG)
+        for s in studies
+        for case in s.cases
+        for scheme in s.schemes
+        for seed in s.seeds
+    ]  # fmt: skip
+
+    def fake(task: tuple[str, dict[str, Any]]) -> float | None:
+        path = Path(task[0])
+        case, scheme, seed = next((c.case, c.scheme, c.seed) for c in cells if c.folder == path.name)
+        if f"{scheme}/{seed}" in skip:
+            raise RuntimeError("it broke | badly\nin a second line")
+        path.mkdir(parents=True)
+        found = figures(scheme, seed, oracle=oracle)
+        (path / "results.json").write_text(json.dumps({"objectives": {"td": found}}))
+        names = [f"value_error_{s}" for s in found["value_error"]]
+        table = Table(path / "metrics.csv", ("objective", "grad_steps", "network_evaluations", *names))
+        for step in range(0, STEPS + 1, 10):
+            errors = [error * math.exp(0.03 * (STEPS - step)) for error in found["value_error"].values()]
+            counts = {"grad_steps": step, "network_evaluations": step * found["network_evaluations"] // STEPS}
+            table.append({"objective": "td", **counts, **dict(zip(names, errors, strict=True))})
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffrl.comparison, "_run_cell", fake)
+        run_comparison(
+            Comparison("fake", ("0.1", "0.3", "1"), studies, tuple(cells)), out, workers=0, progress=False
+        )
+    return Findings(out)
+
+
+def study(name: str = "a", **changes: Any) -> Study:
+    fields: dict[str, Any] = {
+        "schemes": ("MC", "λ=0.5", "target"),
+        "seeds": tuple(range(5)),
+        "cases": ("gmm",),
+    }
+    fields |= {"title": "which is best", "baseline": "MC", "matched": "network_evaluations"}
+    return Study(name, **{**fields, **changes})
+
+
+def test_estimates_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    [panel] = make(tmp_path, study()).panels()
+    assert panel.quantities == [SCORE, *(Quantity("value_error", s) for s in SIGMAS),
+                                *(Quantity("sample_distance", n) for n in NFES)]  # fmt: skip
+    for scheme in ("λ=0.5", "target"):
+        mine, base = ([figures(s, seed) for seed in range(5)] for s in (scheme, "MC"))
+        for s in SIGMAS:
+            found = panel.estimates[scheme, Quantity("value_error", s)]
+            assert found is not None and found.value is not None and found.seeds == (0, 1, 2, 3, 4)
+            values = [f["value_error"][s] for f in mine]
+            ratios = [f["value_error"][s] / b["value_error"][s] for f, b in zip(mine, base, strict=True)]
+            assert found.value.iqm == pytest.approx(trim_mean(values, 0.25))
+            assert found.ratio.iqm == pytest.approx(trim_mean(ratios, 0.25))
+            assert found.probability == pytest.approx(sum(r < 1 for r in ratios) / 5)
+            assert found.ratio.low is not None and found.ratio.high is not None
+            assert min(ratios) <= found.ratio.low <= found.ratio.iqm <= found.ratio.high <= max(ratios)
+        scores = [
+            sum(f["value_error"][s] / b["value_error"][s] for s in ("0.1", "0.3", "1")) / 3
+            for f, b in zip(mine, base, strict=True)
+        ]
+        found = panel.estimates[scheme, SCORE]
+        assert found is not None and found.value is None
+        assert found.ratio.iqm == pytest.approx(trim_mean(scores, 0.25))
+        assert panel.costs(scheme)["seconds"] == pytest.approx(trim_mean([f["seconds"] for f in mine], 0.25))
+    baseline = panel.estimates["MC", SCORE]
+    assert baseline is not None and baseline.ratio == (1, 1, 1) and baseline.probability == 0.5
+    assert panel.is_matched("λ=0.5") and not panel.is_matched("target")
+
+
+def test_effort_is_the_first_evaluation_at_the_baselines_level(tmp_path: Path) -> None:
+    [panel] = make(tmp_path, study()).panels()
+    for scheme in ("MC", "λ=0.5", "target"):
+        shares = []
+        for seed in range(5):
+            mine, base = (figures(s, seed)["value_error"] for s in (scheme, "MC"))
+            last = sum(mine[s] / base[s] for s in ("0.1", "0.3", "1")) / 3
+            shares += [
+                next(
+                    (k for k in range(0, 101, 10) if last * math.exp(0.03 * (100 - k)) <= 1 + 1e-9), math.inf
+                )
+            ]
+        effort = panel.effort(scheme)
+        assert (effort.seeds, effort.reached) == (5, sum(np.isfinite(shares)))
+        if math.inf in shares:
+            assert effort.grad_steps is None is effort.network_evaluations
+        else:
+            assert effort.grad_steps is not None and effort.network_evaluations is not None
+            assert effort.grad_steps.iqm == pytest.approx(trim_mean(shares, 0.25) / 100)
+            factor = 2 if scheme == "target" else 1
+            assert effort.network_evaluations.iqm == pytest.approx(factor * effort.grad_steps.iqm)
+    assert panel.effort("MC").grad_steps == (1, 1, 1)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take seconds: only the tests that look at them draw them."""
+    monkeypatch.setattr(diffrl.report, "draw_figures", lambda panel, folder: [])
+
+
+def test_files_hold_every_number_and_the_report_shows_them(tmp_path: Path) -> None:
+    grid = {"λ": ("0", "1"), "η": ("0.0", "1.0")}
+    schemes = ("λ=0, η=0.0", "λ=0, η=1.0", "λ=1, η=0.0", "λ=1, η=1.0")
+    findings = make(tmp_path, study(), study("map", schemes=schemes, baseline=schemes[-1], axes=grid))
+    text = write_report(tmp_path).read_text()
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = {(r["study"], r["scheme"], int(r["seed"])): r for r in csv.DictReader(file)}
+    assert len(rows) == 5 * 3 + 5 * 4
+    for (_, scheme, seed), row in rows.items():
+        wanted = figures(scheme, seed)
+        assert {s: float(row[f"value_error_{s}"]) for s in SIGMAS} == wanted["value_error"]
+        assert {n: float(row[f"sample_distance_nfe_{n}"]) for n in NFES} == wanted["sample_distance"][
+            "by_nfe"
+        ]
+        assert float(row["seconds"]) == wanted["seconds"] and row["status"] == "finished"
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    shown = 0
+    for panel in findings.panels():
+        for (scheme, quantity), estimate in panel.estimates.items():
+            assert estimate is not None
+            [entry] = [
+                e for e in summary["estimates"]
+                if (e["study"], e["scheme"], e["kind"], e["at"]) == (panel.study.name, scheme, *quantity)
+            ]  # fmt: skip
+            assert entry["ratio"] == estimate.ratio._asdict() and entry["probability"] == estimate.probability
+            if scheme != panel.study.baseline:
+                low, high = estimate.ratio.low, estimate.ratio.high
+                assert (
+                    f"{estimate.ratio.iqm:.2f} [{low:.2f}, {high:.2f}] P {estimate.probability:.2f}" in text
+                )
+                shown += 1
+    assert shown == 7 * (2 + 3)
+    assert "35 of 35 cells are finished" in text and "torch " in text and "network evaluations, 1,000" in text
+    assert f"| target | {STEPS} | 400 | 2,000 |" in text and "**no**" in text
+
+    kinds = {"a_gmm": ("intervals", "learning", "nfe"), "map_gmm": ("map", "learning", "nfe")}
+    for stem in (f"{name}_{kind}" for name, made in kinds.items() for kind in made):
+        assert f"](figures/{stem}.png)" in text
+        for suffix in ("png", "pdf", "csv"):
+            assert (tmp_path / "figures" / f"{stem}.{suffix}").stat().st_size > 100
+    with (tmp_path / "figures" / "map_gmm_map.csv").open(newline="") as file:
+        drawn = list(csv.DictReader(file))
+    _, map_panel = findings.panels()
+    assert len(drawn) == 4 * 3
+    for row in drawn:
+        estimate = map_panel.estimates[f"λ={row['λ']}, η={row['η']}", Quantity(row["figure"], row["at"])]
+        assert estimate is not None and float(row["iqm"]) == estimate.ratio.iqm
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_drawn_anew_the_report_is_the_same(tmp_path: Path) -> None:
+    make(tmp_path, study())
+    write_report(tmp_path)
+    names = ("report.md", "summary.csv", "summary.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    write_report(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_failed_and_missing_cells_are_listed_and_leave_the_rest(tmp_path: Path) -> None:
+    skip = ("λ=0.5/3", "MC/4")
+    findings = make(tmp_path, study(), skip=skip)
+    [panel] = findings.panels()
+    assert [(c.scheme, c.seed, c.status) for c in findings.unfinished()] == [
+        ("MC", 4, "failed"), ("λ=0.5", 3, "failed"),
+    ]  # fmt: skip
+    assert panel.seeds("λ=0.5") == (0, 1, 2) and panel.seeds("target") == (0, 1, 2, 3)
+    text = write_report(tmp_path).read_text()
+    assert "13 of 15 cells are finished" in text and "λ=0.5 (3 of 5 seeds)" in text
+    assert text.count("RuntimeError: it broke \\| badly |") == 2 and "in a second line" not in text
+    for file in (tmp_path / "cells").glob("*/error.txt"):
+        file.unlink()
+    assert {c.status for c in Findings(tmp_path).unfinished()} == {"missing"}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_a_baseline_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    make(tmp_path, study(), skip=tuple(f"MC/{seed}" for seed in range(5)))
+    text = write_report(tmp_path).read_text()
+    assert "No seed of the baseline, MC, is finished" in text and "Best schemes" not in text
+
+
+@pytest.mark.parametrize("schemes", [("MC",), ("MC", "λ=0.5")])
+@pytest.mark.parametrize("oracle", [True, False])
+def test_one_seed_and_one_scheme(tmp_path: Path, schemes: tuple[str, ...], oracle: bool) -> None:
+    findings = make(tmp_path, study(schemes=schemes, seeds=(7,)), oracle=oracle)
+    [panel] = findings.panels()
+    assert (SCORE in panel.quantities) == oracle
+    text = write_report(tmp_path).read_text()
+    assert "[" not in text.partition("## a:")[2].replace("![", "")  # no interval of one seed
+    assert ("Best schemes" in text) == (len(schemes) > 1)
+    assert ("Effort to reach" in text) == oracle
+    if oracle and len(schemes) > 1:
+        ratio = panel.estimates["λ=0.5", SCORE]
+        assert ratio is not None and f"{ratio.ratio.iqm:.2f} P {ratio.probability:.2f}" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_figures_that_are_not_finite_are_called_so(tmp_path: Path) -> None:
+    make(tmp_path, study())
+    file = next(path for path in (tmp_path / "cells").glob("*lambda=0.5_s2*/results.json"))
+    results = json.loads(file.read_text())
+    results["objectives"]["td"]["sample_distance"]["by_nfe"]["5"] = math.inf
+    file.write_text(json.dumps(results))
+    [panel] = Findings(tmp_path).panels()
+    assert panel.estimates["λ=0.5", Quantity("sample_distance", "5")] is None
+    assert panel.estimates["λ=0.5", Quantity("sample_distance", "9")] is not None
+    assert "not finite" in write_report(tmp_path).read_text()
+
+
+def test_a_folder_without_a_comparison(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no comparison: there is no index.json in it"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("low", [0.003, 0.83, 1.0, 7.0])
+@pytest.mark.parametrize("span", [1.02, 1.3, 9.0, 40.0, 1e9])
+@pytest.mark.parametrize("most", [4, 9])
+def test_ticks_are_round_few_and_inside(low: float, span: float, most: int) -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set_xscale("log")
+    axes.set_xlim(low, low * span)
+    _plain_ticks(axes.xaxis, most)
+    ticks = axes.get_xticks()
+    assert (
+        1 <= len(ticks) <= most
+        and (ticks >= low * (1 - 1e-9)).all()
+        and (ticks <= low * span * (1 + 1e-9)).all()
+    )
+    assert [float(label.get_text()) for label in axes.get_xticklabels()] == pytest.approx(
+        list(ticks), rel=1e-3
+    )
+
+
+def test_a_panel_is_its_own_study_and_case(tmp_path: Path) -> None:
+    panels: list[Panel] = list(make(tmp_path, study(cases=("gmm", "rings")), study("b")).panels())
+    assert [(p.study.name, p.case) for p in panels] == [("a", "gmm"), ("a", "rings"), ("b", "gmm")]
+    assert all(len(p.cells) == 3 and len(p.cells["MC"]) == 5 for p in panels)
