@@ -1,0 +1,26 @@
+"""README's snippets are run as they stand there, and print what they claim to."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippet_prints_its_last_comment(snippet: str) -> None:
+    *_, claimed = snippet.strip().splitlines()
+    assert claimed.startswith("# ")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert out.getvalue().strip() == claimed.removeprefix("# ")
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / link).exists(), link
