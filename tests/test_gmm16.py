@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small import composed
+from tests.small import composed
 
 from diffrl.configs.cli import settings
 from diffrl.experiment import run_experiment
