@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tests.small import composed
 
 from diffrl.configs.cli import settings
 from diffrl.experiment import run_experiment
+from tests.small import composed
 
 
 @pytest.mark.slow

@@ -844,3 +844,10 @@ def test_td0_from_own_predictions_finds_the_posterior_mean(coupling: str, shrink
         loss(draw(32))["loss_value"].backward()
         optimiser.step()
     assert (value_error() < 0.25 * before) == shrinks
+
+
+def test_a_locked_chain_is_read_only() -> None:
+    D, chain = denoiser(), draw()
+    free = ValueLoss(D)(chain.clone())["loss_value"]
+    locked = chain.exclude("loss").lock_()
+    assert number(ValueLoss(D)(locked)["loss_value"]) == number(free) and "loss" not in locked.keys()

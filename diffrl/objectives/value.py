@@ -229,7 +229,8 @@ class ValueLoss(LossModule):
             loss = loss + c * L_den
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
-        tensordict[keys.LOSS] = loss.detach().view(*tensordict.batch_size, 1)
+        if not tensordict.is_locked:
+            tensordict[keys.LOSS] = loss.detach().view(*tensordict.batch_size, 1)
         importance = chain.get(keys.IMPORTANCE, None)
         if importance is not None:
             loss = importance * loss
