@@ -1,6 +1,5 @@
 """The denoising chain as Gymnasium environments, single and vector: the torch core, NumPy at the edge."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,23 +8,28 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 
 from diffrl import keys
 from diffrl.data import DATASETS, Data
+from diffrl.envs.gymnasium_common import (
+    Array,
+    Info,
+    Observation,
+    Streams,
+    copied,
+    first,
+    known_options,
+    named,
+    reset_mask,
+)
 from diffrl.envs.reward_process import RewardProcess
-from diffrl.samplers import Noise
 from diffrl.schedules import PROCESSES, Schedule
 
 __all__ = ["DiffusionMRPEnv", "DiffusionMRPVectorEnv"]
-
-Array = NDArray[Any]
-Observation = dict[str, Array]
-Info = dict[str, Any]
 
 
 class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
@@ -91,8 +95,8 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
         if reward_mode not in ("vector", "flat", "sum"):
             raise ValueError(f"reward_mode is {reward_mode!r}: give 'vector', 'flat' or 'sum'")
         self.reward_process = RewardProcess(
-            _named("process", PROCESSES, process, process_kwargs),
-            _named("data", DATASETS, data, data_kwargs),
+            named("process", PROCESSES, process, process_kwargs),
+            named("data", DATASETS, data, data_kwargs),
             num_steps=num_steps,
             coupling=coupling,
             span=span,
@@ -119,12 +123,12 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
     ) -> tuple[Observation, Info]:
         """Start a chain, at ``options["x0"]`` [*E] if given."""
         super().reset(seed=seed)
-        if seed is not None or not self._chains.generators:
-            self._chains.seed([self.np_random])
-        given = {k: np.asarray(v)[None] for k, v in _known(options, "x0", "cond").items()}
+        if seed is not None or not self._chains.streams.generators:
+            self._chains.streams.seed([self.np_random])
+        given = {k: np.asarray(v)[None] for k, v in known_options(options, "x0", "cond").items()}
         self._chains.reset(np.ones(1, bool), **given)
         observation, info = self._chains.seen()
-        return _first(observation), _first(info)
+        return first(observation), first(info)
 
     def step(self, action: int) -> tuple[Observation, Any, bool, bool, Info]:
         """Wait for one step; the action is 0.
@@ -135,7 +139,7 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
         """
         observation, reward, terminated, truncated, info = self._chains.step(action, self.reward_mode)
         paid = float(reward[0]) if self.reward_mode == "sum" else reward[0]
-        return _first(observation), paid, bool(terminated[0]), bool(truncated[0]), _first(info)
+        return first(observation), paid, bool(terminated[0]), bool(truncated[0]), first(info)
 
 
 class DiffusionMRPVectorEnv(VectorEnv[Observation, Array, Array]):
@@ -188,22 +192,14 @@ class DiffusionMRPVectorEnv(VectorEnv[Observation, Array, Array]):
         Returns:
             Observations and infos of all chains.
         """
-        n = self.num_envs
         if isinstance(seed, Sequence):
-            if len(seed) != n:
-                raise ValueError(
-                    f"there are {len(seed)} seeds for {n} chains: give one for each, or a number"
-                )
-            self._chains.seed([seeding.np_random(s)[0] for s in seed])
+            self._chains.streams.seed_each(seed)
         else:
             super().reset(seed=seed)
-            if seed is not None or not self._chains.generators:
-                self._chains.seed([self.np_random])
-        given = {k: np.asarray(v) for k, v in _known(options, "x0", "cond", "reset_mask").items()}
-        mask = given.pop("reset_mask", np.ones(n, bool))
-        if mask.shape != (n,) or mask.dtype != np.bool_:
-            raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}: give a bool array of shape ({n},)")
-        self._chains.reset(mask, **given)
+            if seed is not None or not self._chains.streams.generators:
+                self._chains.streams.seed([self.np_random])
+        given = {k: np.asarray(v) for k, v in known_options(options, "x0", "cond", "reset_mask").items()}
+        self._chains.reset(reset_mask(given.pop("reset_mask", None), self.num_envs), **given)
         return self._chains.seen()
 
     def step(self, actions: Array) -> tuple[Observation, Array, Array, Array, Info]:
@@ -222,15 +218,11 @@ class _Chains:
     def __init__(
         self, reward_process: RewardProcess, n: int, noise: Callable[[Tensor], Tensor] | None
     ) -> None:
-        self.reward_process, self.noise, self.rows = reward_process, noise, torch.arange(n)
-        self.generators: list[Generator] = []  # one for all chains, or one for each
+        self.reward_process, self.streams, self.rows = reward_process, Streams(n, noise), torch.arange(n)
         self.x0 = torch.zeros(n, *reward_process.event_shape, dtype=reward_process.dtype)
         self.cond = torch.zeros_like(self.rows) if reward_process.num_classes else None
         self.states = reward_process.states(torch.zeros_like(self.rows), self.x0)
         self.over = np.ones(n, bool)
-
-    def seed(self, sources: Sequence[np.random.Generator]) -> None:
-        self.generators = [Generator().manual_seed(int(rng.integers(2**63))) for rng in sources]
 
     def reset(self, mask: NDArray[np.bool_], x0: Array | None = None, cond: Array | None = None) -> None:
         r, rows = self.reward_process, self.rows[torch.from_numpy(mask)]
@@ -244,7 +236,7 @@ class _Chains:
         else:
             datum, label = r.given(torch.tensor(x0), label, tuple(self.rows.shape))
             datum, label = datum[rows], None if label is None else label[rows]
-        start = r.start(torch.zeros_like(rows), datum, self._draw_noise(datum, rows))
+        start = r.start(torch.zeros_like(rows), datum, self.streams.noise(datum, rows))
         index = self.states.index.index_copy(0, rows, start.index)
         self.states = r.states(index, self.states.x.index_copy(0, rows, start.x))
         self.x0 = self.x0.index_copy(0, rows, datum)
@@ -258,7 +250,7 @@ class _Chains:
         if self.over.any():
             ended = np.flatnonzero(self.over).tolist()
             raise ResetNeeded(f"chains {ended} of {len(self.over)} are not running: call reset() first")
-        noise = self._draw_noise(self.states.x, self.rows)
+        noise = self.streams.noise(self.states.x, self.rows)
         self.states, r, terminated, truncated = self.reward_process.step(self.states, self.x0, noise)
         self.over = (terminated | truncated).numpy()
         observation, info = self.seen()
@@ -274,56 +266,19 @@ class _Chains:
     def seen(self) -> tuple[Observation, Info]:
         """Observations and infos."""
         s = self.states
-        observation = {keys.X_T: _copy(s.x), keys.T: _copy(s.t)[:, None]}
+        observation = {keys.X_T: copied(s.x), keys.T: copied(s.t)[:, None]}
         info = {
-            keys.X0: _copy(self.x0),
-            keys.INDEX: _copy(s.index),
-            keys.A: _copy(s.A),
-            keys.KAPPA: _copy(s.kappa),
+            keys.X0: copied(self.x0),
+            keys.INDEX: copied(s.index),
+            keys.A: copied(s.A),
+            keys.KAPPA: copied(s.kappa),
         }
-        return observation, info if self.cond is None else info | {keys.COND: _copy(self.cond)}
+        return observation, info if self.cond is None else info | {keys.COND: copied(self.cond)}
 
     def _draw(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        if len(self.generators) == 1:
-            return self.reward_process.draw(len(rows), self.generators[0])
-        draws = [self.reward_process.draw(1, self.generators[row]) for row in rows.tolist()]
+        generators = self.streams.generators
+        if self.streams.shared:
+            return self.reward_process.draw(len(rows), generators[0])
+        draws = [self.reward_process.draw(1, generators[row]) for row in rows.tolist()]
         labels = [label for _, label in draws if label is not None]
         return torch.cat([x0 for x0, _ in draws]), torch.cat(labels) if labels else None
-
-    def _draw_noise(self, x: Tensor, rows: Tensor) -> Tensor:
-        if self.noise is not None:
-            return self.noise(x)
-        g = self.generators
-        return Noise(g[0] if len(g) == 1 else [g[row] for row in rows.tolist()])(x)
-
-
-def _copy(x: Tensor) -> Array:
-    return x.numpy().copy()
-
-
-def _first(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    return {key: array[0] for key, array in arrays.items()}
-
-
-def _known(options: Mapping[str, Any] | None, *names: str) -> dict[str, Any]:
-    for key in options or {}:
-        if key not in names:
-            raise ValueError(f"options has no {key!r}: choose from {', '.join(names)}")
-    return dict(options or {})
-
-
-def _named(
-    kind: str, registry: Mapping[str, Callable[..., Any]], choice: Any, kwargs: Mapping[str, Any] | None
-) -> Any:
-    """What a name stands for, built with kwargs; an object is taken as it is."""
-    if not isinstance(choice, str):
-        if kwargs:
-            raise ValueError(f"{kind}_kwargs goes with a name, but {kind} is an object already")
-        return choice
-    if choice not in registry:
-        raise ValueError(f"{kind} is {choice!r}: choose from {', '.join(sorted(registry))}")
-    known = inspect.signature(registry[choice]).parameters
-    for key in kwargs or {}:
-        if key not in known:
-            raise TypeError(f"{kind}_kwargs has no {key!r}: {choice!r} takes {', '.join(known)}")
-    return registry[choice](**(kwargs or {}))
