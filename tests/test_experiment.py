@@ -230,6 +230,7 @@ def test_terminated_and_resumed(
     monkeypatch.undo()
     folder = RunFolder(tmp_path / "run")
     assert (folder.checkpoints(objective) / "step_000017").is_dir()
+    at_step(16, lambda: pytest.fail("trained again"), monkeypatch, objective)
     resumed = run_experiment({**folder.config(), "resume": str(folder.path)}, progress=False)
     assert_same_run(whole, resumed)
 
@@ -294,13 +295,10 @@ def test_signalled_from_outside(tmp_path: Path) -> None:
     assert latest_checkpoint(path / "checkpoints" / "td") is not None
 
 
-def test_a_finished_run_is_not_trained_again(
-    whole: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_finished_run_is_neither_trained_nor_evaluated_again(
+    whole: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(self: Trainer) -> dict[str, float]:
-        raise AssertionError("trained")
-
-    monkeypatch.setattr(Trainer, "_step", never)
+    monkeypatch.setattr(experiment._Job, "run", lambda *_: pytest.fail("run again"))
     before = (whole.path / "results.json").read_bytes()
     run_experiment({**whole.config(), "resume": str(whole.path)}, progress=False)
     assert (whole.path / "results.json").read_bytes() == before
@@ -469,8 +467,10 @@ def test_loaded_samples_are_those_that_were_evaluated(whole: RunFolder) -> None:
 
 def test_samples_do_not_depend_on_the_batch_they_are_drawn_in(whole: RunFolder) -> None:
     loaded = diffrl.load(whole.path)
-    alone = loaded.sample(1, num_steps=4, seed=5)
-    torch.testing.assert_close(loaded.sample(6, num_steps=4, seed=0)[5:], alone)
+    together = loaded.sample(10, num_steps=4, seed=0)
+    torch.testing.assert_close(together[5:6], loaded.sample(1, num_steps=4, seed=5))
+    few, _ = draw_samples(loaded.denoiser, loaded.data, Heun(), num_steps=4, samples=10, seed=0, batch_size=4)
+    torch.testing.assert_close(few, together)
 
 
 def test_there_is_nothing_to_load(whole: RunFolder, tmp_path: Path) -> None:

@@ -361,6 +361,7 @@ def test_figures_count_data_and_states(tmp_path: Path) -> None:
     assert [row["grad_steps"] for row in rows] == [0, 5, 6, 10, 12]
     assert [row["grad_steps"] for row in rows if "value_error_1" in row] == [0, 6, 12]
     assert rows[-1]["samples"] == 12 * 8 and rows[-1]["network_evaluations"] == 12 * 8 * 5
+    assert trainer.ema.samples == 12 * 8  # its half-life is counted in data
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds) and seconds[-1] > 0
 
