@@ -758,7 +758,7 @@ def test_state_dict() -> None:
         ({"n_steps": 0}, "n_steps is 0"),
         ({"n_steps": 1.5}, "n_steps is 1.5"),
         ({"gamma": 1.1}, r"gamma is 1.1, but must lie in \[0, 1\]"),
-        ({"weight": "edn"}, "weight is 'edn': give one of pairwise, edm"),
+        ({"weight": "edm2"}, "weight is 'edm2': give one of pairwise, edm"),
         ({"bootstrap": "ema"}, "bootstrap is 'ema': give 'own', 'target' or 'residual'"),
         ({"denoising_coef": -0.5}, "denoising_coef is -0.5"),
         ({"denoising_coef": math.nan}, "denoising_coef is nan"),
