@@ -85,7 +85,7 @@ def test_flow_sde_is_exact_in_the_data(a: float, shift: float) -> None:
 
 def test_flow_sde_leaves_too_much_noise() -> None:
     """At every step; the published example is 0.728 where 0.7 is due."""
-    for N, a in itertools.product((4, 10, 28, 50), (0.3, 0.7, 1.0)):
+    for N, a in itertools.product((4, 10, 28, 40), (0.3, 0.7, 1.0)):
         t, s = steps(Flow(), N)
         _, on_noise, std = on_x0_and_noise(FlowSDE(a), Flow(), t, s)
         excess = (on_noise**2 + std**2).sqrt() - s
