@@ -20,7 +20,7 @@ class StudyConfig:
     axes: dict[str, str] = field(default_factory=dict)
     """A grid of further schemes: by the label of an axis, key and values, as ``objective.lmbda=0,0.5,1``."""
     baseline: str = MISSING
-    """The scheme that the others are measured by; one of a grid is called as ``λ=1, η=1.0``."""
+    """The scheme that the others are measured by; one of a grid is called as ``λ=1, η=1``."""
     matched: str = "grad_steps"
     """What all schemes have in common: grad_steps, network_evaluations or seconds."""
     overrides: list[str] = field(default_factory=list)

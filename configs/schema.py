@@ -51,6 +51,8 @@ def _plain(hint: Any) -> Any:
         return type(args[0])
     if origin in (Union, UnionType):
         inner = [plain for a in args if a is not NoneType and (plain := _plain(a)) is not Any]
+        if float in inner and len(set(inner)) > 1:
+            inner.append(int)  # 1 for 1.0, as where float stands alone
         union = Union[tuple(dict.fromkeys(inner))] if inner else Any  # noqa: UP007
         return Union[union, None] if NoneType in args else union  # noqa: UP007
     if origin in (tuple, list):

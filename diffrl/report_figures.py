@@ -151,7 +151,7 @@ def _draw_map(figure: Any, panel: Panel) -> Rows:
                     table[i, j] = row["iqm"]
         tables.append(table)
     logs = np.abs(np.log2(np.concatenate([table[np.isfinite(table)] for table in tables])))
-    most = float(np.clip(logs.max(), 0.15, 2))
+    most = float(np.clip(logs.max(initial=0), 0.15, 2))
     for axes, quantity, table in zip(grid, quantities, tables, strict=False):
         image = axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
         axes.set_xticks(range(len(column_values)), [f"{float(v):g}" for v in column_values])
@@ -160,7 +160,7 @@ def _draw_map(figure: Any, panel: Panel) -> Rows:
         axes.grid(False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        best = np.unravel_index(np.nanargmin(table), table.shape)
+        best = np.unravel_index(np.argmin(np.nan_to_num(table, nan=math.inf)), table.shape)
         for (i, j), ratio in np.ndenumerate(table):
             if math.isnan(ratio):
                 continue

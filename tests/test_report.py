@@ -15,7 +15,7 @@ import diffrl.report
 from diffrl.comparison import Cell, Comparison, Study, run_comparison
 from diffrl.findings import SCORE, Findings, Panel, Quantity
 from diffrl.report import write_report
-from diffrl.report_figures import _plain_ticks
+from diffrl.report_figures import _plain_ticks, draw_figures
 from diffrl.runs import RunFolderError
 from diffrl.tables import Table
 
@@ -240,6 +240,17 @@ def test_one_seed_and_one_scheme(tmp_path: Path, schemes: tuple[str, ...], oracl
     if oracle and len(schemes) > 1:
         ratio = panel.estimates["λ=0.5", SCORE]
         assert ratio is not None and f"{ratio.ratio.iqm:.2f} P {ratio.probability:.2f}" in text
+
+
+def test_a_grid_with_holes_is_drawn(tmp_path: Path) -> None:
+    grid = {"λ": ("0", "1"), "η": ("0.0", "1.0")}
+    schemes = ("λ=0, η=0.0", "λ=0, η=1.0", "λ=1, η=0.0", "λ=1, η=1.0")
+    holes = tuple(f"{scheme}/{seed}" for scheme in schemes[:2] for seed in range(5))
+    [panel] = make(tmp_path, study(schemes=schemes, baseline=schemes[-1], axes=grid), skip=holes).panels()
+    [(_, path), *_] = draw_figures(panel, tmp_path)
+    assert path.name == "a_gmm_map.png"
+    with path.with_suffix(".csv").open(newline="") as file:
+        assert {(row["λ"], row["η"]) for row in csv.DictReader(file)} == {("1", "0.0"), ("1", "1.0")}
 
 
 @pytest.mark.usefixtures("undrawn")
