@@ -29,7 +29,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.installed-demo
-	for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+	$(ONE_THREAD) $(BIN)/python benchmarks/run.py $(ARGS)
 
 # pdoc follows __all__ of diffrl/__init__.py; the modules that it does not name are asked for one by one
 MODULES = $(filter-out diffrl.data diffrl.metrics diffrl.returns,$(patsubst diffrl/%.py,diffrl.%,$(wildcard diffrl/[a-z]*.py)))

@@ -1,0 +1,66 @@
+"""What diffrl costs: one table of ratios, also written to benchmarks/results.json.
+
+python benchmarks/run.py            # about five minutes
+python benchmarks/run.py --quick    # below a minute: fewer rounds and wider intervals; writes nothing
+
+A ratio of processor times is the median over rounds in which all variants run in turn, with its 95 % bootstrap
+interval. A training step draws its states, goes forward and backward, and updates weights, target network and
+average.
+
+same parts     a loop by hand with diffrl's denoiser and chains, so with the same draw and forward: what loss
+               modules, targets and averages cost. The promises are about this one.
+plain torch    the step by hand from the first line to the last (`by_hand.py`): chains without TensorDicts, no
+               checks, nothing but EDM
+bare           the network evaluations alone, forward and backward
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+os.environ.setdefault("RL_WARNINGS", "0")
+
+import torch
+from chain_drawing import chain_drawing
+from lambda_returns import cost_of_lambda_returns
+from report import Row, as_json, table
+from step_cost import SIZES, step_cost
+
+from diffrl.runs import versions, write_atomically
+
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; results.json stays as it is")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    start, parts = time.time(), {}
+
+    def show(title: str, direction: str, rows: list[Row]) -> None:
+        print(table(title, direction, rows), flush=True)
+        parts[title] = as_json(rows)
+
+    for size, rounds in zip(SIZES, (30, 7) if quick else (400, 60), strict=True):
+        show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
+    rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
+    show("chains drawn in 2-D", "times as fast as", rows)
+    shape = (32, 18, 3072) if quick else (256, 18, 3072)
+    show("λ-returns", "times as fast as", [cost_of_lambda_returns(shape, rounds=5 if quick else 9)])
+    seconds = time.time() - start
+    print(f"processor time on one thread: medians and 95 % intervals of interleaved rounds; {seconds:.0f} s")
+    if not quick:
+        machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
+        about = {"command": "python benchmarks/run.py", "versions": versions(), "machine": machine}
+        write_atomically(RESULTS, json.dumps(about | {"results": parts}, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
