@@ -19,9 +19,8 @@ from diffrl.data import Data
 from diffrl.denoisers import Denoiser
 from diffrl.ema import EMA
 from diffrl.networks import MLP, UNet
-from diffrl.objectives import ValueLoss, sample_td_edm_pairs, td_edm_loss
+from diffrl.objectives import SoftUpdate, ValueLoss, sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.schemes import monte_carlo_loss
-from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.schedules import EDM
 from diffrl.trainer import Average, Length, Optim, Target, Trainer
 from diffrl.trajectories import ChainSampler

@@ -5,6 +5,7 @@ from diffrl.objectives.consistency_pairs import sample_consistency_pairs as samp
 from diffrl.objectives.denoising import sample_log_normal_states as sample_log_normal_states
 from diffrl.objectives.denoising import sample_uniform_states as sample_uniform_states
 from diffrl.objectives.lambda_schedule import LambdaSchedule as LambdaSchedule
+from diffrl.objectives.soft_update import SoftUpdate as SoftUpdate
 from diffrl.objectives.td_edm import sample_td_edm_pairs as sample_td_edm_pairs
 from diffrl.objectives.td_edm import td_edm_loss as td_edm_loss
 from diffrl.objectives.value import ValueLoss as ValueLoss
@@ -12,6 +13,7 @@ from diffrl.objectives.value import ValueLoss as ValueLoss
 __all__ = [
     "ConsistencyLoss",
     "LambdaSchedule",
+    "SoftUpdate",
     "ValueLoss",
     "sample_consistency_pairs",
     "sample_log_normal_states",
