@@ -1,7 +1,7 @@
 """What one step of a reverse sampler is: the denoiser it asks, the law it draws from, the noise it uses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +12,10 @@ from diffrl.processes import normal_log_prob
 from diffrl.schedules import Schedule
 from diffrl.shapes import expand_like
 
-__all__ = ["GaussianSampler", "Kernel", "Model", "Noise", "Sampler", "column", "velocity"]
+__all__ = ["GaussianSampler", "Kernel", "Model", "Noise", "NoiseFn", "Sampler", "column", "velocity"]
+
+# standard normal numbers for a tensor, of its shape, dtype and device
+NoiseFn = Callable[[Tensor], Tensor]
 
 
 class Noise:
@@ -102,7 +105,7 @@ class Kernel(NamedTuple):
     mean: Tensor
     std: Tensor
 
-    def sample(self, noise: Noise) -> Tensor:
+    def sample(self, noise: NoiseFn) -> Tensor:
         """A draw, mean + std z."""
         if not bool((self.std > 0).any()):
             return self.mean
@@ -125,7 +128,7 @@ class Sampler(ABC):
         return process.time_grid(num_steps)
 
     @abstractmethod
-    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
         """The state at time s from the state x [N, *E] at time t (float64 scalars)."""
 
 
@@ -148,6 +151,6 @@ class GaussianSampler(Sampler):
         """`law` with the model's own clean estimate."""
         return self.law(model.process, x, model(x, t), t, s)
 
-    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
         """A draw from the kernel."""
         return self.kernel(model, x, t, s).sample(noise)

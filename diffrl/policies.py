@@ -1,18 +1,21 @@
 """A denoiser and a stochastic kernel as a policy: the action is the next latent, and it has a log-probability."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution
 
 from diffrl import keys
+from diffrl.kernels import GaussianSampler, Kernel, Noise, NoiseFn, column
 from diffrl.processes import normal_log_prob
-from diffrl.samplers import GaussianSampler
 from diffrl.schedules import Schedule
 
-__all__ = ["DenoisingPolicy", "Law"]
+__all__ = ["ActionDistribution", "DenoisingPolicy", "Law"]
 
 
 class Law(NamedTuple):
@@ -35,6 +38,8 @@ class DenoisingPolicy(TensorDictModuleBase):
     its log-probability is reported as 0, and `trainable` is False: losses leave it out. A floor on std makes
     every step stochastic instead, in sampling and in the log-probability alike. Both are computed in float32.
 
+    It is an actor to TorchRL: call it with a TensorDict, or give it to a rollout, a collector or `ClipPPOLoss`.
+
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2,
     https://arxiv.org/abs/2305.13301.
 
@@ -48,11 +53,12 @@ class DenoisingPolicy(TensorDictModuleBase):
         process: noise schedule; the denoiser's if None.
 
     Raises:
-        ValueError: an unknown reduction or a negative floor.
+        TypeError: the sampler's step is not one Gaussian.
+        ValueError: an unknown reduction, a negative floor, or no process.
     """
 
     in_keys = [keys.X_T, keys.INDEX]
-    out_keys = [keys.ACTION, keys.ACTION_LOG_PROB, keys.X0_HAT]
+    out_keys = [keys.ACTION, keys.ACTION_LOG_PROB, keys.X0_HAT, keys.TRAINABLE]
 
     def __init__(
         self,
@@ -69,14 +75,20 @@ class DenoisingPolicy(TensorDictModuleBase):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
         if not std_floor >= 0:
             raise ValueError(f"std_floor is {std_floor}: it is a standard deviation >= 0")
+        if not isinstance(sampler, GaussianSampler):
+            raise TypeError(f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()")
+        process = getattr(denoiser, "process", None) if process is None else process
+        if process is None:
+            raise ValueError("this denoiser does not know its process: give process=")
         self.denoiser, self.sampler, self.num_steps = denoiser, sampler, num_steps
         self.reduction, self.std_floor = reduction, std_floor
-        self.process: Schedule = denoiser.process if process is None else process  # type: ignore[assignment]
+        self.process: Schedule = process
         self.grid = sampler.grid(self.process, num_steps)
         """Times of the states, the clean one last: float64, shape [K+1]."""
         self.nfe = 0
         """States forwarded so far."""
-        self.generator: torch.Generator | None = None
+        self.generator: Generator | Sequence[Generator] | None = None
+        """What actions are drawn from in `forward`: one, or one per state; None: torch's global one."""
 
     def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Law:
         """The law of the next latent.
@@ -101,19 +113,98 @@ class DenoisingPolicy(TensorDictModuleBase):
         log_p = normal_log_prob(action.float(), law.mean, std, batch_dims=1, reduction=self.reduction)
         return torch.where(stochastic, log_p, 0.0)
 
+    def act(
+        self, x_t: Tensor, index: Tensor, cond: Tensor | None = None, *, noise: NoiseFn
+    ) -> tuple[Tensor, Law]:
+        """Draw actions, float32 [N, *E], and tell the law they came from; arguments as of `law`.
+
+        Noise is not asked for where every step is deterministic.
+        """
+        law = self.law(x_t, index, cond)
+        return Kernel(law.mean, law.std).sample(noise), law
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Draw actions: write action, action_log_prob, x0_hat and trainable into the TensorDict [*b]."""
-        b = tensordict.ndim
-        x_t = tensordict.get(keys.X_T)
-        cond = tensordict.get(keys.COND, None)
-        cond = None if cond is None else cond.flatten(0, b - 1)
-        law = self.law(x_t.flatten(0, b - 1), tensordict.get(keys.INDEX).flatten(), cond)
-        z = torch.randn(
-            law.mean.shape, generator=self.generator, dtype=law.mean.dtype, device=law.mean.device
-        )
-        action = law.mean + law.std.view(-1, *[1] * (law.mean.ndim - 1)) * z
-        tensordict.set(keys.ACTION, action.view_as(x_t))
+        """Draw actions: write action, action_log_prob, x0_hat and trainable into the TensorDict [*b].
+
+        Raises:
+            ValueError: the times of the states are not those of the policy's grid.
+        """
+        x_t, index, cond = self._states(tensordict)
+        action, law = self.act(x_t, index, cond, noise=Noise(self.generator))
+        shape = (*tensordict.shape, *x_t.shape[1:])
+        tensordict.set(keys.ACTION, action.view(shape))
         tensordict.set(keys.ACTION_LOG_PROB, self.log_prob(law, action).view(tensordict.shape))
-        tensordict.set(keys.X0_HAT, law.x0_hat.view_as(x_t))
+        tensordict.set(keys.X0_HAT, law.x0_hat.view(shape))
         tensordict.set(keys.TRAINABLE, (law.std > 0).view(*tensordict.shape, 1))
         return tensordict
+
+    def get_dist(self, tensordict: TensorDictBase) -> "ActionDistribution":
+        """π at the states of a TensorDict [*b], as TorchRL's losses ask for it."""
+        return ActionDistribution(self, self.law(*self._states(tensordict)), tensordict.shape)
+
+    def _states(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
+        """States, positions and conditions as one flat batch."""
+        b = tensordict.ndim
+        x_t, index = tensordict.get(keys.X_T), tensordict.get(keys.INDEX)
+        t, cond = tensordict.get(keys.T, None), tensordict.get(keys.COND, None)
+        if t is not None and not torch.allclose(
+            t.cpu().double(), self.grid[index.cpu()], rtol=1e-3, atol=1e-6
+        ):
+            raise ValueError(
+                f"the states are at other times than those of the policy's grid of {self.num_steps} levels: "
+                "give both the same process, sampler and num_steps"
+            )
+        cond = None if cond is None else cond.reshape(-1, *cond.shape[b:])
+        return x_t.reshape(-1, *x_t.shape[b:]), index.reshape(-1), cond
+
+
+class ActionDistribution(Distribution):
+    """N(mean, std² I) over the next latent, with the policy's own reduction: `DenoisingPolicy.get_dist`.
+
+    Log-probabilities and entropies of deterministic steps are 0.
+
+    Args:
+        policy: whose law it is.
+        law: at states [N].
+        batch_shape: *b, of N elements.
+    """
+
+    arg_constraints: dict = {}
+    has_rsample = True
+
+    def __init__(self, policy: DenoisingPolicy, law: Law, batch_shape: torch.Size) -> None:
+        super().__init__(batch_shape, law.mean.shape[1:], validate_args=False)
+        self.policy, self.law = policy, law
+
+    @property
+    def mean(self) -> Tensor:
+        """Shape [*b, *E]."""
+        return self.law.mean.view(self._extended_shape())
+
+    @property
+    def mode(self) -> Tensor:
+        """The mean."""
+        return self.mean
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The mean, by TorchRL's name."""
+        return self.mean
+
+    def rsample(self, sample_shape: torch.Size | Sequence[int] = ()) -> Tensor:
+        """Draws with a gradient, by torch's global generator, shape [*sample_shape, *b, *E]."""
+        shape = torch.Size([*sample_shape, *self.law.mean.shape])
+        z = torch.randn(shape, dtype=self.law.mean.dtype, device=self.law.mean.device)
+        draws = self.law.mean + column(self.law.std, self.law.mean) * z
+        return draws.view(self._extended_shape(torch.Size(sample_shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Of actions [*b, *E], float32: shape [*b]."""
+        return self.policy.log_prob(self.law, value.reshape(self.law.mean.shape)).view(self._batch_shape)
+
+    def entropy(self) -> Tensor:
+        """H = log std + ½ log 2πe a dim, summed or averaged: shape [*b]."""
+        stochastic = self.law.std > 0
+        H = torch.where(stochastic, self.law.std, 1.0).log() + 0.5 * math.log(2 * math.pi * math.e)
+        H = H * self._event_shape.numel() if self.policy.reduction == "sum" else H
+        return torch.where(stochastic, H, 0.0).view(self._batch_shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffrl.consistency_sampler import Multistep
 from diffrl.denoisers import DenoiserFn
-from diffrl.kernels import GaussianSampler, Kernel, Model, Noise, Sampler, column, velocity
+from diffrl.kernels import GaussianSampler, Kernel, Model, Noise, NoiseFn, Sampler, column, velocity
 from diffrl.processes import posterior
 from diffrl.schedules import EDM, Schedule
 from diffrl.sde_samplers import CPS, FlowSDE
@@ -54,7 +54,7 @@ class Heun(Sampler):
     Algorithm 1, https://arxiv.org/abs/2206.00364.
     """
 
-    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
         """The corrected Euler step; no noise."""
         h, slope = column(s - t, x), model.velocity(x, t)
         x_s = x + h * slope
@@ -122,7 +122,7 @@ class EDMStochastic(Sampler):
     S_max: float = 50.0
     S_noise: float = 1.003
 
-    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
         """Noise up from t to t̂, then Heun down to s.
 
         Raises:
@@ -148,7 +148,7 @@ def sample(
     process: Schedule | None = None,
     cond: Tensor | None = None,
     seed: int | None = None,
-    noise: Noise | None = None,
+    noise: NoiseFn | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -191,7 +191,7 @@ def sample(
     return deque(trajectory(model, sampler, like, noise), maxlen=1).pop()
 
 
-def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: Noise) -> Iterator[Tensor]:
+def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: NoiseFn) -> Iterator[Tensor]:
     """The N+1 states of one reverse chain: the start σ ε, then one per step; the last is clean.
 
     Args:
