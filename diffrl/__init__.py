@@ -92,6 +92,12 @@ def _register_environments() -> None:
             vector_entry_point="diffrl.envs.gymnasium_mrp:DiffusionMRPVectorEnv",
             disable_env_checker=True,  # it warns of vector rewards
         )
+    if "DiffusionMDP-v0" not in gymnasium.registry:
+        gymnasium.register(
+            id="DiffusionMDP-v0",
+            entry_point="diffrl.envs.gymnasium_mdp:DiffusionMDPEnv",
+            vector_entry_point="diffrl.envs.gymnasium_mdp:DiffusionMDPVectorEnv",
+        )
 
 
 _register_environments()

@@ -8,6 +8,9 @@ if __name__ != "diffrl.envs":
 
 # name → the module that defines it
 _HOMES = {
+    "DiffusionMDP": "mdp",
+    "DiffusionMDPEnv": "gymnasium_mdp",
+    "DiffusionMDPVectorEnv": "gymnasium_mdp",
     "DiffusionMRP": "mrp",
     "DiffusionMRPEnv": "gymnasium_mrp",
     "DiffusionMRPVectorEnv": "gymnasium_mrp",
@@ -16,8 +19,11 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
+    from diffrl.envs.gymnasium_mdp import DiffusionMDPEnv as DiffusionMDPEnv
+    from diffrl.envs.gymnasium_mdp import DiffusionMDPVectorEnv as DiffusionMDPVectorEnv
     from diffrl.envs.gymnasium_mrp import DiffusionMRPEnv as DiffusionMRPEnv
     from diffrl.envs.gymnasium_mrp import DiffusionMRPVectorEnv as DiffusionMRPVectorEnv
+    from diffrl.envs.mdp import DiffusionMDP as DiffusionMDP
     from diffrl.envs.mrp import DiffusionMRP as DiffusionMRP
 else:  # hidden from type checkers, which would take any name for granted
 

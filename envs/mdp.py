@@ -1,0 +1,281 @@
+"""The denoising chain as a TorchRL decision process: the agent chooses each next latent, on any device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase
+
+from diffrl import keys
+from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
+from diffrl.image_files import check_finite
+from diffrl.kernels import GaussianSampler
+from diffrl.rewards import Reward
+from diffrl.schedules import Schedule
+from diffrl.shapes import require_floating
+
+__all__ = ["DiffusionMDP"]
+
+
+class DiffusionMDP(EnvBase):
+    """A batch of denoising chains in which a policy chooses each next latent, for a reward of the clean sample.
+
+        x_0 ~ N(0, σ² I) at the noisiest level;    x_{i+1} = a_i;    r = R(x_K, c) on reaching clean data, else 0
+
+    With `diffrl.DenoisingPolicy` as its policy, a rollout draws that policy's samples. Rows of one group share
+    their condition, and as a pair their first latent too; their steps are independent. All of the state travels
+    in the TensorDict, so `step` may be given any state; past the clean one nothing changes and nothing is paid.
+
+    `reset(td, set_state=True)` starts at the x_t of td, at its `index` (default 0), with its `cond` and `group`
+    where there are any; what it lacks is drawn.
+
+    >>> import diffrl, diffrl.envs, torch
+    >>> process = diffrl.Flow()
+    >>> denoiser = diffrl.GaussianDenoiser(process, torch.zeros(2), torch.eye(2))
+    >>> policy = diffrl.DenoisingPolicy(denoiser, diffrl.Ancestral(), num_steps=8, reduction="mean")
+    >>> reward = lambda x0, cond: -x0.square().sum(1)
+    >>> env = diffrl.envs.DiffusionMDP(process, reward, event_shape=(2,), num_steps=8, batch_size=[16])
+    >>> env.rollout(8, policy)["next", "reward"].shape
+    torch.Size([16, 8, 1])
+
+    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2,
+    https://arxiv.org/abs/2305.13301; pairs and dense rewards: Aligning Few-Step Diffusion Models with Dense Reward
+    Difference Learning (Zhang et al., 2024), https://arxiv.org/abs/2411.11727.
+
+    Args:
+        process: noise schedule.
+        reward: R, any callable (x0 [N, *E], cond) → N numbers; see `diffrl.rewards`.
+        event_shape: *E of a latent.
+        num_steps: K = N ≥ 1, the noise levels and the steps of a chain.
+        sampler: where the policy's sampler has a grid of its own, that one; and what makes the next latent of the
+            action "x0_hat".
+        batch_size: the chains, e.g. [64]; [] is a single one.
+        action: "next_latent", or "x0_hat": the agent gives the clean estimate, and the environment draws the next
+            latent from the sampler's kernel.
+        reward_placement: "terminal", or "dense": every step pays R of the clean estimate it was made of, which the
+            action "next_latent" must bring along as `x0_hat`.
+        group_size: G ≥ 1, rows of one group; each is a multiple of G rows, in order.
+        pairs: groups are pairs, and rows 2p and 2p+1 share their first latent.
+        conditions: what each group's condition is drawn from, [M, ...], on the CPU; None: no condition.
+        device: where states live.
+        max_steps: cut chains at this position: truncated; None lets them run to clean data.
+        noise: standard normal numbers for a tensor of the wanted shape, as `diffrl.samplers.Noise`: called once at
+            each reset (for pairs, with one row a pair), and once at each step with the action "x0_hat"; None draws
+            from the environment's own generator.
+        seed: of its generator; None takes one from torch's global state.
+
+    Raises:
+        TypeError: process is no schedule, the reward is not callable, or the sampler's step is not one Gaussian.
+        ValueError: an argument is outside its range, or the action "x0_hat" without a sampler.
+    """
+
+    _supports_set_state = True
+
+    def __init__(
+        self,
+        process: Schedule,
+        reward: Reward,
+        *,
+        event_shape: Sequence[int],
+        num_steps: int,
+        sampler: GaussianSampler | None = None,
+        batch_size: Sequence[int] = (64,),
+        action: ActionKind = "next_latent",
+        reward_placement: RewardPlacement = "terminal",
+        group_size: int = 1,
+        pairs: bool = False,
+        conditions: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        max_steps: int | None = None,
+        noise: Callable[[Tensor], Tensor] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(device=torch.device(device), batch_size=torch.Size(batch_size))
+        if group_size < 1 or (pairs and group_size not in (1, 2)):
+            raise ValueError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
+        self.pairs, self.group_size = pairs, 2 if pairs else group_size
+        if self.group_size > 1 and (len(batch_size) != 1 or batch_size[0] % self.group_size):
+            raise ValueError(
+                f"batch_size is {list(batch_size)}: groups of {self.group_size} rows need one dim, a multiple of it"
+            )
+        self.decision_process = DecisionProcess(
+            process,
+            reward,
+            event_shape=event_shape,
+            num_steps=num_steps,
+            sampler=sampler,
+            action=action,
+            reward_placement=reward_placement,
+            conditions=conditions,
+            max_steps=max_steps,
+        )
+        self.noise = noise
+        self._make_specs()
+        self._make_generators(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+
+    @property
+    def num_transitions(self) -> int:
+        """K, the steps of a whole chain: `rollout(env.num_transitions, policy)`."""
+        return self.decision_process.num_steps
+
+    @property
+    def reward(self) -> Reward:
+        """R, which counts its queries."""
+        return self.decision_process.reward
+
+    def to(self, device: torch.device | str) -> "DiffusionMDP":
+        """Move the environment; its generator on the new device is seeded by the old one."""
+        moved = super().to(device)
+        seed = torch.randint(2**62, (), generator=self._generator, device=self._generator.device)
+        self._make_generators(int(seed))
+        return moved
+
+    def _make_specs(self) -> None:
+        b, d = self.batch_size, self.decision_process
+
+        def real(*shape: int) -> Unbounded:
+            return Unbounded((*b, *shape), dtype=d.dtype, device=self.device)
+
+        def whole(high: int) -> Bounded:
+            return Bounded(0, high, shape=(*b, 1), dtype=torch.int64, device=self.device)
+
+        def composite(entries: dict[str, TensorSpec]) -> Composite:
+            return Composite(entries, shape=b, device=self.device)
+
+        def state() -> Composite:
+            spec = composite(
+                {
+                    keys.X_T: real(*d.event_shape),
+                    keys.T: real(1),
+                    keys.INDEX: whole(d.num_steps),
+                    keys.GROUP: whole(max(b.numel() // self.group_size - 1, 0)),
+                }
+            )
+            if d.num_classes:
+                spec[keys.COND] = Categorical(d.num_classes, shape=b, dtype=torch.int64, device=self.device)
+            elif d.conditions is not None:
+                shape, dtype = (*b, *d.conditions.shape[1:]), d.conditions.dtype
+                spec[keys.COND] = Unbounded(shape, dtype=dtype, device=self.device)
+            return spec
+
+        self.observation_spec, self.state_spec = state(), state()
+        chosen = {keys.ACTION: real(*d.event_shape)}
+        if d.reward_placement == "dense" and d.action == "next_latent":
+            chosen[keys.X0_HAT] = real(*d.event_shape)
+        self.action_spec = composite(chosen)
+        self.reward_spec = real(1)
+        flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
+        self.done_spec = composite(
+            {k: Categorical(2, shape=(*b, 1), dtype=torch.bool, device=self.device) for k in flags}
+        )
+
+    def _make_generators(self, seed: int) -> None:
+        # conditions are drawn on the CPU
+        self._generator = torch.Generator(self.device)
+        on_cpu = self._generator.device.type == "cpu"
+        self._condition_generator = self._generator if on_cpu else torch.Generator()
+        self._set_seed(seed)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self._generator.manual_seed(seed)
+            self._condition_generator.manual_seed(seed)
+
+    def _draw_noise(self, x: Tensor) -> Tensor:
+        if self.noise is not None:
+            return self.noise(x)
+        return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        set_state: bool = False,
+        **_: Any,  # TorchRL passes on what the caller gave to reset
+    ) -> TensorDict:
+        b, d, G = self.batch_size, self.decision_process, self.group_size
+        td = TensorDict({}, b) if tensordict is None else tensordict
+        given = td if set_state else TensorDict({}, b)
+        resets = td.get("_reset", None)
+        if resets is not None and G > 1 and bool((resets.view(-1, G) != resets.view(-1, G)[:, :1]).any()):
+            raise ValueError(f"groups of {G} rows start together: reset all rows of a group, or none")
+        group = given.get(keys.GROUP, None)
+        if group is None:
+            group = torch.arange(b.numel(), device=self.device).div(G, rounding_mode="floor").view(*b, 1)
+        cond = given.get(keys.COND, None)
+        if cond is None and d.conditions is not None:
+            cond = d.draw_conditions(b.numel() // G, self._condition_generator)
+            assert cond is not None
+            cond = cond.to(self.device).repeat_interleave(G, 0).view(*b, *cond.shape[1:])
+        elif cond is not None:
+            self._check_condition(cond)
+        x = given.get(keys.X_T, None)
+        if x is None:
+            if keys.INDEX in given:
+                raise ValueError(
+                    "set_state=True: the TensorDict has an 'index', but no 'x_t' that stands there"
+                )
+            return self._observe(d.start(self._first_noise()), cond, group)
+        return self._observe(self._given(x, given.get(keys.INDEX, None)), cond, group)
+
+    def _first_noise(self) -> Tensor:
+        b, d = self.batch_size, self.decision_process
+        rows = (b[0] // 2,) if self.pairs else tuple(b)
+        eps = self._draw_noise(torch.empty(*rows, *d.event_shape, dtype=d.dtype, device=self.device))
+        return eps.repeat_interleave(2, 0) if self.pairs else eps
+
+    def _given(self, x: Tensor, index: Tensor | None) -> Latents:
+        """Latents that a TensorDict sets, checked."""
+        b, d = self.batch_size, self.decision_process
+        require_floating([("x_t", x)])
+        if x.shape != (*b, *d.event_shape):
+            raise ValueError(f"x_t has shape {tuple(x.shape)}, but {(*b, *d.event_shape)} is needed")
+        check_finite(x.reshape(-1, *d.event_shape), "x_t")
+        at = torch.zeros(b, dtype=torch.int64, device=self.device) if index is None else index.squeeze(-1)
+        if bool(((at < 0) | (at >= d.last)).any()):
+            raise ValueError(f"set_state=True: a chain starts at an index in [0, {d.last - 1}]")
+        return d.latents(at, x.to(d.dtype))
+
+    def _check_condition(self, cond: Tensor) -> None:
+        b, d = self.batch_size, self.decision_process
+        if d.conditions is None:
+            raise ValueError(
+                "set_state=True: the TensorDict has a 'cond', but the environment has no conditions"
+            )
+        if cond.shape != (*b, *d.conditions.shape[1:]) or cond.dtype != d.conditions.dtype:
+            raise ValueError(
+                f"cond is {cond.dtype} {tuple(cond.shape)}, but the conditions drawn from are "
+                f"{d.conditions.dtype} {tuple(d.conditions.shape)}"
+            )
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        d = self.decision_process
+        cond, group = tensordict.get(keys.COND, None), tensordict.get(keys.GROUP)
+        left = d.latents(tensordict.get(keys.INDEX).squeeze(-1), tensordict.get(keys.X_T))
+        latents, reward, terminated, truncated = d.step(
+            left,
+            tensordict.get(keys.ACTION),
+            cond=cond,
+            x0_hat=tensordict.get(keys.X0_HAT, None),
+            noise=self._draw_noise,
+        )
+        reached = self._observe(latents, cond, group)
+        reached.set(keys.REWARD, reward.unsqueeze(-1))
+        reached.set(keys.TERMINATED, terminated.unsqueeze(-1))
+        reached.set(keys.TRUNCATED, truncated.unsqueeze(-1))
+        reached.set(keys.DONE, (terminated | truncated).unsqueeze(-1))
+        return reached
+
+    def _observe(self, latents: Latents, cond: Tensor | None, group: Tensor) -> TensorDict:
+        seen = {
+            keys.X_T: latents.x,
+            keys.T: latents.t.unsqueeze(-1),
+            keys.INDEX: latents.index.unsqueeze(-1),
+            keys.GROUP: group,
+        }
+        if cond is not None:
+            seen[keys.COND] = cond
+        return TensorDict(seen, self.batch_size, device=self.device)
