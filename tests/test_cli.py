@@ -15,6 +15,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from PIL import Image
 
 from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.chains import Chain
@@ -67,7 +68,6 @@ def test_every_experiment_builds(name: str) -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
     """A path for each data set that reads files."""
-    pillow = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x=pixels)
     (tmp_path / "x.idx").write_bytes(
@@ -76,7 +76,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     for i, image in enumerate(pixels):
         folder = tmp_path / "images" / str(i % 2)
         folder.mkdir(parents=True, exist_ok=True)
-        pillow.fromarray(image).save(folder / f"{i:02}.png")
+        Image.fromarray(image).save(folder / f"{i:02}.png")
     return {
         "npz": str(tmp_path / "x.npz"),
         "idx": str(tmp_path / "x.idx"),

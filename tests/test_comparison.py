@@ -326,7 +326,6 @@ def test_a_mistake_on_the_command_line_is_one_line(
 
 @pytest.mark.slow
 def test_multirun_with_joblib_gives_each_job_a_folder(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     script = [sys.executable, str(ROOT / "examples" / "train_td_lambda.py"), "-m", "hydra/launcher=joblib"]
     script += [
         "hydra.launcher.n_jobs=2",

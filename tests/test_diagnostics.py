@@ -339,7 +339,6 @@ def test_bootstrapping_makes_gradients_less_noisy() -> None:
 
 
 def test_figure(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     exact = standard_normal(Flow())
     errors = target_errors(exact, exact, randn(20, 1), Flow(), num_steps=4, draws=8, generator=generator())
     assert math.isinf(

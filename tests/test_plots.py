@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import image
 from torch import Tensor
 
 from diffrl.experiment import run_experiment
@@ -15,8 +16,6 @@ from diffrl.extras import MissingExtra
 from diffrl.plots import _plane, _tile, draw_samples, draw_summary
 from diffrl.runs import RunFolder, RunFolderError
 from tests.small import small
-
-image = pytest.importorskip("matplotlib.image")
 
 
 def run(path: Path, *overrides: str) -> RunFolder:

@@ -1,7 +1,6 @@
 """Returns against their definition, TorchRL's loops, and one another."""
 
 import doctest
-import time
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,6 @@ from torchrl.objectives.value.functional import (
     td0_return_estimate,
     td1_return_estimate,
     td_lambda_return_estimate,
-    vec_td_lambda_return_estimate,
 )
 
 import diffrl.returns
@@ -329,22 +327,3 @@ def test_docstring_examples() -> None:
     attempted = doctest.testmod(diffrl.returns)
     assert attempted.attempted > 0
     assert attempted.failed == 0
-
-
-@pytest.mark.slow
-def test_ten_times_as_fast_as_the_vectorised_returns_of_torchrl() -> None:
-    reward, next_value = torch.randn(2, 256, 18, 3072)
-    terminated = torch.zeros(256, 18, 1, dtype=torch.bool)
-    terminated[:, -1] = True
-    flag = terminated.expand_as(reward)
-    calls = {
-        "ours": lambda: lambda_returns(reward, next_value, terminated, lmbda=0.9),
-        "theirs": lambda: vec_td_lambda_return_estimate(1.0, 0.9, next_value, reward, flag, flag),
-    }
-    seconds = dict.fromkeys(calls, float("inf"))
-    for _ in range(2):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    assert seconds["theirs"] > 10 * seconds["ours"]
