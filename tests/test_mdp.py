@@ -842,7 +842,6 @@ def test_bare_script(tmp_path: Path) -> None:
         ({"action_scale": 0.0}, ValueError, "action_scale is 0.0"),
         ({"num_steps": 0}, ValueError, "num_steps is 0"),
     ],
-    ids=lambda p: str(p)[:40],
 )
 def test_keywords_that_are_refused(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
     for make in (gymnasium.make, gymnasium.make_vec):
