@@ -21,8 +21,15 @@ def trainable_law(policy: DenoisingPolicy, steps: TensorDictBase) -> tuple[Law, 
     """The policy's law at the steps [N] that have a log-probability, log π of the actions taken, and their mask.
 
     Deterministic steps are not forwarded at all.
+
+    Raises:
+        ValueError: no step is stochastic.
     """
     mask = steps.get(keys.TRAINABLE).squeeze(-1)
+    if not bool(mask.any()):
+        raise ValueError(
+            "no step of this batch is stochastic, so none has a log-probability: leave such batches out"
+        )
     cond = steps.get(keys.COND, None)
     law = policy.law(
         steps.get(keys.X_T)[mask],
