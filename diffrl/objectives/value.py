@@ -1,17 +1,15 @@
 """Value learning: the denoiser is the value function of the chain, and every way to train it is a target."""
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
@@ -19,6 +17,7 @@ from diffrl import keys
 from diffrl.denoisers import Denoiser
 from diffrl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.objectives.lambda_schedule import LambdaSchedule
+from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
@@ -26,9 +25,7 @@ from diffrl.shapes import event_mean, expand_like, require_floating
 __all__ = ["ChainValue", "ValueLoss"]
 
 
-DEFAULT_LMBDA = (
-    0.9  # gains a little almost everywhere; see the comparison in results/ for where less is better
-)
+DEFAULT_LMBDA = 0.9  # of a weak bootstrap: little bias where the network is small for its data
 
 
 class ChainValue(nn.Module):
@@ -54,7 +51,7 @@ class ChainValue(nn.Module):
         return expand_like(A, x_t) * D_x + expand_like(kappa, x_t) * x_t
 
 
-class ValueLoss(LossModule):
+class ValueLoss(DenoiserLoss):
     """Squared TD error of a denoiser on chains; the choice of target is the choice of training method.
 
         V_i = A_i D(x_i) + κ_i x_i,    δ_i = G_i - V_i,    loss = mean_i w_i ‖δ_i‖²/dim(E) + c L_den
@@ -100,9 +97,6 @@ class ValueLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     out_keys = ["loss_value", "td_error"]
-    value_network: TensorDictModule
-    value_network_params: TensorDictParams
-    target_value_network_params: TensorDictParams
 
     def __init__(
         self,
@@ -116,37 +110,21 @@ class ValueLoss(LossModule):
         weight_options: Mapping[str, float] | None = None,
         denoising_coef: float = 0.0,
     ) -> None:
-        super().__init__()
         if bootstrap not in ("own", "target", "residual"):
             raise ValueError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
         if not denoising_coef >= 0:
             raise ValueError(f"denoising_coef is {denoising_coef}: it is a weight >= 0")
         if lmbda is not None and n_steps is not None:
             raise ValueError("give lmbda or n_steps, not both: they are two families of targets")
-        self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
-        self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
         inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
-        self.convert_to_functional(network, "value_network", create_target_params=bootstrap == "target")
-        if bootstrap == "target":
-            self.__dict__["_target_network"] = copy.deepcopy(network).requires_grad_(False).eval()
-        self._tie()
-        self.network_evaluations = 0
-        """States forwarded so far, over all networks."""
+        super().__init__(network, target=bootstrap == "target")
+        self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
+        self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
         if n_steps is not None:
             self.make_value_estimator("n_step", n_steps=n_steps)
         else:
             self.make_value_estimator("td_lambda", **({} if lmbda is None else {"lmbda": lmbda}))
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The denoiser that is trained."""
-        return self.value_network.module.denoiser
-
-    def train(self, mode: bool = True) -> "ValueLoss":
-        """Switch the denoiser too; a target network stays in evaluation mode."""
-        self.value_network.train(mode)
-        return super().train(mode)
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -294,7 +272,7 @@ class ValueLoss(LossModule):
     def _bootstrap(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """D⁻ by a forward pass of its own."""
         self.network_evaluations += t.numel()
-        network = self._target_network if self.bootstrap == "target" else self.value_network
+        network = self.bootstrap_network
         with nullcontext() if self.bootstrap == "residual" else torch.no_grad():
             return network.module.denoise(x_t, t, cond)
 
@@ -306,25 +284,6 @@ class ValueLoss(LossModule):
         steps = TensorDict({keys.NEXT: {k.reward: reward, **flags}}, reached.batch_size)
         G = self.value_estimator.value_estimate(steps, next_value=V_next)
         return G if self.bootstrap == "residual" else G.detach()
-
-    def _tie(self) -> None:
-        """Let the networks hold the tensors that this module registers: a copy or a cast parts them."""
-        self.value_network_params.to_module(self.value_network, preserve_module_state=False)
-        if self.bootstrap == "target":
-            registered = self._modules["target_value_network_params"].flatten_keys(".")
-            network = self._target_network
-            for named in (network.named_parameters, network.named_buffers):
-                for name, tensor in named(remove_duplicate=False):
-                    tensor.data = registered[name].data
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ValueLoss":
-        super()._apply(fn)
-        self._tie()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._tie()
 
 
 def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:
