@@ -178,11 +178,7 @@ def _check(config: Mapping[str, Any]) -> None:
         require_installed(config["logger"], extra=config["logger"])
     try:
         torch.zeros(1, device=config["device"])
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # torch has one for each way to lack it
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way to lack it
         raise ValueError(f"device is {config['device']!r}, which cannot be used: {error}") from error
 
 

@@ -12,8 +12,8 @@ from diffrl.denoisers import DenoiserFn
 from diffrl.extras import require
 from diffrl.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.predictions import scalings
+from diffrl.processes import marginal
 from diffrl.schedules import Schedule
-from diffrl.shapes import expand_like
 
 __all__ = [
     "SAMPLE_DISTANCES",
@@ -104,8 +104,7 @@ def value_error(
         noise = evaluation_noise(x, seed, first)
         for key, time in times.items():
             t = time.to(x.dtype).expand(len(x))
-            alpha, sigma = expand_like(process.alpha(t), x), expand_like(process.sigma(t), x)
-            x_t = alpha * x + sigma * noise
+            x_t = marginal(process, x, t, noise)
             error = denoiser(x_t, t, c).double() - oracle(x_t, t, c).double()
             c_out = scalings(process, time, "edm", sigma_data).c_out
             totals[key] += float((error**2).sum() / c_out**2)

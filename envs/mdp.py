@@ -7,10 +7,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
-from torchrl.envs import EnvBase
 
 from diffrl import keys
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
+from diffrl.envs.torchrl_common import ChainEnv
 from diffrl.image_files import check_finite
 from diffrl.kernels import GaussianSampler
 from diffrl.rewards import Reward
@@ -20,7 +20,7 @@ from diffrl.shapes import require_floating
 __all__ = ["DiffusionMDP"]
 
 
-class DiffusionMDP(EnvBase):
+class DiffusionMDP(ChainEnv):
     """A batch of denoising chains in which a policy chooses each next latent, for a reward of the clean sample.
 
         x_0 ~ N(0, σ² I) at the noisiest level;    x_{i+1} = a_i;    r = R(x_K, c) on reaching clean data, else 0
@@ -93,7 +93,7 @@ class DiffusionMDP(EnvBase):
         noise: Callable[[Tensor], Tensor] | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=torch.Size(batch_size))
+        super().__init__(batch_size=torch.Size(batch_size), device=torch.device(device), noise=noise)
         if group_size < 1 or (pairs and group_size not in (1, 2)):
             raise ValueError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
         self.pairs, self.group_size = pairs, 2 if pairs else group_size
@@ -112,9 +112,8 @@ class DiffusionMDP(EnvBase):
             conditions=conditions,
             max_steps=max_steps,
         )
-        self.noise = noise
         self._make_specs()
-        self._make_generators(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        self._make_generators(seed)
 
     @property
     def num_transitions(self) -> int:
@@ -125,13 +124,6 @@ class DiffusionMDP(EnvBase):
     def reward(self) -> Reward:
         """R, which counts its queries."""
         return self.decision_process.reward
-
-    def to(self, device: torch.device | str) -> "DiffusionMDP":
-        """Move the environment; its generator on the new device is seeded by the old one."""
-        moved = super().to(device)
-        seed = torch.randint(2**62, (), generator=self._generator, device=self._generator.device)
-        self._make_generators(int(seed))
-        return moved
 
     def _make_specs(self) -> None:
         b, d = self.batch_size, self.decision_process
@@ -167,27 +159,7 @@ class DiffusionMDP(EnvBase):
             chosen[keys.X0_HAT] = real(*d.event_shape)
         self.action_spec = composite(chosen)
         self.reward_spec = real(1)
-        flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-        self.done_spec = composite(
-            {k: Categorical(2, shape=(*b, 1), dtype=torch.bool, device=self.device) for k in flags}
-        )
-
-    def _make_generators(self, seed: int) -> None:
-        # conditions are drawn on the CPU
-        self._generator = torch.Generator(self.device)
-        on_cpu = self._generator.device.type == "cpu"
-        self._condition_generator = self._generator if on_cpu else torch.Generator()
-        self._set_seed(seed)
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(seed)
-            self._condition_generator.manual_seed(seed)
-
-    def _draw_noise(self, x: Tensor) -> Tensor:
-        if self.noise is not None:
-            return self.noise(x)
-        return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
+        self.done_spec = self._flags_spec()
 
     def _reset(
         self,
@@ -207,7 +179,7 @@ class DiffusionMDP(EnvBase):
             group = torch.arange(b.numel(), device=self.device).div(G, rounding_mode="floor").view(*b, 1)
         cond = given.get(keys.COND, None)
         if cond is None and d.conditions is not None:
-            cond = d.draw_conditions(b.numel() // G, self._condition_generator)
+            cond = d.draw_conditions(b.numel() // G, self._cpu_generator)
             assert cond is not None
             cond = cond.to(self.device).repeat_interleave(G, 0).view(*b, *cond.shape[1:])
         elif cond is not None:
@@ -263,11 +235,7 @@ class DiffusionMDP(EnvBase):
             noise=self._draw_noise,
         )
         reached = self._observe(latents, cond, group)
-        reached.set(keys.REWARD, reward.unsqueeze(-1))
-        reached.set(keys.TERMINATED, terminated.unsqueeze(-1))
-        reached.set(keys.TRUNCATED, truncated.unsqueeze(-1))
-        reached.set(keys.DONE, (terminated | truncated).unsqueeze(-1))
-        return reached
+        return self._paid(reached, reward.unsqueeze(-1), terminated, truncated)
 
     def _observe(self, latents: Latents, cond: Tensor | None, group: Tensor) -> TensorDict:
         seen = {

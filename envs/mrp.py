@@ -7,17 +7,17 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
 
 from diffrl import keys
 from diffrl.data import Data
 from diffrl.envs.reward_process import RewardProcess, States
+from diffrl.envs.torchrl_common import ChainEnv
 from diffrl.schedules import Schedule
 
 __all__ = ["DiffusionMRP"]
 
 
-class DiffusionMRP(EnvBase):
+class DiffusionMRP(ChainEnv):
     """A batch of denoising chains: nothing to decide, each step pays the drift of the posterior mean.
 
     A chain starts at the noisiest level of a datum x0 that only the environment knows, and ends at x0 itself:
@@ -79,7 +79,7 @@ class DiffusionMRP(EnvBase):
         noise: Callable[[Tensor], Tensor] | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(device=torch.device(device), batch_size=torch.Size(batch_size))
+        super().__init__(batch_size=torch.Size(batch_size), device=torch.device(device), noise=noise)
         if reward_mode not in ("vector", "sum"):
             raise ValueError(f"reward_mode is {reward_mode!r}: give 'vector' or 'sum'")
         self.reward_process = RewardProcess(
@@ -92,21 +92,14 @@ class DiffusionMRP(EnvBase):
             value=value,
             max_steps=max_steps,
         )
-        self.reward_mode, self.noise = reward_mode, noise
+        self.reward_mode = reward_mode
         self._make_specs()
-        self._make_generators(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        self._make_generators(seed)
 
     @property
     def num_transitions(self) -> int:
         """K, the steps of a whole chain: `rollout(env.num_transitions)`."""
         return self.reward_process.chain.num_transitions
-
-    def to(self, device: torch.device | str) -> "DiffusionMRP":
-        """Move the environment; its generator on the new device is seeded by the old one."""
-        moved = super().to(device)
-        seed = torch.randint(2**62, (), generator=self._generator, device=self._generator.device)
-        self._make_generators(int(seed))
-        return moved
 
     def _make_specs(self) -> None:
         b, r = self.batch_size, self.reward_process
@@ -135,29 +128,7 @@ class DiffusionMRP(EnvBase):
         self.observation_spec, self.state_spec = state(), state()
         self.action_spec = real(0)
         self.reward_spec = real(1) if self.reward_mode == "sum" else real(*r.event_shape)
-        flags = (keys.DONE, keys.TERMINATED, keys.TRUNCATED)
-        self.done_spec = Composite(
-            {k: Categorical(2, shape=(*b, 1), dtype=torch.bool, device=self.device) for k in flags},
-            shape=b,
-            device=self.device,
-        )
-
-    def _make_generators(self, seed: int) -> None:
-        # data are drawn on the CPU; with one generator for both, x0 and the noise are independent
-        self._generator = torch.Generator(self.device)
-        on_cpu = self._generator.device.type == "cpu"
-        self._data_generator = self._generator if on_cpu else torch.Generator()
-        self._set_seed(seed)
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is not None:
-            self._generator.manual_seed(seed)
-            self._data_generator.manual_seed(seed)
-
-    def _draw_noise(self, x: Tensor) -> Tensor:
-        if self.noise is not None:
-            return self.noise(x)
-        return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
+        self.done_spec = self._flags_spec()
 
     def _reset(
         self,
@@ -170,7 +141,7 @@ class DiffusionMRP(EnvBase):
         index = torch.zeros(b, dtype=torch.int64, device=self.device)
         if set_state and tensordict is not None:
             return self._observe(*self._given(tensordict, index))
-        x0, cond = r.draw(b.numel(), self._data_generator)
+        x0, cond = r.draw(b.numel(), self._cpu_generator)
         x0 = x0.to(self.device).view(*b, *r.event_shape)
         cond = None if cond is None else cond.to(self.device).view(b)
         return self._observe(r.start(index, x0, self._draw_noise(x0)), x0, cond)
@@ -197,11 +168,7 @@ class DiffusionMRP(EnvBase):
         if self.reward_mode == "sum":
             reward = reward.flatten(self.batch_dims).sum(-1, keepdim=True)
         reached = self._observe(states, x0, tensordict.get(keys.COND, None))
-        reached.set(keys.REWARD, reward)
-        reached.set(keys.TERMINATED, terminated.unsqueeze(-1))
-        reached.set(keys.TRUNCATED, truncated.unsqueeze(-1))
-        reached.set(keys.DONE, (terminated | truncated).unsqueeze(-1))
-        return reached
+        return self._paid(reached, reward, terminated, truncated)
 
     def _observe(self, states: States, x0: Tensor, cond: Tensor | None) -> TensorDict:
         seen = {
