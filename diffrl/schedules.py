@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffrl.vp_curves import Cosine, Curve, LinearBeta, Scaled, Sigmoid
+from diffrl.vp_curves import Cosine, Curve, LinearBeta, Scaled, Sigmoid, discrete_alphas_cumprod
 
 __all__ = ["DDPM", "EDM", "PROCESSES", "VP", "Flow", "Schedule"]
 
@@ -258,20 +258,16 @@ class VP(Schedule):
 class DDPM(Schedule):
     """Discrete variance-preserving chain: α_t = √ᾱ_t, σ_t = √(1-ᾱ_t), t ∈ {T-1, …, 0}; clean data is t = -1.
 
-        linear:  β_t evenly spaced from beta_start to beta_end,    ᾱ_t = Π_{s≤t} (1-β_s)
-        cosine:  β_t = min(1 - f(t+1)/f(t), 0.999),    f(t) = cos²(½π (t/T + 0.008)/1.008)
-
+    Kinds: `diffrl.vp_curves.discrete_alphas_cumprod`. Stable Diffusion's is scaled_linear, β from 0.00085 to 0.012.
     A chain of N < T steps takes the timesteps round((N-i) T/N) - 1 ('trailing': the noisiest is T-1).
 
-    Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4, https://arxiv.org/abs/2006.11239;
-    cosine: Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), eq. 17,
-    https://arxiv.org/abs/2102.09672.
+    Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4, https://arxiv.org/abs/2006.11239.
 
     Args:
         train_steps: T ≥ 1.
-        kind: "linear" or "cosine".
-        beta_start: β_0 (linear), > 0.
-        beta_end: β_{T-1} (linear), ≥ beta_start and < 1.
+        kind: "linear", "scaled_linear" or "cosine".
+        beta_start: β_0 (not cosine), > 0.
+        beta_end: β_{T-1} (not cosine), ≥ beta_start and < 1.
 
     Raises:
         ValueError: an argument outside its range.
@@ -282,13 +278,13 @@ class DDPM(Schedule):
     continuous: ClassVar[bool] = False
 
     train_steps: int = 1000
-    kind: Literal["linear", "cosine"] = "linear"
+    kind: Literal["linear", "scaled_linear", "cosine"] = "linear"
     beta_start: float = 1e-4
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "cosine"):
-            raise ValueError(f"DDPM has kinds linear and cosine, not {self.kind!r}")
+        if self.kind not in ("linear", "scaled_linear", "cosine"):
+            raise ValueError(f"DDPM has kinds scaled_linear, linear and cosine, not {self.kind!r}")
         if self.train_steps < 1:
             raise ValueError(f"train_steps is {self.train_steps}: DDPM needs at least one timestep")
         if not 0 < self.beta_start <= self.beta_end < 1:
@@ -299,13 +295,7 @@ class DDPM(Schedule):
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """ᾱ_t for t = 0..T-1, float64, shape [T]."""
-        if self.kind == "linear":
-            betas = torch.linspace(self.beta_start, self.beta_end, self.train_steps, dtype=torch.float64)
-        else:
-            f = torch.arange(self.train_steps + 1, dtype=torch.float64) / self.train_steps
-            f = ((f + 0.008) / 1.008 * (math.pi / 2)).cos() ** 2
-            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        return (1 - betas).cumprod(0)
+        return discrete_alphas_cumprod(self.kind, self.train_steps, self.beta_start, self.beta_end)
 
     @cached_property
     def _scales(self) -> Tensor:
@@ -351,7 +341,7 @@ class DDPM(Schedule):
 
 @dataclass(frozen=True)
 class Flow(Schedule):
-    """Rectified flow: α_t = 1-t, σ_t = t, t ∈ [0, 1]; levels are t_i = 1 - i/N.
+    """Rectified flow: α_t = 1-t, σ_t = t, t ∈ [0, 1]; levels are t_i = 1 - i/N, or evenly spaced from 1 to t_min.
 
     The noisiest state is pure noise (α = 0).
 
@@ -361,14 +351,18 @@ class Flow(Schedule):
 
     Args:
         shift: s > 0, moves the levels, t → s t/(1 + (s-1) t): toward noise if s > 1.
+        t_min: the least noisy level before it is moved, in (0, 1); None: 1/N.
 
     Raises:
-        ValueError: shift ≤ 0.
+        ValueError: an argument outside its range.
     """
 
     shift: float = 1.0
+    t_min: float | None = None
 
     def __post_init__(self) -> None:
+        if self.t_min is not None and not 0 < self.t_min < 1:
+            raise ValueError(f"Flow needs 0 < t_min < 1, not {self.t_min}")
         if not self.shift > 0:
             raise ValueError(f"Flow needs shift > 0, not {self.shift}")
 
@@ -391,13 +385,16 @@ class Flow(Schedule):
         """The time itself: pure noise has no finite log-SNR."""
         return t
 
+    def _length(self, num_steps: int) -> float:  # in steps, of the way from 1 to 0
+        return num_steps if self.t_min is None else max(num_steps - 1, 1) / (1 - self.t_min)
+
     def _level(self, index: Tensor, num_steps: int) -> Tensor:
-        u = 1 - index.clamp(min=0) / num_steps  # nothing is noisier than pure noise
+        u = 1 - index.clamp(min=0) / self._length(num_steps)  # nothing is noisier than pure noise
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:
         t = t.double()
-        return num_steps * (1 - t / (self.shift - (self.shift - 1) * t))
+        return self._length(num_steps) * (1 - t / (self.shift - (self.shift - 1) * t))
 
 
 PROCESSES: dict[str, type[Schedule]] = {"edm": EDM, "ddpm": DDPM, "vp": VP, "flow": Flow}

@@ -1,4 +1,4 @@
-"""The curves of variance-preserving processes: α_t for t ∈ [0, 1], with σ_t = √(1-α_t²)."""
+"""The curves of variance-preserving processes: α_t for t ∈ [0, 1], with σ_t = √(1-α_t²); and the discrete ones."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Cosine", "Curve", "LinearBeta", "Scaled", "Sigmoid"]
+__all__ = ["Cosine", "Curve", "LinearBeta", "Scaled", "Sigmoid", "discrete_alphas_cumprod"]
 
 
 class Curve(ABC):
@@ -210,6 +210,28 @@ class Scaled(Curve):
 
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return self.curve.t_from_log_snr(log_snr - 2 * math.log(self.scale))
+
+
+def discrete_alphas_cumprod(kind: str, T: int, beta_start: float, beta_end: float) -> Tensor:
+    """ᾱ_t = Π_{s≤t} (1-β_s) for t = 0..T-1, float64, shape [T].
+
+        linear:         β_t evenly spaced from beta_start to beta_end
+        scaled_linear:  √β_t evenly spaced from √beta_start to √beta_end
+        cosine:         β_t = min(1 - f(t+1)/f(t), 0.999),    f(t) = cos²(½π (t/T + 0.008)/1.008)
+
+    Sources: linear: Denoising Diffusion Probabilistic Models (Ho et al., 2020), section 4,
+    https://arxiv.org/abs/2006.11239; scaled_linear: High-Resolution Image Synthesis with Latent Diffusion Models
+    (Rombach et al., 2022) and its code, https://arxiv.org/abs/2112.10752; cosine: Improved Denoising Diffusion
+    Probabilistic Models (Nichol & Dhariwal, 2021), eq. 17, https://arxiv.org/abs/2102.09672.
+    """
+    if kind == "cosine":
+        f = ((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * (math.pi / 2)).cos() ** 2
+        betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+    else:
+        betas = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+    return (1 - betas).cumprod(0)
 
 
 def _s(x: float) -> float:

@@ -15,6 +15,7 @@ CONTINUOUS = {
     "vp_cosine": VP("cosine"),
     "flow": Flow(),
     "flow_shifted": Flow(shift=3.0),
+    "flow_last_level": Flow(shift=3.0, t_min=0.05),
 }
 DISCRETE = {"ddpm_linear": DDPM(), "ddpm_cosine": DDPM(train_steps=100, kind="cosine")}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffrl.schedules import DDPM, EDM, PROCESSES, VP, Flow, Schedule
 from tests.oracles import continuous, discrete, every_process, noisy_times
@@ -78,7 +78,10 @@ def test_flow_shift_moves_every_level_by_the_same_log_snr() -> None:
     torch.testing.assert_close(shift, torch.full_like(shift, 2 * math.log(3)))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")],
+)
 @pytest.mark.parametrize("T", [1000, 100])
 def test_ddpm_is_that_of_diffusers(kind: str, name: str, T: int) -> None:
     witness = DDPMScheduler(num_train_timesteps=T, beta_schedule=name).alphas_cumprod
@@ -87,6 +90,17 @@ def test_ddpm_is_that_of_diffusers(kind: str, name: str, T: int) -> None:
     t = torch.arange(T)
     torch.testing.assert_close(process.alpha(t) ** 2, process.alphas_cumprod)
     torch.testing.assert_close(process.sigma(t) ** 2, 1 - process.alphas_cumprod)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("N", [1, 2, 10, 28])
+def test_flow_with_a_last_level_has_the_levels_of_diffusers(shift: float, N: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(N)
+    process = Flow(shift, t_min=scheduler.sigma_min)
+    grid = process.time_grid(N)
+    torch.testing.assert_close(grid.float(), scheduler.sigmas, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(process.index(grid[:-1], N), torch.arange(N, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("N", [1, 2, 7, 18, 50, 333, 999, 1000])
@@ -237,6 +251,7 @@ def test_a_schedule_is_a_value(process: Schedule) -> None:
         (lambda: DDPM(train_steps=0), "at least one timestep"),
         (lambda: DDPM(beta_end=1.0), "beta_end"),
         (lambda: Flow(shift=0.0), "shift > 0"),
+        (lambda: Flow(t_min=0.0), "0 < t_min < 1, not 0.0"),
         (lambda: EDM().time_grid(0), "num_steps is 0"),
         (lambda: DDPM().time_grid(1001), "only 1000 timesteps"),
         (lambda: DDPM().time(torch.tensor([0.5]), 10), "whole numbers"),
