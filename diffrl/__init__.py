@@ -26,6 +26,7 @@ _HOMES = {
     "Heun": "samplers",
     "MixtureDenoiser": "denoisers",
     "Multistep": "consistency_sampler",
+    "check": "checks",
     "load": "runs",
     "sample": "samplers",
     "sample_chain": "trajectories",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from diffrl import networks as networks
     from diffrl import objectives as objectives
     from diffrl import returns as returns
+    from diffrl.checks import check as check
     from diffrl.consistency_sampler import Multistep as Multistep
     from diffrl.denoisers import Denoiser as Denoiser
     from diffrl.denoisers import EmpiricalDenoiser as EmpiricalDenoiser
