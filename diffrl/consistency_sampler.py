@@ -1,14 +1,14 @@
-"""Sampling of consistency models: in one jump, or in a few with fresh noise between them."""
+"""Sampling of consistency models, latent ones too: in one jump, or in a few with fresh noise between them."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diffrl.kernels import GaussianSampler, Kernel
-from diffrl.schedules import EDM, Schedule
+from diffrl.kernels import GaussianSampler, Kernel, column
+from diffrl.schedules import DDPM, EDM, Schedule
 
-__all__ = ["Multistep"]
+__all__ = ["LCM", "Multistep"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,52 @@ class Multistep(GaussianSampler):
         """N(f, σ_s² - σ_min²); a point where s is clean."""
         assert isinstance(process, EDM)
         return Kernel(D_x, (s**2 - process.sigma_min**2).clamp(min=0).sqrt())
+
+
+@dataclass(frozen=True)
+class LCM(GaussianSampler):
+    """Sampling of latent consistency models on a discrete chain: jump to clean data, noise up, jump again.
+
+        x_s = α_s D + σ_s z
+
+    This is CPS(η = 1) on a grid of its own: these models know only the timesteps that they were distilled on,
+    (j+1) T/M - 1 for j = 0..M-1, of which a chain of N levels takes those of place ⌊i M/N⌋ from the noisiest.
+
+    Sources: Latent Consistency Models (Luo et al., 2023), Algorithm 3, https://arxiv.org/abs/2310.04378; as a policy:
+    RL for Consistency Models (Oertell et al., 2024), section 4, https://arxiv.org/abs/2404.03673.
+
+    Args:
+        solver_steps: M, timesteps of the distillation.
+
+    Raises:
+        ValueError: solver_steps < 1.
+    """
+
+    solver_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.solver_steps < 1:
+            raise ValueError(f"solver_steps is {self.solver_steps}: give at least 1")
+
+    def grid(self, process: Schedule, num_steps: int) -> Tensor:
+        """The timesteps that are walked, then clean data: float64, shape [N+1].
+
+        Raises:
+            ValueError: the process is not DDPM, or num_steps lies outside 1..M, or M outside 1..T.
+        """
+        if not isinstance(process, DDPM):
+            raise ValueError(
+                f"LCM works on the DDPM process, not on {type(process).__name__}: use CPS(eta=1)"
+            )
+        M, N = self.solver_steps, num_steps
+        if not 1 <= N <= M <= process.train_steps:
+            raise ValueError(
+                f"LCM needs 1 <= num_steps <= solver_steps <= train_steps, not {N}, {M} and {process.train_steps}"
+            )
+        place = torch.arange(N) * M // N
+        t = (M - place) * (process.train_steps // M) - 1
+        return torch.cat([t.double(), torch.tensor([process.t_clean], dtype=torch.float64)])
+
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+        """N(α_s D, σ_s²); a point where s is clean."""
+        return Kernel(column(process.alpha(s), x) * D_x, process.sigma(s))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.consistency_sampler import Multistep
+from diffrl.consistency_sampler import LCM, Multistep
 from diffrl.denoisers import DenoiserFn
 from diffrl.kernels import GaussianSampler, Kernel, Model, Noise, NoiseFn, Sampler, column, velocity
 from diffrl.processes import posterior
@@ -18,6 +18,7 @@ from diffrl.sde_samplers import CPS, FlowSDE
 __all__ = [
     "CPS",
     "DDIM",
+    "LCM",
     "SAMPLERS",
     "STOCHASTIC_SAMPLERS",
     "Ancestral",
@@ -215,8 +216,9 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral": Ancestral,
     "edm_stochastic": EDMStochastic,
     "consistency": Multistep,
+    "lcm": LCM,
     "flow_sde": FlowSDE,
     "cps": CPS,
 }
-STOCHASTIC_SAMPLERS = {name: SAMPLERS[name] for name in ("ddim", "ancestral", "flow_sde", "cps")}
+STOCHASTIC_SAMPLERS = {name: SAMPLERS[name] for name in ("ddim", "ancestral", "lcm", "flow_sde", "cps")}
 """Those whose steps may have a log-probability, so that they make a policy."""

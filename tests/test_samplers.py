@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -15,6 +15,7 @@ from diffrl.denoisers import Denoiser, GaussianDenoiser
 from diffrl.samplers import (
     CPS,
     DDIM,
+    LCM,
     SAMPLERS,
     Ancestral,
     EDMStochastic,
@@ -431,6 +432,26 @@ def test_gradients_flow_through_a_trajectory_and_not_through_sample() -> None:
     ).requires_grad
 
 
+@PREDICTIONS
+@pytest.mark.parametrize("N", [1, 2, 4, 7, 50])
+def test_lcm_is_that_of_diffusers(ours: str, theirs: str, N: int) -> None:
+    """But for its boundary condition, which is the denoiser's business: a large time scale makes it vanish."""
+    process = DDPM(kind="scaled_linear")
+    scheduler = LCMScheduler(prediction_type=theirs, timestep_scaling=1e9)
+    scheduler.set_timesteps(N)
+    scheduler.alphas_cumprod = process.alphas_cumprod
+    scheduler.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+    assert LCM().grid(process, N).tolist() == [*scheduler.timesteps.tolist(), -1]
+    like, gen = randn(3, 2, 4, 4), generator(2)
+    states = trajectory(Model(stand_in(ours, process), process, N), LCM(), like, Noise(generator(2)))
+    witness = next(states)
+    torch.randn(like.shape, generator=gen, dtype=like.dtype)  # the start's noise
+    for t, state in zip(scheduler.timesteps, states, strict=True):
+        output = Stand()(witness, t.expand(3), None)
+        witness = scheduler.step(output, t, witness, generator=gen).prev_sample
+        torch.testing.assert_close(state, witness, rtol=1e-9, atol=1e-9)
+
+
 # Registry and errors
 
 
@@ -443,6 +464,7 @@ def test_registry() -> None:
         "ancestral": Ancestral(),
         "edm_stochastic": EDMStochastic(),
         "consistency": Multistep(),
+        "lcm": LCM(),
         "flow_sde": FlowSDE(),
         "cps": CPS(),
     }
@@ -458,6 +480,11 @@ def test_registry() -> None:
         ({"sampler": EDMStochastic(), "process": VP()}, "on the EDM process, not on VP: use DDIM"),
         ({"sampler": Euler(), "process": DDPM()}, "discrete times.*DDIM"),
         ({"sampler": Heun(), "process": DDPM()}, "discrete times.*DDIM"),
+        ({"sampler": LCM()}, "on the DDPM process, not on EDM: use CPS"),
+        (
+            {"sampler": LCM(2), "process": DDPM()},
+            "num_steps <= solver_steps <= train_steps, not 3, 2 and 1000",
+        ),
         ({"num_steps": 0}, "num_steps is 0"),
     ],
 )
