@@ -1,0 +1,230 @@
+"""Do the errors of targets foretell what training comes to? Both over the grid of λ and η of a comparison.
+
+The targets are those that a Monte Carlo network would give: what one can know before choosing λ.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffrl.build import build_oracle
+from diffrl.comparison import grid_scheme
+from diffrl.diagnostics import target_errors
+from diffrl.extras import require
+from diffrl.findings import SCORE, Findings, Panel, interval
+from diffrl.plots import FAINT, INK, REAL, STYLE
+from diffrl.runs import Run, load
+from diffrl.statistics import iqm
+
+__all__ = ["draw_agreement", "rank_correlation", "target_outcomes"]
+
+KEYS = ("λ", "η")
+PARTS = {"bias_sq": "bias_sq", "variance": "variance", "target_error": "total"}
+BIAS, VARIANCE = "#D55E00", "#0072B2"
+MARKERS = "osD^vP"
+
+
+def target_outcomes(
+    findings: Findings,
+    *,
+    study: str = "map",
+    case: str = "gmm16",
+    states: int = 200,
+    draws: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Target errors at the baseline's network, and the value error of the network that each target trained.
+
+    Both are given as multiples of the baseline's at the same seed, averaged over the noise levels of the
+    comparison's score; a target's error is taken at the level of the chain next to each of them.
+
+    Args:
+        findings: a comparison whose cells still have their checkpoints.
+        study: one whose two axes are λ and η, and whose baseline is λ = 1 at some η.
+        case: one of its cases, with an exact denoiser.
+        states: at which target errors are averaged.
+        draws: how often the chain goes on from each.
+        seed: of states' noise and draws.
+
+    Returns:
+        ``study``, ``case``, ``baseline``, ``states``, ``draws``, ``seeds``, ``sigmas`` (those of the chain's
+        levels), ``cells``: for each λ and η the shares ``bias_sq``, ``variance``, ``target_error`` (their
+        sum) and ``value_error``, each by seed; and ``rank_correlation`` by seed between the last two.
+
+    Raises:
+        ValueError: no such study or case, other axes, a cell that is not finished, or data without an oracle.
+    """
+    panel = _panel(findings, study, case)
+    lmbdas, etas = (panel.study.axes[label] for label in KEYS)
+    grid = {
+        grid_scheme({"λ": lmbda, "η": eta}): (float(lmbda), float(eta)) for lmbda in lmbdas for eta in etas
+    }
+    cells: dict[str, dict[str, Any]] = {
+        scheme: {"λ": lmbda, "η": eta, **{name: [] for name in PARTS}}
+        for scheme, (lmbda, eta) in grid.items()
+    }
+    for number in panel.study.seeds:
+        run = load(panel.cells[panel.study.baseline][number].path)
+        found = {
+            eta: _errors_at(run, panel.score_sigmas, eta, [*map(float, lmbdas)], states, draws, seed)
+            for eta in map(float, etas)
+        }
+        base = _parts(found, *grid[panel.study.baseline])["target_error"]
+        for scheme, point in grid.items():
+            for name, errors in _parts(found, *point).items():
+                cells[scheme][name].append(float(np.mean(errors / base)))
+    for scheme, cell in cells.items():
+        cell["value_error"] = panel.ratios(scheme, SCORE).tolist()
+    return {
+        "study": study,
+        "case": case,
+        "baseline": panel.study.baseline,
+        "states": states,
+        "draws": draws,
+        "seeds": list(panel.study.seeds),
+        "sigmas": [level["sigma"] for level in found[float(etas[0])]],
+        "cells": list(cells.values()),
+        "rank_correlation": [
+            rank_correlation(
+                *([cell[k][i] for cell in cells.values()] for k in ("target_error", "value_error"))
+            )
+            for i in range(len(panel.study.seeds))
+        ],
+    }
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks, of numbers without ties."""
+    first, second = (np.argsort(np.argsort(values)) for values in (x, y))
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _panel(findings: Findings, study: str, case: str) -> Panel:
+    panels = {(p.study.name, p.case): p for p in findings.panels()}
+    if (study, case) not in panels:
+        known = ", ".join(f"{s} {c}" for s, c in panels)
+        raise ValueError(f"no study {study} on case {case} in the comparison: there are {known}")
+    panel = panels[study, case]
+    if set(panel.study.axes) != set(KEYS):
+        raise ValueError(f"the axes of study {study} are {list(panel.study.axes)}: λ and η are wanted")
+    for scheme in panel.study.schemes:
+        if missing := set(panel.study.seeds) - set(panel.cells.get(scheme, {})):
+            raise ValueError(f"study {study}, case {case}: {scheme} is not finished at seed {min(missing)}")
+    if SCORE not in panel.quantities:
+        raise ValueError(f"case {case} has no exact denoiser, so no error of a target is known")
+    return panel
+
+
+def _errors_at(
+    run: Run,
+    sigmas: Sequence[str],
+    eta: float,
+    lmbdas: Sequence[float],
+    states: int,
+    draws: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The levels of `target_errors` next to each σ, at a run's network."""
+    oracle, chain = build_oracle(run.data, run.denoiser.process), run.config["chain"]
+    assert oracle is not None  # the score was measured with it
+    levels = target_errors(
+        run.denoiser,
+        oracle,
+        run.data.test[:states].to(next(run.denoiser.parameters())),
+        run.denoiser.process,
+        num_steps=chain["num_steps"],
+        coupling=eta,
+        lmbdas=lmbdas,
+        n_steps=(),
+        sigma_data=run.denoiser.sigma_data,
+        draws=draws,
+        generator=torch.Generator().manual_seed(seed),
+        **{key: chain[key] for key in ("span", "stride", "value", "t_max")},
+    )["levels"]
+
+    def distance(level: Mapping[str, Any], sigma: str) -> float:
+        return abs(math.log(level["sigma"] / float(sigma)))
+
+    return [min(levels, key=partial(distance, sigma=sigma)) for sigma in sigmas]
+
+
+def _parts(found: Mapping[float, Sequence[Mapping[str, Any]]], lmbda: float, eta: float) -> dict[str, Any]:
+    """Squared bias, variance and their sum of a target, by noise level."""
+    targets = [level["targets"][f"lmbda={lmbda:g}"] for level in found[eta]]
+    return {name: np.array([target[part] for target in targets]) for name, part in PARTS.items()}
+
+
+def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
+    """Three panels: bias² and variance of targets by λ; value error by λ; one against the other, all cells.
+
+    Args:
+        found: what `target_outcomes` returns.
+        path: where to write, without suffix: a png and a pdf.
+
+    Returns:
+        The png's path.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "plot")
+    markov = [cell for cell in found["cells"] if cell["η"] == 1]
+    lmbdas = [cell["λ"] for cell in markov]
+    sigmas = ", ".join(f"{sigma:.2g}" for sigma in found["sigmas"])
+    with matplotlib.rc_context(STYLE):
+        figure = require("matplotlib.figure", "plot").Figure(figsize=(12, 4.1), layout="constrained")
+        targets, outcome, both = figure.subplots(1, 3)
+        for name, label, colour, marker in (
+            ("variance", "variance", VARIANCE, "o"),
+            ("bias_sq", "bias²", BIAS, "s"),
+            ("target_error", "sum", INK, "D"),
+        ):
+            _curve(targets, lmbdas, [cell[name] for cell in markov], color=colour, marker=marker, label=label)
+        targets.set(
+            title="Targets, at the Monte Carlo network", ylabel="error of the target, × Monte Carlo's"
+        )
+        targets.legend()
+        _curve(outcome, lmbdas, [cell["value_error"] for cell in markov], color=INK, marker="D")
+        outcome.set(title="Training", ylabel="value error, × Monte Carlo's")
+        for axis in (targets, outcome):
+            axis.set(xlabel="λ   (η = 1)", ylim=(min(0.0, axis.get_ylim()[0]), None))
+        colours = matplotlib.colormaps["viridis"]
+        etas = sorted({cell["η"] for cell in found["cells"]})
+        for n, eta in enumerate(etas):
+            cells = [cell for cell in found["cells"] if cell["η"] == eta]
+            x, y = ([float(iqm(cell[k])) for cell in cells] for k in ("target_error", "value_error"))
+            shade = colours(0.9 * n / max(len(etas) - 1, 1))
+            both.plot(
+                x, y, color=shade, marker=MARKERS[n % len(MARKERS)], linewidth=0.8, label=f"η = {eta:g}"
+            )
+        rho = interval(found["rank_correlation"])
+        ends = "" if rho.low is None else f" [{rho.low:.2f}, {rho.high:.2f}]"
+        both.set(title=f"All cells: rank correlation {rho.iqm:.2f}{ends}", xscale="log", yscale="log")
+        both.set(xlabel="error of the target, × Monte Carlo's", ylabel="value error, × Monte Carlo's")
+        both.legend()
+        for lines in (both.axhline, both.axvline):
+            lines(1, color=FAINT, linewidth=0.8)
+        figure.supxlabel(
+            f"{found['study']}, {found['case']}; means over σ = {sigmas}; interquartile mean and 95 % interval of "
+            f"{len(found['seeds'])} seeds. Targets bootstrap from the network that {found['baseline']} trained; "
+            f"{found['states']} states, {found['draws']} continuations of each.",
+            x=0.01, ha="left", fontsize=7.5, color=REAL,
+        )  # fmt: skip
+        png = Path(path).with_suffix(".png")
+        png.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(png, dpi=150)
+        figure.savefig(png.with_suffix(".pdf"), metadata={"CreationDate": None})
+    return png
+
+
+def _curve(axis: Any, x: Sequence[float], by_seed: Sequence[Sequence[float]], **style: Any) -> None:
+    points = [interval(values) for values in by_seed]
+    axis.plot(x, [p.iqm for p in points], linewidth=1.8, markersize=4.5, **style)
+    if points and points[0].low is not None:
+        low, high = [p.low for p in points], [p.high for p in points]
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
