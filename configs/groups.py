@@ -1,7 +1,7 @@
 """The config groups: `register` stores a schema for every name in the library's registries."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -10,18 +10,29 @@ from omegaconf import MISSING
 from diffrl.chains import Chain
 from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
+from diffrl.credit import CREDITS
 from diffrl.data import DATASETS
 from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation
+from diffrl.finetuning import Iterations
 from diffrl.networks import NETWORKS
 from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.objectives.surrogates import SURROGATES, Regulariser
+from diffrl.policies import DenoisingPolicy
+from diffrl.recipes import Rollouts
+from diffrl.reward_placement import PLACEMENTS
 from diffrl.samplers import SAMPLERS
 from diffrl.schedules import PROCESSES
+from diffrl.shipped_rewards import REWARDS
 from diffrl.starts import STARTS
 from diffrl.trainer import Average, Length, Optim, Target
 from diffrl.trajectories import ChainSampler
+from diffrl.tunable_models import MODELS
+from diffrl.tuning_evaluation import EarlyStop, TuningEvaluation
+from diffrl.tuning_experiment import RewardCalls
+from diffrl.updates import Updates
 
-__all__ = ["TrainConfig", "register"]
+__all__ = ["FinetuneConfig", "TrainConfig", "register"]
 
 
 @dataclass
@@ -51,10 +62,49 @@ class TrainConfig:
     resume: str | None = None
 
 
+@dataclass
+class FinetuneConfig:
+    """What a fine-tuning run is made of; each `Any` is a group with a schema of its own."""
+
+    model: Any = MISSING
+    sampler: Any = MISSING
+    policy: Any = MISSING
+    reward: Any = MISSING
+    reward_calls: Any = MISSING
+    heldout_reward: Any = MISSING
+    rollouts: Any = MISSING
+    placement: Any = MISSING
+    credit: Any = MISSING
+    updates: Any = MISSING
+    surrogate: Any = MISSING
+    regulariser: Any = MISSING
+    optim: Any = MISSING
+    loop: Any = MISSING
+    evaluation: Any = MISSING
+    stop: Any = MISSING
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    logger: str = "csv"
+    run_dir: str | None = None
+    resume: str | None = None
+    compare: dict[str, list[str]] = field(default_factory=dict)
+    """Methods to run beside each other, each with its words for the command line; with none, one run is made."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Of a comparison."""
+    out: str = MISSING
+    """Folder of a comparison."""
+    workers: int = 2
+    """Processes of a comparison, with one thread each."""
+    pretrain: list[str] = field(default_factory=list)
+    """What to train where model.path is null: words for the command line of `examples/train_td_lambda.py`."""
+
+
 def register() -> None:
     """Fill Hydra's store."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
+    store.store(name="finetune_schema", node=FinetuneConfig)
     store.store(name="compare_schema", node=CompareConfig)
 
     def group(name: str, registry: Mapping[str, Callable[..., Any]], omit: tuple[str, ...] = ()) -> None:
@@ -66,6 +116,13 @@ def register() -> None:
     group("network", NETWORKS, omit=("event_shape", "num_classes"))
     group("sampler", SAMPLERS)
     group("starts", STARTS)
+    group("model", MODELS)
+    group("placement", PLACEMENTS)
+    group("credit", CREDITS)
+    group("surrogate", SURROGATES)
+    for name in ("reward", "heldout_reward"):
+        group(name, REWARDS, omit=("classifier", "index", "mixture"))
+    store.store(group="heldout_reward", name="none", node=schema("none"))
     drawn = ("denoiser", "process", "x0", "cond", "sigma", "noise", "fresh_noise", "generator")
     for option, scheme in OBJECTIVES.items():
         functions = [f for f in (scheme.loss, scheme.draw) if f is not None]
@@ -81,3 +138,11 @@ def register() -> None:
     single("target", Target)
     single("trainer", Length)
     single("eval", Evaluation)
+    single("policy", DenoisingPolicy, omit=("denoiser", "sampler", "process"))
+    single("reward_calls", RewardCalls)
+    single("rollouts", Rollouts)
+    single("updates", Updates)
+    single("regulariser", Regulariser)
+    single("loop", Iterations)
+    single("evaluation", TuningEvaluation)
+    single("stop", EarlyStop)

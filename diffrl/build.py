@@ -32,6 +32,7 @@ __all__ = [
     "build_objective",
     "build_oracle",
     "build_sampler",
+    "named",
 ]
 
 Config = Mapping[str, Any]
@@ -95,24 +96,24 @@ class Objective:
 
 def build_data(config: Config) -> Data:
     """The data set of ``config["data"]``."""
-    return _named(DATASETS, config["data"])
+    return named(DATASETS, config["data"])
 
 
 def build_process(config: Config) -> Schedule:
     """The process of ``config["process"]``."""
-    return _named(PROCESSES, config["process"])
+    return named(PROCESSES, config["process"])
 
 
 def build_sampler(config: Config) -> Sampler:
     """The sampler of ``config["sampler"]``."""
-    return _named(SAMPLERS, config["sampler"])
+    return named(SAMPLERS, config["sampler"])
 
 
 def build_denoiser(config: Config, data: Data) -> Denoiser:
     """A fresh denoiser, its weights drawn from ``config["seed"]``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        network: nn.Module = _named(
+        network: nn.Module = named(
             NETWORKS, config["network"], event_shape=data.event_shape, num_classes=data.num_classes
         )
     return Denoiser(network, build_process(config), **config["denoiser"])
@@ -137,7 +138,7 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
             "of targets: set one of them to null"
         )
     scheme = OBJECTIVES[name]
-    starts: Starts = _named(STARTS, config["starts"])
+    starts: Starts = named(STARTS, config["starts"])
     draw: Draw
     if scheme.draw is not None:
         make = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
@@ -160,7 +161,8 @@ def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:
     return None if data.train is None else EmpiricalDenoiser(process, data.train)
 
 
-def _named(registry: Mapping[str, Callable[..., Any]], config: Config, **more: Any) -> Any:  # noqa: ANN401
+def named(registry: Mapping[str, Callable[..., Any]], config: Config, **more: Any) -> Any:  # noqa: ANN401
+    """What a registry makes of a configuration: its ``name``, called with the other entries and `more`."""
     options = dict(config)
     return registry[options.pop("name")](**more, **options)
 

@@ -21,7 +21,15 @@ from diffrl.runs import RunFolder, versions
 from diffrl.tables import Table
 from diffrl.trainer import Average, Length, Optim, Target, Trainer
 
-__all__ = ["Interrupted", "run_experiment"]
+__all__ = [
+    "AUTOCAST",
+    "Interrupted",
+    "as_tuples",
+    "check_settings",
+    "interruptible",
+    "open_logger",
+    "run_experiment",
+]
 
 AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 LOGGERS = ("csv", "tensorboard", "wandb")
@@ -50,7 +58,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         NonFiniteLoss, CheckpointError: see `Trainer`.
         Interrupted: the run is saved, and can be resumed.
     """
-    _check(config)
+    check_settings(config)
     data, main = build_data(config), config["objective"]["name"]
     is_baseline = OBJECTIVES[main].loss is monte_carlo_loss
     objectives = [main, "monte_carlo"] if config["compare"] and not is_baseline else [main]
@@ -59,7 +67,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     folder = RunFolder.start(config)
     head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
     results = folder.results() or head
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         for name in objectives:
             if name in results["objectives"]:
                 continue
@@ -85,13 +93,13 @@ class _Job:
             seed=config["seed"],
             folder=None,
             length=Length(**config["trainer"]),
-            optim=Optim(**_tuples(config["optim"])),
+            optim=Optim(**as_tuples(config["optim"])),
             average=Average(**config["ema"]),
             target=Target(**config["target"]),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
         )
-        self.evaluation = Evaluation(**_tuples(config["eval"]))
+        self.evaluation = Evaluation(**as_tuples(config["eval"]))
         self.oracle = build_oracle(data, denoiser.process)
         if self.oracle is not None:
             self.oracle.to(config["device"])
@@ -127,7 +135,7 @@ class _Job:
         table = Table(folder.path / "metrics.csv", tuple(columns))
         done = range(trainer.step + 1 if trainer.step > 0 else 0)
         table.keep(lambda row: row["objective"] != self.name or int(row["grad_steps"]) in done)
-        logger = _logger(self.config["logger"], str(folder.path), self.name)
+        logger = open_logger(self.config["logger"], str(folder.path), self.name)
 
         def report(row: dict[str, float]) -> None:
             table.append({"objective": self.name, **row})
@@ -169,7 +177,7 @@ class _Job:
         )
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def check_settings(config: Mapping[str, Any]) -> None:
     """Refuse what no schema knows to be wrong."""
     for key, known in (("dtype", tuple(AUTOCAST)), ("logger", LOGGERS)):
         if config[key] not in known:
@@ -182,11 +190,12 @@ def _check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"device is {config['device']!r}, which cannot be used: {error}") from error
 
 
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, as a configuration file has them, as the tuples that constructors take."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
-def _logger(kind: str, folder: str, name: str) -> Any:
+def open_logger(kind: str, folder: str, name: str) -> Any:
     """TorchRL's logger of that kind; None for "csv", which metrics.csv is already."""
     if kind == "csv":
         return None
@@ -197,7 +206,7 @@ def _logger(kind: str, folder: str, name: str) -> Any:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Turn SIGINT and SIGTERM into a flag, so that a run stops between two steps."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread hears signals

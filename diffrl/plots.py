@@ -14,7 +14,7 @@ from diffrl.extras import require
 from diffrl.runs import RunFolder
 from diffrl.summary import distance_label, mean_value_error, objective_label, title
 
-__all__ = ["draw_samples", "draw_summary"]
+__all__ = ["draw_samples", "draw_summary", "show_images", "show_points"]
 
 Array = NDArray[Any]
 Figures = list[dict[str, Any]]  # a row for each figure: panel, objective, sigma, x, y
@@ -115,7 +115,7 @@ def draw_samples(
         figure = require("matplotlib.figure", "plot").Figure(figsize=(6, 6.3), layout="constrained")
         axes = figure.subplots()
         if x.ndim == 4:
-            _show(axes, _tile(x.numpy(), columns))
+            show_images(axes, x, columns=columns)
         else:
             real = (x if data is None else data).numpy()
             plane, labels = _plane(real)
@@ -342,6 +342,18 @@ def _scatter(axes: Any, points: Array, beneath: Array | None, colour: str, frame
         xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half), aspect="equal"
     )
     axes.grid(False)
+
+
+def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str) -> None:
+    """Samples [n, *E] as points over others, which fix the plane and the frame."""
+    real = beneath.numpy()
+    plane, _ = _plane(real)
+    _scatter(axes, plane(x.numpy()), plane(real), colour, plane(real))
+
+
+def show_images(axes: Any, x: Tensor, *, columns: int) -> None:
+    """Images [n, 1 or 3, H, W] in [-1, 1] as one sheet."""
+    _show(axes, _tile(x.numpy(), columns))
 
 
 def _tile(x: Array, columns: int) -> Array:

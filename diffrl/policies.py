@@ -99,12 +99,22 @@ class DenoisingPolicy(TensorDictModuleBase):
             cond: condition, shape [N, ...], or None.
         """
         i = index.cpu()
-        t, s = self.grid[i], self.grid[i + 1]
         self.nfe += len(x_t)
         x_t = x_t.float()
-        D_x = self.denoiser(x_t, t.to(x_t), cond).float()
-        mean, std = self.sampler.law(self.process, x_t, D_x, t, s)
-        return Law(mean, std.clamp(min=self.std_floor).expand(len(x_t)).to(x_t), D_x)
+        D_x = self.denoiser(x_t, self.grid[i].to(x_t), cond).float()
+        return self.law_of_estimate(x_t, i, D_x)
+
+    def law_of_estimate(self, x_t: Tensor, index: Tensor, x0_hat: Tensor) -> Law:
+        """The law of the next latent for a clean estimate that is known already: no network is asked.
+
+        Args:
+            x_t: states, shape [N, *E].
+            index: position of each along the chain, shape [N].
+            x0_hat: clean estimates, of x_t's shape.
+        """
+        i = index.cpu()
+        mean, std = self.sampler.law(self.process, x_t, x0_hat, self.grid[i], self.grid[i + 1])
+        return Law(mean, std.clamp(min=self.std_floor).expand(len(x_t)).to(x_t), x0_hat)
 
     def log_prob(self, law: Law, action: Tensor) -> Tensor:
         """Log π of actions, float32, shape [N]; 0 where the step is deterministic."""

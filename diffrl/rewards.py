@@ -332,6 +332,16 @@ class WeightedSum:
             total += self.weights[name] * r
         return total.float()
 
+    def score(self, x0: Tensor, cond: Any = None) -> Tensor:
+        """Weighted sums as they are, neither standardised nor cached nor counted: for evaluation.
+
+        Args:
+            x0: samples, shape [N, *E].
+            cond: tensor [N, ...], list of N, or None.
+        """
+        parts = [self.weights[name] * part.score(x0, cond).double() for name, part in self.parts.items()]
+        return torch.stack(parts).sum(0).float()
+
     def _updated(self, name: str, r: Tensor) -> tuple[float, float]:
         """Mean and standard deviation, with r [N] among the values."""
         count, mean, squares = self._moments[name]

@@ -41,14 +41,19 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def start(cls, config: Mapping[str, Any]) -> "RunFolder":
+    def start(cls, config: Mapping[str, Any], label: str | None = None) -> "RunFolder":
         """The folder to work in: with ``resume`` an old run's, else a new one.
+
+        Args:
+            config: the run's configuration.
+            label: see `create`.
 
         Raises:
             RunFolderError: there is another run in the folder, or none to resume.
         """
         if config["resume"] is None:
-            return cls.create(None if config["run_dir"] is None else Path(config["run_dir"]), config)
+            path = None if config["run_dir"] is None else Path(config["run_dir"])
+            return cls.create(path, config, label)
         folder = cls.open(Path(config["resume"]))
         stored, movable = folder.config(), ("device", "resume", "run_dir")
         if other := [k for k in config if k not in movable and config[k] != stored.get(k)]:
@@ -59,18 +64,20 @@ class RunFolder:
         return folder
 
     @classmethod
-    def create(cls, path: Path | None, config: Mapping[str, Any]) -> "RunFolder":
+    def create(cls, path: Path | None, config: Mapping[str, Any], label: str | None = None) -> "RunFolder":
         """A folder for a new run, with its config, command and the versions it runs on.
 
         Args:
-            path: the folder; None picks a new one, runs/<time>_<data>_<objective>_s<seed>.
+            path: the folder; None picks a new one, runs/<time>_<label>_s<seed>.
             config: the run's configuration.
+            label: what the run is about; data and objective if None.
 
         Raises:
             RunFolderError: it holds another run already.
         """
         if path is None:
-            path = _new_folder(config)
+            label = label or f"{config['data']['name']}_{config['objective']['name']}"
+            path = _new_folder(f"{label}_s{config['seed']}")
         folder = cls(path)
         if folder.config_file.exists():
             raise RunFolderError(
@@ -198,10 +205,10 @@ def load(path: str | Path, objective: str | None = None) -> Run:
     return Run(denoiser.eval(), config, folder.results(), objective, data)
 
 
-def _new_folder(config: Mapping[str, Any]) -> Path:
+def _new_folder(label: str) -> Path:
     """A folder that nobody else has: runs that start in the same second are numbered."""
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = f"{now}_{config['data']['name']}_{config['objective']['name']}_s{config['seed']}"
+    name = f"{now}_{label}"
     number = 1
     while True:
         path = Path("runs") / (name if number == 1 else f"{name}_{number}")

@@ -1,0 +1,178 @@
+"""From the rewards of a rollout to an advantage for every step: what each fine-tuning method calls credit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from diffrl import keys
+from diffrl.advantages import FifoStatistics, group_advantages, rewards_to_go
+from diffrl.critics import LearnedCritic
+from diffrl.reward_placement import trajectory_condition
+
+__all__ = ["CREDITS", "Credit", "GroupRelative", "RewardsToGo", "Standardised"]
+
+PROMPT_BUFFER = 32
+ROLLOUTS_KEPT = 4
+
+
+class Credit(Protocol):
+    """Advantages of steps; what it remembers over rollouts is saved with the run."""
+
+    def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
+        """Advantages [B, K, 1] of the steps of a rollout [B, K] that were paid `reward` [B, K, 1]."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers: tensors and numbers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        ...
+
+
+def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
+    """What the statistics are kept apart by: integers [B], or None for one buffer."""
+    cond = trajectory_condition(rollout)
+    if per == "batch" or cond is None:
+        return None
+    if cond.ndim != 1 or cond.is_floating_point():
+        raise ValueError(
+            f"credit.per is 'prompt', but conditions are {cond.dtype} of shape {list(cond.shape[1:])}: "
+            "statistics are kept by integers; give per='batch'"
+        )
+    return cond
+
+
+@dataclass
+class _Fifo:
+    """Statistics that persist over rollouts: see `FifoStatistics`."""
+
+    buffer: int | None = None
+    min_count: int = 16
+    per: Literal["prompt", "batch"] = "prompt"
+    statistics: FifoStatistics | None = field(init=False, default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.per not in ("prompt", "batch"):
+            raise ValueError(f"credit.per is {self.per!r}: give 'prompt' or 'batch'")
+        if self.min_count < 1 or (self.buffer is not None and self.buffer < self.min_count):
+            raise ValueError(
+                f"credit.buffer is {self.buffer} and min_count {self.min_count}: a buffer must hold min_count >= 1"
+            )
+
+    def _standardise(self, values: Tensor, rollout: TensorDictBase) -> Tensor:
+        """Values [B] or [B, K] by the statistics of their prompts."""
+        prompt = _prompt(rollout, self.per)
+        if self.statistics is None:
+            size = self.buffer or (PROMPT_BUFFER if prompt is not None else ROLLOUTS_KEPT * len(values))
+            self.statistics = FifoStatistics(size, min(self.min_count, size))
+        return self.statistics(values, prompt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffers."""
+        s = self.statistics
+        return {} if s is None else {"size": s.buffer, **s.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the buffers of a checkpoint."""
+        if state:
+            self.statistics = FifoStatistics(state["size"], min(self.min_count, state["size"]))
+            self.statistics.load_state_dict(state)
+
+
+@dataclass
+class Standardised(_Fifo):
+    """All steps of a trajectory get its return, standardised by the latest returns of its prompt.
+
+        A_i = (R - mean)/(std + 1e-6),    R = Σ_i r_i
+
+    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2 and its code,
+    https://arxiv.org/abs/2305.13301.
+
+    Args:
+        buffer: returns kept of a prompt; None: the published 32, or without prompts four rollouts' worth.
+        min_count: returns that a prompt needs before its own statistics are used.
+        per: "prompt", or "batch": one buffer for all.
+
+    Raises:
+        ValueError: an argument outside its range; when called, conditions that are no integers.
+    """
+
+    def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
+        """Advantages, the same for all steps of a trajectory."""
+        A = self._standardise(reward.sum((1, 2)), rollout)
+        return A[:, None, None].expand_as(reward)
+
+
+@dataclass
+class RewardsToGo(_Fifo):
+    """Each step gets what is still to come, standardised by the latest values of its prompt *and step*.
+
+        G_i = r_i + γ G_{i+1},    A_i = (G_i - mean_i)/(std_i + 1e-6)
+
+    Source: Aligning Few-Step Diffusion Models with Dense Reward Difference Learning (Zhang et al., 2024) and its
+    code, https://arxiv.org/abs/2411.11727.
+
+    Args:
+        buffer: values kept of a prompt and step; None: the published 32, or without prompts four rollouts' worth.
+        min_count: values needed before their own statistics are used.
+        per: "prompt", or "batch": one buffer a step for all.
+        gamma: γ ∈ [0, 1].
+
+    Raises:
+        ValueError: an argument outside its range; when called, conditions that are no integers.
+    """
+
+    gamma: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"credit.gamma is {self.gamma}: it lies in [0, 1]")
+
+    def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
+        """Advantages, each step's own."""
+        G = rewards_to_go(reward, gamma=self.gamma)
+        return self._standardise(G[..., 0], rollout)[..., None]
+
+
+@dataclass
+class GroupRelative:
+    """All steps of a trajectory get its return relative to its group's: see `group_advantages`.
+
+    Args:
+        std: standard deviation to divide by: of the "group", "global", or "none".
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+
+    std: Literal["group", "global", "none"] = "group"
+
+    def __post_init__(self) -> None:
+        if self.std not in ("group", "global", "none"):
+            raise ValueError(f"credit.std is {self.std!r}: give 'group', 'global' or 'none'")
+
+    def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
+        """Advantages, the same for all steps of a trajectory."""
+        A = group_advantages(reward.sum((1, 2)), rollout.get(keys.GROUP)[:, 0, 0], std=self.std)
+        return A[:, None, None].expand_as(reward)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take."""
+
+
+CREDITS: dict[str, Callable[..., Credit]] = {
+    "standardised": Standardised,
+    "rewards_to_go": RewardsToGo,
+    "group": GroupRelative,
+    "critic": LearnedCritic,
+}

@@ -1,0 +1,183 @@
+"""What a tuned policy is worth: held-out reward, divergence and distance from the base, diversity; when to stop."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from diffrl import keys
+from diffrl.metrics import sample_distance
+from diffrl.objectives.ddpo import kl_to_reference
+from diffrl.policies import DenoisingPolicy
+from diffrl.reward_placement import trajectory_condition
+from diffrl.rewards import Reward, as_reward
+from diffrl.rollouts import collect_rollout
+
+__all__ = ["EarlyStop", "Judge", "TuningEvaluation", "chain_kl", "diversity"]
+
+EVAL_SEED = 3_141_592  # of held-out noise: the same for every run, and no training seed's
+
+
+@torch.no_grad()
+def chain_kl(policy: DenoisingPolicy, base: DenoisingPolicy, rollout: TensorDict) -> Tensor:
+    """KL(π ‖ π_base) of whole chains, estimated from the policy's own: Σ_i KL of step i, in nats, shape [B].
+
+    The steps' divergences are exact; deterministic steps, where it is infinite or 0, are left out.
+
+    Args:
+        policy: π, which drew the rollout.
+        base: π_base, on the same grid.
+        rollout: [B, K].
+    """
+    total = torch.zeros(len(rollout), device=rollout.device)
+    cond, stochastic = trajectory_condition(rollout), rollout.get(keys.TRAINABLE)[0, :, 0].tolist()
+    for i in [i for i, is_so in enumerate(stochastic) if is_so]:
+        x, D_x = rollout.get(keys.X_T)[:, i], rollout.get(keys.X0_HAT)[:, i]
+        own = policy.law_of_estimate(x, torch.full((len(x),), i), D_x)
+        other = base.law(x, torch.full((len(x),), i), cond)
+        total += kl_to_reference(own, other, "sum")
+    return total
+
+
+def diversity(x: Tensor) -> float:
+    """Mean distance of two samples, a number of theirs: mean ‖x_a - x_b‖/√dim over all pairs of x [N, *E], N ≥ 2."""
+    flat = x.flatten(1).double()
+    return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
+
+
+@dataclass(frozen=True)
+class TuningEvaluation:
+    """What to measure of a tuned policy.
+
+    Args:
+        samples: drawn from fixed held-out noise, at least 2.
+        distance: to the base policy's samples of the same noise; name in `diffrl.metrics.SAMPLE_DISTANCES`.
+
+    Raises:
+        ValueError: fewer than 2 samples.
+    """
+
+    samples: int = 256
+    distance: str = "sliced_w2"
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"evaluation.samples is {self.samples}: give at least 2")
+
+
+class Judge:
+    """Evaluates policies on the same held-out noise and conditions; what it asks is not counted as queries.
+
+    Args:
+        evaluation: what to measure.
+        base: the policy before tuning.
+        reward: R, the one that is tuned for.
+        heldout: a second reward, never trained on, that should rise along; None: none.
+        event_shape: *E of a latent.
+        conditions: taken in turn, [M, ...]; None: no condition.
+        device: where to draw.
+    """
+
+    def __init__(
+        self,
+        evaluation: TuningEvaluation,
+        base: DenoisingPolicy,
+        reward: Reward,
+        *,
+        heldout: Reward | None = None,
+        event_shape: tuple[int, ...],
+        conditions: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.evaluation, self.base, self.event_shape, self.device = evaluation, base, event_shape, device
+        self.reward, self.heldout = as_reward(reward), None if heldout is None else as_reward(heldout)
+        self.cond = None
+        if conditions is not None:
+            self.cond = conditions[torch.arange(evaluation.samples) % len(conditions)].to(device)
+        self.base_samples = self.draw(base)[0]
+        sample_distance(evaluation.distance, self.base_samples[:64].cpu(), self.base_samples[:64].cpu())
+
+    def draw(self, policy: DenoisingPolicy) -> tuple[Tensor, TensorDict]:
+        """The policy's samples of the held-out noise, [samples, *E], and their rollout; not counted in its nfe."""
+        nfe, n = policy.nfe, self.evaluation.samples
+        generators = [torch.Generator(self.device).manual_seed(EVAL_SEED + j) for j in range(n)]
+        rollout = collect_rollout(
+            policy,
+            self.event_shape,
+            batch_size=n,
+            cond=self.cond,
+            generator=generators,
+            device=self.device,
+        )
+        policy.nfe = nfe
+        return rollout.get((keys.NEXT, keys.X_T))[:, -1].clone(), rollout
+
+    def __call__(self, policy: DenoisingPolicy) -> dict[str, float]:
+        """Figures of a policy; docs/metrics.md defines them."""
+        x, rollout = self.draw(policy)
+        R = self.reward.score(x, self.cond)
+        nfe = self.base.nfe
+        kl = chain_kl(policy, self.base, rollout)
+        self.base.nfe = nfe
+        figures = {
+            "eval_reward": float(R.mean()),
+            "eval_reward_std": float(R.std(correction=0)),
+            "eval_reward_best": float(R.max()),
+            "kl_to_base": float(kl.mean()),
+            "distance_to_base": sample_distance(self.evaluation.distance, x.cpu(), self.base_samples.cpu()),
+            "diversity": diversity(x.cpu()),
+        }
+        if self.heldout is not None:
+            figures["heldout_reward"] = float(self.heldout.score(x, self.cond).mean())
+        return figures
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """When to end a run before it over-optimises; all by choice.
+
+    Args:
+        patience: evaluations without a new best of the held-out reward (without one: of the reward on held-out
+            noise) after which to stop; None: never.
+        max_kl: stop where the divergence from the base, `kl_to_base`, is above this; None: never.
+        min_diversity: stop where the diversity is below this share of the base's; None: never.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    patience: int | None = None
+    max_kl: float | None = None
+    min_diversity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"stop.patience is {self.patience}: give at least 1, or null for never")
+        if self.max_kl is not None and not self.max_kl > 0:
+            raise ValueError(f"stop.max_kl is {self.max_kl}: give nats > 0, or null for never")
+        if self.min_diversity is not None and not 0 < self.min_diversity < 1:
+            raise ValueError(f"stop.min_diversity is {self.min_diversity}: it is a share in (0, 1)")
+
+    def reason(self, rows: Sequence[Mapping[str, float]]) -> str | None:
+        """Why to stop after these evaluations, the base's first; None to go on.
+
+        Args:
+            rows: figures of `Judge`, in order.
+        """
+        last, first = rows[-1], rows[0]
+        if self.max_kl is not None and last["kl_to_base"] > self.max_kl:
+            return f"kl_to_base {last['kl_to_base']:.3g} is above stop.max_kl={self.max_kl:g}"
+        share = last["diversity"] / first["diversity"] if first["diversity"] > 0 else 1.0
+        if self.min_diversity is not None and share < self.min_diversity:
+            return (
+                f"diversity is {share:.0%} of the base's, below stop.min_diversity={self.min_diversity:.0%}"
+            )
+        name = "heldout_reward" if "heldout_reward" in last else "eval_reward"
+        values = [row[name] for row in rows]
+        since = len(values) - 1 - max(range(len(values)), key=values.__getitem__)
+        if self.patience is not None and since >= self.patience:
+            return f"{name} had no new best in {since} evaluations"
+        return None

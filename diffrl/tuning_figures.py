@@ -1,0 +1,123 @@
+"""Figures of a fine-tuning comparison: reward by each cost, what it costs in likeness, samples before and after."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffrl.extras import require
+from diffrl.findings import interval
+from diffrl.plots import REAL, STYLE, show_images, show_points
+from diffrl.runs import RunFolder
+from diffrl.tuning_findings import AXES, Method, Tuning
+
+__all__ = ["draw_curves", "draw_pictures"]
+
+STYLES = [
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#56B4E9", "v"),
+    ("#E69F00", "P"),
+]
+
+
+def draw_curves(tuning: Tuning, folder: Path) -> list[tuple[str, Path]]:
+    """Reward over trajectories, queries and updates, a figure each; and likeness to the base beside reward.
+
+    Args:
+        tuning: the comparison.
+        folder: for PNG and PDF; made if missing.
+
+    Returns:
+        Title and PNG of each figure.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    names = tuning.figures
+    heldout = "heldout_reward" in names
+    drawn = []
+    for axis, words in AXES.items():
+        title = f"Reward by {words}"
+        figure, panels = _figure(1 + heldout, f"{title}: the same for all is {words}; the others differ")
+        for panel, name in zip(panels, ["eval_reward", "heldout_reward"], strict=False):
+            _lines(panel, tuning, name, axis)
+            panel.set(xlabel=words, ylabel=names[name])
+            panel.axvline(tuning.common(axis), color=REAL, linewidth=0.8, linestyle=":")
+        panels[0].legend(loc="upper left", fontsize=8)
+        drawn.append((title, _save(figure, folder, f"reward_by_{axis}")))
+    title = "What the reward costs: diversity and distance to the base"
+    others = [name for name in ("diversity", "distance_to_base", "kl_to_base") if name in names]
+    figure, panels = _figure(len(others), title)
+    for panel, name in zip(panels, others, strict=True):
+        for method, (colour, marker) in zip(tuning.methods, STYLES, strict=False):
+            x = np.array([interval(y).iqm for y in method.curve("eval_reward", "trajectories")[1].T])
+            y = np.array([interval(y).iqm for y in method.curve(name, "trajectories")[1].T])
+            panel.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=method.name)
+        panel.set(xlabel=names["eval_reward"], ylabel=names[name])
+    panels[0].legend(fontsize=8)
+    return [*drawn, (title, _save(figure, folder, "likeness_by_reward"))]
+
+
+def draw_pictures(tuning: Tuning, folder: Path) -> tuple[str, Path]:
+    """Samples of the base and of each method's first seed, from the same noise.
+
+    Args:
+        tuning: the comparison.
+        folder: for PNG and PDF; made if missing.
+
+    Returns:
+        Title and PNG.
+    """
+    base = next(iter(RunFolder(tuning.methods[0].folders[0]).samples()["base"].values()))
+    parts = [("base", base, REAL)]
+    for method, (colour, _) in zip(tuning.methods, STYLES, strict=False):
+        tuned = next(iter(RunFolder(method.folders[0]).samples()["tuned"].values()))
+        parts.append((f"{method.name}, seed {method.seeds[0]}", tuned, colour))
+    title = "Samples before and after, from the same noise"
+    figure, panels = _figure(len(parts), title, width=2.8)
+    for panel, (name, x, colour) in zip(panels, parts, strict=True):
+        if x.ndim == 4:
+            show_images(panel, x, columns=8)
+        else:
+            show_points(panel, x, base, colour)
+        panel.set_title(name, color=colour)
+    return title, _save(figure, folder, "before_and_after")
+
+
+def _lines(panel: Any, tuning: Tuning, name: str, axis: str) -> None:
+    """The interquartile mean over seeds of each method, in its 95 % interval."""
+    for method, (colour, marker) in zip(tuning.methods, STYLES, strict=False):
+        x, y = method.curve(name, axis)
+        found = [interval(column) for column in y.T]
+        mean = [f.iqm for f in found]
+        panel.plot(x, mean, color=colour, marker=marker, markersize=3, linewidth=1.5, label=_label(method))
+        if len(method.seeds) > 1:
+            low, high = ([getattr(f, end) for f in found] for end in ("low", "high"))
+            panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _label(method: Method) -> str:
+    return f"{method.name}, {len(method.seeds)} seed{'s' if len(method.seeds) > 1 else ''}"
+
+
+def _figure(panels: int, title: str, width: float = 4.2) -> tuple[Any, list[Any]]:
+    matplotlib = require("matplotlib", "plot")
+    with matplotlib.rc_context(STYLE):
+        figure = require("matplotlib.figure", "plot").Figure(
+            figsize=(width * panels, 3.4), layout="constrained"
+        )
+        grid = figure.subplots(1, panels, squeeze=False)[0]
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return figure, list(grid)
+
+
+def _save(figure: Any, folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    matplotlib = require("matplotlib", "plot")
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        figure.savefig(folder / f"{name}.pdf")
+    return folder / f"{name}.png"
