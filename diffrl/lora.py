@@ -1,0 +1,119 @@
+"""Low-rank adapters by peft on a pipeline's network: only they are trained, and the base without them is kept."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffrl.extras import require
+
+__all__ = ["ADAPTER", "adapters_disabled", "add_lora", "has_lora", "save_lora"]
+
+ADAPTER = "diffrl"  # what peft calls the adapter
+
+
+def has_lora(network: nn.Module) -> bool:
+    """Whether the network has the adapters of `add_lora`."""
+    return ADAPTER in getattr(network, "peft_config", {})
+
+
+def add_lora(
+    denoiser: nn.Module,
+    rank: int = 4,
+    alpha: float | None = None,
+    target_modules: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),
+    *,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Freeze the network of a denoiser, and give its attention layers adapters in float32 that are trained instead.
+
+        W x  becomes  W x + (alpha/rank) B A x,    B = 0 at first
+
+    Source: LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2022), section 4.1,
+    https://arxiv.org/abs/2106.09685.
+
+    Args:
+        denoiser: a `diffrl.pipelines.PipelineDenoiser`; changed in place.
+        rank: of A and B, ≥ 1.
+        alpha: scale > 0; None: the rank, so that the scale is 1.
+        target_modules: ends of the names of the linear layers that get adapters.
+        generator: A is drawn from it; None: torch's global one. Processes of one run need the same A.
+
+    Raises:
+        MissingExtra: peft is not installed.
+        TypeError: the network takes no adapters.
+        ValueError: it has adapters already, no layer has such a name, or the rank or alpha is out of its range.
+    """
+    peft = require("peft", "lora")
+    network: Any = denoiser.network
+    if not hasattr(network, "add_adapter"):
+        raise TypeError(
+            f"{type(network).__name__} takes no adapters: give a PipelineDenoiser of a diffusers pipeline"
+        )
+    if rank < 1 or not (alpha is None or alpha > 0):
+        raise ValueError(f"rank is {rank} and alpha {alpha}: give a rank >= 1 and an alpha > 0")
+    if getattr(network, "peft_config", None):
+        raise ValueError(
+            f"the network has adapters already, {', '.join(network.peft_config)}: merge them into the base first, "
+            "by pipe.fuse_lora() and pipe.unload_lora_weights()"
+        )
+    if not any(name.endswith(tuple(target_modules)) for name, _ in network.named_modules()):
+        raise ValueError(
+            f"no layer of {type(network).__name__} has a name that ends in {list(target_modules)}"
+        )
+    network.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(target_modules)
+    )
+    with torch.random.fork_rng(devices=[]):  # what peft draws is drawn anew below
+        network.add_adapter(config, adapter_name=ADAPTER)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
+
+
+@contextmanager
+def adapters_disabled(network: nn.Module) -> Iterator[None]:
+    """Within it the network is its base; afterwards every parameter requires a gradient as it did before."""
+    layer_type = require("peft.tuners.tuners_utils", "lora").BaseTunerLayer
+    layers = [module for module in network.modules() if isinstance(module, layer_type)]
+    trained = [p for p in network.parameters() if p.requires_grad]  # peft switches it off and on
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        network.requires_grad_(False)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters as diffusers reads them: ``pipe.load_lora_weights(folder)`` gives a tuned pipeline.
+
+    Args:
+        denoiser: a `diffrl.pipelines.PipelineDenoiser` with adapters.
+        folder: gets ``pytorch_lora_weights.safetensors``.
+
+    Raises:
+        ValueError: there are no adapters.
+    """
+    network: Any = denoiser.network
+    if not has_lora(network):
+        raise ValueError("there are no adapters to save: call add_lora before training")
+    loaders, peft = require("diffusers.loaders", "diffusers"), require("peft", "lora")
+    component = "unet" if "UNet" in type(network).__name__ else "transformer"
+    loader = {"unet": loaders.StableDiffusionLoraLoaderMixin, "transformer": loaders.SD3LoraLoaderMixin}
+    weights = peft.get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    settings = network.peft_config[ADAPTER].to_dict()
+    loader[component].save_lora_weights(
+        os.fspath(folder),
+        **{f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": settings},
+    )

@@ -1,0 +1,174 @@
+"""What a diffusers pipeline is made of: loading it, its process, its network, its prompts in encoded form."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrl.extras import require
+from diffrl.predictions import PredictionType
+from diffrl.schedules import DDPM, Flow, Schedule
+
+__all__ = ["encoded", "load_pipeline", "network_of", "prediction_of", "process_of", "warn_of_truncation"]
+
+PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+ENCODED_AT_ONCE = 16  # prompts
+
+
+def load_pipeline(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    download: bool = False,
+) -> Any:
+    """A diffusers pipeline from safetensors files on this machine.
+
+    Args:
+        path: folder of a pipeline, or a name that is in the cache of the hub.
+        dtype: of all weights. bfloat16 goes well with adapters, which stay in float32; float32 to train all weights.
+        device: where they go.
+        variant: of the files, e.g. "fp16".
+        download: let diffusers fetch what is missing. Without it nothing touches the network.
+
+    Raises:
+        MissingExtra: diffusers or transformers is not installed.
+        FileNotFoundError: there is no such folder, or nothing cached by that name.
+    """
+    require("transformers", "diffusers")
+    load = require("diffusers", "diffusers").DiffusionPipeline.from_pretrained
+    source = os.fspath(path)
+    if (
+        not download
+        and os.path.isdir(source)
+        and not os.path.isfile(os.path.join(source, "model_index.json"))
+    ):
+        raise FileNotFoundError(f"{source} holds no model_index.json: give the folder of a whole pipeline")
+    try:
+        pipe = load(source, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=not download)
+    except (OSError, ValueError) as error:
+        if download or os.path.isdir(source):
+            raise
+        raise FileNotFoundError(
+            f"{source!r} is no folder, and no whole pipeline of that name is cached: give a folder, or download=True"
+        ) from error
+    if pipe.dtype != dtype:  # a release of diffusers that does not know the keyword
+        pipe.to(dtype)
+    return pipe.to(device)
+
+
+def process_of(scheduler: Any) -> Schedule:
+    """The process that a diffusers scheduler's model was trained on, with its betas or its shift.
+
+    Of a DDPM scheduler only these are taken over. The levels of few steps are the trailing ones, whatever the
+    scheduler's own spacing: leading ones start below pure noise, which few steps show. The chain ends at clean data,
+    ᾱ = 1, and not at ᾱ_0 as with ``set_alpha_to_one=False``: its last step is deterministic under DDIM. It starts at
+    σ_{T-1} ε, where diffusers' pipelines start at ε (Stable Diffusion: σ = 0.998). Levels of a flow scheduler are its own.
+
+    Raises:
+        ValueError: a scheduler whose process is none of these, or whose samples are clipped.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    T = config.get("num_train_timesteps")
+    if "shift" in config and "beta_start" not in config:
+        special = [k for k in config if k.startswith("use_") or k in ("invert_sigmas", "shift_terminal")]
+        if asked := [k for k in special if config[k]]:
+            raise ValueError(f"{name} has {', '.join(asked)}: only a fixed shift is known here")
+        return Flow(float(config["shift"]), t_min=float(scheduler.sigma_min))
+    if "beta_schedule" not in config or config["beta_schedule"] not in KINDS:
+        raise ValueError(
+            f"{name} has beta_schedule {config.get('beta_schedule')!r}: known are {', '.join(KINDS)}; and flow matching"
+        )
+    if config.get("clip_sample") or config.get("thresholding"):
+        raise ValueError(
+            f"{name} clips samples, which latents must not be: pipe.scheduler.register_to_config(clip_sample=False, "
+            "thresholding=False)"
+        )
+    kind = KINDS[config["beta_schedule"]]
+    process = DDPM(T, kind, config["beta_start"], config["beta_end"])  # type: ignore[arg-type]
+    own = torch.as_tensor(scheduler.alphas_cumprod).double()
+    if not torch.allclose(own.cpu(), process.alphas_cumprod, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            f"{name} has other betas than its {config['beta_schedule']} ones (zero terminal SNR?)"
+        )
+    return process
+
+
+def prediction_of(scheduler: Any) -> PredictionType:
+    """What the scheduler's model predicts.
+
+    Raises:
+        ValueError: an unknown prediction type.
+    """
+    config = scheduler.config
+    if "prediction_type" not in config:
+        return "velocity"
+    if config["prediction_type"] not in PREDICTIONS:
+        raise ValueError(
+            f"prediction_type is {config['prediction_type']!r}: known are {', '.join(PREDICTIONS)}"
+        )
+    return PREDICTIONS[config["prediction_type"]]
+
+
+def network_of(pipe: Any) -> Any:
+    """The UNet or transformer, if prompts are all that it is conditioned on."""
+    diffusers, name = require("diffusers", "diffusers"), type(pipe).__name__
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if isinstance(network, diffusers.SD3Transformer2DModel):
+        return network
+    if not isinstance(network, diffusers.UNet2DConditionModel):
+        raise ValueError(
+            f"{name} has no UNet2DConditionModel or SD3Transformer2DModel: give a Stable Diffusion 1.x, 2.x or 3.x, "
+            "Turbo or LCM pipeline"
+        )
+    config = network.config
+    more = [k for k in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if config.get(k)]
+    if more or config.in_channels != config.out_channels:
+        raise ValueError(
+            f"{name}'s network wants more than a prompt ({', '.join(more) or 'further input channels'}), as SDXL's and "
+            "inpainting's do: only conditioning on prompts is supported"
+        )
+    return network
+
+
+def warn_of_truncation(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> None:
+    """Say which prompts are longer than what an encoder reads."""
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        if (tokenizer := getattr(pipe, name, None)) is None:
+            continue
+        limit = max_sequence_length if name == "tokenizer_3" else tokenizer.model_max_length
+        tokens = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        if long := [i for i, n in enumerate(tokens) if n > limit]:
+            which = f"{', '.join(map(str, long[:8]))}{', ...' if len(long) > 8 else ''}"
+            warnings.warn(
+                f"prompts {which} are cut off: {name} reads {limit} tokens, and they have up to {max(tokens)}",
+                stacklevel=3,
+            )
+
+
+@torch.no_grad()
+def encoded(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
+    """Keyword of the network → [P+1, ...], by the pipeline's own encoders."""
+    three = getattr(pipe, "transformer", None) is not None
+    device = next(pipe.text_encoder.parameters()).device
+    more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": max_sequence_length} if three else {}
+    keywords = (
+        {"encoder_hidden_states": 0, "pooled_projections": 2} if three else {"encoder_hidden_states": 0}
+    )
+    found: dict[str, list[Tensor]] = {keyword: [] for keyword in keywords}
+    for start in range(0, len(prompts), ENCODED_AT_ONCE):
+        encoded = pipe.encode_prompt(
+            prompt=list(prompts[start : start + ENCODED_AT_ONCE]),
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **more,
+        )
+        for keyword, place in keywords.items():
+            found[keyword].append(encoded[place])
+    return {keyword: torch.cat(parts) for keyword, parts in found.items()}

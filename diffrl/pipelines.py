@@ -1,0 +1,276 @@
+"""A diffusers pipeline as a denoiser of latents: what reward fine-tuning makes a policy of."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffrl.lora import adapters_disabled, has_lora
+from diffrl.pipeline_parts import (
+    encoded,
+    load_pipeline,
+    network_of,
+    prediction_of,
+    process_of,
+    warn_of_truncation,
+)
+from diffrl.predictions import PredictionType, to_x0
+from diffrl.schedules import Flow, Schedule
+from diffrl.shapes import expand_like, require_floating
+
+__all__ = ["PipelineDenoiser", "load_pipeline", "process_of"]
+
+CONSISTENCY_SIGMA = 0.5  # σd of latent consistency models
+
+
+class PipelineDenoiser(nn.Module):
+    """The network of a pipeline under its prompts: (latents x_t [N, C, h, w], t [N], prompt numbers [N]) → D(x_t).
+
+        F = F_∅ + w (F_c - F_∅),    D = c_skip x_t + c_out F
+
+    `cond` numbers the prompts, which are encoded once: rollouts carry integers. Guidance (w > 1) costs two evaluations
+    a state, made in one batch; the same guided estimate acts in rollouts and is trained. Latents, D and all arithmetic
+    around the network are in float32 whatever its dtype. The network stays in eval mode: dropout would make
+    log-probabilities unrepeatable.
+
+    Fine-tuning uses `reference`, `trainable_state` and `load_trainable_state`. Trained is every parameter, until
+    `diffrl.lora.add_lora` leaves only adapters.
+
+    Source: Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), eq. 6 (w here is their 1 + w),
+    https://arxiv.org/abs/2207.12598. Models with an embedded guidance scale: On Distillation of Guided Diffusion Models
+    (Meng et al., 2023), https://arxiv.org/abs/2210.03142; their c_skip and c_out: Latent Consistency Models (Luo et
+    al., 2023) and its code, https://arxiv.org/abs/2310.04378.
+
+    Args:
+        network: a diffusers `UNet2DConditionModel` or `SD3Transformer2DModel`.
+        process: what it was trained on: DDPM, told the timestep, or Flow, told 1000 t.
+        prompts: P strings.
+        embeddings: keyword of the network → [P+1, ...], one row a prompt, then the negative prompt's.
+        prediction_type: what the network predicts.
+        guidance_scale: w ≥ 1; 1 is off.
+        guided: whether w acts as above; False where the network is told of it, by a row of `embeddings`.
+        timestep_scaling: k of c_skip = σd²/(k² t² + σd²), c_out = k t/√(k² t² + σd²), of latent consistency models,
+            whose D is c_skip x_t + c_out D; None: none.
+
+    Raises:
+        ValueError: no prompts, embeddings of another number, or guidance_scale < 1.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: Schedule,
+        prompts: Sequence[str],
+        embeddings: Mapping[str, Tensor],
+        *,
+        prediction_type: PredictionType,
+        guidance_scale: float,
+        guided: bool = True,
+        timestep_scaling: float | None = None,
+    ) -> None:
+        super().__init__()
+        _require_prompts(prompts)
+        if any(len(rows) != len(prompts) + 1 for rows in embeddings.values()):
+            raise ValueError(
+                f"embeddings need {len(prompts) + 1} rows: one a prompt, then the negative prompt's"
+            )
+        if not guidance_scale >= 1:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale}: give 1 for none (diffusers takes all from 0 to 1 for that)"
+            )
+        self.network, self.process, self.prompts = network, process, tuple(prompts)
+        self.prediction_type, self.guidance_scale = prediction_type, guidance_scale
+        self.guided = guided and guidance_scale != 1
+        self.timestep_scaling = timestep_scaling
+        self._keywords = tuple(embeddings)
+        for keyword, rows in embeddings.items():
+            self.register_buffer(f"prompt_{keyword}", rows, persistent=False)
+        self.eval()
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipe: Any,
+        prompts: Sequence[str],
+        *,
+        guidance_scale: float,
+        negative_prompt: str = "",
+        max_sequence_length: int = 256,
+    ) -> "PipelineDenoiser":
+        """The denoiser of a loaded pipeline; afterwards its text encoders may be deleted.
+
+        Stable Diffusion 1.x, 2.x, Turbo and latent consistency models, and Stable Diffusion 3.x. The encoded prompts
+        lie beside the network: for SD 1.x 0.1 MB each in half precision, for SD 3.x 2.7 MB.
+
+        Args:
+            pipe: the pipeline; its network is shared, so that the pipeline draws from what is trained.
+            prompts: what conditions number.
+            guidance_scale: w ≥ 1; 1 is off.
+            negative_prompt: what guidance leads away from.
+            max_sequence_length: tokens of the T5 encoder of SD 3.x.
+
+        Raises:
+            ValueError: a pipeline of another kind or with conditions other than prompts (SDXL's sizes, inpainting's
+                masks), a scheduler that is not known, a negative prompt without guidance.
+        """
+        _require_prompts(prompts)
+        network, process = network_of(pipe), process_of(pipe.scheduler)
+        guidance_dims = network.config.get("time_cond_proj_dim")
+        if negative_prompt and (guidance_scale == 1 or guidance_dims):
+            raise ValueError(
+                f"negative_prompt {negative_prompt!r} has no effect without guidance: leave it out"
+            )
+        texts = [*prompts, negative_prompt]
+        warn_of_truncation(pipe, texts, max_sequence_length)
+        embeddings = encoded(pipe, texts, max_sequence_length)
+        if guidance_dims:
+            w = torch.full((len(texts),), guidance_scale - 1.0)
+            embeddings["timestep_cond"] = pipe.get_guidance_scale_embedding(w, embedding_dim=guidance_dims)
+        weight = next(network.parameters())
+        return cls(
+            network,
+            process,
+            prompts,
+            {keyword: rows.to(weight) for keyword, rows in embeddings.items()},
+            prediction_type=prediction_of(pipe.scheduler),
+            guidance_scale=guidance_scale,
+            guided=not guidance_dims,
+            timestep_scaling=pipe.scheduler.config.get("timestep_scaling"),
+        )
+
+    @property
+    def event_shape(self) -> tuple[int, int, int]:
+        """[C, h, w] of the latents that the network was made for; it takes others too."""
+        config: Any = self.network.config
+        size = config.sample_size
+        h, w = (size, size) if isinstance(size, int) else size
+        return config.in_channels, h, w
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations a state: 2 with guidance."""
+        return 2 if self.guided else 1
+
+    def train(self, mode: bool = True) -> "PipelineDenoiser":
+        """Stays in eval mode, which gradients do not mind."""
+        return super().train(False)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations again in the backward pass: the same gradient with less memory and more time."""
+        self.network.enable_gradient_checkpointing()  # type: ignore[operator]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Clean estimate of noisy latents.
+
+        Args:
+            x_t: latents, floating dtype, shape [N, C, h, w].
+            t: times, shape [N].
+            cond: prompt numbers, integers, shape [N] or [N, 1]; None where there is one prompt only.
+
+        Returns:
+            D, of x_t's shape and dtype.
+
+        Raises:
+            TypeError: x_t holds integers, or cond does not.
+            ValueError: prompt numbers that are missing, not one a state, or unknown.
+        """
+        require_floating([("x_t", x_t)])
+        rows = self._rows(cond, x_t)
+        if self.guided:
+            negative = torch.full_like(rows, len(self.prompts))
+            both = self._predicted(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([negative, rows]))
+            F_0, F_c = both.chunk(2)
+            F_x = F_0 + self.guidance_scale * (F_c - F_0)
+        else:
+            F_x = self._predicted(x_t, t, rows)
+        D_x = to_x0(self.process, F_x, x_t, t.to(x_t), self.prediction_type)
+        if self.timestep_scaling is None:
+            return D_x
+        kt, sigma_data = expand_like(self.timestep_scaling * t.to(x_t), x_t), CONSISTENCY_SIGMA
+        return (sigma_data**2 * x_t / (kt**2 + sigma_data**2)) + kt * D_x / (kt**2 + sigma_data**2).sqrt()
+
+    def _predicted(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        """F of states under rows of the embeddings, in x_t's dtype."""
+        given = {keyword: self.get_buffer(f"prompt_{keyword}")[rows] for keyword in self._keywords}
+        timestep = 1000 * t if isinstance(self.process, Flow) else t.round().long()
+        dtype = self.get_buffer(f"prompt_{self._keywords[0]}").dtype  # the network's; adapters have another
+        F_x: Tensor = self.network(x_t.to(dtype), timestep=timestep, return_dict=False, **given)[0]
+        return F_x.to(x_t.dtype)
+
+    def _rows(self, cond: Tensor | None, x_t: Tensor) -> Tensor:
+        P, N = len(self.prompts), len(x_t)
+        if cond is None:
+            if P > 1:
+                raise ValueError(f"which of the {P} prompts? give cond, their numbers, shape [{N}]")
+            return torch.zeros(N, dtype=torch.long, device=x_t.device)
+        if cond.is_floating_point() or cond.is_complex() or cond.dtype == torch.bool:
+            raise TypeError(f"cond has dtype {cond.dtype}: give numbers of prompts, integers [{N}]")
+        if cond.shape not in ((N,), (N, 1)):
+            raise ValueError(f"cond has shape {tuple(cond.shape)}: give numbers of prompts, integers [{N}]")
+        rows = cond.reshape(N).long().to(x_t.device)
+        if N and not 0 <= int(rows.min()) <= int(rows.max()) < P:
+            raise ValueError(f"prompts are numbered 0..{P - 1}, not {rows.unique().tolist()}")
+        return rows
+
+    def reference(self) -> nn.Module:
+        """The denoiser as it is without training: the base under the adapters, whose weights it shares.
+
+        Without adapters a frozen copy of the network as it is now.
+        """
+        if has_lora(self.network):
+            return _Base(self)
+        shared: dict[int, Any] = {id(rows): rows for rows in self.buffers(recurse=False)}
+        return copy.deepcopy(self, shared).requires_grad_(False)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copies of the parameters that are trained, on the CPU: adapters only, where there are any."""
+        return {name: p.detach().cpu().clone() for name, p in self._trained()}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the parameters of `trainable_state`.
+
+        Raises:
+            ValueError: they are not those that are trained here, or have other shapes.
+        """
+        trained = dict(self._trained())
+        if trained.keys() != state.keys():
+            raise ValueError(
+                f"{len(state)} trained tensors for {len(trained)} that are trained here, "
+                f"{len(trained.keys() & state.keys())} of them the same: "
+                "call add_lora with the same target_modules before loading"
+            )
+        for name, p in trained.items():
+            if p.shape != state[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)}, here {tuple(p.shape)}: is the rank another?"
+                )
+        for name, p in trained.items():
+            p.copy_(state[name])
+
+    def _trained(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+
+
+class _Base(nn.Module):
+    """A denoiser with its adapters switched off; it owns no weights."""
+
+    def __init__(self, denoiser: PipelineDenoiser) -> None:
+        super().__init__()
+        self.__dict__["denoiser"] = denoiser
+        self.process = denoiser.process
+
+    @torch.no_grad()
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """As `PipelineDenoiser.forward`; without gradients."""
+        denoiser: PipelineDenoiser = self.__dict__["denoiser"]
+        with adapters_disabled(denoiser.network):
+            D_x: Tensor = denoiser(x_t, t, cond)
+        return D_x
+
+
+def _require_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts is {prompts!r}: give a list of at least one string")
