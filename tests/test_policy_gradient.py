@@ -17,6 +17,7 @@ from diffrl.dense_rewards import predict_dense
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
+from diffrl.reward_placement import Dense
 from diffrl.rewards import BlackBox
 from diffrl.rollouts import collect_rollout
 from diffrl.samplers import CPS, Ancestral, GaussianSampler
@@ -239,6 +240,13 @@ def test_gradient_of_dense_rewards_enumerated(timing: str, gamma: float) -> None
     expected = exact_dense_gradient(policy, timing, gamma)
     found = dense_gradient(policy, timing, gamma)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("timing", ["state", "next"])
+def test_fine_tuning_places_rewards_so(timing: Any) -> None:
+    policy = linear_policy(3)
+    td = collect_rollout(policy, (1,), batch_size=8, generator=generator(0))
+    torch.testing.assert_close(Dense(mode="all", timing=timing)(td, reward), dense(policy, td, timing))
 
 
 def test_a_reward_of_the_state_teaches_nothing_by_itself() -> None:
