@@ -68,7 +68,7 @@ def process_of(scheduler: Any) -> Schedule:
     Of a DDPM scheduler only these are taken over. The levels of few steps are the trailing ones, whatever the
     scheduler's own spacing: leading ones start below pure noise, which few steps show. The chain ends at clean data,
     ᾱ = 1, and not at ᾱ_0 as with ``set_alpha_to_one=False``: its last step is deterministic under DDIM. It starts at
-    σ_{T-1} ε, where diffusers' pipelines start at ε (Stable Diffusion: σ = 0.998). Levels of a flow scheduler are its own.
+    σ_{T-1} ε, where diffusers' pipelines start at ε (Stable Diffusion: σ = 0.998). A flow has its scheduler's levels.
 
     Raises:
         ValueError: a scheduler whose process is none of these, or whose samples are clipped.

@@ -478,12 +478,12 @@ def test_gradient_checkpointing_gives_the_same_gradient(make: Callable[[], Any],
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.05), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("make", "sampler"), [(stable_diffusion, Ancestral()), (sd3, FlowSDE())])
 def test_in_half_precision_only_the_network_is_half(
-    make: Callable[[], Any], sampler: GaussianSampler, dtype: torch.dtype, tolerance: float
+    make: Callable[[], Any], sampler: GaussianSampler, dtype: torch.dtype
 ) -> None:
-    """The ratio before an update, in other batches than the rollout's, is 1 within the network's own rounding."""
+    """The ratio before an update, in another batch than the rollout's, is 1 within a tenth of DDPO's clip range."""
     pipe = make().to(dtype)
     denoiser = denoiser_of(pipe, w=2.0)
     add_lora(denoiser, generator=generator(1))
@@ -494,7 +494,7 @@ def test_in_half_precision_only_the_network_is_half(
     floats = [td[key].dtype for key in (keys.X_T, keys.ACTION, keys.ACTION_LOG_PROB, keys.X0_HAT)]
     assert floats == [torch.float32] * 4
     with torch.no_grad():
-        assert float((ratio(policy, td) - 1).abs().max()) < tolerance
+        assert float((ratio(policy, td) - 1).abs().max()) < 1e-5
     DDPOLoss(policy)(td.set(keys.ADVANTAGE, torch.ones(P, 4, 1)))["loss_policy"].backward()
     grads = [p.grad for p in denoiser.parameters() if p.requires_grad]
     assert all(g is not None and g.dtype == torch.float32 and bool(g.isfinite().all()) for g in grads)
