@@ -27,7 +27,9 @@ _HOMES = {
     "MixtureDenoiser": "denoisers",
     "Multistep": "consistency_sampler",
     "check": "checks",
+    "finetune": "finetuning",
     "load": "runs",
+    "load_tuned": "tuning_experiment",
     "sample": "samplers",
     "sample_chain": "trajectories",
     "data": "",
@@ -36,7 +38,9 @@ _HOMES = {
     "metrics": "",
     "networks": "",
     "objectives": "",
+    "recipes": "",
     "returns": "",
+    "rewards": "",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -48,13 +52,16 @@ if TYPE_CHECKING:
     from diffrl import metrics as metrics
     from diffrl import networks as networks
     from diffrl import objectives as objectives
+    from diffrl import recipes as recipes
     from diffrl import returns as returns
+    from diffrl import rewards as rewards
     from diffrl.checks import check as check
     from diffrl.consistency_sampler import Multistep as Multistep
     from diffrl.denoisers import Denoiser as Denoiser
     from diffrl.denoisers import EmpiricalDenoiser as EmpiricalDenoiser
     from diffrl.denoisers import GaussianDenoiser as GaussianDenoiser
     from diffrl.denoisers import MixtureDenoiser as MixtureDenoiser
+    from diffrl.finetuning import finetune as finetune
     from diffrl.policies import DenoisingPolicy as DenoisingPolicy
     from diffrl.runs import load as load
     from diffrl.samplers import DDIM as DDIM
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
     from diffrl.sde_samplers import CPS as CPS
     from diffrl.sde_samplers import FlowSDE as FlowSDE
     from diffrl.trajectories import sample_chain as sample_chain
+    from diffrl.tuning_experiment import load_tuned as load_tuned
 else:  # hidden from type checkers, which would take any name for granted
 
     def __getattr__(name: str) -> Any:

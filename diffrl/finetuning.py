@@ -123,6 +123,11 @@ class Finetuner:
         self.parameters = [p for p in policy.denoiser.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
+        if self._num_trainable() == 0:
+            raise ValueError(
+                "no step of the policy is stochastic, so none has a log-probability: give a sampler with noise, "
+                "more steps, or policy.std_floor"
+            )
         self.reference, kl_coef = self._reference(), recipe.regulariser.kl_coef
         self.loss = recipe.surrogate.loss(policy, math.prod(event_shape), self.reference, kl_coef)
         self.optimiser = torch.optim.AdamW(

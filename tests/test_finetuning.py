@@ -1,0 +1,357 @@
+"""The fine-tuning loop: what it trains, what it counts, that it resumes bit for bit, what it refuses."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffrl
+from diffrl import keys, recipes
+from diffrl.checks import CheckFailed
+from diffrl.credit import GroupRelative, RewardsToGo
+from diffrl.critics import LearnedCritic
+from diffrl.finetuning import Finetuner, Iterations, frozen_copy
+from diffrl.networks import MLP
+from diffrl.objectives.surrogates import PPOClip, Regulariser, RewardDifference, scaled_clip_range
+from diffrl.recipes import Recipe, Rollouts
+from diffrl.reward_placement import Dense, Terminal
+from diffrl.rewards import BlackBox, WeightedSum
+from diffrl.trainer import NonFiniteLoss, Optim, step_generator
+from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
+from diffrl.updates import Updates
+
+SMALL = Rollouts(trajectories=16)
+PAIRS = Rollouts(trajectories=16, pairs=True)
+
+
+def make_policy(K: int = 4, num_classes: int = 0, seed: int = 0, **options: Any) -> diffrl.DenoisingPolicy:
+    torch.manual_seed(seed)
+    network = MLP((2,), num_classes, hidden=16, depth=1)
+    nn.init.normal_(network.last.weight, std=0.3)
+    denoiser = diffrl.Denoiser(network, diffrl.EDM())
+    given = {"num_steps": K, "reduction": "mean", "std_floor": 0.05, **options}
+    return diffrl.DenoisingPolicy(denoiser, diffrl.Ancestral(), **given)
+
+
+def right(x0: Tensor, cond: Any = None) -> Tensor:
+    return x0[:, 0]
+
+
+def tuner_of(recipe: Recipe, policy: diffrl.DenoisingPolicy | None = None, **options: Any) -> Finetuner:
+    given = {"event_shape": (2,), "length": Iterations(4, eval_every=2, checkpoint_every=2), **options}
+    return Finetuner(policy or make_policy(), given.pop("reward", right), recipe, **given)
+
+
+def weights(tuner: Finetuner) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in tuner.policy.denoiser.parameters()])
+
+
+METHODS = {
+    "ddpo_sf": lambda: recipes.ddpo_sf(rollouts=SMALL),
+    "ddpo_is": lambda: recipes.ddpo_is(rollouts=SMALL),
+    "sdpo": lambda: recipes.sdpo(rollouts=PAIRS),
+    "next": lambda: recipes.sdpo(rollouts=PAIRS, placement=Dense("all", timing="next")),
+    "critic": lambda: recipes.ddpo_is(rollouts=SMALL, credit=LearnedCritic()),
+    "group": lambda: recipes.ddpo_is(rollouts=Rollouts(16, group_size=4), credit=GroupRelative()),
+    "kl": lambda: recipes.ddpo_is(rollouts=SMALL, regulariser=Regulariser(0.1)),
+    "ema": lambda: recipes.ddpo_is(rollouts=SMALL, regulariser=Regulariser(0.1, "ema", 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(name: str, tmp_path: Path) -> None:
+    whole = tuner_of(METHODS[name](), folder=tmp_path / "whole")
+    rows: list[dict[str, float]] = []
+    whole.fit(report=rows.append, progress=False)
+    for _ in range(2):  # stopped after the second iteration, then continued by another process
+        part = tuner_of(METHODS[name](), folder=tmp_path / "part")
+        resumed = part.resume()
+        ended = part.fit(stop=lambda tuner=part: tuner.iteration == 2, progress=False)  # type: ignore[misc]
+    assert resumed and ended and torch.equal(weights(whole), weights(part))
+    seconds = {"seconds": 0.0}
+    assert whole.figures | seconds == part.figures | seconds
+    assert not torch.equal(weights(whole), weights(tuner_of(METHODS[name]())))
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_spent_is_counted(name: str) -> None:
+    recipe = METHODS[name]()
+    box = BlackBox(right)
+    tuner = tuner_of(recipe, reward=box)
+    tuner.fit(progress=False)
+    # std_floor makes all 4 steps stochastic
+    updates = {"ddpo_sf": 1, "sdpo": 8, "next": 8}.get(name, 2)
+    assert tuner.figures["updates"] == 4 * updates == 4 * tuner.updates_per_iteration
+    queries = {"sdpo": 3, "next": 4}.get(name, 1) * 64
+    if name == "sdpo":  # the first estimates of a pair are one sample
+        queries -= 32
+    assert tuner.figures["queries"] == box.queries == queries
+    evaluations = 4 * 16 * 4 * 2  # collected, then trained on
+    extra = evaluations // 2 if name in ("kl", "ema") else 0
+    assert tuner.figures["network_evaluations"] == evaluations + extra
+    assert tuner.figures["trajectories"] == 64
+
+
+@pytest.mark.parametrize("name", ["ddpo_sf", "ddpo_is", "sdpo", "critic", "next"])
+def test_the_reward_rises(name: str) -> None:
+    sizes = {"rollouts": Rollouts(64, pairs=name in ("sdpo", "next"))}
+    recipe = copy.deepcopy(METHODS[name]())
+    pieces = {k: v for k, v in vars(recipe).items() if k != "rollouts"}
+    tuner = tuner_of(Recipe(**{**pieces, **sizes}), length=Iterations(30), optim=Optim(3e-3, warmup_steps=0))
+    judge = Judge(TuningEvaluation(64), tuner.base, right, event_shape=(2,))
+    before = judge(tuner.policy)
+    tuner.fit(progress=False)
+    after = judge(tuner.policy)
+    assert after["eval_reward"] > before["eval_reward"] + 0.3 * before["eval_reward_std"]
+    assert after["kl_to_base"] > 0 == before["kl_to_base"] == before["distance_to_base"]
+
+
+def test_accumulation_changes_nothing() -> None:
+    for make, rows in ((recipes.ddpo_is, SMALL), (recipes.sdpo, PAIRS)):
+        ends = []
+        for size in (1000, 8):
+            order = "step" if rows.pairs else "trajectory"
+            recipe = make(rollouts=rows, updates=Updates(order, micro_batch=size))  # type: ignore[arg-type]
+            tuner = tuner_of(recipe, policy=make_policy().double(), length=Iterations(1))
+            tuner.fit(progress=False)
+            ends.append(weights(tuner))
+        torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_is_a_plain_step_of_adamw_on_the_mean_over_its_steps() -> None:
+    tuner = tuner_of(recipes.ddpo_sf(rollouts=SMALL), length=Iterations(1))
+    by_hand = copy.deepcopy(tuner.policy)
+    rollout = tuner.collect(step_generator(0, 0))
+    tuner = tuner_of(recipes.ddpo_sf(rollouts=SMALL), length=Iterations(1))
+    tuner.fit(progress=False)
+    R = rollout["next", "x_t"][:, -1, 0]
+    A = ((R - R.mean()) / R.std(correction=0)).clamp(-5, 5)
+    loss = torch.zeros(())
+    for i in range(4):
+        law = by_hand.law(rollout["x_t"][:, i], torch.full((16,), i))
+        normal = torch.distributions.Normal(law.mean, law.std[:, None])
+        loss = loss - (A * normal.log_prob(rollout["action"][:, i]).mean(1)).mean() / 4
+    parameters = list(by_hand.denoiser.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=3e-4, weight_decay=1e-4)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimiser.step()
+    theirs = torch.cat([p.detach().flatten() for p in parameters])
+    torch.testing.assert_close(weights(tuner), theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_conditions_are_shared_by_a_group_and_reach_the_reward() -> None:
+    seen: list[Tensor] = []
+
+    def asked(x0: Tensor, cond: Any) -> Tensor:
+        seen.append(cond)
+        return x0[:, 0]
+
+    policy = make_policy(num_classes=3)
+    recipe = recipes.ddpo_is(rollouts=Rollouts(16, group_size=4), credit=GroupRelative())
+    tuner = tuner_of(recipe, policy, reward=BlackBox(asked, cache=False), conditions=torch.tensor([0, 2]))
+    rollout = tuner.collect(step_generator(1, 0))
+    assert (seen[0].view(4, 4) == seen[0].view(4, 4)[:, :1]).all() and set(seen[0].tolist()) <= {0, 2}
+    assert torch.equal(rollout[keys.COND][:, 0], seen[0])
+
+
+def test_the_ema_reference_follows_and_the_frozen_one_stays() -> None:
+    tuner = tuner_of(METHODS["ema"](), length=Iterations(1))
+    before = copy.deepcopy(tuner.policy.denoiser)
+    tuner.fit(progress=False)
+    assert tuner.reference is not None
+    triples = zip(
+        before.parameters(),
+        tuner.policy.denoiser.parameters(),
+        tuner.reference.denoiser.parameters(),
+        strict=True,
+    )
+    for old, new, average in triples:
+        torch.testing.assert_close(average.detach(), 0.5 * old.detach() + 0.5 * new.detach())
+    for old, base in zip(before.parameters(), tuner.base.denoiser.parameters(), strict=True):
+        assert torch.equal(old, base)
+
+
+def test_the_checks_run_and_leave_no_trace() -> None:
+    tuner = tuner_of(METHODS["sdpo"]())
+    report = tuner.check()
+    assert report.passed and tuner.figures["queries"] == 0 and tuner.figures["network_evaluations"] == 0
+    fresh = tuner_of(METHODS["sdpo"]())
+    fresh.fit(progress=False)
+    tuner.fit(progress=False)
+    assert torch.equal(weights(tuner), weights(fresh))
+
+
+def test_a_failed_check_stops_before_the_first_update() -> None:
+    class Moody(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.process, self.calls = inner, diffrl.EDM(), 0
+
+        def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+            self.calls += 1
+            return self.inner(x, t, cond) + 0.1 * self.calls
+
+    policy = make_policy()
+    policy.denoiser = Moody(policy.denoiser)
+    with pytest.raises(CheckFailed, match="before the first update"):
+        diffrl.finetune(policy, right, METHODS["ddpo_is"](), event_shape=(2,), iterations=1, progress=False)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_weights(tmp_path: Path) -> None:
+    tuner = tuner_of(METHODS["ddpo_is"](), folder=tmp_path)
+    for _ in tuner.steps():
+        if tuner.iteration == 3:
+            break
+    before = weights(tuner)
+    object.__setattr__(tuner.recipe, "credit", lambda rollout, r: torch.full_like(r, math.nan))
+    with pytest.raises(NonFiniteLoss, match="at iteration 3; last good checkpoint: .*step_000002"):
+        next(tuner.steps())
+    assert torch.equal(weights(tuner), before)
+
+
+def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:
+    tuner = tuner_of(METHODS["ddpo_is"](), autocast=torch.bfloat16)
+    rollout = tuner.collect(step_generator(0, 0))
+    assert rollout[keys.ACTION_LOG_PROB].dtype == torch.float32 == rollout[keys.X_T].dtype
+    tuner.fit(progress=False)
+    assert weights(tuner).isfinite().all()
+
+
+# What does not go together
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: recipes.sdpo(rollouts=SMALL), "set rollouts.pairs=true"),
+        (lambda: recipes.ddpo_sf(updates=Updates()), "one update a rollout: set updates.minibatches=1"),
+        (lambda: recipes.ddpo_sf(updates=Updates("step", minibatches=1)), "updates.order=trajectory"),
+        (lambda: recipes.sdpo(regulariser=Regulariser(0.1)), "RewardDifference has no KL term"),
+        (lambda: recipes.ddpo_is(credit=GroupRelative()), "set rollouts.group_size"),
+        (lambda: recipes.ddpo_is(placement=Dense()), "dense rewards would only be summed"),
+        (lambda: recipes.sdpo(rollouts=Rollouts(2, pairs=True)), "cannot make 2 minibatches"),
+        (lambda: Rollouts(15, pairs=True), "a multiple of the group size, 2"),
+        (lambda: Rollouts(16, group_size=4, pairs=True), "for pairs leave it at 1"),
+        (lambda: Regulariser(-1.0), "regulariser.kl_coef is -1.0"),
+        (lambda: Regulariser(reference="old"), "regulariser.reference is 'old'"),  # type: ignore[arg-type]
+        (lambda: Iterations(0), "loop.iterations is 0"),
+        (
+            lambda: tuner_of(METHODS["ddpo_is"](), make_policy(std_floor=0.0, K=1)),
+            "no step of the policy is stochastic",
+        ),
+    ],
+)
+def test_pieces_that_do_not_go_together_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_policy_without_trainable_parameters_is_refused() -> None:
+    policy = make_policy()
+    policy.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to tune"):
+        tuner_of(METHODS["ddpo_is"](), policy)
+
+
+def test_recipes_have_the_published_numbers() -> None:
+    sdpo, ddpo = recipes.sdpo(), recipes.ddpo_is()
+    assert sdpo.credit == RewardsToGo(gamma=0.99) and sdpo.surrogate == RewardDifference(0.99, 1.0, None, 5.0)
+    assert (sdpo.rollouts.trajectories, sdpo.updates.order, sdpo.updates.minibatches) == (256, "step", 2)
+    assert (
+        ddpo.surrogate == PPOClip(None, 5.0)
+        and ddpo.placement == Terminal()
+        and ddpo.updates.minibatches == 2
+    )
+    assert scaled_clip_range(16_384, "mean") == pytest.approx(1e-4, rel=1e-3)
+    assert scaled_clip_range(64, "sum") == pytest.approx(64 * scaled_clip_range(64, "mean"))
+    assert tuner_of(METHODS["sdpo"]()).loss.clip_range == pytest.approx(0.0128 / math.sqrt(2))
+    assert [line.split()[0] for line in str(sdpo).splitlines()] == list(vars(sdpo))
+
+
+# Evaluation
+
+
+def test_the_divergence_of_chains_is_that_of_torchs_normals() -> None:
+    policy, base = make_policy(seed=1), make_policy(seed=2)
+    judge = Judge(TuningEvaluation(8), base, right, event_shape=(2,))
+    _, rollout = judge.draw(policy)
+    found = chain_kl(policy, base, rollout)
+    expected = torch.zeros(8)
+    for i in range(4):
+        laws = [p.law(rollout["x_t"][:, i], torch.full((8,), i)) for p in (policy, base)]
+        normals = [torch.distributions.Normal(law.mean, law.std[:, None]) for law in laws]
+        expected += torch.distributions.kl_divergence(*normals).sum(1)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_diversity_is_the_mean_distance_of_two_samples() -> None:
+    x = torch.randn(5, 1, 2, 3)
+    pairs = [(x[a] - x[b]).norm() / math.sqrt(6) for a in range(5) for b in range(a)]
+    assert diversity(x) == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-5)
+
+
+def test_the_judge_asks_without_counting_and_always_the_same() -> None:
+    policy, box = make_policy(), WeightedSum({"right": (right, 2.0), "up": (lambda x, c: x[:, 1], 1.0)})
+    judge = Judge(TuningEvaluation(8), frozen_copy(policy), box, heldout=right, event_shape=(2,))
+    one, other = judge(policy), judge(policy)
+    assert one == other and box.queries == 0 and policy.nfe == 0
+    x, _ = judge.draw(policy)
+    assert one["eval_reward"] == pytest.approx(float((2 * x[:, 0] + x[:, 1]).mean()), rel=1e-5)
+    assert one["heldout_reward"] == pytest.approx(float(x[:, 0].mean()), rel=1e-5)
+
+
+def rows(**columns: list[float]) -> list[dict[str, float]]:
+    n = len(next(iter(columns.values())))
+    base = {"kl_to_base": [0.0] * n, "diversity": [1.0] * n, "eval_reward": [0.0] * n}
+    return [{name: values[i] for name, values in {**base, **columns}.items()} for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("stop", "seen", "reason"),
+    [
+        (EarlyStop(), rows(eval_reward=[3, 2, 1, 0]), None),
+        (
+            EarlyStop(patience=2),
+            rows(eval_reward=[1, 3, 2, 2.9]),
+            "eval_reward had no new best in 2 evaluations",
+        ),
+        (EarlyStop(patience=2), rows(eval_reward=[1, 3, 2, 3.1]), None),
+        (
+            EarlyStop(patience=1),
+            rows(eval_reward=[1, 2], heldout_reward=[1, 0.5]),
+            "heldout_reward had no new best",
+        ),
+        (EarlyStop(max_kl=5), rows(kl_to_base=[0, 5]), None),
+        (EarlyStop(max_kl=5), rows(kl_to_base=[0, 6]), "kl_to_base 6 is above stop.max_kl=5"),
+        (EarlyStop(min_diversity=0.5), rows(diversity=[2, 0.9]), "diversity is 45% of the base's"),
+    ],
+)
+def test_early_stop(stop: EarlyStop, seen: list[dict[str, float]], reason: str | None) -> None:
+    found = stop.reason(seen)
+    assert (found is None) == (reason is None) and (reason is None or reason in str(found))
+
+
+def test_a_reason_ends_the_run() -> None:
+    tuner = tuner_of(METHODS["ddpo_is"](), length=Iterations(10, eval_every=1))
+    assert tuner.fit(finished=lambda row: "enough" if row["iteration"] == 3 else None, progress=False)
+    assert tuner.iteration == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: EarlyStop(patience=0), "stop.patience is 0"),
+        (lambda: EarlyStop(max_kl=0), "stop.max_kl is 0"),
+        (lambda: EarlyStop(min_diversity=1), "stop.min_diversity is 1"),
+        (lambda: TuningEvaluation(samples=1), "evaluation.samples is 1"),
+    ],
+)
+def test_evaluation_refuses(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
