@@ -189,6 +189,8 @@ class _Run:
         # step by step, so that the members of a pair stay side by side
         self.states: TensorDictBase = torch.cat([rollout[:rows, k] for k in columns])
         """Of some chains at some steps, the first and the last stochastic one among them: [N]."""
+        if (N := len(self.states)) < self.batch_rows:  # an update is larger: its shape is what counts
+            self.states = self.states[torch.arange(self.batch_rows + self.batch_rows % 2) % N]
         dtypes = {p.dtype for p in policy.parameters()} | {autocast}
         self.half = bool(dtypes & {torch.float16, torch.bfloat16})
         eps_D = 0.0128 / math.sqrt(D) * (1 if policy.reduction == "mean" else D)
