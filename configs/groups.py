@@ -88,8 +88,10 @@ class FinetuneConfig:
     logger: str = "csv"
     run_dir: str | None = None
     resume: str | None = None
-    compare: dict[str, list[str]] = field(default_factory=dict)
-    """Methods to run beside each other, each with its words for the command line; with none, one run is made."""
+    compare: list[str] = field(default_factory=list)
+    """Names of methods to run beside each other; with none, one run is made."""
+    methods: dict[str, list[str]] = field(default_factory=dict)
+    """Methods that can be compared, each with its words for the command line."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Of a comparison."""
     out: str = MISSING
@@ -116,7 +118,7 @@ def register() -> None:
     group("network", NETWORKS, omit=("event_shape", "num_classes"))
     group("sampler", SAMPLERS)
     group("starts", STARTS)
-    group("model", MODELS)
+    group("model", MODELS, omit=("device", "seed"))
     group("placement", PLACEMENTS)
     group("credit", CREDITS)
     group("surrogate", SURROGATES)

@@ -19,7 +19,7 @@ from diffrl.tuning_comparison import TuningCell
 
 __all__ = ["base_run", "plan_tuning"]
 
-COMMON = ("out", "run_dir", "resume", "compare", "seeds", "seed", "workers", "pretrain")
+COMMON = ("out", "run_dir", "resume", "compare", "seeds", "seed", "workers")
 
 
 def _composed(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -65,15 +65,18 @@ def plan_tuning(config: Mapping[str, Any], words: Sequence[str], base: str) -> l
         base: the run folder that is tuned.
 
     Raises:
-        ValueError: a word of a method that is no setting, with the method's name.
+        ValueError: a method that is not known, or a word of it that is no setting, with the method's name.
     """
     # a group is chosen once: by the method, else by the command line
     cells = []
-    for method, own in config["compare"].items():
+    for method in config["compare"]:
+        if method not in config["methods"]:
+            raise ValueError(f"compare: no method {method!r}: there are {', '.join(config['methods'])}")
+        own = config["methods"][method]
         chosen = {word.partition("=")[0].lstrip("+") for word in own} | set(COMMON)
         kept = [word for word in words if word.partition("=")[0] not in chosen]
         try:
-            composed = _composed("finetune", [*kept, *own, f"model.path='{base}'", "compare={}", "out=cells"])
+            composed = _composed("finetune", [*kept, *own, f"model.path='{base}'", "compare=[]", "out=cells"])
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"compare, {method}: {explain(error)}") from error
         cells += [TuningCell(method, seed, {**composed, "seed": seed}) for seed in config["seeds"]]

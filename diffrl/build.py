@@ -27,6 +27,7 @@ __all__ = [
     "Draw",
     "Objective",
     "Progressive",
+    "accepted",
     "build_data",
     "build_denoiser",
     "build_objective",
@@ -141,16 +142,16 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
     starts: Starts = named(STARTS, config["starts"])
     draw: Draw
     if scheme.draw is not None:
-        make = partial(scheme.draw, denoiser.process, **_accepted(scheme.draw, options))
+        make = partial(scheme.draw, denoiser.process, **accepted(scheme.draw, options))
         draw = make() if inspect.isclass(scheme.draw) else make
         if not isinstance(starts, UniformStarts):
             raise ValueError(f"objective {name} draws its states without a chain: set starts=uniform")
     else:
-        chain = Chain(denoiser.process, **_accepted(Chain, config["chain"]))
-        draw = ChainSampler(chain, **_accepted(ChainSampler, config["chain"]), starts=starts)
+        chain = Chain(denoiser.process, **accepted(Chain, config["chain"]))
+        draw = ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
     if baseline:
         name, scheme = "monte_carlo", OBJECTIVES["monte_carlo"]
-    return Objective(name, scheme.loss(denoiser, **_accepted(scheme.loss, options)), draw)
+    return Objective(name, scheme.loss(denoiser, **accepted(scheme.loss, options)), draw)
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:
@@ -167,7 +168,7 @@ def named(registry: Mapping[str, Callable[..., Any]], config: Config, **more: An
     return registry[options.pop("name")](**more, **options)
 
 
-def _accepted(function: Callable[..., Any], options: Config) -> dict[str, Any]:
+def accepted(function: Callable[..., Any], options: Config) -> dict[str, Any]:
     """The options that `function` has parameters for."""
     names = inspect.signature(function).parameters
     return {k: v for k, v in options.items() if k in names}

@@ -1,5 +1,6 @@
 """From the rewards of a rollout to an advantage for every step: what each fine-tuning method calls credit."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -20,6 +21,9 @@ ROLLOUTS_KEPT = 4
 
 class Credit(Protocol):
     """Advantages of steps; what it remembers over rollouts is saved with the run."""
+
+    raw_std: float
+    """Standard deviation of the latest advantages before they were scaled, in units of the reward."""
 
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
         """Advantages [B, K, 1] of the steps of a rollout [B, K] that were paid `reward` [B, K, 1]."""
@@ -55,6 +59,7 @@ class _Fifo:
     min_count: int = 16
     per: Literal["prompt", "batch"] = "prompt"
     statistics: FifoStatistics | None = field(init=False, default=None, repr=False, compare=False)
+    raw_std: float = field(init=False, default=math.nan, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.per not in ("prompt", "batch"):
@@ -70,6 +75,7 @@ class _Fifo:
         if self.statistics is None:
             size = self.buffer or (PROMPT_BUFFER if prompt is not None else ROLLOUTS_KEPT * len(values))
             self.statistics = FifoStatistics(size, min(self.min_count, size))
+        self.raw_std = float((values - values.mean(0)).std(correction=0))
         return self.statistics(values, prompt)
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,6 +158,7 @@ class GroupRelative:
     """
 
     std: Literal["group", "global", "none"] = "group"
+    raw_std: float = field(init=False, default=math.nan, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.std not in ("group", "global", "none"):
@@ -159,7 +166,9 @@ class GroupRelative:
 
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
         """Advantages, the same for all steps of a trajectory."""
-        A = group_advantages(reward.sum((1, 2)), rollout.get(keys.GROUP)[:, 0, 0], std=self.std)
+        R, group = reward.sum((1, 2)), rollout.get(keys.GROUP)[:, 0, 0]
+        self.raw_std = float(group_advantages(R, group, std="none").std(correction=0))
+        A = group_advantages(R, group, std=self.std)
         return A[:, None, None].expand_as(reward)
 
     def state_dict(self) -> dict[str, Any]:

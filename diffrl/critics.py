@@ -93,7 +93,6 @@ class LearnedCritic:
     hidden: int = 64
     critic: Critic | None = field(init=False, default=None, repr=False, compare=False)
     raw_std: float = field(init=False, default=math.nan, repr=False, compare=False)
-    """Standard deviation of the latest advantages before they were scaled, in units of the reward."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.lmbda <= 1 and 0 <= self.gamma <= 1):

@@ -207,6 +207,7 @@ class Finetuner:
                 cond=cond,
                 generator=generator,
                 device=self.device,
+                at_once=plan.at_once,
             )
         r = self.recipe.placement(rollout, self.reward)
         rollout.set((keys.NEXT, keys.REWARD), r)
@@ -263,15 +264,13 @@ class Finetuner:
         self.seconds += time.perf_counter() - start
         figures = {name: sum(f[name] for f in found) / len(found) for name in found[0]}
         A = rollout.get(keys.ADVANTAGE)
-        figures |= {
+        return figures | {
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(correction=0)),
             "reward_best": self.best,
             "advantage_std": float(A.std(correction=0)),
+            "raw_advantage_std": self.recipe.credit.raw_std,
         }
-        if isinstance(self.recipe.credit, LearnedCritic):
-            figures["raw_advantage_std"] = self.recipe.credit.raw_std
-        return figures
 
     def _update(self, minibatch: TensorDict) -> dict[str, float]:
         """One optimiser update on steps [n, k]; its figures."""

@@ -20,6 +20,7 @@ class Rollouts:
         trajectories: B; the published numbers are 256 (of 4 and of 8 GPUs together).
         group_size: G, trajectories that share a condition.
         pairs: groups are pairs that share their first latent too; group_size is then left at 1.
+        at_once: most trajectories drawn side by side; None: all.
 
     Raises:
         ValueError: sizes that do not fit.
@@ -28,6 +29,7 @@ class Rollouts:
     trajectories: int = 256
     group_size: int = 1
     pairs: bool = False
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or (self.pairs and self.group_size not in (1, 2)):
@@ -39,6 +41,8 @@ class Rollouts:
                 f"rollouts.trajectories is {self.trajectories}: give a multiple of the group size, "
                 f"{self.rows_of_a_group}"
             )
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(f"rollouts.at_once is {self.at_once}: give at least 1, or null for all")
 
     @property
     def rows_of_a_group(self) -> int:
@@ -51,7 +55,7 @@ class Recipe:
     """A fine-tuning method. Pieces that do not go together are refused here.
 
     >>> print(sdpo())
-    rollouts     Rollouts(trajectories=256, group_size=1, pairs=True)
+    rollouts     Rollouts(trajectories=256, group_size=1, pairs=True, at_once=None)
     placement    Dense(mode='anchor', timing='state', interior=True, guarded=True)
     credit       RewardsToGo(buffer=None, min_count=16, per='prompt', gamma=0.99)
     updates      Updates(order='step', minibatches=2, passes=1, last=None, fraction=1.0, micro_batch=256)

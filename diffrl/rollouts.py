@@ -26,6 +26,7 @@ def collect_rollout(
     reward: Reward | None = None,
     generator: Generator | Sequence[Generator] | None = None,
     device: torch.device | str = "cpu",
+    at_once: int | None = None,
 ) -> TensorDict:
     """Chains that a policy draws from noise to data: `DiffusionMDP.rollout(K, policy)`, the same TensorDict.
 
@@ -49,6 +50,7 @@ def collect_rollout(
         generator: of the first noise and then of each step's; a sequence has one for each row, which does not go
             with pairs; None: torch's global one.
         device: where chains live.
+        at_once: most chains drawn side by side, in whole groups; the others follow, with the numbers that come next.
 
     Returns:
         TensorDict [B, K] with the keys of `DiffusionMDP`'s rollouts: x_t, t, index, group, cond, action,
@@ -64,6 +66,25 @@ def collect_rollout(
         raise ValueError(f"batch_size is {batch_size}: give a multiple of the group size, {G}")
     if cond is not None and len(cond) != batch_size // G:
         raise ValueError(f"{len(cond)} conditions for {batch_size // G} groups: give one each")
+    if at_once is not None and max(at_once, G) < batch_size:
+        parts, size = [], max(at_once // G, 1) * G
+        for first in range(0, batch_size, size):
+            n = min(size, batch_size - first)
+            part = collect_rollout(
+                policy,
+                event_shape,
+                batch_size=n,
+                group_size=group_size,
+                pairs=pairs,
+                cond=None if cond is None else cond[first // G : (first + n) // G],
+                reward=reward,
+                generator=generator[first : first + n] if isinstance(generator, Sequence) else generator,
+                device=device,
+            )
+            for steps in (part, part[keys.NEXT]):
+                steps.set(keys.GROUP, steps.get(keys.GROUP) + first // G)
+            parts.append(part)
+        return torch.cat(parts)  # type: ignore[return-value]
     B, K, noise = batch_size, policy.num_steps, Noise(generator)
     c = None if cond is None else cond.to(device).repeat_interleave(G, 0)
     x = torch.empty(K + 1, B, *event_shape, device=device).transpose(

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from diffrl.data import Data
 from diffrl.denoisers import GuidedDenoiser
+from diffrl.latent_rewards import DecodedReward, LatentDecoder
+from diffrl.lora import add_lora
+from diffrl.pipelines import PipelineDenoiser, load_pipeline
 from diffrl.rewards import Reward
 from diffrl.runs import load
 
-__all__ = ["MODELS", "Tunable", "run_model"]
+__all__ = ["MODELS", "Tunable", "pipeline_model", "run_model"]
 
 
 @dataclass(frozen=True)
@@ -77,4 +80,99 @@ def run_model(
     return Tunable(denoiser, run.data.event_shape, conditions, lambda reward: reward, run.data, run.data.name)
 
 
-MODELS: dict[str, Callable[..., Any]] = {"run": run_model}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def pipeline_model(
+    path: str | None = None,
+    *,
+    prompts: list[str] = [],  # noqa: B006 (read, not changed: a configuration's default)
+    prompts_file: str | None = None,
+    negative_prompt: str = "",
+    guidance_scale: float = 1.0,
+    lora_rank: int | None = 4,
+    lora_alpha: float | None = None,
+    lora_layers: tuple[str, ...] = ATTENTION,
+    weights: str = "bfloat16",
+    variant: str | None = None,
+    gradient_checkpointing: bool = False,
+    latent_size: int | None = None,
+    max_sequence_length: int = 256,
+    decode_batch_size: int = 8,
+    download: bool = False,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Tunable:
+    """The network of a diffusers pipeline, with adapters; its reward gets decoded images and prompts.
+
+    Args:
+        path: folder of the pipeline, or a name in the cache of the hub.
+        prompts: what conditions are drawn from.
+        prompts_file: instead, a text file with one prompt a line.
+        negative_prompt: what guidance leads away from.
+        guidance_scale: w ≥ 1; 1 is off.
+        lora_rank: of the adapters; None trains all weights, which must then be float32.
+        lora_alpha: their scale; None: the rank.
+        lora_layers: ends of the names of the layers that get them.
+        weights: dtype of the frozen weights: "float32", "bfloat16" or "float16".
+        variant: of the files, e.g. "fp16".
+        gradient_checkpointing: less memory, more time.
+        latent_size: height and width of latents; None: what the network was made for.
+        max_sequence_length: tokens of the T5 encoder of SD 3.x.
+        decode_batch_size: latents decoded at once.
+        download: let diffusers fetch what is missing; without it nothing touches the network.
+        device: where it goes; the run's.
+        seed: of the adapters' first values; the run's.
+
+    Raises:
+        MissingExtra, FileNotFoundError, ValueError: see `load_pipeline`, `PipelineDenoiser` and `add_lora`.
+    """
+    if path is None:
+        raise ValueError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
+    if weights not in DTYPES:
+        raise ValueError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
+    if lora_rank is None and weights != "float32":
+        raise ValueError(
+            "without adapters all weights are trained, and half precision loses small steps: set "
+            "model.weights=float32, or model.lora_rank"
+        )
+    if bool(prompts) == (prompts_file is not None):
+        raise ValueError("give model.prompts or model.prompts_file, one of the two")
+    texts = list(prompts) or _lines(str(prompts_file))
+    pipe = load_pipeline(path, DTYPES[weights], device=device, variant=variant, download=download)
+    denoiser = PipelineDenoiser.from_pipeline(
+        pipe,
+        texts,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+    )
+    if lora_rank is not None:
+        generator = torch.Generator().manual_seed(seed)
+        add_lora(denoiser, lora_rank, lora_alpha, lora_layers, generator=generator)
+    if gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    channels, h, w = denoiser.event_shape
+    size = (h, w) if latent_size is None else (latent_size, latent_size)
+    decode = LatentDecoder(pipe.vae.requires_grad_(False))
+
+    def wrap(reward: Reward) -> Reward:
+        return DecodedReward(reward, decode, texts, decode_batch_size)
+
+    name = Path(path).name.replace(" ", "-")
+    return Tunable(denoiser, (channels, *size), torch.arange(len(texts)), wrap, None, name)
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        texts = [line.strip() for line in Path(file).read_text().splitlines()]
+    except OSError as error:
+        raise ValueError(f"model.prompts_file {file} cannot be read: {error}") from error
+    if not any(texts):
+        raise ValueError(f"model.prompts_file {file} holds no prompt: write one a line")
+    return [text for text in texts if text]
+
+
+MODELS: dict[str, Callable[..., Tunable]] = {"run": run_model, "pipeline": pipeline_model}

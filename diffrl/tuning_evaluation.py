@@ -55,6 +55,7 @@ class TuningEvaluation:
     Args:
         samples: drawn from fixed held-out noise, at least 2.
         distance: to the base policy's samples of the same noise; name in `diffrl.metrics.SAMPLE_DISTANCES`.
+        at_once: most of them drawn side by side; None: all.
 
     Raises:
         ValueError: fewer than 2 samples.
@@ -62,6 +63,7 @@ class TuningEvaluation:
 
     samples: int = 256
     distance: str = "sliced_w2"
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 2:
@@ -111,6 +113,7 @@ class Judge:
             cond=self.cond,
             generator=generators,
             device=self.device,
+            at_once=self.evaluation.at_once,
         )
         policy.nfe = nfe
         return rollout.get((keys.NEXT, keys.X_T))[:, -1].clone(), rollout
@@ -120,7 +123,8 @@ class Judge:
         x, rollout = self.draw(policy)
         R = self.reward.score(x, self.cond)
         nfe = self.base.nfe
-        kl = chain_kl(policy, self.base, rollout)
+        parts = rollout.split(self.evaluation.at_once or len(rollout))
+        kl = torch.cat([chain_kl(policy, self.base, part) for part in parts])
         self.base.nfe = nfe
         figures = {
             "eval_reward": float(R.mean()),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.build import named
+from diffrl.build import accepted, named
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.credit import CREDITS
 from diffrl.experiment import AUTOCAST, Interrupted, as_tuples, check_settings, interruptible, open_logger
@@ -18,7 +18,7 @@ from diffrl.objectives.surrogates import SURROGATES, Regulariser
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe, Rollouts
 from diffrl.reward_placement import PLACEMENTS
-from diffrl.rewards import BlackBox
+from diffrl.rewards import BlackBox, Reward
 from diffrl.rollouts import collect_rollout
 from diffrl.runs import RunFolder, versions
 from diffrl.samplers import SAMPLERS
@@ -87,19 +87,21 @@ def build_recipe(config: Config) -> Recipe:
 class _Job:
     """Everything of a run but its folder."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
-        model: Tunable = named(MODELS, config["model"])
+        model = _model(config)
         self.config, self.model = config, model
         self.policy = _policy(config, model)
-        options, calls = config["reward"], RewardCalls(**config["reward_calls"])
-        reward = BlackBox(model.wrap_reward(named(REWARDS, options)), **vars(calls))
-        reward.name = options["name"]
-        heldout = config["heldout_reward"]
-        judged = None if heldout["name"] == "none" else model.wrap_reward(named(REWARDS, heldout))
+        if reward is None:
+            reward = named(REWARDS, config["reward"])
+        if heldout is None and config["heldout_reward"]["name"] != "none":
+            heldout = named(REWARDS, config["heldout_reward"])
+        calls = RewardCalls(**config["reward_calls"])
+        box = BlackBox(model.wrap_reward(reward), **vars(calls))
+        box.name = getattr(reward, "__name__", type(reward).__name__)
         self.tuner = Finetuner(
             self.policy,
-            reward,
+            box,
             build_recipe(config),
             event_shape=model.event_shape,
             conditions=model.conditions,
@@ -112,8 +114,8 @@ class _Job:
         self.judge = Judge(
             TuningEvaluation(**config["evaluation"]),
             self.tuner.base,
-            reward,
-            heldout=judged,
+            box,
+            heldout=None if heldout is None else model.wrap_reward(heldout),
             event_shape=model.event_shape,
             conditions=model.conditions,
             device=config["device"],
@@ -167,6 +169,12 @@ class _Job:
         return {**tuner.figures, "final": last, "base": first, "stopped_early": stopped}
 
 
+def _model(config: Config) -> Tunable:
+    options, run = as_tuples(config["model"]), {"device": config["device"], "seed": config["seed"]}
+    model: Tunable = named(MODELS, options, **accepted(MODELS[options["name"]], run))
+    return model
+
+
 def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
     sampler = named(SAMPLERS, config["sampler"])
     return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
@@ -176,13 +184,18 @@ def _numbers(row: Mapping[str, str]) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if value}
 
 
-def run_finetuning(config: Config, *, progress: bool = True) -> RunFolder:
+def run_finetuning(
+    config: Config, *, reward: Reward | None = None, heldout: Reward | None = None, progress: bool = True
+) -> RunFolder:
     """Tune what a configuration says, continuing whatever a resumed folder holds already.
 
     The self-checks run first, on the untuned policy; a failed one stops the run before it makes a folder.
 
     Args:
         config: what `diffrl.configs` composes for `finetune`.
+        reward: a callable of your own in place of ``config["reward"]``; give it again to resume. Of a pipeline it is
+            asked about decoded images in [-1, 1] and their prompts.
+        heldout: the same for ``config["heldout_reward"]``.
         progress: whether to show a bar.
 
     Returns:
@@ -194,7 +207,7 @@ def run_finetuning(config: Config, *, progress: bool = True) -> RunFolder:
         RewardError, NonFiniteLoss: see `BlackBox` and `Finetuner`.
         Interrupted: the run is saved, and can be resumed.
     """
-    job = _Job(config)
+    job = _Job(config, reward, heldout)
     report = job.tuner.check()
     label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
     folder = RunFolder.start(config, label)
@@ -251,7 +264,7 @@ def load_tuned(path: str | Path) -> TunedRun:
     """
     folder = RunFolder.open(Path(path))
     config = folder.config()
-    model: Tunable = named(MODELS, config["model"])
+    model = _model({**config, "device": "cpu"})
     policy = _policy({**config, "device": "cpu"}, model)
     newest = latest_checkpoint(folder.checkpoints("policy"))
     if newest is None:

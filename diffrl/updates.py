@@ -89,6 +89,8 @@ class Updates:
 
 
 def micro_batches(minibatch: TensorDict, size: int, *, group_size: int) -> Iterator[TensorDict]:
-    """Parts of a minibatch [n, k] of at most `size` states, each of whole groups of rows."""
-    n = max(1, size // (minibatch.shape[1] * group_size)) * group_size
-    yield from minibatch.split(n)
+    """Parts of a minibatch [n, k] of at most `size` states (but one of each member), with whole groups of rows."""
+    k = max(1, min(minibatch.shape[1], size // group_size))
+    n = max(1, size // (k * group_size)) * group_size
+    for rows in minibatch.split(n):
+        yield from rows.split(k, dim=1)

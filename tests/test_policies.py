@@ -359,3 +359,34 @@ def test_generator_count_is_checked() -> None:
         collect_rollout(
             policy_of(Flow(), CPS(0.7)), (3,), batch_size=8, generator=Noise.per_sample([0, 1]).generators
         )
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("at_once", [1, 3, 4, 8, 99])
+def test_chains_drawn_in_turn_are_those_drawn_together(pairs: bool, at_once: int) -> None:
+    process = EDM()
+    policy = DenoisingPolicy(
+        GaussianDenoiser(process, torch.zeros(2), torch.eye(2)), Ancestral(), num_steps=3, reduction="mean"
+    )
+
+    def draw(at_once: int | None) -> TensorDict:
+        own = [torch.Generator().manual_seed(j) for j in range(8)]
+        return collect_rollout(
+            policy,
+            (2,),
+            batch_size=8,
+            pairs=pairs,
+            cond=torch.arange(4 if pairs else 8),
+            generator=torch.Generator().manual_seed(0) if pairs else own,
+            at_once=at_once,
+        )
+
+    whole, parts = draw(None), draw(at_once)
+    assert set(whole.keys(True)) == set(parts.keys(True)) and whole.shape == parts.shape
+    for name in ("group", "cond", "index", "t", "trainable", ("next", "done"), ("next", "group")):
+        assert torch.equal(whole[name], parts[name])
+    if not pairs:  # a generator for each row
+        torch.testing.assert_close(parts["action"], whole["action"], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(parts["x_t"][0::2, 0], parts["x_t"][1::2, 0])
+        assert len(parts["x_t"][0::2, 0].unique(dim=0)) == 4
