@@ -64,17 +64,18 @@ def add_lora(
         raise ValueError(
             f"no layer of {type(network).__name__} has a name that ends in {list(target_modules)}"
         )
-    network.requires_grad_(False)
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(target_modules)
     )
-    with torch.random.fork_rng(devices=[]):  # what peft draws is drawn anew below
-        network.add_adapter(config, adapter_name=ADAPTER)
+    devices = {p.device for p in network.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):  # what peft draws is drawn anew below
+        network.add_adapter(config, adapter_name=ADAPTER)  # which freezes all the rest
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             if ".lora_A." in name:
-                nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
+                A = torch.empty(parameter.shape, device="cpu" if generator is None else generator.device)
+                parameter.data.copy_(nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator))
 
 
 @contextmanager
