@@ -15,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffrl.checkpoints import CheckpointError
+from diffrl.checks import CheckFailed
 from diffrl.configs.groups import register
 from diffrl.experiment import Interrupted
 from diffrl.extras import MissingExtra
+from diffrl.rewards import RewardError
 from diffrl.runs import RunFolder, RunFolderError
 from diffrl.trainer import NonFiniteLoss
 
@@ -26,9 +28,11 @@ __all__ = ["EXPECTED", "command", "explain", "settings"]
 EXPECTED = (
     HydraException,
     OmegaConfBaseException,
+    CheckFailed,
     CheckpointError,
     MissingExtra,
     NonFiniteLoss,
+    RewardError,
     RunFolderError,
     ValueError,
 )

@@ -19,6 +19,7 @@ from diffrl import keys
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.checks import Report, check
 from diffrl.critics import LearnedCritic
+from diffrl.lora import has_lora
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe
 from diffrl.rewards import Reward, as_reward
@@ -151,7 +152,8 @@ class Finetuner:
             return None
         if r.reference == "frozen":
             return self.base
-        if hasattr(self.policy.denoiser, "reference"):
+        network = getattr(self.policy.denoiser, "network", None)
+        if isinstance(network, nn.Module) and has_lora(network):
             raise ValueError("regulariser.reference is 'ema', but adapters share their base: take 'frozen'")
         return frozen_copy(self.policy)
 

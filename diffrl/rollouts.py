@@ -84,7 +84,7 @@ def collect_rollout(
             for steps in (part, part[keys.NEXT]):
                 steps.set(keys.GROUP, steps.get(keys.GROUP) + first // G)
             parts.append(part)
-        return torch.cat(parts)  # type: ignore[return-value]
+        return torch.cat(parts)
     B, K, noise = batch_size, policy.num_steps, Noise(generator)
     c = None if cond is None else cond.to(device).repeat_interleave(G, 0)
     x = torch.empty(K + 1, B, *event_shape, device=device).transpose(

@@ -21,7 +21,7 @@ from diffrl.reward_placement import PLACEMENTS
 from diffrl.rewards import BlackBox, Reward
 from diffrl.rollouts import collect_rollout
 from diffrl.runs import RunFolder, versions
-from diffrl.samplers import SAMPLERS
+from diffrl.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
 from diffrl.shipped_rewards import REWARDS
 from diffrl.tables import Table
 from diffrl.trainer import Optim
@@ -177,6 +177,9 @@ def _model(config: Config) -> Tunable:
 
 def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
     sampler = named(SAMPLERS, config["sampler"])
+    if not isinstance(sampler, GaussianSampler):
+        known = ", ".join(STOCHASTIC_SAMPLERS)
+        raise ValueError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
     return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
 
 

@@ -6,7 +6,7 @@ python examples/finetune_reward.py compare=[] recipe=sdpo model.path=runs/... re
 python examples/finetune_reward.py resume=runs/...              # continue a single run where it stopped
 
 With `compare` (the default) the same command continues where it stopped: finished runs are kept. Where model.path is
-null, a small denoiser is trained first, and kept in `out` for the next time.
+null, a small denoiser is trained first, and kept beside `out` for the next time.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(config: dict[str, Any]) -> None:
     require_installed("matplotlib", "ot", "PIL", "scipy", "sklearn", "torchmetrics", extra="demo")
     out, path = Path(config["out"]), config["model"].get("path")
     if config["model"]["name"] == "run" and path is None and config["resume"] is None:
-        path = str(base_run(config["pretrain"], out))
+        path = str(base_run(config["pretrain"], out.parent))
         config["model"]["path"] = path
     if not config["compare"] or config["resume"] is not None:
         folder = run_finetuning(config)

@@ -1,0 +1,327 @@
+"""Fine-tuning runs from configurations: folders, resuming, comparing, the command line, pipelines, bad input."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+import diffrl
+from diffrl.checks import CheckFailed
+from diffrl.configs.cli import settings
+from diffrl.configs.tuning import base_run, plan_tuning
+from diffrl.experiment import run_experiment
+from diffrl.recipes import RECIPES
+from diffrl.rewards import RewardError
+from diffrl.runs import RunFolder, RunFolderError
+from diffrl.tables import Table
+from diffrl.tuning_comparison import run_tuning_comparison
+from diffrl.tuning_experiment import build_recipe, run_finetuning
+from diffrl.tuning_findings import Tuning
+from diffrl.tuning_report import write_tuning_report
+from tests.small import SMALL, composed, small
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune_reward.py"
+QUICK = (
+    "reward=mode_distance",
+    "reward.point=[0.8,0]",
+    "heldout_reward=none",
+    "policy.num_steps=4",
+    "rollouts.trajectories=16",
+    "loop.iterations=6",
+    "loop.eval_every=2",
+    "loop.checkpoint_every=2",
+    "evaluation.samples=32",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A denoiser of a 2-D set, hardly trained."""
+    path = tmp_path_factory.mktemp("base") / "run"
+    run_experiment(small("compare=false", f"run_dir={path}"), progress=False)
+    return path
+
+
+def quick(base: Path, *overrides: str) -> dict[str, Any]:
+    chosen = {override.partition("=")[0] for override in overrides}
+    words = [w for w in QUICK if w.partition("=")[0] not in chosen and w.partition(".")[0] not in chosen]
+    return settings(composed(*words, f"model.path={base}", *overrides, name="finetune"), [])
+
+
+def tuned_weights(path: Path) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in diffrl.load_tuned(path).policy.parameters()])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_yaml_recipes_are_those_of_python(recipe: str) -> None:
+    published = ("rollouts.trajectories=256", "model.path=x")
+    config = OmegaConf.to_container(composed(f"recipe={recipe}", *published, name="finetune"), resolve=True)
+    assert isinstance(config, dict) and build_recipe(config) == RECIPES[recipe]()
+
+
+def test_a_run_leaves_a_folder_that_can_be_understood(base: Path, tmp_path: Path) -> None:
+    folder = run_finetuning(quick(base, f"run_dir={tmp_path / 'run'}", "recipe=sdpo"), progress=False)
+    assert {f.name for f in folder.path.iterdir()} >= {
+        "config.yaml",
+        "versions.json",
+        "command.txt",
+        "metrics.csv",
+    }
+    found = folder.results()["finetuning"]
+    assert found["iteration"] == 6 and found["trajectories"] == 96 and found["updates"] == 6 * 2 * 4
+    assert (
+        set(found["base"]) == set(found["final"])
+        and found["base"]["kl_to_base"] == 0 < found["final"]["kl_to_base"]
+    )
+    rows = Table(folder.path / "metrics.csv", ()).rows()
+    assert [row["iteration"] for row in rows] == [str(i) for i in range(7)]
+    assert [bool(row["eval_reward"]) for row in rows] == [True, False, True, False, True, False, True]
+    samples = folder.samples()
+    assert samples["base"]["4"].shape == samples["tuned"]["4"].shape == (32, 2)
+
+    run = diffrl.load_tuned(folder.path)
+    torch.testing.assert_close(run.sample(8, seed=5)[3:4], run.sample(1, seed=8))
+    assert run_finetuning({**folder.config(), "resume": str(folder.path)}, progress=False).path == folder.path
+
+
+@pytest.mark.parametrize("recipe", ["ddpo_is", "sdpo"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    recipe: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_finetuning(quick(base, f"run_dir={tmp_path / 'whole'}", f"recipe={recipe}"), progress=False)
+    from diffrl.experiment import Interrupted
+    from diffrl.finetuning import Finetuner
+
+    fit = Finetuner.fit
+    monkeypatch.setattr(
+        Finetuner,
+        "fit",
+        lambda self, **options: fit(self, **{**options, "stop": lambda: self.iteration == 3}),
+    )
+    config = quick(base, f"run_dir={tmp_path / 'part'}", f"recipe={recipe}")
+    with pytest.raises(Interrupted, match=r"stopped after iteration 3, and saved; continue with resume="):
+        run_finetuning(config, progress=False)
+    monkeypatch.undo()
+    part = run_finetuning({**config, "run_dir": None, "resume": str(tmp_path / "part")}, progress=False)
+    assert torch.equal(tuned_weights(whole.path), tuned_weights(part.path))
+    one, other = (Table(f.path / "metrics.csv", ()).rows() for f in (whole, part))
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in one] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in other
+    ]
+
+
+def test_a_run_stops_early_by_choice_and_stays_stopped(base: Path, tmp_path: Path) -> None:
+    config = quick(base, f"run_dir={tmp_path / 'run'}", "stop.max_kl=1e-9")
+    folder = run_finetuning(config, progress=False)
+    found = folder.results()["finetuning"]
+    assert found["iteration"] == 2 and "is above stop.max_kl=1e-09" in found["stopped_early"]
+    (folder.path / "results.json").unlink()
+    again = run_finetuning({**config, "resume": str(folder.path)}, progress=False)
+    assert again.results()["finetuning"]["iteration"] == 2
+
+
+def test_a_reward_of_ones_own(base: Path, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def mine(x0: Tensor, cond: Any) -> Tensor:
+        asked.append(len(x0))
+        return x0[:, 1]
+
+    config = quick(base, f"run_dir={tmp_path / 'run'}")
+    folder = run_finetuning(config, reward=mine, heldout=lambda x0, cond: x0[:, 0], progress=False)
+    assert asked and "heldout_reward" in folder.results()["finetuning"]["final"]
+
+
+# Comparing
+
+
+def words(base: Path) -> list[str]:
+    return [*QUICK, f"model.path={base}", "seeds=[0,1]", "loop.iterations=2"]
+
+
+def cells(base: Path, *more: str) -> list[Any]:
+    given = [*words(base), *more]
+    config = settings(composed(*given, name="finetune"), [])
+    return plan_tuning(config, given, str(base))
+
+
+def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -> None:
+    done = run_tuning_comparison(cells(base), tmp_path, workers=0, progress=False)
+    assert (done.finished, done.total, done.failed, done.interrupted) == (6, 6, {}, False)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("cells/*/results.json")}
+    assert run_tuning_comparison(cells(base), tmp_path, workers=0, progress=False).finished == 6
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("cells/*/results.json")}
+
+    report = write_tuning_report(tmp_path).read_text()
+    tuning = Tuning(tmp_path)
+    assert [m.name for m in tuning.methods] == ["DDPO-SF", "DDPO-IS", "SDPO"]
+    assert tuning.common("trajectories") == 32 and tuning.common("queries") == 32
+    assert tuning.common("updates") == 2  # of DDPO-SF
+    sdpo = tuning.methods[2]
+    x, y = sdpo.curve("eval_reward", "updates")
+    assert x.tolist() == [0, 16] and y.shape == (2, 2)
+    by_hand = [(1 - 2 / 16) * rows[0]["eval_reward"] + 2 / 16 * rows[1]["eval_reward"] for rows in sdpo.rows]
+    assert sdpo.at("eval_reward", "updates", 2) == pytest.approx(by_hand)
+    for word in ("| DDPO-SF |", "32 trajectories", "2 optimiser updates", "before_and_after.png", "| base |"):
+        assert word in report
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["methods"]["SDPO"]["final"]["eval_reward"]) == 2
+    assert all(
+        (tmp_path / "figures" / f"reward_by_{axis}.png").stat().st_size for axis in ("queries", "updates")
+    )
+
+
+def test_a_failed_run_is_listed_and_runs_again(base: Path, tmp_path: Path) -> None:
+    bad = [cell for cell in cells(base, "compare=[SDPO]") if cell.seed == 0]
+    broken = {
+        **bad[0].config,
+        "reward": {"name": "faulty", "kind": "exception", "calls": None, "seconds": 1.0},
+    }
+    from diffrl.tuning_comparison import TuningCell
+
+    done = run_tuning_comparison([TuningCell("SDPO", 0, broken)], tmp_path, workers=0, progress=False)
+    assert done.finished == 0 and "this reward is faulty" in done.failed["SDPO, seed 0"]
+    with pytest.raises(RunFolderError, match="no run is finished"):
+        write_tuning_report(tmp_path)
+    assert Tuning(tmp_path).unfinished[0][0] == "SDPO_s0"
+    assert run_tuning_comparison(bad, tmp_path, workers=0, progress=False).finished == 1
+
+
+def test_another_configuration_in_a_cells_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    run_tuning_comparison(cells(base, "compare=[DDPO-SF]")[:1], tmp_path, workers=0, progress=False)
+    with pytest.raises(RunFolderError, match="other settings of optim"):
+        run_tuning_comparison(
+            cells(base, "compare=[DDPO-SF]", "optim.lr=1")[:1], tmp_path, workers=0, progress=False
+        )
+
+
+def test_what_is_tuned_is_trained_once(tmp_path: Path) -> None:
+    pretrain = [word for word in SMALL if word != "trainer.grad_steps=30"] + ["trainer.grad_steps=10"]
+    path = base_run(pretrain, tmp_path, progress=False)
+    trained = RunFolder(path).results()["objectives"]["td"]["seconds"]
+    assert base_run(pretrain, tmp_path, progress=False) == path
+    assert RunFolder(path).results()["objectives"]["td"]["seconds"] == trained
+    with pytest.raises(ValueError, match=r"pretrain: .*'trainer.grad_step'"):
+        base_run(["trainer.grad_step=1"], tmp_path, progress=False)
+
+
+def test_the_example(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shell(*given: str) -> str:
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *given])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+        return capsys.readouterr().out
+
+    common = [*words(base), f"out={tmp_path / 'out'}", "workers=0"]
+    out = shell(*common, "compare=[DDPO-IS,SDPO]", "seeds=[0]")
+    assert "reward, held-out noise" in out and f"report  {tmp_path / 'out' / 'report.md'}" in out
+    out = shell(*common, "compare=[]", f"run_dir={tmp_path / 'single'}", "recipe=ddpo_sf")
+    assert "Reinforce(" in out and "KL to itself" in out and f"run folder  {tmp_path / 'single'}" in out
+    assert "tuned" in shell(f"resume={tmp_path / 'single'}")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["compare=[DPO]"], "compare: no method 'DPO': there are DDPO-SF, DDPO-IS, SDPO"),
+        (["rewards=ink"], "rewards"),
+        (["reward.point=[1,2,3]"], "the point has 3 numbers"),
+        (["model.path=nowhere", "compare=[]"], "nowhere holds no run"),
+        (["sampler=heun", "compare=[]"], "steps without a law"),
+        (["sampler=euler", "policy.std_floor=0", "compare=[]"], "no step of the policy is stochastic"),
+        (["updates.order=step", "recipe=ddpo_sf", "compare=[]"], "on-policy"),
+        (["model.labels=[1]", "compare=[]"], "trained without labels"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    given: list[str],
+    says: str,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = {word.partition("=")[0] for word in given}
+    usual = [word for word in words(base) if word.partition("=")[0] not in chosen]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *usual, f"out={tmp_path}", "workers=0", *given])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    said = str(stop.value)
+    assert said.startswith("error: ") and "\n" not in said
+    assert says in said + capsys.readouterr().out  # what failed in a cell is listed above
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_name(base: Path, tmp_path: Path) -> None:
+    config = quick(base, f"run_dir={tmp_path / 'run'}", "reward=faulty", "reward.kind=nan")
+    with pytest.raises(RewardError, match="Faulty"):
+        run_finetuning(config, progress=False)
+    assert not (tmp_path / "run").exists()
+    stands_in = quick(base, f"run_dir={tmp_path / 'run'}", "reward=faulty", "reward_calls.on_failure=mean")
+    with pytest.warns(RuntimeWarning, match="stands in"):
+        folder = run_finetuning(stands_in, progress=False)
+    assert folder.results()["finetuning"]["iteration"] == 6
+    assert issubclass(CheckFailed, RuntimeError)
+
+
+# Pipelines
+
+
+def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
+    from tests.pipeline_kit import stable_diffusion
+
+    stable_diffusion().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")
+    given = [
+        "experiment=sd15_ddpo",
+        f"model.path={tmp_path / 'pipe'}",
+        f"model.prompts_file={tmp_path / 'prompts.txt'}",
+        "model.weights=float32",
+        "dtype=float32",
+        "policy.num_steps=3",
+        "rollouts.trajectories=4",
+        "rollouts.at_once=2",
+        "evaluation.samples=4",
+        "updates.minibatches=2",
+        "loop.iterations=2",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    config = settings(composed(*given, name="finetune"), [])
+    seen: list[Any] = []
+
+    def bright(images: Tensor, prompts: Any) -> Tensor:
+        seen.append((images.shape[1:], set(prompts)))
+        return images.mean((1, 2, 3))
+
+    folder = run_finetuning(config, reward=bright, progress=False)
+    found = folder.results()["finetuning"]
+    assert found["queries"] == 8 and found["updates"] == 4
+    assert {prompt for _, prompts in seen for prompt in prompts} == {"a cat", "two dogs"}
+    assert all(shape[0] == 3 for shape, _ in seen)
+    run = diffrl.load_tuned(folder.path)
+    assert all("lora" in name for name in run.policy.denoiser.trainable_state())  # type: ignore[operator]
+    assert run.sample(2).shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path": None}, "model.path is null"),
+        ({"prompts": []}, "give model.prompts or model.prompts_file"),
+        ({"weights": "int8"}, "model.weights is 'int8'"),
+        ({"lora_rank": None}, "set model.weights=float32, or model.lora_rank"),
+        ({"prompts": [], "prompts_file": "nowhere.txt"}, "model.prompts_file nowhere.txt cannot be read"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:
+    from diffrl.tunable_models import pipeline_model
+
+    given = {"path": "nowhere", "prompts": ["a cat"], **options}
+    with pytest.raises(ValueError, match=says):
+        pipeline_model(given.pop("path"), **given)
