@@ -185,14 +185,18 @@ def _cost_rows(panel: Panel) -> list[list[str]]:
 
 
 def _unfinished(findings: Findings) -> str:
-    cells = findings.unfinished()
-    if not cells:
-        return ""
-    rows = [["study", "case", "scheme", "seed", "state", "folder", "error"]]
-    for c in cells:
+    """Schemes with cells that have no result, and why."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for c in findings.unfinished():
+        where = f"`cells/{c.path.name}`" if c.status in ("failed", "stopped") else ""
         error = (c.error or "").replace("|", "\\|")
-        rows.append([c.study, c.case, c.scheme, str(c.seed), c.status, f"`cells/{c.path.name}`", error])
-    return f"## Cells without a result\n\nThe same command runs them again.\n\n{_table(rows)}"
+        groups.setdefault((c.study, c.case, c.scheme, c.status, where, error), []).append(str(c.seed))
+    if not groups:
+        return ""
+    rows = [["study", "case", "scheme", "seeds", "state", "folder", "error"]]
+    rows += [[*key[:3], ", ".join(seeds), *key[3:]] for key, seeds in groups.items()]
+    table = _folded("What has not been run, or did not end", rows)
+    return f"## Cells without a result\n\nThe same command runs them again.\n\n{table}"
 
 
 def _estimates(panel: Panel) -> Iterable[dict[str, Any]]:

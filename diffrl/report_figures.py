@@ -103,7 +103,9 @@ def _footer(panel: Panel) -> str:
     others = ", ".join(spread(axis) for axis in AXES if axis != panel.study.matched)
     name, _, count = panel.metric.partition("@")
     parts = [f"× {panel.study.baseline}, less is better; interquartile mean over seeds, 95 % interval."]
-    parts.append(f"Matched: {spread(panel.study.matched)}. Others: {others}; {len(panel.study.seeds)} seeds.")
+    few, most = (f(len(panel.seeds(scheme)) for scheme in panel.compared) for f in (min, max))
+    seeds = f"{most}" if few == most else f"{few} to {most}"
+    parts.append(f"Matched: {spread(panel.study.matched)}. Others: {others}; {seeds} seeds.")
     parts.append(f"Samples: {distance_label(name)} of {int(count):,}.")
     if SCORE in panel.quantities:
         parts.append(f"Value error: mean over σ = {', '.join(panel.score_sigmas)}.")
@@ -271,7 +273,7 @@ def _draw_learning(figure: Any, panel: Panel) -> Rows:
         ylabel=f"value error, × {panel.study.baseline}'s last",
         title="Learning curves",
     )
-    _ratio_scale(curves, "y")
+    _ratio_scale(curves, "y", least=0.75)  # leaves room for the words under the line
     curves.legend(title=_how_many(chosen, panel), **LEGEND)
 
     for y, (scheme, style) in enumerate(chosen.items()):
@@ -338,11 +340,11 @@ def _draw_nfe(figure: Any, panel: Panel) -> Rows:
     return rows
 
 
-def _ratio_scale(axes: Any, which: str, most: int = 9) -> None:
-    """A logarithmic axis that holds 1, with plain numbers."""
+def _ratio_scale(axes: Any, which: str, most: int = 9, least: float = 0.96) -> None:
+    """A logarithmic axis that goes from `least` or below past 1, with plain numbers."""
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
-    getattr(axes, f"set_{which}lim")(min(low, 0.96), max(high, 1.04))
+    getattr(axes, f"set_{which}lim")(min(low, least), max(high, 1.04))
     _plain_ticks(getattr(axes, f"{which}axis"), most)
 
 

@@ -15,7 +15,7 @@ import diffrl.report
 from diffrl.comparison import Cell, Comparison, Study, run_comparison
 from diffrl.findings import SCORE, Findings, Panel, Quantity
 from diffrl.report import write_report
-from diffrl.report_figures import _plain_ticks, draw_figures
+from diffrl.report_figures import _footer, _plain_ticks, draw_figures
 from diffrl.runs import RunFolderError
 from diffrl.tables import Table
 
@@ -218,6 +218,23 @@ def test_failed_and_missing_cells_are_listed_and_leave_the_rest(tmp_path: Path) 
     for file in (tmp_path / "cells").glob("*/error.txt"):
         file.unlink()
     assert {c.status for c in Findings(tmp_path).unfinished()} == {"missing"}
+    assert "| a | gmm | MC | 4 | missing |  |  |" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_missing_is_one_row_a_scheme(tmp_path: Path) -> None:
+    make(tmp_path, study(), skip=("λ=0.5/1", "λ=0.5/3", "target/3"))
+    for file in (tmp_path / "cells").glob("*/error.txt"):
+        file.unlink()
+    text = write_report(tmp_path).read_text()
+    assert "| a | gmm | λ=0.5 | 1, 3 | missing |  |  |\n| a | gmm | target | 3 | missing |  |  |" in text
+
+
+def test_a_figure_tells_how_many_seeds_it_has(tmp_path: Path) -> None:
+    [panel] = make(tmp_path, study(), skip=("λ=0.5/1", "λ=0.5/3")).panels()
+    assert "; 3 to 5 seeds." in _footer(panel)
+    [panel] = make(tmp_path / "whole", study()).panels()
+    assert "; 5 seeds." in _footer(panel)
 
 
 @pytest.mark.usefixtures("undrawn")
