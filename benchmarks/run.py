@@ -25,6 +25,7 @@ os.environ.setdefault("RL_WARNINGS", "0")
 
 import torch
 from chain_drawing import chain_drawing
+from finetune_cost import finetune_cost
 from lambda_returns import cost_of_lambda_returns
 from report import Row, as_json, table
 from step_cost import SIZES, step_cost
@@ -52,6 +53,8 @@ def main() -> None:
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
     show("chains drawn in 2-D", "times as fast as", rows)
+    title = "fine-tuning iteration: UNet on 1x16x16, 32 chains of 8 steps"
+    show(title, "time over", finetune_cost(rounds=5 if quick else 40))
     shape = (32, 18, 3072) if quick else (256, 18, 3072)
     show("λ-returns", "times as fast as", [cost_of_lambda_returns(shape, rounds=5 if quick else 9)])
     seconds = time.time() - start

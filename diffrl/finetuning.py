@@ -18,6 +18,7 @@ from tqdm import tqdm
 from diffrl import keys
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.checks import Report, check
+from diffrl.credit import GroupRelative
 from diffrl.critics import LearnedCritic
 from diffrl.lora import has_lora
 from diffrl.policies import DenoisingPolicy
@@ -232,8 +233,17 @@ class Finetuner:
         finally:
             self.recipe = recipe
             self.policy.nfe, self.base.nfe = nfe
+        u = recipe.updates
+        steps = 1 if u.order == "step" else self._num_trainable()
         report = check(
-            self.policy, self.loss, rollout, reward=self.reward, reference=self.base, autocast=self.autocast
+            self.policy,
+            self.loss,
+            rollout,
+            batch_rows=min(u.micro_batch, recipe.rollouts.trajectories // u.minibatches * steps),
+            reward=self.reward,
+            reference=self.base,
+            autocast=self.autocast,
+            centred="group" if isinstance(recipe.credit, GroupRelative) else None,
         )
         self.reward.load_state_dict(reward)
         report.raise_if_failed()
