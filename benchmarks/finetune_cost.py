@@ -8,7 +8,7 @@ from timing import Ratio, interleave
 from torch import Tensor
 
 from diffrl.denoisers import Denoiser
-from diffrl.finetuning import Finetuner, Iterations
+from diffrl.finetuner import Finetuner, Iterations
 from diffrl.networks import UNet
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import RECIPES, Recipe, Rollouts

@@ -14,7 +14,7 @@ from diffrl.credit import CREDITS
 from diffrl.data import DATASETS
 from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation
-from diffrl.finetuning import Iterations
+from diffrl.finetuner import Iterations
 from diffrl.networks import NETWORKS
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.surrogates import SURROGATES, Regulariser

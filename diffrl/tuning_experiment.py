@@ -13,10 +13,11 @@ from diffrl.build import accepted, named
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.credit import CREDITS
 from diffrl.experiment import AUTOCAST, Interrupted, as_tuples, check_settings, interruptible, open_logger
-from diffrl.finetuning import Finetuner, Iterations, load_policy_weights
+from diffrl.finetuner import Finetuner, Iterations
 from diffrl.objectives.surrogates import SURROGATES, Regulariser
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe, Rollouts
+from diffrl.references import load_policy_weights
 from diffrl.reward_placement import PLACEMENTS
 from diffrl.rewards import BlackBox, Reward
 from diffrl.rollouts import collect_rollout

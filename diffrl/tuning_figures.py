@@ -8,19 +8,11 @@ import numpy as np
 from diffrl.extras import require
 from diffrl.findings import interval
 from diffrl.plots import REAL, STYLE, show_images, show_points
+from diffrl.report_figures import STYLES
 from diffrl.runs import RunFolder
 from diffrl.tuning_findings import AXES, Method, Tuning
 
 __all__ = ["draw_curves", "draw_pictures"]
-
-STYLES = [
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#56B4E9", "v"),
-    ("#E69F00", "P"),
-]
 
 
 def draw_curves(tuning: Tuning, folder: Path) -> list[tuple[str, Path]]:

@@ -14,10 +14,11 @@ from diffrl import keys, recipes
 from diffrl.checks import CheckFailed
 from diffrl.credit import GroupRelative, RewardsToGo
 from diffrl.critics import LearnedCritic
-from diffrl.finetuning import Finetuner, Iterations, frozen_copy
+from diffrl.finetuner import Finetuner, Iterations
 from diffrl.networks import MLP
 from diffrl.objectives.surrogates import PPOClip, Regulariser, RewardDifference, scaled_clip_range
 from diffrl.recipes import Recipe, Rollouts
+from diffrl.references import frozen_copy
 from diffrl.reward_placement import Dense, Terminal
 from diffrl.rewards import BlackBox, WeightedSum
 from diffrl.trainer import NonFiniteLoss, Optim, step_generator

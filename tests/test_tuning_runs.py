@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     whole = run_finetuning(quick(base, f"run_dir={tmp_path / 'whole'}", f"recipe={recipe}"), progress=False)
     from diffrl.experiment import Interrupted
-    from diffrl.finetuning import Finetuner
+    from diffrl.finetuner import Finetuner
 
     fit = Finetuner.fit
     monkeypatch.setattr(
