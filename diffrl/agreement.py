@@ -4,7 +4,7 @@ The targets are those that a Monte Carlo network would give: what one can know b
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diffrl.diagnostics import target_errors
 from diffrl.extras import require
 from diffrl.findings import SCORE, Findings, Panel, interval
 from diffrl.plots import FAINT, INK, REAL, STYLE
+from diffrl.report_figures import plain_ticks
 from diffrl.runs import Run, load
 from diffrl.statistics import iqm
 
@@ -52,23 +53,32 @@ def target_outcomes(
         seed: of states' noise and draws.
 
     Returns:
-        ``study``, ``case``, ``baseline``, ``states``, ``draws``, ``seeds``, ``sigmas`` (those of the chain's
+        ``study``, ``case``, ``baseline``, ``states``, ``draws``, ``seeds`` (those at which all schemes that
+        were begun are finished), ``sigmas`` (those of the chain's
         levels), ``cells``: for each λ and η the shares ``bias_sq``, ``variance``, ``target_error`` (their
-        sum) and ``value_error``, each by seed; and ``rank_correlation`` by seed between the last two.
+        sum) and ``value_error``, each by seed; and ``rank_correlation`` of each share with the value error, by
+        seed, over the cells of "η = 1", whose fixed point is exact, and over "all".
 
     Raises:
-        ValueError: no such study or case, other axes, a cell that is not finished, or data without an oracle.
+        ValueError: no such study or case, other axes, no seed at which all is finished, or data without an
+            exact denoiser.
     """
     panel = _panel(findings, study, case)
     lmbdas, etas = (panel.study.axes[label] for label in KEYS)
     grid = {
-        grid_scheme({"λ": lmbda, "η": eta}): (float(lmbda), float(eta)) for lmbda in lmbdas for eta in etas
+        scheme: (float(lmbda), float(eta))
+        for lmbda in lmbdas
+        for eta in etas
+        if (scheme := grid_scheme({"λ": lmbda, "η": eta})) in panel.compared
     }
+    seeds = [n for n in panel.seeds(panel.study.baseline) if all(n in panel.seeds(s) for s in grid)]
+    if not seeds:
+        raise ValueError(f"study {study}, case {case}: at no seed are the baseline and all others finished")
     cells: dict[str, dict[str, Any]] = {
         scheme: {"λ": lmbda, "η": eta, **{name: [] for name in PARTS}}
         for scheme, (lmbda, eta) in grid.items()
     }
-    for number in panel.study.seeds:
+    for number in seeds:
         run = load(panel.cells[panel.study.baseline][number].path)
         found = {
             eta: _errors_at(run, panel.score_sigmas, eta, [*map(float, lmbdas)], states, draws, seed)
@@ -79,22 +89,35 @@ def target_outcomes(
             for name, errors in _parts(found, *point).items():
                 cells[scheme][name].append(float(np.mean(errors / base)))
     for scheme, cell in cells.items():
-        cell["value_error"] = panel.ratios(scheme, SCORE).tolist()
+        by_seed = dict(zip(panel.seeds(scheme), panel.ratios(scheme, SCORE).tolist(), strict=True))
+        cell["value_error"] = [by_seed[number] for number in seeds]
     return {
         "study": study,
         "case": case,
         "baseline": panel.study.baseline,
         "states": states,
         "draws": draws,
-        "seeds": list(panel.study.seeds),
+        "seeds": seeds,
         "sigmas": [level["sigma"] for level in found[float(etas[0])]],
         "cells": list(cells.values()),
-        "rank_correlation": [
-            rank_correlation(
-                *([cell[k][i] for cell in cells.values()] for k in ("target_error", "value_error"))
-            )
-            for i in range(len(panel.study.seeds))
-        ],
+        "rank_correlation": {
+            "η = 1": _correlations([cell for cell in cells.values() if cell["η"] == 1]),
+            "all": _correlations(list(cells.values())),
+        },
+    }
+
+
+def _correlations(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Of each part of a target's error with the value error, over cells, by seed."""
+    if len(cells) < 2:
+        return {}
+    columns = {
+        name: list(zip(*(cell[name] for cell in cells), strict=True)) for name in (*PARTS, "value_error")
+    }
+    outcome = columns.pop("value_error")
+    return {
+        name: [rank_correlation(x, y) for x, y in zip(by_seed, outcome, strict=True)]
+        for name, by_seed in columns.items()
     }
 
 
@@ -112,10 +135,7 @@ def _panel(findings: Findings, study: str, case: str) -> Panel:
     panel = panels[study, case]
     if set(panel.study.axes) != set(KEYS):
         raise ValueError(f"the axes of study {study} are {list(panel.study.axes)}: λ and η are wanted")
-    for scheme in panel.study.schemes:
-        if missing := set(panel.study.seeds) - set(panel.cells.get(scheme, {})):
-            raise ValueError(f"study {study}, case {case}: {scheme} is not finished at seed {min(missing)}")
-    if SCORE not in panel.quantities:
+    if panel.schemes and SCORE not in panel.quantities:
         raise ValueError(f"case {case} has no exact denoiser, so no error of a target is known")
     return panel
 
@@ -160,7 +180,9 @@ def _parts(found: Mapping[float, Sequence[Mapping[str, Any]]], lmbda: float, eta
 
 
 def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
-    """Three panels: bias² and variance of targets by λ; value error by λ; one against the other, all cells.
+    """Three panels: bias² and variance of targets by λ; value error by λ; value error by bias², all cells.
+
+    Cells of λ = 1, whose targets have no bias, are left out of the third.
 
     Args:
         found: what `target_outcomes` returns.
@@ -173,45 +195,35 @@ def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
         MissingExtra: matplotlib is not installed.
     """
     matplotlib = require("matplotlib", "plot")
-    markov = [cell for cell in found["cells"] if cell["η"] == 1]
+    cells = sorted(found["cells"], key=lambda cell: (cell["η"], cell["λ"]))
+    markov = [cell for cell in cells if cell["η"] == 1]
     lmbdas = [cell["λ"] for cell in markov]
     sigmas = ", ".join(f"{sigma:.2g}" for sigma in found["sigmas"])
     with matplotlib.rc_context(STYLE):
-        figure = require("matplotlib.figure", "plot").Figure(figsize=(12, 4.1), layout="constrained")
-        targets, outcome, both = figure.subplots(1, 3)
+        figure = require("matplotlib.figure", "plot").Figure(figsize=(12, 4.3), layout="constrained")
+        targets, outcome, every = figure.subplots(1, 3)
         for name, label, colour, marker in (
             ("variance", "variance", VARIANCE, "o"),
             ("bias_sq", "bias²", BIAS, "s"),
             ("target_error", "sum", INK, "D"),
         ):
             _curve(targets, lmbdas, [cell[name] for cell in markov], color=colour, marker=marker, label=label)
-        targets.set(
-            title="Targets, at the Monte Carlo network", ylabel="error of the target, × Monte Carlo's"
-        )
+        targets.set(title="Targets at η = 1", ylabel="error of the target, × Monte Carlo's")
         targets.legend()
         _curve(outcome, lmbdas, [cell["value_error"] for cell in markov], color=INK, marker="D")
-        outcome.set(title="Training", ylabel="value error, × Monte Carlo's")
+        rho = _said(found["rank_correlation"]["η = 1"]["target_error"])
+        outcome.set(title=f"Training at η = 1\nrank correlation with the sum {rho}")
         for axis in (targets, outcome):
-            axis.set(xlabel="λ   (η = 1)", ylim=(min(0.0, axis.get_ylim()[0]), None))
-        colours = matplotlib.colormaps["viridis"]
-        etas = sorted({cell["η"] for cell in found["cells"]})
-        for n, eta in enumerate(etas):
-            cells = [cell for cell in found["cells"] if cell["η"] == eta]
-            x, y = ([float(iqm(cell[k])) for cell in cells] for k in ("target_error", "value_error"))
-            shade = colours(0.9 * n / max(len(etas) - 1, 1))
-            both.plot(
-                x, y, color=shade, marker=MARKERS[n % len(MARKERS)], linewidth=0.8, label=f"η = {eta:g}"
-            )
-        rho = interval(found["rank_correlation"])
-        ends = "" if rho.low is None else f" [{rho.low:.2f}, {rho.high:.2f}]"
-        both.set(title=f"All cells: rank correlation {rho.iqm:.2f}{ends}", xscale="log", yscale="log")
-        both.set(xlabel="error of the target, × Monte Carlo's", ylabel="value error, × Monte Carlo's")
-        both.legend()
-        for lines in (both.axhline, both.axvline):
-            lines(1, color=FAINT, linewidth=0.8)
+            axis.set(xlabel="λ", ylim=(-0.05, max(1.05, axis.get_ylim()[1])))
+        biased = [cell for cell in cells if cell["λ"] < 1]
+        _scatter(every, biased, matplotlib.colormaps["viridis"])
+        rho = _said(found["rank_correlation"]["all"]["bias_sq"])
+        every.set(title=f"Training at every η, by bias²\nrank correlation {rho}")
+        for axis in (outcome, every):
+            axis.set_ylabel("value error, × Monte Carlo's")
         figure.supxlabel(
             f"{found['study']}, {found['case']}; means over σ = {sigmas}; interquartile mean and 95 % interval of "
-            f"{len(found['seeds'])} seeds. Targets bootstrap from the network that {found['baseline']} trained; "
+            f"{len(found['seeds'])} seeds.\nTargets bootstrap from the network that {found['baseline']} trained; "
             f"{found['states']} states, {found['draws']} continuations of each.",
             x=0.01, ha="left", fontsize=7.5, color=REAL,
         )  # fmt: skip
@@ -220,6 +232,26 @@ def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
         figure.savefig(png, dpi=150)
         figure.savefig(png.with_suffix(".pdf"), metadata={"CreationDate": None})
     return png
+
+
+def _said(by_seed: Sequence[float]) -> str:
+    found = interval(by_seed)
+    return f"{found.iqm:.2f}" if found.low is None else f"{found.iqm:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def _scatter(axis: Any, cells: Sequence[Mapping[str, Any]], colours: Callable[[float], Any]) -> None:
+    """Value error by bias², a line for each η."""
+    etas = sorted({cell["η"] for cell in cells})
+    for n, eta in enumerate(etas):
+        line = [cell for cell in cells if cell["η"] == eta]
+        x, y = ([float(iqm(cell[k])) for cell in line] for k in ("bias_sq", "value_error"))
+        shade = colours(0.9 * n / max(len(etas) - 1, 1))
+        axis.plot(x, y, color=shade, marker=MARKERS[n % len(MARKERS)], linewidth=0.9, label=f"η = {eta:g}")
+    axis.axhline(1, color=FAINT, linewidth=0.8)
+    axis.set(xlabel="squared bias of the target, × Monte Carlo's error", xscale="log", yscale="log")
+    for which in (axis.xaxis, axis.yaxis):
+        plain_ticks(which, most=5)
+    axis.legend()
 
 
 def _curve(axis: Any, x: Sequence[float], by_seed: Sequence[Sequence[float]], **style: Any) -> None:

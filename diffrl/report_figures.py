@@ -15,7 +15,7 @@ from diffrl.findings import SCORE, Panel, Quantity, interval
 from diffrl.plots import FAINT, INK, REAL, STYLE
 from diffrl.summary import distance_label
 
-__all__ = ["draw_figures"]
+__all__ = ["draw_figures", "plain_ticks"]
 
 Rows = list[dict[str, Any]]
 
@@ -336,7 +336,7 @@ def _draw_nfe(figure: Any, panel: Panel) -> Rows:
         axes.set_xticks([], minor=True)
         axes.set_xlabel("network evaluations per sample (NFE)")
     absolute.legend(title=_how_many(chosen, panel), **LEGEND)
-    _plain_ticks(absolute.yaxis)
+    plain_ticks(absolute.yaxis)
     return rows
 
 
@@ -345,10 +345,10 @@ def _ratio_scale(axes: Any, which: str, most: int = 9, least: float = 0.96) -> N
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
     getattr(axes, f"set_{which}lim")(min(low, least), max(high, 1.04))
-    _plain_ticks(getattr(axes, f"{which}axis"), most)
+    plain_ticks(getattr(axes, f"{which}axis"), most)
 
 
-def _plain_ticks(axis: Any, most: int = 9) -> None:
+def plain_ticks(axis: Any, most: int = 9) -> None:
     """Round ticks on a logarithmic axis, as many as fit: evenly spaced within a decade, else 1, 2, 5."""
     low, high = axis.get_view_interval()
     if high < 10 * low:

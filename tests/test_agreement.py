@@ -105,9 +105,22 @@ def test_value_errors_are_those_of_the_result_files(out: Path) -> None:
         name = f"lambda={cell['λ']:g}-eta={cell['η']:g}"
         ratios = [(errors(name, s) / errors("lambda=1-eta=1", s)).mean() for s in (0, 1)]
         assert cell["value_error"] == pytest.approx(ratios)
-    for i, rho in enumerate(found["rank_correlation"]):
-        columns = [[cell[k][i] for cell in found["cells"]] for k in ("target_error", "value_error")]
-        assert rho == pytest.approx(spearmanr(*columns).statistic)
+    for which, chosen in (("all", found["cells"]), ("η = 1", [c for c in found["cells"] if c["η"] == 1])):
+        for part in ("bias_sq", "variance", "target_error"):
+            for i, rho in enumerate(found["rank_correlation"][which][part]):
+                columns = [[cell[k][i] for cell in chosen] for k in (part, "value_error")]
+                assert rho == pytest.approx(spearmanr(*columns).statistic)
+
+
+def test_seeds_are_those_at_which_all_is_finished(out: Path) -> None:
+    [file] = (out / "cells").glob("gmm16_lambda=0-eta=0.5_s0_*/results.json")
+    kept = file.rename(file.with_suffix(".away"))
+    try:
+        found = target_outcomes(Findings(out), states=4, draws=2)
+    finally:
+        kept.rename(file)
+    assert found["seeds"] == [1] and len(found["cells"]) == 6
+    assert all(len(cell["value_error"]) == len(cell["variance"]) == 1 for cell in found["cells"])
 
 
 def test_rank_correlation_at_its_ends() -> None:
@@ -120,7 +133,7 @@ def test_rank_correlation_at_its_ends() -> None:
     ("study", "case", "message"),
     [
         ("maps", "gmm16", "no study maps on case gmm16 in the comparison: there are map gmm16, holes gmm16"),
-        ("holes", "gmm16", "study holes, case gmm16: λ=0, η=0.5 is not finished at seed 2"),
+        ("holes", "gmm16", "study holes, case gmm16: at no seed are the baseline"),
         ("list", "gmm16", "the axes of study list are .*: λ and η are wanted"),
         ("board", "board", "case board has no exact denoiser"),
     ],
@@ -146,7 +159,11 @@ def test_the_command_writes_numbers_and_figure(
 
 def test_one_seed_is_drawn_without_intervals(out: Path, tmp_path: Path) -> None:
     found = target_outcomes(Findings(out), states=4, draws=2)
-    one = {**found, "seeds": [0], "rank_correlation": found["rank_correlation"][:1]}
+    one = {**found, "seeds": [0]}
+    one["rank_correlation"] = {
+        which: {part: by_seed[:1] for part, by_seed in parts.items()}
+        for which, parts in found["rank_correlation"].items()
+    }
     one["cells"] = [{k: v[:1] if isinstance(v, list) else v for k, v in c.items()} for c in found["cells"]]
     for name, numbers in (("two", found), ("one", one)):
         png = draw_agreement(numbers, tmp_path / "deep" / name)

@@ -15,7 +15,7 @@ import diffrl.report
 from diffrl.comparison import Cell, Comparison, Study, run_comparison
 from diffrl.findings import SCORE, Findings, Panel, Quantity
 from diffrl.report import write_report
-from diffrl.report_figures import _footer, _plain_ticks, draw_figures
+from diffrl.report_figures import _footer, draw_figures, plain_ticks
 from diffrl.runs import RunFolderError
 from diffrl.tables import Table
 
@@ -297,7 +297,7 @@ def test_ticks_are_round_few_and_inside(low: float, span: float, most: int) -> N
     axes = Figure().subplots()
     axes.set_xscale("log")
     axes.set_xlim(low, low * span)
-    _plain_ticks(axes.xaxis, most)
+    plain_ticks(axes.xaxis, most)
     ticks = axes.get_xticks()
     assert (
         1 <= len(ticks) <= most
