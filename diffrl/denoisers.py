@@ -120,6 +120,8 @@ class GuidedDenoiser(nn.Module):
         super().__init__()
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
         self.process = denoiser.process
+        self.evaluations = 1 if guidance_scale in (0, 1) else 2
+        """Network evaluations a state."""
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Guided estimate; as `Denoiser.forward`, with labels cond of shape [N].

@@ -86,7 +86,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.grid = sampler.grid(self.process, num_steps)
         """Times of the states, the clean one last: float64, shape [K+1]."""
         self.nfe = 0
-        """States forwarded so far."""
+        """States forwarded so far, twice each under guidance."""
         self.generator: Generator | Sequence[Generator] | None = None
         """What actions are drawn from in `forward`: one, or one per state; None: torch's global one."""
 
@@ -99,7 +99,7 @@ class DenoisingPolicy(TensorDictModuleBase):
             cond: condition, shape [N, ...], or None.
         """
         i = index.cpu()
-        self.nfe += len(x_t)
+        self.nfe += len(x_t) * int(getattr(self.denoiser, "evaluations", 1))
         x_t = x_t.float()
         D_x = self.denoiser(x_t, self.grid[i].to(x_t), cond).float()
         return self.law_of_estimate(x_t, i, D_x)

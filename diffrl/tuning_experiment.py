@@ -19,7 +19,7 @@ from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe, Rollouts
 from diffrl.references import load_policy_weights
 from diffrl.reward_placement import PLACEMENTS
-from diffrl.rewards import BlackBox, Reward
+from diffrl.rewards import BlackBox, Reward, WeightedSum
 from diffrl.rollouts import collect_rollout
 from diffrl.runs import RunFolder, versions
 from diffrl.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
@@ -97,9 +97,7 @@ class _Job:
             reward = named(REWARDS, config["reward"])
         if heldout is None and config["heldout_reward"]["name"] != "none":
             heldout = named(REWARDS, config["heldout_reward"])
-        calls = RewardCalls(**config["reward_calls"])
-        box = BlackBox(model.wrap_reward(reward), **vars(calls))
-        box.name = getattr(reward, "__name__", type(reward).__name__)
+        box = _called(model.wrap_reward(reward), RewardCalls(**config["reward_calls"]))
         self.tuner = Finetuner(
             self.policy,
             box,
@@ -184,6 +182,13 @@ def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
     return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
 
 
+def _called(reward: Reward, calls: RewardCalls) -> BlackBox | WeightedSum:
+    """The reward, called as the configuration says; what is checked and counted already says so itself."""
+    if isinstance(reward, BlackBox | WeightedSum):
+        return reward
+    return BlackBox(reward, **vars(calls))
+
+
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if value}
 
@@ -197,8 +202,8 @@ def run_finetuning(
 
     Args:
         config: what `diffrl.configs` composes for `finetune`.
-        reward: a callable of your own in place of ``config["reward"]``; give it again to resume. Of a pipeline it is
-            asked about decoded images in [-1, 1] and their prompts.
+        reward: a callable of your own in place of ``config["reward"]``, a `WeightedSum` too; give it again to resume.
+            Of a pipeline it is asked about decoded images in [-1, 1] and their prompts.
         heldout: the same for ``config["heldout_reward"]``.
         progress: whether to show a bar.
 

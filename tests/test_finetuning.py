@@ -356,3 +356,18 @@ def test_a_reason_ends_the_run() -> None:
 def test_evaluation_refuses(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_few_step_generator_is_a_policy_too() -> None:
+    """Consistency sampling: every jump but the last is followed by fresh noise, which has a log-probability."""
+    torch.manual_seed(0)
+    denoiser = diffrl.Denoiser(MLP((2,), hidden=16, depth=1), diffrl.EDM(), prediction_type="consistency")
+    policy = diffrl.DenoisingPolicy(denoiser, diffrl.Multistep(), num_steps=3, reduction="mean")
+    recipe = recipes.ddpo_is(rollouts=Rollouts(64))
+    tuner = tuner_of(recipe, policy, length=Iterations(30), optim=Optim(3e-3, warmup_steps=0))
+    rollout = tuner.collect(step_generator(0, 0))
+    assert rollout[keys.TRAINABLE][0, :, 0].tolist() == [True, True, False]
+    judge = Judge(TuningEvaluation(64), tuner.base, right, event_shape=(2,))
+    before = judge(tuner.policy)["eval_reward"]
+    tuner.fit(progress=False)
+    assert judge(tuner.policy)["eval_reward"] > before + 0.3

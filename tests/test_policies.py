@@ -305,6 +305,9 @@ def test_evaluations_are_counted() -> None:
     assert policy.nfe == calls == 2 * 8 * 6
     DDPOLoss(policy)(td.set(keys.ADVANTAGE, torch.ones(8, 6, 1)))
     assert policy.nfe == calls == 2 * 8 * 6 + 8 * 5  # a loss leaves deterministic steps out
+    policy.denoiser.evaluations = 2  # type: ignore[assignment]  # guidance
+    policy.get_dist(td)
+    assert policy.nfe == 184 + 2 * 8 * 6
 
 
 def test_gradients_reach_the_denoiser_through_the_log_probability_only() -> None:
