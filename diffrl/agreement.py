@@ -240,18 +240,20 @@ def _said(by_seed: Sequence[float]) -> str:
 
 
 def _scatter(axis: Any, cells: Sequence[Mapping[str, Any]], colours: Callable[[float], Any]) -> None:
-    """Value error by bias², a line for each η."""
+    """Value error by bias², a line for each η; an estimate of bias² that is not above 0 is left out."""
     etas = sorted({cell["η"] for cell in cells})
     for n, eta in enumerate(etas):
-        line = [cell for cell in cells if cell["η"] == eta]
+        line = [cell for cell in cells if cell["η"] == eta and iqm(cell["bias_sq"]) > 0]
         x, y = ([float(iqm(cell[k])) for cell in line] for k in ("bias_sq", "value_error"))
         shade = colours(0.9 * n / max(len(etas) - 1, 1))
         axis.plot(x, y, color=shade, marker=MARKERS[n % len(MARKERS)], linewidth=0.9, label=f"η = {eta:g}")
     axis.axhline(1, color=FAINT, linewidth=0.8)
-    axis.set(xlabel="squared bias of the target, × Monte Carlo's error", xscale="log", yscale="log")
-    for which in (axis.xaxis, axis.yaxis):
-        plain_ticks(which, most=5)
+    axis.set_xlabel("squared bias of the target, × Monte Carlo's error")
     axis.legend()
+    if any(len(line.get_xdata()) for line in axis.get_lines()[:-1]):
+        axis.set(xscale="log", yscale="log")
+        for which in (axis.xaxis, axis.yaxis):
+            plain_ticks(which, most=5)
 
 
 def _curve(axis: Any, x: Sequence[float], by_seed: Sequence[Sequence[float]], **style: Any) -> None:
