@@ -34,6 +34,7 @@ class Method:
         name: of the method.
         seeds: of the runs.
         rows: of each run, its evaluations in order: figures by name.
+        spread: of each run, the standard deviation of its advantages before scaling, by iteration.
         costs: of each run, its counts at the end.
         folders: of the runs.
     """
@@ -41,6 +42,7 @@ class Method:
     name: str
     seeds: tuple[int, ...]
     rows: tuple[list[dict[str, float]], ...]
+    spread: tuple[list[float], ...]
     costs: tuple[Mapping[str, float], ...]
     folders: tuple[Path, ...]
 
@@ -105,10 +107,11 @@ class Tuning:
 
 
 def _method(name: str, runs: Sequence[tuple[int, Path]]) -> Method:
-    rows, costs = [], []
+    rows, spread, costs = [], [], []
     for _, path in runs:
         table = Table(path / "metrics.csv", ()).rows()
         rows.append([{k: float(v) for k, v in row.items() if v} for row in table if row["eval_reward"]])
+        spread.append([float(row["raw_advantage_std"]) for row in table if row["raw_advantage_std"]])
         costs.append(RunFolder(path).results()["finetuning"])
     seeds, folders = (tuple(column) for column in zip(*runs, strict=True))
-    return Method(name, seeds, tuple(rows), tuple(costs), folders)
+    return Method(name, seeds, tuple(rows), tuple(spread), tuple(costs), folders)

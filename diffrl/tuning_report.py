@@ -21,6 +21,8 @@ from diffrl.tuning_findings import AXES, Tuning
 
 __all__ = ["tuning_table", "write_tuning_report"]
 
+EARLY = 10
+
 
 def write_tuning_report(out: Path) -> Path:
     """Write the report anew from the runs that are finished; the others are listed.
@@ -55,6 +57,9 @@ def write_tuning_report(out: Path) -> Path:
         markdown_table(_end_rows(tuning)),
         "## Reward where one cost is the same for all\n",
         markdown_table(_matched_rows(tuning)),
+        "## Variance of the advantages, before they are scaled\n",
+        "In units of the reward squared; where steps are paid for estimates, of their sum.\n",
+        markdown_table(_spread_rows(tuning)),
         "## What a run spent\n",
         markdown_table(_cost_rows(tuning)),
         *(f"![{title}](figures/{path.name})\n" for title, path in figures),
@@ -94,6 +99,16 @@ def _matched_rows(tuning: Tuning) -> list[list[str]]:
     return rows
 
 
+def _spread_rows(tuning: Tuning) -> list[list[str]]:
+    """Early, where all policies are near the base, and over the whole run."""
+    rows = [["method", f"first {EARLY} iterations", "all iterations"]]
+    for m in tuning.methods:
+        squares = [np.square(spread) for spread in m.spread]
+        means = [[float(s[:EARLY].mean()) for s in squares], [float(s.mean()) for s in squares]]
+        rows.append([m.name, *(_text(interval(mean)) for mean in means)])
+    return rows
+
+
 def _cost_rows(tuning: Tuning) -> list[list[str]]:
     names = [*AXES, "network_evaluations", "seconds"]
     rows = [["method", *(name.replace("_", " ") for name in names)]]
@@ -124,6 +139,7 @@ def _summary(tuning: Tuning) -> dict[str, Any]:
                 for axis in AXES
             },
             "costs": [{k: c[k] for k in (*AXES, "network_evaluations", "seconds")} for c in m.costs],
+            "advantage_std": [list(spread) for spread in m.spread],
             "stopped_early": [c["stopped_early"] for c in m.costs],
             "curves": curves,
         }
