@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.comparison import PLACE, Cell, Comparison, Study, grid_scheme
 from diffrl.configs.cli import explain
+from diffrl.configs.groups import register
 
 __all__ = ["plan_comparison"]
 
@@ -26,11 +27,12 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
     """Studies and cells of a plan.
 
     Args:
-        plan: what `diffrl.configs.plans.PlanConfig` describes. Call `diffrl.configs.groups.register` first.
+        plan: what `diffrl.configs.plans.PlanConfig` describes.
 
     Raises:
         ValueError: a name or an override that is not known, with the study, case and scheme it stands in.
     """
+    register()  # a launcher's worker process has but copies of the schemas, which do not compose
     studies, cells = [], []
     for name, given in plan["studies"].items():
         schemes = dict(given["schemes"])

@@ -339,3 +339,18 @@ def test_multirun_with_joblib_gives_each_job_a_folder(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     seeds = [json.loads(file.read_text())["seed"] for file in tmp_path.glob("runs/*/results.json")]
     assert sorted(seeds) == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_multirun_with_joblib_shares_studies_out(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "examples" / "compare_bootstrapping.py"), "-m"]
+    script += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "plan=quick", "studies=[map],[schemes]"]
+    script += ["out=${hydra:job.num}", "workers=0", f"hydra.sweep.dir={tmp_path}/sweep"]
+    script += ["plan.studies.map.seeds=[0]", "plan.studies.schemes.seeds=[0]"]
+    words = ",".join(f"'{word}'" for word in TINY)
+    script += [f"plan.cases.{case}=[{words}]" for case in ("gmm16", "rings")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert ran.returncode == 0, ran.stderr
+    for job, cells in (("0", 6), ("1", 4)):
+        assert len(results(tmp_path / job)) == cells and (tmp_path / job / "report.md").exists()
