@@ -23,6 +23,7 @@ from diffrl.trainer import Average, Length, Optim, Target, Trainer
 
 __all__ = [
     "AUTOCAST",
+    "SHOWN",
     "Interrupted",
     "as_tuples",
     "check_settings",

@@ -345,10 +345,10 @@ def _scatter(axes: Any, points: Array, beneath: Array | None, colour: str, frame
 
 
 def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str) -> None:
-    """Samples [n, *E] as points over others, which fix the plane and the frame."""
-    real = beneath.numpy()
-    plane, _ = _plane(real)
-    _scatter(axes, plane(x.numpy()), plane(real), colour, plane(real))
+    """Samples [n, *E] as points over others, which fix the plane; the frame holds both."""
+    plane, _ = _plane(beneath.numpy())
+    points, under = plane(x.numpy()), plane(beneath.numpy())
+    _scatter(axes, points, under, colour, np.concatenate([points, under]))
 
 
 def show_images(axes: Any, x: Tensor, *, columns: int) -> None:

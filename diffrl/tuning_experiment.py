@@ -12,7 +12,15 @@ from diffrl import keys
 from diffrl.build import accepted, named
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.credit import CREDITS
-from diffrl.experiment import AUTOCAST, Interrupted, as_tuples, check_settings, interruptible, open_logger
+from diffrl.experiment import (
+    AUTOCAST,
+    SHOWN,
+    Interrupted,
+    as_tuples,
+    check_settings,
+    interruptible,
+    open_logger,
+)
 from diffrl.finetuner import Finetuner, Iterations
 from diffrl.objectives.surrogates import SURROGATES, Regulariser
 from diffrl.policies import DenoisingPolicy
@@ -32,7 +40,6 @@ from diffrl.updates import Updates
 
 __all__ = ["RewardCalls", "TunedRun", "build_recipe", "load_tuned", "run_finetuning"]
 
-SHOWN = 64  # samples kept for figures
 COUNTS = ("iteration", "trajectories", "queries", "updates", "network_evaluations", "seconds")
 WATCHED = (
     *("reward", "reward_std", "reward_best", "advantage_std", "raw_advantage_std"),
@@ -159,8 +166,9 @@ class _Job:
         with tuner.precision():
             tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
-        folder.write_samples("base", {nfe: self.judge.base_samples[:SHOWN].float()})
-        folder.write_samples("tuned", {nfe: tuned[:SHOWN].float()})
+        kept = SHOWN["images" if len(self.model.event_shape) == 3 else "points"]
+        folder.write_samples("base", {nfe: self.judge.base_samples[:kept].float()})
+        folder.write_samples("tuned", {nfe: tuned[:kept].float()})
         rows = [_numbers(row) for row in table.rows() if row["eval_reward"]]
         last = {k: v for k, v in rows[-1].items() if k in JUDGED}
         first = {k: v for k, v in rows[0].items() if k in JUDGED}
