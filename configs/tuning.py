@@ -79,5 +79,6 @@ def plan_tuning(config: Mapping[str, Any], words: Sequence[str], base: str) -> l
             composed = _composed("finetune", [*kept, *own, f"model.path='{base}'", "compare=[]", "out=cells"])
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"compare, {method}: {explain(error)}") from error
+        composed |= {"methods": {}, "pretrain": []}  # what else could be run is no part of a cell
         cells += [TuningCell(method, seed, {**composed, "seed": seed}) for seed in config["seeds"]]
     return cells

@@ -50,7 +50,7 @@ class FifoStatistics:
         Returns:
             Of the shape of `values`.
         """
-        table = values.detach().double().reshape(len(values), -1)
+        table = values.detach().cpu().double().reshape(len(values), -1)
         keys = [0] * len(values) if key is None else key.flatten().tolist()
         if len(keys) != len(values):
             raise ValueError(f"{len(keys)} keys for {len(values)} rows: give one key a row")

@@ -86,6 +86,7 @@ def check(
     rollout: TensorDictBase,
     *,
     batch_rows: int | None = None,
+    rollout_rows: int | None = None,
     reward: Reward | None = None,
     reference: DenoisingPolicy | None = None,
     autocast: torch.dtype | None = None,
@@ -112,6 +113,7 @@ def check(
         loss: a LossModule that trains it, as `DDPOLoss` or `SDPOLoss`; its `clip_range` counts.
         rollout: of `collect_rollout`, batch size [B, K], with the advantage [B, K, 1].
         batch_rows: states in one forward of an update; None: the rollout's B.
+        rollout_rows: chains that were drawn side by side; None: the rollout's B.
         reward: R, asked for a few clean samples, not counted.
         reference: a policy that must equal π at the start.
         autocast: the dtype of the run's autocast, if any.
@@ -125,7 +127,7 @@ def check(
     checks = [fits]
     with _untouched([policy, reference, vars(loss).get("reference")], rollout.device):
         if fits.passed:  # else all that follows would fail for the same reason
-            run = _Run(policy, loss, rollout, batch_rows, autocast)
+            run = _Run(policy, loss, rollout, batch_rows, rollout_rows, autocast)
             checks += [_stored(run), _ratio(run), _kl(run, reference), _accumulation(run)]
         checks.append(_advantages(rollout.get(keys.ADVANTAGE), rollout.get(keys.GROUP), centred))
         if reward is not None:
@@ -175,11 +177,13 @@ class _Run:
         loss: nn.Module,
         rollout: TensorDictBase,
         batch_rows: int | None,
+        rollout_rows: int | None,
         autocast: torch.dtype | None,
     ) -> None:
         self.policy, self.loss, self.rollout, self.autocast = policy, loss, rollout, autocast
         B, D = len(rollout), math.prod(rollout.get(keys.ACTION).shape[2:])
         self.batch_rows = B if batch_rows is None else batch_rows
+        self.rollout_rows = B if rollout_rows is None else rollout_rows
         self.steps = rollout.get(keys.TRAINABLE).squeeze(-1).any(0).nonzero().flatten().tolist()
         """Positions of the stochastic steps."""
         want = max(STATES, self.batch_rows)
@@ -204,6 +208,10 @@ class _Run:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.states.get(keys.X_T).device.type, self.autocast)
+
+    def column(self, k: int) -> tuple[TensorDictBase, ...]:
+        """All chains at a step, in the parts that they were forwarded in."""
+        return self.rollout[:, k].split(self.rollout_rows)
 
     @torch.no_grad()
     def log_ratio(self, states: TensorDictBase) -> Tensor:
@@ -254,10 +262,10 @@ def _on_grid(policy: DenoisingPolicy, rollout: TensorDictBase) -> bool:
 @torch.no_grad()
 def _stored(run: _Run) -> Check:
     """All rows at one step, as they were forwarded when they were collected: the first step and the last."""
-    columns = [run.rollout[:, k] for k in sorted({run.steps[0], run.steps[-1]})]
-    value = _largest(*(run.log_ratio(column) for column in columns))
+    parts = [part for k in sorted({run.steps[0], run.steps[-1]}) for part in run.column(k)]
+    value = _largest(*(run.log_ratio(part) for part in parts))
     passed = value <= run.limit
-    return Check("stored log π", passed, value, run.limit, "" if passed else _why(run, columns[-1]))
+    return Check("stored log π", passed, value, run.limit, "" if passed else _why(run, parts[-1]))
 
 
 def _ratio(run: _Run) -> Check:
@@ -266,11 +274,11 @@ def _ratio(run: _Run) -> Check:
     value = _largest(*(run.log_ratio(part).expm1() for part in parts))
     if value <= run.limit:
         return Check("ratio - 1", True, value, run.limit)
-    own = _largest(run.log_ratio(run.rollout[:, run.steps[-1]]))
+    own = _largest(*(run.log_ratio(part) for part in run.column(run.steps[-1])))
     why = _why(run, parts[-1])
     if own <= run.limit and _repeats(run, parts[-1]):
         why = (
-            f"the log-probability depends on the batch size: {run.batch_rows} states an update, {len(run.rollout)} a "
+            f"the log-probability depends on the batch size: {run.batch_rows} states an update, {run.rollout_rows} a "
             "step of the rollout. Use one size for both, float32, or a wider clip range"
         )
     return Check("ratio - 1", False, value, run.limit, why)
@@ -319,11 +327,12 @@ def _kl(run: _Run, reference: DenoisingPolicy | None) -> Check:
             return Check(name, False, math.inf, run.kl_limit, why)
         kl = kl_to_reference(law, other, run.policy.reduction)[law.std > 0]
         value = max(value, _largest(kl), key=_nan_first)
-    passed = value <= run.kl_limit
+    if value <= run.kl_limit:
+        return Check(name, True, value, run.kl_limit)
     why = "the reference's weights, mode (dropout), guidance or precision are not the policy's"
-    if reference is None or not _repeats(run, run.states):
+    if reference is None or not _repeats(run, run.states[: run.batch_rows]):
         why = DROPOUT
-    return Check(name, passed, value, run.kl_limit, "" if passed else why)
+    return Check(name, False, value, run.kl_limit, why)
 
 
 def _advantages(A: Tensor, group: Tensor, centred: str | None) -> Check:
@@ -383,11 +392,10 @@ def _accumulation(run: _Run) -> Check:
     except ValueError as error:  # of the loss: it says what is wrong with the batch
         return Check(name, False, math.nan, limit, str(error))
     value = _norm(rest) / max(scale, 1e-30)
+    if value <= limit:
+        return Check(name, True, value, limit)
     why = "the loss is not a mean over stochastic steps (a sum, or rows that depend on each other across a batch)"
-    if not _repeats(run, whole):
-        why = DROPOUT
-    passed = value <= limit
-    return Check(name, passed, value, limit, "" if passed else why)
+    return Check(name, False, value, limit, why if _repeats(run, whole) else DROPOUT)
 
 
 def _reward(reward: Reward, x0: Tensor, cond: Any) -> Check:

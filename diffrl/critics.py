@@ -69,8 +69,8 @@ class LearnedCritic:
         G_i = r_i + γ [(1-λ) V(x_{i+1}) + λ G_{i+1}],    A_i = (G_i - V(x_i))/(std + 1e-6)
 
     λ = 1 is reward-to-go with V as baseline, λ = 0 the one-step error. Rewards are first shifted and scaled by the mean
-    and standard deviation of the first rollout's returns; std is of the rollout's advantages. The critic learns
-    from a rollout only after it has judged it.
+    and standard deviation of the returns of the first rollout that has any spread; std is of the rollout's
+    advantages. The critic learns from a rollout only after it has judged it.
 
     Source: High-Dimensional Continuous Control Using Generalized Advantage Estimation (Schulman et al., 2016), eq. 16,
     https://arxiv.org/abs/1506.02438; over denoising steps it is ours.
@@ -99,7 +99,7 @@ class LearnedCritic:
             raise ValueError(f"credit.lmbda is {self.lmbda} and gamma {self.gamma}: both lie in [0, 1]")
         if not self.lr > 0 or self.passes < 1 or self.hidden < 1:
             raise ValueError("credit.lr must be > 0, passes and hidden at least 1")
-        self._scale = (0.0, 0.0)  # mean and std of the first rollout's returns
+        self._scale = (0.0, 0.0)  # mean and std of the returns of the first rollout that has any spread
 
     def prepare(
         self,
@@ -125,10 +125,10 @@ class LearnedCritic:
         if self.critic is None:
             raise RuntimeError("the critic has no network yet: call prepare first")
         B, K = rollout.shape
-        if self._scale[1] == 0:
-            R = reward.sum((1, 2))
-            self._scale = float(R.mean()), max(float(R.std(correction=0)), 1e-6)
-        m, s = self._scale
+        R = reward.sum((1, 2))
+        if self._scale[1] == 0 and float(R.std(correction=0)) > 0:  # equal rewards have no scale: wait
+            self._scale = float(R.mean()), float(R.std(correction=0))
+        m, s = self._scale if self._scale[1] > 0 else (float(R.mean()), 1.0)
         r = reward / s
         r[:, -1] -= m / s
         states = rollout.select(keys.X_T, keys.T, keys.COND, strict=False).flatten()

@@ -119,7 +119,7 @@ class GuidedDenoiser(nn.Module):
     def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
         super().__init__()
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
-        self.process = denoiser.process
+        self.process, self.sigma_data = denoiser.process, denoiser.sigma_data
         self.evaluations = 1 if guidance_scale in (0, 1) else 2
         """Network evaluations a state."""
 

@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from diffrl import keys
-from diffrl.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.checks import Report, check
-from diffrl.credit import GroupRelative
+from diffrl.credit import Credit, GroupRelative, RewardsToGo, Standardised
 from diffrl.critics import LearnedCritic
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe
@@ -29,6 +29,7 @@ from diffrl.references import (
     policy_weights,
     shares_weights,
 )
+from diffrl.reward_placement import Dense
 from diffrl.rewards import Reward, as_reward
 from diffrl.rollouts import collect_rollout
 from diffrl.trainer import NonFiniteLoss, Optim, step_generator
@@ -37,7 +38,6 @@ from diffrl.updates import micro_batches
 __all__ = ["PUBLISHED_OPTIM", "Finetuner", "Iterations"]
 
 PUBLISHED_OPTIM = Optim(lr=3e-4, weight_decay=1e-4, warmup_steps=0, decay="none", clip_norm=1.0)
-CHECKED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,19 @@ class Finetuner:
         self.parameters = [p for p in policy.denoiser.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
-        if self._num_trainable() == 0:
+        self._trainable = self._num_trainable()
+        if self._trainable == 0:
             raise ValueError(
                 "no step of the policy is stochastic, so none has a log-probability: give a sampler with noise, "
                 "more steps, or policy.std_floor"
+            )
+        if isinstance(recipe.placement, Dense) and (recipe.placement.timing, policy.num_steps) == (
+            "state",
+            1,
+        ):
+            raise ValueError(
+                "with one step, a reward of the state it starts from says nothing of the step: give "
+                "placement.timing=next, or placement terminal"
             )
         self.reference, kl_coef = self._reference(), recipe.regulariser.kl_coef
         self.loss = recipe.surrogate.loss(policy, math.prod(event_shape), self.reference, kl_coef)
@@ -150,13 +159,6 @@ class Finetuner:
         c = self.conditions
         return 0 if c is None or c.ndim != 1 or c.is_floating_point() else int(c.max()) + 1
 
-    @property
-    def updates_per_iteration(self) -> int:
-        """Optimiser updates of one rollout."""
-        u, K = self.recipe.updates, self._num_trainable()
-        k = max(1, int(min(K, u.last or K) * u.fraction))
-        return u.passes * u.minibatches * (k if u.order == "step" else 1)
-
     def _num_trainable(self) -> int:
         """Stochastic steps of the policy."""
         x = torch.zeros(1, 1, dtype=torch.float64)
@@ -179,14 +181,21 @@ class Finetuner:
             "seconds": round(self.seconds, 3),
         }
 
-    def collect(self, generator: Generator, trajectories: int | None = None) -> TensorDict:
-        """A rollout [B, K] with rewards and advantages; credit and reward remember it."""
+    def collect(
+        self, generator: Generator, *, trajectories: int | None = None, credit: Credit | None = None
+    ) -> TensorDict:
+        """A rollout [B, K] with rewards and advantages; credit and reward remember it.
+
+        Args:
+            generator: of first latents, noise and conditions.
+            trajectories: B; the recipe's if None.
+            credit: in place of the recipe's.
+        """
         plan, n = self.recipe.rollouts, trajectories or self.recipe.rollouts.trajectories
         cond = None
         if self.conditions is not None:
-            rows = torch.randint(
-                len(self.conditions), (n // plan.rows_of_a_group,), generator=_cpu(generator)
-            )
+            groups = n // plan.rows_of_a_group
+            rows = torch.randint(len(self.conditions), (groups,), generator=_cpu(generator))
             cond = self.conditions[rows.to(self.conditions.device)]
         with self.precision():
             rollout = collect_rollout(
@@ -202,38 +211,43 @@ class Finetuner:
             )
         r = self.recipe.placement(rollout, self.reward)
         rollout.set((keys.NEXT, keys.REWARD), r)
-        rollout.set(keys.ADVANTAGE, self.recipe.credit(rollout, r).float())
+        rollout.set(keys.ADVANTAGE, (credit or self.recipe.credit)(rollout, r).float())
         return rollout
 
     def check(self) -> Report:
-        """The self-checks, on a small rollout of its own; the run is as it was before.
+        """The self-checks, on a rollout of its own in the run's batch shapes; the run is as it was before.
+
+        The reward is asked about that rollout too, without being counted.
 
         Raises:
             CheckFailed: a check failed, with the likely cause.
         """
-        credit, reward = copy.deepcopy(self.recipe.credit), self.reward.state_dict()
-        recipe, nfe = self.recipe, (self.policy.nfe, self.base.nfe)
-        rows = min(recipe.rollouts.trajectories, CHECKED_ROWS // recipe.rollouts.rows_of_a_group * 2)
-        rows = max(rows // recipe.rollouts.rows_of_a_group, 1) * recipe.rollouts.rows_of_a_group
+        recipe, u = self.recipe, self.recipe.updates
+        plan, nfe, remembered = recipe.rollouts, self.policy.nfe, self.reward.state_dict()
+        size = min(plan.at_once or plan.trajectories, plan.trajectories)
+        size -= size % plan.rows_of_a_group
+        credit = copy.deepcopy(recipe.credit)
         try:
-            self.recipe = replace(recipe, credit=credit, updates=replace(recipe.updates, minibatches=1))
-            rollout = self.collect(step_generator(self.seed, 2**31, self.device), rows)
+            with torch.random.fork_rng(devices=[]):  # rewards may draw random numbers
+                rollout = self.collect(
+                    step_generator(self.seed, 2**31, self.device), trajectories=size, credit=credit
+                )
+            report = check(
+                self.policy,
+                self.loss,
+                rollout,
+                batch_rows=u.largest_part(
+                    plan.trajectories, self._trainable, group_size=recipe.rows_together
+                ),
+                rollout_rows=size,
+                reward=self.reward,
+                reference=self.base,
+                autocast=self.autocast,
+                centred=_centred(credit, self.conditions is None),
+            )
         finally:
-            self.recipe = recipe
-            self.policy.nfe, self.base.nfe = nfe
-        u = recipe.updates
-        steps = 1 if u.order == "step" else self._num_trainable()
-        report = check(
-            self.policy,
-            self.loss,
-            rollout,
-            batch_rows=min(u.micro_batch, recipe.rollouts.trajectories // u.minibatches * steps),
-            reward=self.reward,
-            reference=self.base,
-            autocast=self.autocast,
-            centred="group" if isinstance(recipe.credit, GroupRelative) else None,
-        )
-        self.reward.load_state_dict(reward)
+            self.policy.nfe = nfe
+            self.reward.load_state_dict(remembered)
         report.raise_if_failed()
         return report
 
@@ -296,7 +310,8 @@ class Finetuner:
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_norm, norm)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.optim.lr_at(self.updates, self.length.iterations * self.updates_per_iteration)
+            all_updates = self.length.iterations * self.recipe.updates.count(self._trainable)
+            group["lr"] = self.optim.lr_at(self.updates, all_updates)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.updates += 1
@@ -314,6 +329,7 @@ class Finetuner:
         if self.reference is not None and self.recipe.regulariser.reference == "ema":
             weights["reference"] = self.reference.denoiser.state_dict()
         training = {
+            "recipe": str(self.recipe),
             "optimiser": self.optimiser.state_dict(),
             "credit": self.recipe.credit.state_dict(),
             "reward": self.reward.state_dict(),
@@ -328,12 +344,17 @@ class Finetuner:
         """Continue from the newest checkpoint; False if there is none.
 
         Raises:
-            CheckpointError: it is damaged, or of another network.
+            CheckpointError: it is damaged, or of another network or recipe.
         """
         path = None if self.folder is None else latest_checkpoint(self.folder)
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
+        if checkpoint.training["recipe"] != str(self.recipe):
+            raise CheckpointError(
+                f"checkpoint {path} is of another recipe: resume it as it was started, or choose another folder; "
+                f"it was\n{checkpoint.training['recipe']}"
+            )
         load_policy_weights(self.policy, checkpoint.weights["policy"], path)
         if "reference" in checkpoint.weights and self.reference is not None:
             self.reference.denoiser.load_state_dict(checkpoint.weights["reference"])
@@ -405,6 +426,15 @@ class Finetuner:
                         self.save()
                     return False
         return True
+
+
+def _centred(credit: Credit, one_prompt: bool) -> Literal["group", "batch"] | None:
+    """What the mean of a first rollout's advantages must be 0 over; None where it need not be."""
+    if isinstance(credit, GroupRelative):
+        return "group"
+    if isinstance(credit, Standardised | RewardsToGo) and credit.buffer is None:
+        return "batch" if one_prompt or credit.per == "batch" else None
+    return None
 
 
 def _cpu(generator: Generator) -> Generator:

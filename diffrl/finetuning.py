@@ -54,7 +54,8 @@ def finetune(
         progress: whether to show a bar.
 
     Returns:
-        One dict an iteration; docs/metrics.md defines the figures.
+        The counts before the first iteration, if it is the first, then one dict an iteration that was run now;
+        docs/metrics.md defines the figures. There is no evaluation: see `diffrl.tuning_evaluation.Judge`.
 
     Raises:
         CheckFailed: a self-check failed.

@@ -260,7 +260,7 @@ class _Base(nn.Module):
     def __init__(self, denoiser: PipelineDenoiser) -> None:
         super().__init__()
         self.__dict__["denoiser"] = denoiser
-        self.process = denoiser.process
+        self.process, self.evaluations = denoiser.process, denoiser.evaluations
 
     @torch.no_grad()
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:

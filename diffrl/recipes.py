@@ -41,8 +41,11 @@ class Rollouts:
                 f"rollouts.trajectories is {self.trajectories}: give a multiple of the group size, "
                 f"{self.rows_of_a_group}"
             )
-        if self.at_once is not None and self.at_once < 1:
-            raise ValueError(f"rollouts.at_once is {self.at_once}: give at least 1, or null for all")
+        if self.at_once is not None and self.at_once < self.rows_of_a_group:
+            raise ValueError(
+                f"rollouts.at_once is {self.at_once}: a group of {self.rows_of_a_group} is drawn together; give at "
+                "least that, or null for all"
+            )
 
     @property
     def rows_of_a_group(self) -> int:

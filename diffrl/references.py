@@ -61,6 +61,6 @@ def load_policy_weights(policy: DenoisingPolicy, weights: dict[str, Tensor], pat
     load = getattr(denoiser, "load_trainable_state", denoiser.load_state_dict)
     try:
         load(weights)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"checkpoint {path} is of another network: {reason}") from error

@@ -153,8 +153,11 @@ class BlackBox:
             cond: tensor [N, ...], list of N, or None.
         """
         _check_cond(cond, len(x0))
+        before = self._worst, self.retried, self.failures
         values, faults = self._score(x0, cond, range(len(x0)), counted=False)
-        return self._completed([values.get(i, math.nan) for i in range(len(x0))], faults, x0)
+        rewards = self._completed([values.get(i, math.nan) for i in range(len(x0))], faults, x0)
+        self._worst, self.retried, self.failures = before
+        return rewards
 
     def _score(
         self, x0: Tensor, cond: Any, rows: Sequence[int], *, counted: bool

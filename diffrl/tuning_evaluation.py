@@ -1,8 +1,10 @@
 """What a tuned policy is worth: held-out reward, divergence and distance from the base, diversity; when to stop."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -81,6 +83,7 @@ class Judge:
         event_shape: *E of a latent.
         conditions: taken in turn, [M, ...]; None: no condition.
         device: where to draw.
+        precision: the run's autocast, for policies; rewards are asked outside it, as in training.
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class Judge:
         event_shape: tuple[int, ...],
         conditions: Tensor | None = None,
         device: torch.device | str = "cpu",
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.evaluation, self.base, self.event_shape, self.device = evaluation, base, event_shape, device
+        self.precision = precision
         self.reward, self.heldout = as_reward(reward), None if heldout is None else as_reward(heldout)
         self.cond = None
         if conditions is not None:
@@ -106,15 +111,16 @@ class Judge:
         """The policy's samples of the held-out noise, [samples, *E], and their rollout; not counted in its nfe."""
         nfe, n = policy.nfe, self.evaluation.samples
         generators = [torch.Generator(self.device).manual_seed(EVAL_SEED + j) for j in range(n)]
-        rollout = collect_rollout(
-            policy,
-            self.event_shape,
-            batch_size=n,
-            cond=self.cond,
-            generator=generators,
-            device=self.device,
-            at_once=self.evaluation.at_once,
-        )
+        with self.precision():
+            rollout = collect_rollout(
+                policy,
+                self.event_shape,
+                batch_size=n,
+                cond=self.cond,
+                generator=generators,
+                device=self.device,
+                at_once=self.evaluation.at_once,
+            )
         policy.nfe = nfe
         return rollout.get((keys.NEXT, keys.X_T))[:, -1].clone(), rollout
 
@@ -124,7 +130,8 @@ class Judge:
         R = self.reward.score(x, self.cond)
         nfe = self.base.nfe
         parts = rollout.split(self.evaluation.at_once or len(rollout))
-        kl = torch.cat([chain_kl(policy, self.base, part) for part in parts])
+        with self.precision():
+            kl = torch.cat([chain_kl(policy, self.base, part) for part in parts])
         self.base.nfe = nfe
         figures = {
             "eval_reward": float(R.mean()),

@@ -27,7 +27,7 @@ from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe, Rollouts
 from diffrl.references import load_policy_weights
 from diffrl.reward_placement import PLACEMENTS
-from diffrl.rewards import BlackBox, Reward, WeightedSum
+from diffrl.rewards import BlackBox, Reward, WeightedSum, as_reward
 from diffrl.rollouts import collect_rollout
 from diffrl.runs import RunFolder, versions
 from diffrl.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
@@ -40,6 +40,7 @@ from diffrl.updates import Updates
 
 __all__ = ["RewardCalls", "TunedRun", "build_recipe", "load_tuned", "run_finetuning"]
 
+OWN = "own: "  # before the name of a reward that is no shipped one
 COUNTS = ("iteration", "trajectories", "queries", "updates", "network_evaluations", "seconds")
 WATCHED = (
     *("reward", "reward_std", "reward_best", "advantage_std", "raw_advantage_std"),
@@ -97,14 +98,17 @@ class _Job:
 
     def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
+        if config["dtype"] == "float64":
+            raise ValueError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
         model = _model(config)
         self.config, self.model = config, model
         self.policy = _policy(config, model)
         if reward is None:
-            reward = named(REWARDS, config["reward"])
+            reward = _shipped(config["reward"])
         if heldout is None and config["heldout_reward"]["name"] != "none":
-            heldout = named(REWARDS, config["heldout_reward"])
-        box = _called(model.wrap_reward(reward), RewardCalls(**config["reward_calls"]))
+            heldout = _shipped(config["heldout_reward"])
+        calls = RewardCalls(**config["reward_calls"])
+        box = _called(model.wrap_reward(reward), calls)
         self.tuner = Finetuner(
             self.policy,
             box,
@@ -121,10 +125,11 @@ class _Job:
             TuningEvaluation(**config["evaluation"]),
             self.tuner.base,
             box,
-            heldout=None if heldout is None else model.wrap_reward(heldout),
+            heldout=None if heldout is None else _called(model.wrap_reward(heldout), calls),
             event_shape=model.event_shape,
             conditions=model.conditions,
             device=config["device"],
+            precision=self.tuner.precision,
         )
         self.stop = EarlyStop(**config["stop"])
 
@@ -138,7 +143,6 @@ class _Job:
         table.keep(lambda row: int(row["iteration"]) in done)
         judged = [_numbers(row) for row in table.rows() if row["eval_reward"]]
         logger = open_logger(self.config["logger"], str(folder.path), name)
-        reasons: list[str] = []
 
         def report(row: dict[str, float]) -> None:
             table.append(row)
@@ -147,14 +151,11 @@ class _Job:
                     logger.log_scalar(key, value, step=int(row["iteration"]))
 
         def evaluate(tuner: Finetuner) -> dict[str, float]:
-            with tuner.precision():
-                return self.judge(tuner.policy)
+            return self.judge(tuner.policy)
 
         def finished(row: dict[str, float]) -> str | None:
             judged.append(row)
-            reason = self.stop.reason(judged)
-            reasons.extend([] if reason is None else [reason])
-            return reason
+            return self.stop.reason(judged)
 
         stopped_before = bool(judged) and self.stop.reason(judged) is not None
         if not stopped_before and not tuner.fit(
@@ -163,8 +164,7 @@ class _Job:
             raise Interrupted(
                 f"stopped after iteration {tuner.iteration}, and saved; continue with resume={folder.path}"
             )
-        with tuner.precision():
-            tuned = self.judge.draw(self.policy)[0]
+        tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
         kept = SHOWN["images" if len(self.model.event_shape) == 3 else "points"]
         folder.write_samples("base", {nfe: self.judge.base_samples[:kept].float()})
@@ -188,6 +188,17 @@ def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
         known = ", ".join(STOCHASTIC_SAMPLERS)
         raise ValueError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
     return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
+
+
+def _shipped(config: Config) -> Reward:
+    """The reward of a configuration."""
+    if config["name"].startswith(OWN):
+        name = config["name"].removeprefix(OWN)
+        raise ValueError(
+            f"this run was tuned for a reward of your own, {name}: give it to run_finetuning again"
+        )
+    reward: Reward = named(REWARDS, config)
+    return reward
 
 
 def _called(reward: Reward, calls: RewardCalls) -> BlackBox | WeightedSum:
@@ -226,6 +237,9 @@ def run_finetuning(
     """
     job = _Job(config, reward, heldout)
     report = job.tuner.check()
+    for group, own in (("reward", reward), ("heldout_reward", heldout)):
+        if own is not None:  # so that nothing else is taken for it when the run is resumed without it
+            config = {**config, group: {"name": f"{OWN}{as_reward(own).name}"}}
     label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
     folder = RunFolder.start(config, label)
     if progress:

@@ -57,6 +57,21 @@ class Updates:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"updates.fraction is {self.fraction}: it lies in (0, 1]")
 
+    def steps_of(self, num_trainable: int) -> int:
+        """Steps of each trajectory that a pass trains, of so many stochastic ones."""
+        return max(1, int(min(num_trainable, self.last or num_trainable) * self.fraction))
+
+    def count(self, num_trainable: int) -> int:
+        """Optimiser updates of one rollout with so many stochastic steps."""
+        return self.passes * self.minibatches * (self.steps_of(num_trainable) if self.order == "step" else 1)
+
+    def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
+        """The most states that are forwarded at once; arguments as in `count` and `__call__`."""
+        n = -(-(trajectories // group_size) // self.minibatches) * group_size
+        k = 1 if self.order == "step" else self.steps_of(num_trainable)
+        k = max(1, min(k, self.micro_batch // group_size))
+        return k * min(n, max(1, self.micro_batch // (k * group_size)) * group_size)
+
     def __call__(
         self, rollout: TensorDictBase, *, group_size: int, generator: Generator
     ) -> Iterator[TensorDict]:
@@ -74,7 +89,7 @@ class Updates:
         if not len(steps):
             raise ValueError("no step is stochastic, so none can be trained: give a sampler with noise")
         steps = steps if self.last is None else steps[-self.last :]
-        units, k = len(rollout) // group_size, max(1, int(len(steps) * self.fraction))
+        units, k = len(rollout) // group_size, self.steps_of(len(steps))
         if units < self.minibatches:
             raise ValueError(f"{units} trajectories or pairs cannot make {self.minibatches} minibatches")
         members = torch.arange(group_size)

@@ -83,7 +83,7 @@ class _Worker:
     def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, function, threads), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, function, threads))
         with _interrupt_ignored():
             self.process.start()
         theirs.close()

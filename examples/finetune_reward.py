@@ -40,6 +40,8 @@ def main(config: dict[str, Any]) -> None:
         print(aligned([["", "base", "tuned"], [], *rows]))
         print(f"\nrun folder  {folder.path}")
         return
+    if path is None:
+        sys.exit("error: model.path is null: give what is to be tuned")
     cells = plan_tuning(config, HydraConfig.get().overrides.task, str(path))
     done = run_tuning_comparison(cells, out, workers=config["workers"])
     for cell, error in done.failed.items():

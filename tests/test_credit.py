@@ -9,7 +9,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import diffrl
-from diffrl import keys
 from diffrl.credit import GroupRelative, RewardsToGo, Standardised
 from diffrl.critics import LearnedCritic
 from diffrl.dense_rewards import predict_dense
@@ -140,6 +139,15 @@ def test_the_critic_learns_the_reward_that_the_state_foretells() -> None:
     assert credit.raw_std < 0.75 * first
 
 
+def test_a_first_rollout_of_equal_rewards_does_not_set_the_critics_scale() -> None:
+    credit = critic_of(lmbda=1.0)
+    A = credit(rollout(), torch.zeros(8, 5, 1))
+    assert not A.any()
+    r = torch.zeros(8, 5, 1)
+    r[:, -1, 0] = torch.tensor([0.0, 1.0] * 4)
+    assert credit(rollout(), r).abs().max() < 5 and credit.raw_std < 1
+
+
 def test_a_critic_continues_from_a_checkpoint() -> None:
     one, other, r = critic_of(), critic_of(), torch.randn(8, 5, 1)
     one(rollout(), r)
@@ -182,6 +190,8 @@ def test_a_critic_of_labels_tells_them_apart() -> None:
 def test_what_is_refused(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_a_critic_that_was_not_prepared() -> None:
     with pytest.raises(RuntimeError, match="call prepare first"):
         LearnedCritic()(rollout(B=2), torch.ones(2, 5, 1))
-    assert keys.GROUP in rollout(B=2).keys()

@@ -1,6 +1,7 @@
 """The fine-tuning loop: what it trains, what it counts, that it resumes bit for bit, what it refuses."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys, recipes
+from diffrl.checkpoints import CheckpointError
 from diffrl.checks import CheckFailed
 from diffrl.credit import GroupRelative, RewardsToGo
 from diffrl.critics import LearnedCritic
@@ -23,7 +25,7 @@ from diffrl.reward_placement import Dense, Terminal
 from diffrl.rewards import BlackBox, WeightedSum
 from diffrl.trainer import NonFiniteLoss, Optim, step_generator
 from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
-from diffrl.updates import Updates
+from diffrl.updates import Updates, micro_batches
 
 SMALL = Rollouts(trajectories=16)
 PAIRS = Rollouts(trajectories=16, pairs=True)
@@ -87,7 +89,7 @@ def test_what_is_spent_is_counted(name: str) -> None:
     tuner.fit(progress=False)
     # std_floor makes all 4 steps stochastic
     updates = {"ddpo_sf": 1, "sdpo": 8, "next": 8}.get(name, 2)
-    assert tuner.figures["updates"] == 4 * updates == 4 * tuner.updates_per_iteration
+    assert tuner.figures["updates"] == 4 * updates == 4 * recipe.updates.count(4)
     queries = {"sdpo": 3, "next": 4}.get(name, 1) * 64
     if name == "sdpo":  # the first estimates of a pair are one sample
         queries -= 32
@@ -178,11 +180,15 @@ def test_the_ema_reference_follows_and_the_frozen_one_stays() -> None:
         assert torch.equal(old, base)
 
 
-def test_the_checks_run_and_leave_no_trace() -> None:
-    tuner = tuner_of(METHODS["sdpo"]())
+@pytest.mark.parametrize("name", METHODS)
+def test_the_checks_run_and_leave_no_trace(name: str) -> None:
+    def reward() -> WeightedSum:
+        return WeightedSum({"right": (right, 1.0), "up": (lambda x, c: x[:, 1], 0.5)}, normalise="running")
+
+    tuner = tuner_of(METHODS[name](), reward=reward())
     report = tuner.check()
     assert report.passed and tuner.figures["queries"] == 0 and tuner.figures["network_evaluations"] == 0
-    fresh = tuner_of(METHODS["sdpo"]())
+    fresh = tuner_of(METHODS[name](), reward=reward())
     fresh.fit(progress=False)
     tuner.fit(progress=False)
     assert torch.equal(weights(tuner), weights(fresh))
@@ -220,6 +226,18 @@ def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:
     tuner = tuner_of(METHODS["ddpo_is"](), autocast=torch.bfloat16)
     rollout = tuner.collect(step_generator(0, 0))
     assert rollout[keys.ACTION_LOG_PROB].dtype == torch.float32 == rollout[keys.X_T].dtype
+    exact = tuner_of(METHODS["ddpo_is"]()).collect(step_generator(0, 0))
+    assert not torch.equal(rollout[keys.X0_HAT], exact[keys.X0_HAT])
+    torch.testing.assert_close(rollout[keys.X0_HAT], exact[keys.X0_HAT], rtol=0.1, atol=0.1)
+    asked: list[bool] = []
+
+    def plain(x0: Tensor, cond: Any) -> Tensor:
+        asked.append(torch.is_autocast_enabled("cpu"))
+        return x0[:, 0]
+
+    judge = Judge(TuningEvaluation(8), tuner.base, plain, event_shape=(2,), precision=tuner.precision)
+    figures = judge(tuner.policy)
+    assert figures["distance_to_base"] == 0 == figures["kl_to_base"] and asked == [False]
     tuner.fit(progress=False)
     assert weights(tuner).isfinite().all()
 
@@ -251,6 +269,35 @@ def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:
 def test_pieces_that_do_not_go_together_are_refused(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_one_step_whose_reward_is_of_where_it_starts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"give placement\.timing=next"):
+        tuner_of(METHODS["sdpo"](), make_policy(K=1))
+    with pytest.raises(ValueError, match="a group of 4 is drawn together"):
+        Rollouts(16, group_size=4, at_once=2)
+    tuner_of(METHODS["next"](), make_policy(K=1)).fit(progress=False)
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    tuner_of(METHODS["ddpo_is"](), folder=tmp_path).fit(progress=False)
+    with pytest.raises(CheckpointError, match="is of another recipe"):
+        tuner_of(METHODS["critic"](), folder=tmp_path).resume()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_largest_part_is_what_an_update_forwards(name: str) -> None:
+    recipe = METHODS[name]()
+    for size in (3, 8, 1000):
+        u = dataclasses.replace(recipe.updates, micro_batch=size)
+        rollout = tuner_of(dataclasses.replace(recipe, updates=u)).collect(step_generator(0, 0))
+        rows = recipe.rows_together
+        seen = [
+            part.numel()
+            for m in u(rollout, group_size=rows, generator=step_generator(0, 1))
+            for part in micro_batches(m, size, group_size=rows)
+        ]
+        assert max(seen) == u.largest_part(16, 4, group_size=rows)
 
 
 def test_a_policy_without_trainable_parameters_is_refused() -> None:

@@ -1,5 +1,6 @@
 """DDPO: policy gradient on the denoising chain, by score function or with importance-sampled, clipped updates."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,11 +56,12 @@ def kl_to_reference(law: Law, reference: Law, reduction: Literal["mean", "sum"])
 
 
 def policy_figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
-    """What to watch of an update: mean ratio, share of |ratio - 1| > ε, and ½ mean (log ratio)²."""
+    """What to watch of an update: mean ratio, share of |ratio - 1| > ε (0 without a clip), ½ mean (log ratio)²."""
     ratio = log_ratio.detach().exp()
+    clipped = (ratio - 1).abs() > (clip_range if clip_range > 0 else math.inf)
     return {
         "ratio": ratio.mean(),
-        "clip_fraction": ((ratio - 1).abs() > clip_range).float().mean(),
+        "clip_fraction": clipped.float().mean(),
         "approx_kl": 0.5 * log_ratio.detach().square().mean(),
     }
 
