@@ -191,7 +191,7 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
 
 def test_a_method_more_keeps_what_was_run(base: Path, tmp_path: Path) -> None:
     run_tuning_comparison(cells(base, "compare=[DDPO-SF]"), tmp_path, workers=0, progress=False)
-    more = cells(base, "compare=[DDPO-SF,mine]", "+methods.mine=[recipe=ddpo_is]")
+    more = cells(base, "compare=[DDPO-SF,mine]", "+methods.mine=['recipe=ddpo_is']")
     assert run_tuning_comparison(more, tmp_path, workers=0, progress=False).finished == 4
 
 
