@@ -38,7 +38,7 @@ def draw_curves(tuning: Tuning, folder: Path) -> list[tuple[str, Path]]:
             _lines(panel, tuning, name, axis)
             panel.set(xlabel=words, ylabel=names[name])
             panel.axvline(tuning.common(axis), color=REAL, linewidth=0.8, linestyle=":")
-        panels[0].legend(loc="upper left", fontsize=8)
+        _legend(figure, panels[0])
         drawn.append((title, _save(figure, folder, f"reward_by_{axis}")))
     title = "What the reward costs: diversity and distance to the base"
     others = [name for name in ("diversity", "distance_to_base", "kl_to_base") if name in names]
@@ -49,7 +49,7 @@ def draw_curves(tuning: Tuning, folder: Path) -> list[tuple[str, Path]]:
             y = np.array([interval(y).iqm for y in method.curve(name, "trajectories")[1].T])
             panel.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=method.name)
         panel.set(xlabel=names["eval_reward"], ylabel=names[name])
-    panels[0].legend(fontsize=8)
+    _legend(figure, panels[0])
     return [*drawn, (title, _save(figure, folder, "likeness_by_reward"))]
 
 
@@ -69,7 +69,7 @@ def draw_pictures(tuning: Tuning, folder: Path) -> tuple[str, Path]:
         tuned = next(iter(RunFolder(method.folders[0]).samples()["tuned"].values()))
         parts.append((f"{method.name}, seed {method.seeds[0]}", tuned, colour))
     title = "Samples before and after, from the same noise"
-    figure, panels = _figure(len(parts), title, width=2.8)
+    figure, panels = _figure(len(parts), title, width=2.8, columns=4)
     for panel, (name, x, colour) in zip(panels, parts, strict=True):
         if x.ndim == 4:
             show_images(panel, x, columns=8)
@@ -95,15 +95,25 @@ def _label(method: Method) -> str:
     return f"{method.name}, {len(method.seeds)} seed{'s' if len(method.seeds) > 1 else ''}"
 
 
-def _figure(panels: int, title: str, width: float = 4.2) -> tuple[Any, list[Any]]:
+def _figure(panels: int, title: str, width: float = 4.2, columns: int = 9) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, in rows of at most `columns`."""
     matplotlib = require("matplotlib", "plot")
+    across = min(panels, columns)
+    down = -(-panels // across)
     with matplotlib.rc_context(STYLE):
-        figure = require("matplotlib.figure", "plot").Figure(
-            figsize=(width * panels, 3.4), layout="constrained"
-        )
-        grid = figure.subplots(1, panels, squeeze=False)[0]
+        size = (width * across, 0.4 + (width if down > 1 else 3.4) * down)
+        figure = require("matplotlib.figure", "plot").Figure(figsize=size, layout="constrained")
+        grid = list(figure.subplots(down, across, squeeze=False).flat)
+        for empty in grid[panels:]:
+            empty.set_axis_off()
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-    return figure, list(grid)
+    return figure, grid[:panels]
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    """Under all panels, where it hides nothing."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 5), fontsize=8)
 
 
 def _save(figure: Any, folder: Path, name: str) -> Path:
