@@ -1,6 +1,5 @@
-"""The fine-tuning loop: collect, pay, credit, update; checkpoints, figures and the checks before it starts."""
+"""The fine-tuning loop: collect, pay, credit, update; figures and checkpoints."""
 
-import copy
 import math
 import sys
 import time
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -17,8 +16,7 @@ from tqdm import tqdm
 
 from diffrl import keys
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from diffrl.checks import Report, check
-from diffrl.credit import Credit, GroupRelative, RewardsToGo, Standardised
+from diffrl.credit import Credit
 from diffrl.critics import LearnedCritic
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe
@@ -114,8 +112,9 @@ class Finetuner:
         self.parameters = [p for p in policy.denoiser.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
-        self._trainable = self._num_trainable()
-        if self._trainable == 0:
+        self.num_trainable = self._num_trainable()
+        """Stochastic steps of the policy."""
+        if self.num_trainable == 0:
             raise ValueError(
                 "no step of the policy is stochastic, so none has a log-probability: give a sampler with noise, "
                 "more steps, or policy.std_floor"
@@ -214,43 +213,6 @@ class Finetuner:
         rollout.set(keys.ADVANTAGE, (credit or self.recipe.credit)(rollout, r).float())
         return rollout
 
-    def check(self) -> Report:
-        """The self-checks, on a rollout of its own in the run's batch shapes; the run is as it was before.
-
-        The reward is asked about that rollout too, without being counted.
-
-        Raises:
-            CheckFailed: a check failed, with the likely cause.
-        """
-        recipe, u = self.recipe, self.recipe.updates
-        plan, nfe, remembered = recipe.rollouts, self.policy.nfe, self.reward.state_dict()
-        size = min(plan.at_once or plan.trajectories, plan.trajectories)
-        size -= size % plan.rows_of_a_group
-        credit = copy.deepcopy(recipe.credit)
-        try:
-            with torch.random.fork_rng(devices=[]):  # rewards may draw random numbers
-                rollout = self.collect(
-                    step_generator(self.seed, 2**31, self.device), trajectories=size, credit=credit
-                )
-            report = check(
-                self.policy,
-                self.loss,
-                rollout,
-                batch_rows=u.largest_part(
-                    plan.trajectories, self._trainable, group_size=recipe.rows_together
-                ),
-                rollout_rows=size,
-                reward=self.reward,
-                reference=self.base,
-                autocast=self.autocast,
-                centred=_centred(credit, self.conditions is None),
-            )
-        finally:
-            self.policy.nfe = nfe
-            self.reward.load_state_dict(remembered)
-        report.raise_if_failed()
-        return report
-
     def steps(self) -> Iterator[dict[str, float]]:
         """One iteration at a time, from where the run stands; yields its figures.
 
@@ -310,7 +272,7 @@ class Finetuner:
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_norm, norm)
         for group in self.optimiser.param_groups:
-            all_updates = self.length.iterations * self.recipe.updates.count(self._trainable)
+            all_updates = self.length.iterations * self.recipe.updates.count(self.num_trainable)
             group["lr"] = self.optim.lr_at(self.updates, all_updates)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -426,15 +388,6 @@ class Finetuner:
                         self.save()
                     return False
         return True
-
-
-def _centred(credit: Credit, one_prompt: bool) -> Literal["group", "batch"] | None:
-    """What the mean of a first rollout's advantages must be 0 over; None where it need not be."""
-    if isinstance(credit, GroupRelative):
-        return "group"
-    if isinstance(credit, Standardised | RewardsToGo) and credit.buffer is None:
-        return "batch" if one_prompt or credit.per == "batch" else None
-    return None
 
 
 def _cpu(generator: Generator) -> Generator:

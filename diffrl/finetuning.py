@@ -10,6 +10,7 @@ from diffrl.finetuner import PUBLISHED_OPTIM, Finetuner, Iterations
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe
 from diffrl.rewards import Reward
+from diffrl.tuner_checks import check_tuner
 
 __all__ = ["finetune"]
 
@@ -73,7 +74,7 @@ def finetune(
         optim=replace(PUBLISHED_OPTIM, lr=lr),
         device=device,
     )
-    tuner.check()
+    check_tuner(tuner)
     tuner.resume()
     rows: list[dict[str, float]] = []
     tuner.fit(report=rows.append, progress=progress)

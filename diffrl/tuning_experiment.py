@@ -35,6 +35,7 @@ from diffrl.shipped_rewards import REWARDS
 from diffrl.tables import Table
 from diffrl.trainer import Optim
 from diffrl.tunable_models import MODELS, Tunable
+from diffrl.tuner_checks import check_tuner
 from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation
 from diffrl.updates import Updates
 
@@ -236,7 +237,7 @@ def run_finetuning(
         Interrupted: the run is saved, and can be resumed.
     """
     job = _Job(config, reward, heldout)
-    report = job.tuner.check()
+    report = check_tuner(job.tuner)
     for group, own in (("reward", reward), ("heldout_reward", heldout)):
         if own is not None:  # so that nothing else is taken for it when the run is resumed without it
             config = {**config, group: {"name": f"{OWN}{as_reward(own).name}"}}

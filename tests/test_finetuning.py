@@ -24,6 +24,7 @@ from diffrl.references import frozen_copy
 from diffrl.reward_placement import Dense, Terminal
 from diffrl.rewards import BlackBox, WeightedSum
 from diffrl.trainer import NonFiniteLoss, Optim, step_generator
+from diffrl.tuner_checks import check_tuner
 from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
 from diffrl.updates import Updates, micro_batches
 
@@ -186,7 +187,7 @@ def test_the_checks_run_and_leave_no_trace(name: str) -> None:
         return WeightedSum({"right": (right, 1.0), "up": (lambda x, c: x[:, 1], 0.5)}, normalise="running")
 
     tuner = tuner_of(METHODS[name](), reward=reward())
-    report = tuner.check()
+    report = check_tuner(tuner)
     assert report.passed and tuner.figures["queries"] == 0 and tuner.figures["network_evaluations"] == 0
     fresh = tuner_of(METHODS[name](), reward=reward())
     fresh.fit(progress=False)

@@ -1,0 +1,61 @@
+"""The self-checks of a fine-tuning run, before its first update."""
+
+import copy
+from typing import Literal
+
+import torch
+
+from diffrl.checks import Report, check
+from diffrl.credit import Credit, GroupRelative, RewardsToGo, Standardised
+from diffrl.finetuner import Finetuner
+from diffrl.trainer import step_generator
+
+__all__ = ["check_tuner"]
+
+
+def check_tuner(tuner: Finetuner) -> Report:
+    """`diffrl.check` of a run that has not begun, on a rollout of its own in the run's batch shapes and precision.
+
+    The reward is asked about that rollout too, without being counted. The run is afterwards as it was before.
+
+    Args:
+        tuner: the run.
+
+    Raises:
+        CheckFailed: a check failed, with the likely cause.
+    """
+    recipe, u, plan = tuner.recipe, tuner.recipe.updates, tuner.recipe.rollouts
+    nfe, remembered, credit = tuner.policy.nfe, tuner.reward.state_dict(), copy.deepcopy(recipe.credit)
+    size = min(plan.at_once or plan.trajectories, plan.trajectories)
+    size -= size % plan.rows_of_a_group
+    try:
+        with torch.random.fork_rng(devices=[]):  # rewards may draw random numbers
+            generator = step_generator(tuner.seed, 2**31, tuner.device)
+            rollout = tuner.collect(generator, trajectories=size, credit=credit)
+        report = check(
+            tuner.policy,
+            tuner.loss,
+            rollout,
+            batch_rows=u.largest_part(
+                plan.trajectories, tuner.num_trainable, group_size=recipe.rows_together
+            ),
+            rollout_rows=size,
+            reward=tuner.reward,
+            reference=tuner.base,
+            autocast=tuner.autocast,
+            centred=_centred(credit, tuner.conditions is None),
+        )
+    finally:
+        tuner.policy.nfe = nfe
+        tuner.reward.load_state_dict(remembered)
+    report.raise_if_failed()
+    return report
+
+
+def _centred(credit: Credit, one_prompt: bool) -> Literal["group", "batch"] | None:
+    """What the mean of a first rollout's advantages must be 0 over; None where it need not be."""
+    if isinstance(credit, GroupRelative):
+        return "group"
+    if isinstance(credit, Standardised | RewardsToGo) and credit.buffer is None:
+        return "batch" if one_prompt or credit.per == "batch" else None
+    return None
