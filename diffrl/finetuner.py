@@ -175,6 +175,7 @@ class Finetuner:
             "iteration": self.iteration,
             "trajectories": self.iteration * self.recipe.rollouts.trajectories,
             "queries": self.reward.queries,
+            "failures": self.reward.failures,
             "updates": self.updates,
             "network_evaluations": self.policy.nfe + (0 if self.reference is None else self.reference.nfe),
             "seconds": round(self.seconds, 3),

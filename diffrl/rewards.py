@@ -360,6 +360,11 @@ class WeightedSum:
         """Samples that the rewards were asked to score, over all of them."""
         return sum(part.queries for part in self.parts.values())
 
+    @property
+    def failures(self) -> int:
+        """Samples for which something stood in, over all of them."""
+        return sum(part.failures for part in self.parts.values())
+
     def metrics(self) -> dict[str, float]:
         """Of each reward, for a log: mean and standard deviation in the last call, and its counts."""
         log: dict[str, float] = {}

@@ -12,7 +12,7 @@ from diffrl.denoisers import GuidedDenoiser
 from diffrl.latent_rewards import DecodedReward, LatentDecoder
 from diffrl.lora import add_lora
 from diffrl.pipelines import PipelineDenoiser, load_pipeline
-from diffrl.rewards import Reward
+from diffrl.rewards import BlackBox, Reward, WeightedSum
 from diffrl.runs import load
 
 __all__ = ["MODELS", "Tunable", "pipeline_model", "run_model"]
@@ -158,7 +158,11 @@ def pipeline_model(
     decode = LatentDecoder(pipe.vae.requires_grad_(False))
 
     def wrap(reward: Reward) -> Reward:
-        return DecodedReward(reward, decode, texts, decode_batch_size)
+        if isinstance(reward, WeightedSum):  # its statistics must not lie under a cache: decode for each part
+            parts = {name: (wrap(part), reward.weights[name]) for name, part in reward.parts.items()}
+            return WeightedSum(parts, normalise=reward.normalise, tol=reward.tol)
+        asked = reward.reward if isinstance(reward, BlackBox) else reward  # what counts queries lies outside
+        return DecodedReward(asked, decode, texts, decode_batch_size)
 
     name = Path(path).name.replace(" ", "-")
     return Tunable(denoiser, (channels, *size), torch.arange(len(texts)), wrap, None, name)

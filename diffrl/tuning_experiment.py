@@ -42,7 +42,7 @@ from diffrl.updates import Updates
 __all__ = ["RewardCalls", "TunedRun", "build_recipe", "load_tuned", "run_finetuning"]
 
 OWN = "own: "  # before the name of a reward that is no shipped one
-COUNTS = ("iteration", "trajectories", "queries", "updates", "network_evaluations", "seconds")
+COUNTS = ("iteration", "trajectories", "queries", "failures", "updates", "network_evaluations", "seconds")
 WATCHED = (
     *("reward", "reward_std", "reward_best", "advantage_std", "raw_advantage_std"),
     *("loss_policy", "loss_kl", "kl", "ratio", "clip_fraction", "approx_kl", "grad_norm"),

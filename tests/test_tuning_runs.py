@@ -16,7 +16,7 @@ from diffrl.configs.cli import settings
 from diffrl.configs.tuning import base_run, plan_tuning
 from diffrl.experiment import run_experiment
 from diffrl.recipes import RECIPES
-from diffrl.rewards import RewardError
+from diffrl.rewards import RewardError, WeightedSum
 from diffrl.runs import RunFolder, RunFolderError
 from diffrl.tables import Table
 from diffrl.tuning_comparison import run_tuning_comparison
@@ -327,6 +327,11 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     assert found["queries"] == 8 and found["updates"] == 4
     assert {prompt for _, prompts in seen for prompt in prompts} == {"a cat", "two dogs"}
     assert all(shape[0] == 3 for shape, _ in seen)
+    both = WeightedSum({"bright": (bright, 1.0), "dark": (bright, -0.5)}, normalise="running")
+    seen.clear()
+    summed = run_finetuning({**config, "run_dir": str(tmp_path / "sum")}, reward=both, progress=False)
+    assert summed.results()["finetuning"]["queries"] == 16 and {shape[0] for shape, _ in seen} == {3}
+
     run = diffrl.load_tuned(folder.path)
     assert all("lora" in name for name in run.policy.denoiser.trainable_state())  # type: ignore[operator]
     assert run.sample(2).shape[0] == 2
