@@ -119,9 +119,14 @@ class GuidedDenoiser(nn.Module):
     def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
         super().__init__()
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
-        self.process, self.sigma_data = denoiser.process, denoiser.sigma_data
+        self.process = denoiser.process
         self.evaluations = 1 if guidance_scale in (0, 1) else 2
         """Network evaluations a state."""
+
+    @property
+    def sigma_data(self) -> float:
+        """Of the denoiser."""
+        return self.denoiser.sigma_data
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Guided estimate; as `Denoiser.forward`, with labels cond of shape [N].

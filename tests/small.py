@@ -9,6 +9,9 @@ from omegaconf import DictConfig
 from diffrl.configs.cli import settings
 from diffrl.configs.groups import register
 
+FINETUNING = {"finetune_critic", "finetune_rings", "lcm_ddpo", "sd15_ddpo", "sd35_flow_grpo", "sd_turbo_sdpo"}
+"""Experiments of the command `finetune`."""
+
 SMALL = (
     "data=rings",
     "data.test_size=64",

@@ -23,7 +23,7 @@ from diffrl.tuning_comparison import run_tuning_comparison
 from diffrl.tuning_experiment import build_recipe, run_finetuning
 from diffrl.tuning_findings import Tuning
 from diffrl.tuning_report import write_tuning_report
-from tests.small import SMALL, composed, small
+from tests.small import FINETUNING, SMALL, composed, small
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune_reward.py"
 QUICK = (
@@ -62,6 +62,15 @@ def test_yaml_recipes_are_those_of_python(recipe: str) -> None:
     published = ("rollouts.trajectories=256", "model.path=x")
     config = OmegaConf.to_container(composed(f"recipe={recipe}", *published, name="finetune"), resolve=True)
     assert isinstance(config, dict) and build_recipe(config) == RECIPES[recipe]()
+
+
+@pytest.mark.parametrize("name", sorted(FINETUNING))
+def test_every_fine_tuning_experiment_composes(name: str) -> None:
+    config = settings(composed(f"experiment={name}", "model.path=x", name="finetune"), [])
+    recipe = build_recipe(config)
+    assert recipe.updates.micro_batch >= 8 and config["policy"]["reduction"] == "mean"
+    for method in config["compare"]:
+        assert method in config["methods"]
 
 
 def test_a_run_leaves_a_folder_that_can_be_understood(base: Path, tmp_path: Path) -> None:
