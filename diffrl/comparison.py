@@ -25,7 +25,17 @@ from diffrl.experiment import Interrupted, run_experiment
 from diffrl.runs import RunFolder, RunFolderError, versions, write_atomically
 from diffrl.workers import Failure, run_tasks
 
-__all__ = ["Cell", "Comparison", "Execution", "Study", "cell_error", "grid_scheme", "run_comparison"]
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Execution",
+    "Study",
+    "cell_error",
+    "command_record",
+    "grid_scheme",
+    "read_index",
+    "run_comparison",
+]
 
 MATCHED = ("grad_steps", "network_evaluations", "seconds")
 ASCII = str.maketrans({"λ": "lambda", "η": "eta", "γ": "gamma", "τ": "tau", "σ": "sigma", "δ": "delta"})
@@ -179,11 +189,7 @@ def run_comparison(
     _refuse_changed(wanted)
     commands = json.loads(index.read_text())["commands"] if (index := out / "index.json").exists() else []
     begun = time.perf_counter()
-    record: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
+    record = command_record()
     _write_index(comparison, folders, out, [*commands, record])
 
     todo = {path: cell for path, cell in wanted.items() if not _is_finished(path)}
@@ -195,6 +201,28 @@ def run_comparison(
     }
     _write_index(comparison, folders, out, [*commands, record])
     return Execution(finished, len(wanted), failed, interrupted)
+
+
+def command_record() -> dict[str, Any]:
+    """What an index tells of the command that runs now, at its start."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+
+
+def read_index(out: Path) -> dict[str, Any]:
+    """The index of a comparison.
+
+    Raises:
+        RunFolderError: there is no comparison in the folder.
+    """
+    file = out / "index.json"
+    if not file.is_file():
+        raise RunFolderError(f"{out} holds no comparison: there is no {file.name} in it")
+    index: dict[str, Any] = json.loads(file.read_text())
+    return index
 
 
 def cell_error(folder: Path) -> str | None:

@@ -1,6 +1,5 @@
 """What the finished cells of a comparison say: figures by seed, intervals, effort to reach a level."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrl.comparison import Study, cell_error
-from diffrl.runs import RunFolder, RunFolderError
+from diffrl.comparison import Study, cell_error, read_index
+from diffrl.runs import RunFolder
 from diffrl.statistics import bootstrap_interval, iqm, probability_of_improvement
 from diffrl.tables import Table
 
@@ -276,9 +275,7 @@ class Findings:
     """
 
     def __init__(self, out: Path) -> None:
-        if not (out / "index.json").is_file():
-            raise RunFolderError(f"{out} holds no comparison: there is no index.json in it")
-        index = json.loads((out / "index.json").read_text())
+        index = read_index(out)
         self.plan: str = index["plan"]
         self.commands: list[dict[str, Any]] = index["commands"]
         self.score_sigmas = tuple(index["score_sigmas"])

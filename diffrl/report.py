@@ -17,6 +17,7 @@ from diffrl.findings import SCORE, Estimate, Findings, Interval, Panel, Quantity
 from diffrl.report_figures import draw_figures
 from diffrl.runs import write_atomically
 from diffrl.summary import distance_label
+from diffrl.tables import markdown_table
 
 __all__ = ["write_report"]
 
@@ -83,7 +84,7 @@ def _head(findings: Findings) -> str:
         seconds = command.get("seconds")
         took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
         rows.append([f"`{command['command']}`", command["started"], str(command.get("cells", "")), took])
-    lines.append(_table(rows))
+    lines.append(markdown_table(rows))
     for versions in {
         json.dumps(command["versions"]): command["versions"] for command in findings.commands
     }.values():
@@ -106,7 +107,7 @@ def _in_short(panels: Sequence[Panel]) -> str:
                 best = min(estimates, key=lambda s: estimates[s].ratio.iqm)
                 what = _cell(estimates[best]) if best != panel.study.baseline else "1 (the baseline)"
                 rows.append([panel.study.name, panel.case, _label(quantity, panel), best, what])
-    return f"## Best schemes\n\n{_table(rows)}" if len(rows) > 1 else ""
+    return f"## Best schemes\n\n{markdown_table(rows)}" if len(rows) > 1 else ""
 
 
 def _panel(panel: Panel) -> str:
@@ -189,7 +190,7 @@ def _unfinished(findings: Findings) -> str:
     groups: dict[tuple[str, ...], list[str]] = {}
     for c in findings.unfinished():
         where = f"`cells/{c.path.name}`" if c.status in ("failed", "stopped") else ""
-        error = (c.error or "").replace("|", "\\|")
+        error = c.error or ""
         groups.setdefault((c.study, c.case, c.scheme, c.status, where, error), []).append(str(c.seed))
     if not groups:
         return ""
@@ -243,14 +244,8 @@ def _interval(interval: Interval, form: str = ".2f") -> str:
 def _folded(title: str, rows: list[list[str]], *, fold: bool = False) -> str:
     """A titled table; folded away if it is long, or by choice."""
     if fold or len(rows) > LONG:
-        return f"<details><summary>{title}</summary>\n\n{_table(rows)}\n</details>\n"
-    return f"**{title}**\n\n{_table(rows)}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], ""])
+        return f"<details><summary>{title}</summary>\n\n{markdown_table(rows)}\n</details>\n"
+    return f"**{title}**\n\n{markdown_table(rows)}"
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -7,21 +7,18 @@ cells/…       one run folder a cell; ``error.txt`` in one that failed
 
 import json
 import re
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from diffrl.comparison import Execution
+from diffrl.comparison import Execution, command_record
 from diffrl.experiment import Interrupted
-from diffrl.runs import RunFolder, versions, write_atomically
+from diffrl.runs import RunFolder, write_atomically
 from diffrl.tuning_experiment import run_finetuning
 from diffrl.workers import Failure, run_tasks
 
@@ -72,11 +69,7 @@ def run_tuning_comparison(
     index = out / "index.json"
     commands = json.loads(index.read_text())["commands"] if index.exists() else []
     begun = time.perf_counter()
-    record: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
+    record = command_record()
     out.mkdir(parents=True, exist_ok=True)
     entries = [{"method": c.method, "seed": c.seed, "folder": c.folder} for c in cells]
 

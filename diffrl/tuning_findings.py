@@ -1,6 +1,5 @@
 """What the finished runs of a fine-tuning comparison say: curves by seed over three costs, and how they end."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrl.comparison import cell_error
-from diffrl.runs import RunFolder, RunFolderError
+from diffrl.comparison import cell_error, read_index
+from diffrl.runs import RunFolder
 from diffrl.tables import Table
 
 __all__ = ["AXES", "Method", "Tuning"]
@@ -78,9 +77,7 @@ class Tuning:
     """
 
     def __init__(self, out: Path) -> None:
-        if not (out / "index.json").is_file():
-            raise RunFolderError(f"{out} holds no comparison: there is no index.json in it")
-        index = json.loads((out / "index.json").read_text())
+        index = read_index(out)
         self.commands: list[dict[str, Any]] = index["commands"]
         self.unfinished: list[tuple[str, str]] = []
         found: dict[str, list[tuple[int, Path]]] = {}
