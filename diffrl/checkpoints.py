@@ -22,6 +22,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from diffrl import __version__
+
 
 __all__ = [
     "Checkpoint",
@@ -198,7 +199,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     written_as = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(written_as, int) and written_as > _FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {written_as} and diffrl {__version__} reads up to {_FORMAT}: "
+            f"checkpoint {path} has format {written_as} and diffrl {version('diffrl')} reads up to {_FORMAT}: "
             "upgrade diffrl"
         )
     try:
@@ -284,7 +285,7 @@ def _entry(data: bytes) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
-        "diffrl": __version__,
+        "diffrl": version("diffrl"),
         "torch": str(torch.__version__),
         "safetensors": safetensors.__version__,
     }

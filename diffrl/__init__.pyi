@@ -1,0 +1,34 @@
+from . import data as data
+from . import diagnostics as diagnostics
+from . import envs as envs
+from . import metrics as metrics
+from . import networks as networks
+from . import objectives as objectives
+from . import recipes as recipes
+from . import returns as returns
+from . import rewards as rewards
+from .checks import check as check
+from .consistency_sampler import Multistep as Multistep
+from .denoisers import Denoiser as Denoiser
+from .denoisers import EmpiricalDenoiser as EmpiricalDenoiser
+from .denoisers import GaussianDenoiser as GaussianDenoiser
+from .denoisers import MixtureDenoiser as MixtureDenoiser
+from .finetuning import finetune as finetune
+from .policies import DenoisingPolicy as DenoisingPolicy
+from .runs import load as load
+from .samplers import DDIM as DDIM
+from .samplers import Ancestral as Ancestral
+from .samplers import EDMStochastic as EDMStochastic
+from .samplers import Euler as Euler
+from .samplers import Heun as Heun
+from .samplers import sample as sample
+from .schedules import DDPM as DDPM
+from .schedules import EDM as EDM
+from .schedules import VP as VP
+from .schedules import Flow as Flow
+from .sde_samplers import CPS as CPS
+from .sde_samplers import FlowSDE as FlowSDE
+from .trajectories import sample_chain as sample_chain
+from .tuning_experiment import load_tuned as load_tuned
+
+__version__: str
