@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from diffrl import keys
 from diffrl.build import Objective
 from diffrl.chains import Chain
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.denoisers import Denoiser
 from diffrl.ema import EMA
 from diffrl.networks import MLP, UNet

@@ -11,7 +11,7 @@ from diffrl.chains import Chain
 from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
 from diffrl.credit import CREDITS
-from diffrl.data import DATASETS
+from diffrl.data.dataset_all import DATASETS
 from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation
 from diffrl.finetuner import Iterations

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Generator, Tensor, nn
 
 from diffrl.chains import Chain
-from diffrl.data import DATASETS, Data
+from diffrl.data.dataset_all import DATASETS, Data
 from diffrl.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
 from diffrl.networks import NETWORKS
 from diffrl.objectives.networks import DenoiserLoss

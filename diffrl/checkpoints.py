@@ -31,8 +31,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-
-
 __all__ = [
     "Checkpoint",
     "CheckpointError",

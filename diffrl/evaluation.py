@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
 from diffrl.metrics import sample_distance, value_error
 from diffrl.samplers import Model, Noise, Sampler, trajectory

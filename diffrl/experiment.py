@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation, draw_samples
 from diffrl.extras import require_installed

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffrl.data import digits
+from diffrl.data.dataset_all import digits
+from diffrl.data.mixtures import Mixture
 from diffrl.extras import require
-from diffrl.mixtures import Mixture
 from diffrl.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.reward_workers import Reward
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from diffrl.build import Adaptive, Objective
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.ema import EMA
 from diffrl.objectives.soft_update import SoftUpdate
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.denoisers import GuidedDenoiser
 from diffrl.latent_rewards import DecodedReward, LatentDecoder
 from diffrl.lora import add_lora

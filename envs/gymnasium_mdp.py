@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.data import DATASETS, Data
+from diffrl.data.dataset_all import DATASETS, Data
+from diffrl.data.image_files import check_finite
 from diffrl.denoisers import DenoiserFn, EmpiricalDenoiser, MixtureDenoiser
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, RewardPlacement
 from diffrl.envs.gymnasium_common import (
@@ -28,7 +29,6 @@ from diffrl.envs.gymnasium_common import (
     named,
     reset_mask,
 )
-from diffrl.image_files import check_finite
 from diffrl.kernels import GaussianSampler, NoiseFn
 from diffrl.rewards import Reward
 from diffrl.samplers import STOCHASTIC_SAMPLERS

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.data import DATASETS, Data
+from diffrl.data.dataset_all import DATASETS, Data
 from diffrl.envs.gymnasium_common import (
     Array,
     Info,

@@ -9,9 +9,9 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from diffrl import keys
+from diffrl.data.image_files import check_finite
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.torchrl_common import ChainEnv
-from diffrl.image_files import check_finite
 from diffrl.kernels import GaussianSampler
 from diffrl.rewards import Reward
 from diffrl.schedules import Schedule

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from diffrl import keys
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.envs.torchrl_common import ChainEnv
 from diffrl.schedules import Schedule

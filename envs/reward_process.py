@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from diffrl.chains import Chain
-from diffrl.data import Data
-from diffrl.image_files import check_finite
+from diffrl.data.dataset_all import Data
+from diffrl.data.image_files import check_finite
 from diffrl.schedules import Schedule
 from diffrl.shapes import expand_like, require_floating
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from diffrl.data import digits
+from diffrl.data.dataset_all import digits
 from diffrl.networks.digits_cnn import DIGITS_CNN_FILE, DigitsCNN
 
 

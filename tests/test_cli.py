@@ -23,7 +23,7 @@ from diffrl.chains import Chain
 from diffrl.configs.cli import EXPECTED, command, explain, settings
 from diffrl.configs.groups import TrainConfig, register
 from diffrl.configs.schema import schema
-from diffrl.data import DATASETS
+from diffrl.data.dataset_all import DATASETS
 from diffrl.denoisers import Denoiser
 from diffrl.evaluation import Evaluation
 from diffrl.networks import NETWORKS

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
 from diffrl.build import Objective
-from diffrl.data import Data
+from diffrl.data.dataset_all import Data
 from diffrl.denoisers import Denoiser
 from diffrl.networks import MLP
 from diffrl.objectives.consistency import METRICS, ConsistencyLoss, ct_loss, td_ct_loss

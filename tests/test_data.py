@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffrl.data import DATASETS, Data, DataError, Mixture, digits, gmm, rings
+from diffrl.data.dataset_all import DATASETS, Data, DataError, Mixture, digits, gmm, rings
 from diffrl.extras import MissingExtra
 
 SYNTHETIC = ["gmm", "rings", "checkerboard", "moons", "spirals"]

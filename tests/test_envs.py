@@ -27,7 +27,7 @@ from torchrl.envs.utils import check_env_specs
 import diffrl
 from diffrl import keys
 from diffrl.chains import Chain
-from diffrl.data import Data, DataError, digits, rings
+from diffrl.data.dataset_all import Data, DataError, digits, rings
 from diffrl.envs import DiffusionMRP, DiffusionMRPEnv, DiffusionMRPVectorEnv
 from diffrl.schedules import PROCESSES
 from diffrl.trajectories import draw_chain

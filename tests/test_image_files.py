@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffrl.data import DataError, folder, idx, npz
+from diffrl.data.dataset_all import DataError, folder, idx, npz
 from diffrl.extras import MissingExtra
 
 RNG = np.random.default_rng(0)

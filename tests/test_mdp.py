@@ -27,7 +27,7 @@ from torchrl.objectives import ClipPPOLoss
 import diffrl
 from diffrl import keys
 from diffrl.advantages import group_advantages
-from diffrl.data import DataError, digits, rings
+from diffrl.data.dataset_all import DataError, digits, rings
 from diffrl.denoisers import Denoiser, MixtureDenoiser
 from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
 from diffrl.networks import MLP

@@ -13,7 +13,7 @@ from scipy import linalg, optimize, stats
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from diffrl.data import digits, gmm
+from diffrl.data.dataset_all import digits, gmm
 from diffrl.denoisers import MixtureDenoiser
 from diffrl.extras import MissingExtra
 from diffrl.metrics import (

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffrl.data import digits, rings
+from diffrl.data.dataset_all import digits, rings
 from diffrl.networks.digits_cnn import load_digits_cnn
 from diffrl.rewards import BlackBox, RewardError, nondeterminism
 from diffrl.shipped_rewards import (

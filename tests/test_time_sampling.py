@@ -15,7 +15,7 @@ from torchrl.objectives import SoftUpdate
 from diffrl import keys
 from diffrl.build import Adaptive, Objective
 from diffrl.chains import Chain
-from diffrl.data import DATASETS
+from diffrl.data.dataset_all import DATASETS
 from diffrl.denoisers import Denoiser
 from diffrl.networks import MLP
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states

@@ -15,7 +15,7 @@ from diffrl import EDM, Denoiser
 from diffrl.build import Objective
 from diffrl.chains import Chain
 from diffrl.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
-from diffrl.data import Data, DataError, rings
+from diffrl.data.dataset_all import Data, DataError, rings
 from diffrl.networks import MLP
 from diffrl.objectives import ValueLoss
 from diffrl.trainer import Average, Length, NonFiniteLoss, Optim, Target, Trainer, step_generator

@@ -10,8 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import one_hot
 
-from diffrl.extras import require
-from diffrl.image_files import (
+from diffrl.data.image_files import (
     DataError,
     check_finite,
     events_from,
@@ -21,8 +20,9 @@ from diffrl.image_files import (
     read_image_folder,
     read_npz,
 )
-from diffrl.mixtures import Mixture
-from diffrl.planar import draw_checkerboard, draw_moons, draw_spirals
+from diffrl.data.mixtures import Mixture
+from diffrl.data.planar import draw_checkerboard, draw_moons, draw_spirals
+from diffrl.extras import require
 
 __all__ = [
     "DATASETS",

@@ -1,0 +1,13 @@
+from .dataset_all import DATASETS as DATASETS
+from .dataset_all import Data as Data
+from .dataset_all import DataError as DataError
+from .dataset_all import checkerboard as checkerboard
+from .dataset_all import digits as digits
+from .dataset_all import folder as folder
+from .dataset_all import gmm as gmm
+from .dataset_all import idx as idx
+from .dataset_all import moons as moons
+from .dataset_all import npz as npz
+from .dataset_all import rings as rings
+from .dataset_all import spirals as spirals
+from .mixtures import Mixture as Mixture
