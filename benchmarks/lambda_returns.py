@@ -5,7 +5,7 @@ from report import Row
 from timing import Ratio, interleave
 from torchrl.objectives.value.functional import td_lambda_return_estimate, vec_td_lambda_return_estimate
 
-from diffrl.returns import lambda_returns
+from diffrl.rl.returns import lambda_returns
 
 __all__ = ["cost_of_lambda_returns"]
 

@@ -5,7 +5,6 @@ from . import metrics as metrics
 from . import networks as networks
 from . import objectives as objectives
 from . import recipes as recipes
-from . import returns as returns
 from . import rewards as rewards
 from .checks import check as check
 from .consistency_sampler import Multistep as Multistep
@@ -15,6 +14,7 @@ from .denoisers import GaussianDenoiser as GaussianDenoiser
 from .denoisers import MixtureDenoiser as MixtureDenoiser
 from .finetuning import finetune as finetune
 from .policies import DenoisingPolicy as DenoisingPolicy
+from .rl import returns as returns
 from .runs import load as load
 from .samplers import DDIM as DDIM
 from .samplers import Ancestral as Ancestral

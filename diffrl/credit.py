@@ -9,9 +9,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.advantages import FifoStatistics, group_advantages, rewards_to_go
 from diffrl.critics import LearnedCritic
 from diffrl.reward_placement import trajectory_condition
+from diffrl.rl.advantages import FifoStatistics, group_advantages, rewards_to_go
 
 __all__ = ["CREDITS", "Credit", "GroupRelative", "RewardsToGo", "Standardised"]
 

@@ -9,9 +9,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.advantages import critic_advantages
 from diffrl.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.predictions import scalings
+from diffrl.rl.advantages import critic_advantages
 from diffrl.schedules import Schedule
 
 __all__ = ["Critic", "LearnedCritic"]

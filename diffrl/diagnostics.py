@@ -16,7 +16,7 @@ from diffrl.chains import Chain
 from diffrl.denoisers import DenoiserFn
 from diffrl.predictions import scalings
 from diffrl.processes import marginal
-from diffrl.returns import lambda_returns, monte_carlo_returns, n_step_returns
+from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
 from diffrl.schedules import Schedule
 
 __all__ = ["Oracle", "gradient_variance", "target_errors"]

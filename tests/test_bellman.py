@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffrl.chains import Chain
 from diffrl.denoisers import GaussianDenoiser, MixtureDenoiser
-from diffrl.returns import lambda_returns, monte_carlo_returns, n_step_returns
+from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
 from diffrl.schedules import EDM, Schedule
 from diffrl.trajectories import sample_chain
 from tests.oracles import CONTINUOUS, DISCRETE, Estimate, assert_within, fit_line, generator, randn

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys
-from diffrl.advantages import group_advantages
 from diffrl.checks import Check, CheckFailed, Report, check
 from diffrl.denoisers import Denoiser
 from diffrl.networks import MLP
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
+from diffrl.rl.advantages import group_advantages
 from diffrl.rollouts import collect_rollout
 from diffrl.samplers import CPS, DDIM
 from diffrl.schedules import Flow

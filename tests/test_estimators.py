@@ -16,8 +16,8 @@ from torchrl.objectives.utils import dispatch_value_estimator, get_value_estimat
 from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator
 from torchrl.objectives.value.functional import td_lambda_return_estimate
 
-from diffrl.estimators import ESTIMATORS, MonteCarlo, NStep, TDLambda, VectorEstimator, VectorEstimators
-from diffrl.returns import lambda_returns
+from diffrl.rl.estimators import ESTIMATORS, MonteCarlo, NStep, TDLambda, VectorEstimator, VectorEstimators
+from diffrl.rl.returns import lambda_returns
 
 B, K, D = 5, 6, 3
 

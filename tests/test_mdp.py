@@ -26,7 +26,6 @@ from torchrl.objectives import ClipPPOLoss
 
 import diffrl
 from diffrl import keys
-from diffrl.advantages import group_advantages
 from diffrl.data.dataset_all import DataError, digits, rings
 from diffrl.denoisers import Denoiser, MixtureDenoiser
 from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
@@ -35,6 +34,7 @@ from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
 from diffrl.rewards import BlackBox, RewardError
+from diffrl.rl.advantages import group_advantages
 from diffrl.rollouts import collect_rollout
 from diffrl.samplers import CPS, DDIM, Ancestral, FlowSDE, GaussianSampler, Multistep, Noise, sample
 from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule

@@ -15,9 +15,9 @@ from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
 
 from diffrl.denoisers import Denoiser, MixtureDenoiser
-from diffrl.estimators import TDLambda
 from diffrl.objectives import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms
+from diffrl.rl.estimators import TDLambda
 from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
 from diffrl.trajectories import sample_chain
 

@@ -12,13 +12,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.advantages import FifoStatistics, rewards_to_go
 from diffrl.dense_rewards import predict_dense
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
 from diffrl.reward_placement import Dense
 from diffrl.rewards import BlackBox
+from diffrl.rl.advantages import FifoStatistics, rewards_to_go
 from diffrl.rollouts import collect_rollout
 from diffrl.samplers import CPS, Ancestral, GaussianSampler
 from diffrl.schedules import Flow

@@ -14,8 +14,8 @@ from torchrl.objectives.value.functional import (
     td_lambda_return_estimate,
 )
 
-import diffrl.returns
-from diffrl.returns import is_truncated, lambda_returns, monte_carlo_returns, n_step_returns
+import diffrl.rl.returns
+from diffrl.rl.returns import is_truncated, lambda_returns, monte_carlo_returns, n_step_returns
 
 Chain = tuple[Tensor, Tensor, Tensor, Tensor]
 ENDINGS = ("open", "terminal", "cut inside")

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.returns import check_unit_interval
+from diffrl.rl.returns import check_unit_interval
 from diffrl.schedules import Schedule
 
 __all__ = ["LambdaSchedule"]

@@ -15,11 +15,11 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from diffrl import keys
 from diffrl.denoisers import Denoiser
-from diffrl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.weights import ChainTerms, weight_function
-from diffrl.returns import is_truncated
+from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
+from diffrl.rl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
 
 __all__ = ["ChainValue", "ValueLoss"]

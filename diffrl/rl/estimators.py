@@ -22,7 +22,7 @@ from torchrl.objectives import ValueEstimators
 from torchrl.objectives.utils import register_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from diffrl.returns import (
+from diffrl.rl.returns import (
     check_n_steps,
     check_unit_interval,
     is_truncated,

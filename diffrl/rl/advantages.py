@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffrl.returns import lambda_returns, monte_carlo_returns
+from diffrl.rl.returns import lambda_returns, monte_carlo_returns
 
 __all__ = ["FifoStatistics", "critic_advantages", "group_advantages", "rewards_to_go"]
 

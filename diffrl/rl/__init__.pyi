@@ -1,0 +1,3 @@
+from . import advantages as advantages
+from . import estimators as estimators
+from . import returns as returns
