@@ -5,10 +5,10 @@ from report import Row
 from timing import Ratio, interleave
 from torch import Generator
 
-from diffrl.chains import Chain
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.trajectories import draw_chain
 from diffrl.envs import DiffusionMRP
-from diffrl.schedules import EDM
-from diffrl.trajectories import draw_chain
 
 __all__ = ["chain_drawing"]
 

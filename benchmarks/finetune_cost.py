@@ -7,13 +7,13 @@ from report import Row
 from timing import Ratio, interleave
 from torch import Tensor
 
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import UNet
+from diffrl.diffusion.samplers.loop import Ancestral
+from diffrl.diffusion.schedules.all import EDM
 from diffrl.finetuner import Finetuner, Iterations
-from diffrl.networks import UNet
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import RECIPES, Recipe, Rollouts
-from diffrl.samplers import Ancestral
-from diffrl.schedules import EDM
 from diffrl.updates import Updates
 
 __all__ = ["finetune_cost"]

@@ -7,26 +7,26 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from diffrl.chains import Chain
 from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
 from diffrl.credit import CREDITS
 from diffrl.data.dataset_all import DATASETS
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import NETWORKS
+from diffrl.diffusion.samplers.loop import SAMPLERS
+from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.starts import STARTS
+from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.evaluation import Evaluation
 from diffrl.finetuner import Iterations
-from diffrl.networks import NETWORKS
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.surrogates import SURROGATES, Regulariser
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Rollouts
 from diffrl.reward_placement import PLACEMENTS
-from diffrl.samplers import SAMPLERS
-from diffrl.schedules import PROCESSES
 from diffrl.shipped_rewards import REWARDS
-from diffrl.starts import STARTS
 from diffrl.trainer import Average, Length, Optim, Target
-from diffrl.trajectories import ChainSampler
 from diffrl.tunable_models import MODELS
 from diffrl.tuning_evaluation import EarlyStop, TuningEvaluation
 from diffrl.tuning_experiment import RewardCalls

@@ -10,17 +10,17 @@ import torch
 from tensordict import TensorDict
 from torch import Generator, Tensor, nn
 
-from diffrl.chains import Chain
 from diffrl.data.dataset_all import DATASETS, Data
-from diffrl.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
-from diffrl.networks import NETWORKS
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import Denoiser, EmpiricalDenoiser, MixtureDenoiser
+from diffrl.diffusion.networks import NETWORKS
+from diffrl.diffusion.samplers.loop import SAMPLERS, Sampler
+from diffrl.diffusion.schedules.all import PROCESSES, Schedule
+from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
+from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
-from diffrl.samplers import SAMPLERS, Sampler
-from diffrl.schedules import PROCESSES, Schedule
-from diffrl.starts import STARTS, Starts, UniformStarts
-from diffrl.trajectories import ChainSampler
 
 __all__ = [
     "Adaptive",

@@ -9,10 +9,10 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.networks.embeddings import FourierFeatures, LabelEmbedding
-from diffrl.predictions import scalings
+from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
+from diffrl.diffusion.predictions import scalings
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.rl.advantages import critic_advantages
-from diffrl.schedules import Schedule
 
 __all__ = ["Critic", "LearnedCritic"]
 

@@ -12,12 +12,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Generator, Tensor
 
-from diffrl.chains import Chain
-from diffrl.denoisers import DenoiserFn
-from diffrl.predictions import scalings
-from diffrl.processes import marginal
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import DenoiserFn
+from diffrl.diffusion.posterior import marginal
+from diffrl.diffusion.predictions import scalings
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
-from diffrl.schedules import Schedule
 
 __all__ = ["Oracle", "gradient_variance", "target_errors"]
 
@@ -84,7 +84,7 @@ def target_errors(
         sigma_data: σd of c_out.
         draws: M ≥ 2, how often the chain goes on from each state.
         generator: source of randomness, of x0's device.
-        chain: span, stride, value, offset, t_max of `diffrl.chains.Chain`.
+        chain: span, stride, value, offset, t_max of `diffrl.diffusion.chains.Chain`.
 
     Returns:
         A dict of numbers: ``states``, ``draws``, and ``levels``, the noisiest first, each with ``index``,

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from diffrl.data.dataset_all import Data
-from diffrl.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
+from diffrl.diffusion.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
+from diffrl.diffusion.samplers.loop import Model, Noise, Sampler, trajectory
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.metrics import sample_distance, value_error
-from diffrl.samplers import Model, Noise, Sampler, trajectory
-from diffrl.schedules import Schedule
 
 __all__ = ["Evaluation", "draw_samples", "grid_for"]
 
@@ -92,7 +92,7 @@ def draw_samples(
         num_steps: noise levels N.
         samples: how many.
         seed: sample j is drawn with seed + j.
-        guidance_scale: see `diffrl.denoisers.GuidedDenoiser`; 1 is off.
+        guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
         batch_size: samples drawn at once.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.data.dataset_all import Data
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
 from diffrl.evaluation import Evaluation, draw_samples
 from diffrl.extras import require_installed
 from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrl.denoisers import DenoiserFn
+from diffrl.diffusion.denoisers import DenoiserFn
+from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
+from diffrl.diffusion.posterior import marginal
+from diffrl.diffusion.predictions import scalings
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.extras import require
-from diffrl.networks.digits_cnn import DigitsCNN, load_digits_cnn
-from diffrl.predictions import scalings
-from diffrl.processes import marginal
-from diffrl.schedules import Schedule
 
 __all__ = [
     "SAMPLE_DISTANCES",

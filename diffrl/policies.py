@@ -11,9 +11,9 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
 from diffrl import keys
-from diffrl.kernels import GaussianSampler, Kernel, Noise, NoiseFn, column
-from diffrl.processes import normal_log_prob
-from diffrl.schedules import Schedule
+from diffrl.diffusion.posterior import normal_log_prob
+from diffrl.diffusion.samplers.base import GaussianSampler, Kernel, Noise, NoiseFn, column
+from diffrl.diffusion.schedules.all import Schedule
 
 __all__ = ["ActionDistribution", "DenoisingPolicy", "Law"]
 

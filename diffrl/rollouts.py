@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from torch import Generator, Tensor
 
 from diffrl import keys
-from diffrl.kernels import Noise
+from diffrl.diffusion.samplers.base import Noise
 from diffrl.policies import DenoisingPolicy
 from diffrl.rewards import Reward, as_reward
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from diffrl.data.dataset_all import digits
 from diffrl.data.mixtures import Mixture
+from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.extras import require
-from diffrl.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.reward_workers import Reward
 
 __all__ = [

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.data.dataset_all import Data
-from diffrl.denoisers import GuidedDenoiser
+from diffrl.diffusion.denoisers import GuidedDenoiser
+from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
+from diffrl.diffusion.pipelines.lora import add_lora
 from diffrl.latent_rewards import DecodedReward, LatentDecoder
-from diffrl.lora import add_lora
-from diffrl.pipelines import PipelineDenoiser, load_pipeline
 from diffrl.rewards import BlackBox, Reward, WeightedSum
 from diffrl.runs import load
 
@@ -52,7 +52,7 @@ def run_model(
         path: the run folder; `examples/finetune_reward.py` trains one where it is None.
         objective: whose denoiser; the run's main one if None.
         labels: labels to condition on, for a denoiser that was trained with labels; None: all of them.
-        guidance_scale: see `diffrl.denoisers.GuidedDenoiser`; 1 is off.
+        guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
 
     Raises:
         RunFolderError, CheckpointError: there is no such denoiser.

@@ -12,6 +12,7 @@ from diffrl import keys
 from diffrl.build import accepted, named
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.credit import CREDITS
+from diffrl.diffusion.samplers.loop import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
 from diffrl.experiment import (
     AUTOCAST,
     SHOWN,
@@ -30,7 +31,6 @@ from diffrl.reward_placement import PLACEMENTS
 from diffrl.rewards import BlackBox, Reward, WeightedSum, as_reward
 from diffrl.rollouts import collect_rollout
 from diffrl.runs import RunFolder, versions
-from diffrl.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
 from diffrl.shipped_rewards import REWARDS
 from diffrl.tables import Table
 from diffrl.trainer import Optim

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffrl.kernels import GaussianSampler, NoiseFn, column
+from diffrl.diffusion.samplers.base import GaussianSampler, NoiseFn, column
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.rewards import Reward, as_reward
-from diffrl.schedules import Schedule
 
 __all__ = ["ActionKind", "DecisionProcess", "Decision", "Latents", "RewardPlacement"]
 

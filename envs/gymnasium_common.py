@@ -9,7 +9,7 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from diffrl.kernels import Noise, NoiseFn
+from diffrl.diffusion.samplers.base import Noise, NoiseFn
 
 __all__ = [
     "Array",

@@ -16,7 +16,10 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.data.dataset_all import DATASETS, Data
 from diffrl.data.image_files import check_finite
-from diffrl.denoisers import DenoiserFn, EmpiricalDenoiser, MixtureDenoiser
+from diffrl.diffusion.denoisers import DenoiserFn, EmpiricalDenoiser, MixtureDenoiser
+from diffrl.diffusion.samplers.base import GaussianSampler, NoiseFn
+from diffrl.diffusion.samplers.loop import STOCHASTIC_SAMPLERS
+from diffrl.diffusion.schedules.all import PROCESSES, Schedule
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, RewardPlacement
 from diffrl.envs.gymnasium_common import (
     Array,
@@ -29,10 +32,7 @@ from diffrl.envs.gymnasium_common import (
     named,
     reset_mask,
 )
-from diffrl.kernels import GaussianSampler, NoiseFn
 from diffrl.rewards import Reward
-from diffrl.samplers import STOCHASTIC_SAMPLERS
-from diffrl.schedules import PROCESSES, Schedule
 from diffrl.shapes import require_floating
 from diffrl.shipped_rewards import REWARDS
 
@@ -67,14 +67,14 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
     https://arxiv.org/abs/2305.13301.
 
     Args:
-        process: name in `diffrl.schedules.PROCESSES` ("flow", "edm", "ddpm", "vp"), or a schedule.
+        process: name in `diffrl.diffusion.schedules.all.PROCESSES` ("flow", "edm", "ddpm", "vp"), or a schedule.
         data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), or a data set: what latents look like.
         num_steps: K = N ≥ 1, the noise levels and the steps of a chain.
         action: "next_latent", or "x0_hat".
         reward: name in `diffrl.shipped_rewards.REWARDS`, or any callable (x0 [N, *E], cond) → N numbers. Without
             reward_kwargs "mode_distance" is to the first mode of the data.
         reward_placement: "terminal", or with action "x0_hat" also "dense": each step pays R of the clean estimate.
-        sampler: name in `diffrl.samplers.STOCHASTIC_SAMPLERS`, or a sampler whose step is a Gaussian.
+        sampler: name in `diffrl.diffusion.samplers.loop.STOCHASTIC_SAMPLERS`, or a sampler whose step is a Gaussian.
         denoiser: the pretrained one; None: the exact one of the data, where that is known.
         conditions: labels [M], or other arrays [M, ...], that each chain's condition is drawn from; or None.
         action_scale: c > 0; None: 4 σ of the noisiest level for the next latent, 1 for the clean estimate. A power

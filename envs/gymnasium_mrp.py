@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.data.dataset_all import DATASETS, Data
+from diffrl.diffusion.schedules.all import PROCESSES, Schedule
 from diffrl.envs.gymnasium_common import (
     Array,
     Info,
@@ -27,7 +28,6 @@ from diffrl.envs.gymnasium_common import (
     reset_mask,
 )
 from diffrl.envs.reward_process import RewardProcess
-from diffrl.schedules import PROCESSES, Schedule
 
 __all__ = ["DiffusionMRPEnv", "DiffusionMRPVectorEnv"]
 
@@ -54,9 +54,9 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
     Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048.
 
     Args:
-        process: name in `diffrl.schedules.PROCESSES` ("edm", "ddpm", "vp", "flow"), or a schedule.
+        process: name in `diffrl.diffusion.schedules.all.PROCESSES` ("edm", "ddpm", "vp", "flow"), or a schedule.
         data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), a data set, or points [M, *E].
-        num_steps: N ≥ 1, the noise levels; see `diffrl.chains.Chain`.
+        num_steps: N ≥ 1, the noise levels; see `diffrl.diffusion.chains.Chain`.
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
         span: k ≥ 1, levels between successive states; K = ⌈N/k⌉ steps reach clean data.
         stride: Δ > 0, levels of the step whose posterior mean is the value.

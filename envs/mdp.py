@@ -10,11 +10,11 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from diffrl import keys
 from diffrl.data.image_files import check_finite
+from diffrl.diffusion.samplers.base import GaussianSampler
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.torchrl_common import ChainEnv
-from diffrl.kernels import GaussianSampler
 from diffrl.rewards import Reward
-from diffrl.schedules import Schedule
 from diffrl.shapes import require_floating
 
 __all__ = ["DiffusionMDP"]
@@ -62,7 +62,7 @@ class DiffusionMDP(ChainEnv):
         conditions: what each group's condition is drawn from, [M, ...], on the CPU; None: no condition.
         device: where states live.
         max_steps: cut chains at this position: truncated; None lets them run to clean data.
-        noise: standard normal numbers for a tensor of the wanted shape, as `diffrl.samplers.Noise`: called once at
+        noise: standard normal numbers for a tensor of the wanted shape, as `diffrl.diffusion.samplers.loop.Noise`: called once at
             each reset (for pairs, with one row a pair), and once at each step with the action "x0_hat"; None draws
             from the environment's own generator.
         seed: of its generator; None takes one from torch's global state.

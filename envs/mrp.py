@@ -10,9 +10,9 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from diffrl import keys
 from diffrl.data.dataset_all import Data
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.envs.torchrl_common import ChainEnv
-from diffrl.schedules import Schedule
 
 __all__ = ["DiffusionMRP"]
 
@@ -41,7 +41,7 @@ class DiffusionMRP(ChainEnv):
     Args:
         process: noise schedule.
         data: what x0 is drawn from: a data set, or points of a floating dtype, [M, *E].
-        num_steps: N ≥ 1, the noise levels; see `diffrl.chains.Chain`.
+        num_steps: N ≥ 1, the noise levels; see `diffrl.diffusion.chains.Chain`.
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
         span: k ≥ 1, levels between successive states; K = ⌈N/k⌉ steps reach clean data.
         stride: Δ > 0, levels of the step whose posterior mean is the value.
@@ -50,7 +50,7 @@ class DiffusionMRP(ChainEnv):
         device: where states live; data are drawn on the CPU.
         reward_mode: "vector", of the event's shape, or "sum" over it, [*b, 1].
         max_steps: cut chains at this position: truncated; None lets them run to clean data.
-        noise: standard normal numbers for a tensor of the wanted shape, as `diffrl.samplers.Noise`: called
+        noise: standard normal numbers for a tensor of the wanted shape, as `Noise` gives: called
             once at each reset and each step; None draws from the environment's own generator.
         seed: of its generator; None takes one from torch's global state.
 

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffrl.chains import Chain
 from diffrl.data.dataset_all import Data
 from diffrl.data.image_files import check_finite
-from diffrl.schedules import Schedule
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["RewardProcess", "States", "Transition"]
@@ -59,7 +59,7 @@ class RewardProcess:
     Args:
         process: noise schedule.
         data: a data set, or points of a floating dtype, [M, *E], drawn uniformly with replacement.
-        num_steps, coupling, span, stride, value: of `diffrl.chains.Chain`.
+        num_steps, coupling, span, stride, value: of `diffrl.diffusion.chains.Chain`.
         max_steps: cut chains at this position, > 0; None lets them run to clean data.
 
     Raises:

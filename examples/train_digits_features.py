@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy, pad
 
 from diffrl.data.dataset_all import digits
-from diffrl.networks.digits_cnn import DIGITS_CNN_FILE, DigitsCNN
+from diffrl.diffusion.networks.digits_cnn import DIGITS_CNN_FILE, DigitsCNN
 
 
 def main(out: Path, seed: int, epochs: int) -> float:

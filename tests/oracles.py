@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 
 CONTINUOUS = {
     "edm": EDM(),

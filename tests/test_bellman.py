@@ -13,11 +13,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from diffrl.chains import Chain
-from diffrl.denoisers import GaussianDenoiser, MixtureDenoiser
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
+from diffrl.diffusion.schedules.all import EDM, Schedule
+from diffrl.diffusion.trajectories import sample_chain
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
-from diffrl.schedules import EDM, Schedule
-from diffrl.trajectories import sample_chain
 from tests.oracles import CONTINUOUS, DISCRETE, Estimate, assert_within, fit_line, generator, randn
 
 EVEN = CONTINUOUS["edm_even"]

@@ -9,10 +9,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.chains import Chain
-from diffrl.processes import posterior
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
-from diffrl.trajectories import ChainSampler, draw_chain, sample_chain
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.posterior import posterior
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.trajectories import ChainSampler, draw_chain, sample_chain
 from tests.oracles import CONTINUOUS, Estimate, assert_within, continuous, every_process, generator, randn
 
 couplings = pytest.mark.parametrize("coupling", ["markov", 0.5, "shared"])

@@ -25,8 +25,8 @@ from diffrl.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from diffrl.diffusion.networks import MLP
 from diffrl.ema import EMA
-from diffrl.networks import MLP
 
 FILES = ["model.safetensors", "ema.safetensors", "training.pt", "manifest.json"]
 

@@ -19,20 +19,20 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
-from diffrl.chains import Chain
 from diffrl.configs.cli import EXPECTED, command, explain, settings
 from diffrl.configs.groups import TrainConfig, register
 from diffrl.configs.schema import schema
 from diffrl.data.dataset_all import DATASETS
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import NETWORKS
+from diffrl.diffusion.samplers.loop import SAMPLERS
+from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.evaluation import Evaluation
-from diffrl.networks import NETWORKS
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.runs import RunFolderError
-from diffrl.samplers import SAMPLERS
-from diffrl.schedules import PROCESSES
 from diffrl.trainer import Average, Length, Optim, Target
-from diffrl.trajectories import ChainSampler
 from tests.small import FINETUNING, composed, small
 
 ROOT = Path(__file__).resolve().parent.parent

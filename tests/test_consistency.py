@@ -15,8 +15,11 @@ from torchrl.objectives import SoftUpdate
 
 from diffrl.build import Objective
 from diffrl.data.dataset_all import Data
-from diffrl.denoisers import Denoiser
-from diffrl.networks import MLP
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.samplers.loop import Model, Multistep, Noise, sample, trajectory
+from diffrl.diffusion.schedules.all import EDM, VP
+from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.consistency import METRICS, ConsistencyLoss, ct_loss, td_ct_loss
 from diffrl.objectives.consistency_pairs import (
     ConsistencyPairs,
@@ -26,10 +29,7 @@ from diffrl.objectives.consistency_pairs import (
 )
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.value import ValueLoss
-from diffrl.samplers import Model, Multistep, Noise, sample, trajectory
-from diffrl.schedules import EDM, VP
 from diffrl.trainer import Average, Length, Optim, Target, Trainer
-from diffrl.trajectories import sample_chain
 from tests.oracles import generator, randn
 
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5

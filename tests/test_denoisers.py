@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffrl.denoisers import (
+from diffrl.diffusion.denoisers import (
     Denoiser,
     EmpiricalDenoiser,
     GaussianDenoiser,
     GuidedDenoiser,
     MixtureDenoiser,
 )
-from diffrl.predictions import PredictionType
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.predictions import PredictionType
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from tests.oracles import every_process, noisy_times, randn
 
 MEANS = torch.tensor([[-1.0, 0.5], [0.2, -0.8], [1.1, 0.6]], dtype=torch.float64)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffrl.chains import Chain
-from diffrl.denoisers import Denoiser, EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffrl.diagnostic_plots import draw_target_errors
 from diffrl.diagnostics import gradient_variance, target_errors
-from diffrl.networks import MLP
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import Denoiser, EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.posterior import marginal, posterior
+from diffrl.diffusion.predictions import scalings
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.value import ValueLoss
-from diffrl.predictions import scalings
-from diffrl.processes import marginal, posterior
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
-from diffrl.trajectories import sample_chain
 from tests.oracles import generator, randn
 
 EVEN = EDM(sigma_min=0.1, sigma_max=10.0, rho=3.0)

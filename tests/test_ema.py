@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from diffrl.diffusion.networks import MLP
 from diffrl.ema import EMA
-from diffrl.networks import MLP
 
 
 class Counter(nn.Module):

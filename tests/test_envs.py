@@ -26,11 +26,11 @@ from torchrl.envs.utils import check_env_specs
 
 import diffrl
 from diffrl import keys
-from diffrl.chains import Chain
 from diffrl.data.dataset_all import Data, DataError, digits, rings
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.trajectories import draw_chain
 from diffrl.envs import DiffusionMRP, DiffusionMRPEnv, DiffusionMRPVectorEnv
-from diffrl.schedules import PROCESSES
-from diffrl.trajectories import draw_chain
 
 ROOT = Path(__file__).resolve().parent.parent
 ID = "DiffusionMRP-v0"

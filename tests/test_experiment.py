@@ -22,12 +22,12 @@ import diffrl
 from diffrl import experiment
 from diffrl.build import Objective, build_data, build_denoiser, build_objective
 from diffrl.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
+from diffrl.diffusion.samplers.loop import DDIM, Euler, Heun
 from diffrl.evaluation import Evaluation, draw_samples, grid_for
 from diffrl.experiment import Interrupted, run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.runs import RunFolder, RunFolderError
-from diffrl.samplers import DDIM, Euler, Heun
 from diffrl.trainer import NonFiniteLoss, Trainer
 from tests.small import small
 

@@ -16,8 +16,8 @@ from diffrl.checkpoints import CheckpointError
 from diffrl.checks import CheckFailed
 from diffrl.credit import GroupRelative, RewardsToGo
 from diffrl.critics import LearnedCritic
+from diffrl.diffusion.networks import MLP
 from diffrl.finetuner import Finetuner, Iterations
-from diffrl.networks import MLP
 from diffrl.objectives.surrogates import PPOClip, Regulariser, RewardDifference, scaled_clip_range
 from diffrl.recipes import Recipe, Rollouts
 from diffrl.references import frozen_copy

@@ -12,15 +12,15 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
-from diffrl.denoisers import Denoiser
-from diffrl.networks import MLP
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Schedule
+from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.schemes import OBJECTIVES, td_lambda_schedule_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.rl.estimators import TDLambda
 from diffrl.rl.returns import lambda_returns
-from diffrl.schedules import DDPM, EDM, VP, Schedule
-from diffrl.trajectories import sample_chain
 from tests.oracles import every_process, generator, randn
 
 

@@ -27,17 +27,26 @@ from torchrl.objectives import ClipPPOLoss
 import diffrl
 from diffrl import keys
 from diffrl.data.dataset_all import DataError, digits, rings
-from diffrl.denoisers import Denoiser, MixtureDenoiser
+from diffrl.diffusion.denoisers import Denoiser, MixtureDenoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.samplers.loop import (
+    CPS,
+    DDIM,
+    Ancestral,
+    FlowSDE,
+    GaussianSampler,
+    Multistep,
+    Noise,
+    sample,
+)
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
-from diffrl.networks import MLP
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
 from diffrl.rewards import BlackBox, RewardError
 from diffrl.rl.advantages import group_advantages
 from diffrl.rollouts import collect_rollout
-from diffrl.samplers import CPS, DDIM, Ancestral, FlowSDE, GaussianSampler, Multistep, Noise, sample
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
 from diffrl.shipped_rewards import ModeDistance
 from tests.oracles import generator, randn
 

@@ -14,7 +14,9 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
 from diffrl.data.dataset_all import digits, gmm
-from diffrl.denoisers import MixtureDenoiser
+from diffrl.diffusion.denoisers import MixtureDenoiser
+from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
+from diffrl.diffusion.schedules.all import PROCESSES, Schedule
 from diffrl.extras import MissingExtra
 from diffrl.metrics import (
     SAMPLE_DISTANCES,
@@ -27,8 +29,6 @@ from diffrl.metrics import (
     value_error,
     w2,
 )
-from diffrl.networks.digits_cnn import DigitsCNN, load_digits_cnn
-from diffrl.schedules import PROCESSES, Schedule
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

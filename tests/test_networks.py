@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffrl.networks import MLP, NETWORKS, UNet
-from diffrl.networks.embeddings import FourierFeatures, LabelEmbedding
+from diffrl.diffusion.networks import MLP, NETWORKS, UNet
+from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 
 CASES = [
     pytest.param(MLP, (2,), {}, id="mlp-2"),
@@ -45,7 +45,7 @@ def test_registry() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, diffrl.networks; sys.exit('torchrl' in sys.modules or 'tensordict' in sys.modules)"
+    code = "import sys; from diffrl import networks; sys.exit('torchrl' in sys.modules or 'tensordict' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

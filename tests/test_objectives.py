@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
 
-from diffrl.denoisers import Denoiser, MixtureDenoiser
+from diffrl.diffusion.denoisers import Denoiser, MixtureDenoiser
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms
 from diffrl.rl.estimators import TDLambda
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
-from diffrl.trajectories import sample_chain
 
 N, SD = 7, 0.6
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 20.0, 5.0

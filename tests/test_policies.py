@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from diffrl import keys
-from diffrl.denoisers import Denoiser, GaussianDenoiser
-from diffrl.networks import MLP
+from diffrl.diffusion.denoisers import Denoiser, GaussianDenoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.samplers.loop import (
+    CPS,
+    DDIM,
+    Ancestral,
+    Euler,
+    FlowSDE,
+    GaussianSampler,
+    Heun,
+    Multistep,
+    Noise,
+)
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.policies import DenoisingPolicy
 from diffrl.rollouts import collect_rollout
-from diffrl.samplers import CPS, DDIM, Ancestral, Euler, FlowSDE, GaussianSampler, Heun, Multistep, Noise
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
 from tests.oracles import generator, randn
 
 KERNELS: list[tuple[Schedule, GaussianSampler]] = [

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from diffrl import keys
 from diffrl.dense_rewards import predict_dense
+from diffrl.diffusion.samplers.loop import CPS, Ancestral, GaussianSampler
+from diffrl.diffusion.schedules.all import Flow
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
@@ -20,8 +22,6 @@ from diffrl.reward_placement import Dense
 from diffrl.rewards import BlackBox
 from diffrl.rl.advantages import FifoStatistics, rewards_to_go
 from diffrl.rollouts import collect_rollout
-from diffrl.samplers import CPS, Ancestral, GaussianSampler
-from diffrl.schedules import Flow
 from tests.oracles import Estimate, assert_within, generator, randn
 
 MU = 1.5  # the reward is -(x - μ)²

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.denoisers import GaussianDenoiser
-from diffrl.predictions import PredictionType, from_x0, scalings, to_x0
-from diffrl.processes import marginal
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.denoisers import GaussianDenoiser
+from diffrl.diffusion.posterior import marginal
+from diffrl.diffusion.predictions import PredictionType, from_x0, scalings, to_x0
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from tests.oracles import continuous, every_process, noisy_times, randn
 
 TYPES = get_args(PredictionType)

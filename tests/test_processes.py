@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from diffrl.processes import coupling_eta, marginal, normal_log_prob, posterior, transition
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.posterior import coupling_eta, marginal, normal_log_prob, posterior, transition
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from tests.oracles import assert_within, continuous, every_process, fit_line, generator, noisy_times, randn
 
 etas = pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 0.9, 1.0])

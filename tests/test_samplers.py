@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from diffrl.denoisers import Denoiser, GaussianDenoiser
-from diffrl.samplers import (
+from diffrl.diffusion.denoisers import Denoiser, GaussianDenoiser
+from diffrl.diffusion.samplers.loop import (
     CPS,
     DDIM,
     LCM,
@@ -31,7 +31,7 @@ from diffrl.samplers import (
     sample,
     trajectory,
 )
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from tests.oracles import (
     CONTINUOUS,
     Estimate,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffrl.schedules import DDPM, EDM, PROCESSES, VP, Flow, Schedule
+from diffrl.diffusion.schedules.all import DDPM, EDM, PROCESSES, VP, Flow, Schedule
 from tests.oracles import continuous, discrete, every_process, noisy_times
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.chains import Chain
-from diffrl.processes import marginal, posterior
-from diffrl.schedules import VP
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.posterior import marginal, posterior
+from diffrl.diffusion.schedules.all import VP
 from tests.oracles import randn
 
 SCHEDULES = {

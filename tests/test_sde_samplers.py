@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from diffrl.build import build_sampler
-from diffrl.denoisers import GaussianDenoiser
-from diffrl.samplers import CPS, DDIM, Euler, FlowSDE, GaussianSampler, Kernel, Model, Noise, sample
-from diffrl.schedules import EDM, Flow, Schedule
+from diffrl.diffusion.denoisers import GaussianDenoiser
+from diffrl.diffusion.samplers.loop import (
+    CPS,
+    DDIM,
+    Euler,
+    FlowSDE,
+    GaussianSampler,
+    Kernel,
+    Model,
+    Noise,
+    sample,
+)
+from diffrl.diffusion.schedules.all import EDM, Flow, Schedule
 from tests.oracles import CONTINUOUS, Estimate, assert_within, every_process, generator, randn
 from tests.small import small
 

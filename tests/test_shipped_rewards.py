@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from diffrl.data.dataset_all import digits, rings
-from diffrl.networks.digits_cnn import load_digits_cnn
+from diffrl.diffusion.networks.digits_cnn import load_digits_cnn
 from diffrl.rewards import BlackBox, RewardError, nondeterminism
 from diffrl.shipped_rewards import (
     REWARDS,

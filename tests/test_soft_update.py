@@ -6,11 +6,11 @@ import pytest
 import torch
 import torchrl.objectives
 
-from diffrl.denoisers import Denoiser
-from diffrl.networks import MLP
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.schedules.all import EDM
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.value import ValueLoss
-from diffrl.schedules import EDM
 
 network = MLP((2,), hidden=8, depth=2)
 

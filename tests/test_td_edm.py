@@ -10,9 +10,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.schedules.all import DDPM, EDM
 from diffrl.objectives import ValueLoss, sample_td_edm_pairs, td_edm_loss
-from diffrl.schedules import DDPM, EDM
 
 SIGMA_MIN, SIGMA_MAX, RHO, N, SD = 0.002, 80.0, 7.0, 18, 0.5
 WEIGHTS = ["pairwise", "edm", "sum_sq", "sum", "none"]

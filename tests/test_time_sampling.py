@@ -14,18 +14,18 @@ from torchrl.objectives import SoftUpdate
 
 from diffrl import keys
 from diffrl.build import Adaptive, Objective
-from diffrl.chains import Chain
 from diffrl.data.dataset_all import DATASETS
-from diffrl.denoisers import Denoiser
-from diffrl.networks import MLP
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.starts import STARTS, CurriculumStarts, LossAwareStarts, Starts, UniformStarts
+from diffrl.diffusion.trajectories import ChainSampler, draw_chain, sample_chain
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
 from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
-from diffrl.starts import STARTS, CurriculumStarts, LossAwareStarts, Starts, UniformStarts
 from diffrl.trainer import Average, Length, Optim, Target, Trainer
-from diffrl.trajectories import ChainSampler, draw_chain, sample_chain
 from tests.oracles import CONTINUOUS, DISCRETE, generator, randn
 
 PROCESSES = {**CONTINUOUS, **DISCRETE}

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from diffrl import EDM, Denoiser
 from diffrl.build import Objective
-from diffrl.chains import Chain
 from diffrl.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffrl.data.dataset_all import Data, DataError, rings
-from diffrl.networks import MLP
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
 from diffrl.trainer import Average, Length, NonFiniteLoss, Optim, Target, Trainer, step_generator
-from diffrl.trajectories import ChainSampler
 
 BOOTSTRAPS = [
     ({"lmbda": 0.5}, Target()),

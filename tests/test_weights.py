@@ -13,14 +13,14 @@ from torchrl.objectives import SoftUpdate
 
 from diffrl import keys
 from diffrl.configs.schema import schema
-from diffrl.denoisers import Denoiser
-from diffrl.networks import MLP
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.predictions import from_x0
+from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms, weight_function
-from diffrl.predictions import from_x0
-from diffrl.schedules import DDPM, EDM, VP, Flow, Schedule
-from diffrl.trajectories import sample_chain
 from tests.oracles import generator, randn
 
 PROCESSES = {

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.value import ChainValue
 from diffrl.objectives.weights import WeightTerms, weight_function

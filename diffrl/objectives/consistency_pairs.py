@@ -8,8 +8,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.processes import posterior
-from diffrl.schedules import EDM
+from diffrl.diffusion.posterior import posterior
+from diffrl.diffusion.schedules.all import EDM
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["ConsistencyPairs", "num_scales", "sample_consistency_pairs", "target_decay"]

@@ -5,8 +5,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.processes import marginal
-from diffrl.schedules import Schedule
+from diffrl.diffusion.posterior import marginal
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.shapes import require_floating
 
 __all__ = ["sample_log_normal_states", "sample_uniform_states"]

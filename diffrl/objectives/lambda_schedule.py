@@ -10,8 +10,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.rl.returns import check_unit_interval
-from diffrl.schedules import Schedule
 
 __all__ = ["LambdaSchedule"]
 

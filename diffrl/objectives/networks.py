@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
 
 __all__ = ["DenoiserLoss"]
 

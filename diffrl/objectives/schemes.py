@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.consistency import ct_loss, td_ct_loss
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states

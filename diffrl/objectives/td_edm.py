@@ -7,10 +7,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.posterior import coupling_eta, posterior
+from diffrl.diffusion.schedules.all import EDM
 from diffrl.objectives.value import ValueLoss
-from diffrl.processes import coupling_eta, posterior
-from diffrl.schedules import EDM
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["sample_td_edm_pairs", "td_edm_loss"]

@@ -14,7 +14,7 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
 from diffrl import keys
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.weights import ChainTerms, weight_function

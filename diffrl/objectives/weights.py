@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser
 
 __all__ = ["WEIGHTS", "ChainTerms", "WeightTerms", "weight_function"]
 

@@ -14,7 +14,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from diffrl.vp_curves import Cosine, Curve, LinearBeta, Scaled, Sigmoid, discrete_alphas_cumprod
+from diffrl.diffusion.schedules.curves import (
+    Cosine,
+    Curve,
+    LinearBeta,
+    Scaled,
+    Sigmoid,
+    discrete_alphas_cumprod,
+)
 
 __all__ = ["DDPM", "EDM", "PROCESSES", "VP", "Flow", "Schedule"]
 
@@ -171,7 +178,7 @@ class VP(Schedule):
     where a log-SNR or a prediction of noise is wanted. An `input_scale` b shifts the log-SNR by 2 log b: it
     is for α_t b x0 + σ_t ε divided by its standard deviation, which has the same posterior but ends at x0.
     Simple diffusion's shift is that too, b = (resolution the curve was made for)/(resolution of the data).
-    Sources: see `diffrl.vp_curves`.
+    Sources: see `diffrl.diffusion.schedules.curves`.
 
     Args:
         kind: "linear", "cosine" or "sigmoid".
@@ -258,7 +265,7 @@ class VP(Schedule):
 class DDPM(Schedule):
     """Discrete variance-preserving chain: α_t = √ᾱ_t, σ_t = √(1-ᾱ_t), t ∈ {T-1, …, 0}; clean data is t = -1.
 
-    Kinds: `diffrl.vp_curves.discrete_alphas_cumprod`. Stable Diffusion's is scaled_linear, β from 0.00085 to 0.012.
+    Kinds: `diffrl.diffusion.schedules.curves.discrete_alphas_cumprod`. Stable Diffusion's is scaled_linear, β from 0.00085 to 0.012.
     A chain of N < T steps takes the timesteps round((N-i) T/N) - 1 ('trailing': the noisiest is T-1).
 
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4, https://arxiv.org/abs/2006.11239.

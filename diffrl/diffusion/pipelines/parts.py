@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrl.diffusion.predictions import PredictionType
+from diffrl.diffusion.schedules.all import DDPM, Flow, Schedule
 from diffrl.extras import require
-from diffrl.predictions import PredictionType
-from diffrl.schedules import DDPM, Flow, Schedule
 
 __all__ = ["encoded", "load_pipeline", "network_of", "prediction_of", "process_of", "warn_of_truncation"]
 

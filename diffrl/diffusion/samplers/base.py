@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffrl.denoisers import DenoiserFn
-from diffrl.processes import normal_log_prob
-from diffrl.schedules import Schedule
+from diffrl.diffusion.denoisers import DenoiserFn
+from diffrl.diffusion.posterior import normal_log_prob
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.shapes import expand_like
 
 __all__ = ["GaussianSampler", "Kernel", "Model", "Noise", "NoiseFn", "Sampler", "column", "velocity"]
@@ -112,7 +112,7 @@ class Kernel(NamedTuple):
         return self.mean + column(self.std, self.mean) * noise(self.mean)
 
     def log_prob(self, x: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
-        """Log-density of x, shape [N]; see `diffrl.processes.normal_log_prob`.
+        """Log-density of x, shape [N]; see `diffrl.diffusion.posterior.normal_log_prob`.
 
         Raises:
             ValueError: std is 0.

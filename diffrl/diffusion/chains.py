@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffrl.processes import Posterior, coupling_eta, posterior
-from diffrl.schedules import Schedule
+from diffrl.diffusion.posterior import Posterior, coupling_eta, posterior
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.shapes import expand_like
 
 __all__ = ["Chain"]

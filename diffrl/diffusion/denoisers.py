@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffrl.predictions import PredictionType, Scalings, boundary_scalings, scalings
-from diffrl.schedules import Schedule
+from diffrl.diffusion.predictions import PredictionType, Scalings, boundary_scalings, scalings
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = [
@@ -44,8 +44,8 @@ class Denoiser(nn.Module):
         network: F, any module (x [N, *E], c_noise [N], cond) → [N, *E].
         process: noise schedule.
         sigma_data: σd, standard deviation of the data.
-        prediction_type: what F predicts, see `diffrl.predictions.scalings`; or "consistency", the form of
-            consistency models, which is x at σ_min, see `diffrl.predictions.boundary_scalings`.
+        prediction_type: what F predicts, see `diffrl.diffusion.predictions.scalings`; or "consistency", the form of
+            consistency models, which is x at σ_min, see `diffrl.diffusion.predictions.boundary_scalings`.
         time_input: what the network is told of t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
             want it), "c_noise_x1000" (250 ln σ, as consistency models were published, for networks that embed
             timesteps up to 1000), or "t" itself.

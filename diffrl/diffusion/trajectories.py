@@ -8,10 +8,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.chains import Chain
-from diffrl.schedules import Schedule
+from diffrl.diffusion.chains import Chain
+from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.starts import Starts, UniformStarts
 from diffrl.shapes import require_floating
-from diffrl.starts import Starts, UniformStarts
 
 __all__ = ["ChainSampler", "draw_chain", "sample_chain"]
 
@@ -40,7 +40,7 @@ def sample_chain(
         process: noise schedule.
         x0: clean data, floating dtype, shape [B, *E].
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0).
-        chain: num_steps, and optionally span, stride, value, offset, t_max, of `diffrl.chains.Chain`.
+        chain: num_steps, and optionally span, stride, value, offset, t_max, of `diffrl.diffusion.chains.Chain`.
         window: keep this many transitions of each chain, from a place of its own drawn uniformly; 1 gives
             decorrelated single transitions. None keeps whole chains.
         cond: condition of each datum, shape [B, ...].
@@ -159,7 +159,7 @@ class ChainSampler:
         jitter: shift the grid by one uniform draw from (-½, ½) a batch, so that all noise levels are trained.
             A positive shift makes the last level clean already, and the chain one shorter where the span
             visits it. None: where the process has continuous times.
-        starts: where windows begin, see `diffrl.starts`.
+        starts: where windows begin, see `diffrl.diffusion.starts`.
 
     Raises:
         ValueError: starts are chosen, but chains are whole.

@@ -36,7 +36,7 @@ def add_lora(
     https://arxiv.org/abs/2106.09685.
 
     Args:
-        denoiser: a `diffrl.pipelines.PipelineDenoiser`; changed in place.
+        denoiser: a `diffrl.diffusion.pipelines.denoiser.PipelineDenoiser`; changed in place.
         rank: of A and B, ≥ 1.
         alpha: scale > 0; None: the rank, so that the scale is 1.
         target_modules: ends of the names of the linear layers that get adapters.
@@ -100,7 +100,7 @@ def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters as diffusers reads them: ``pipe.load_lora_weights(folder)`` gives a tuned pipeline.
 
     Args:
-        denoiser: a `diffrl.pipelines.PipelineDenoiser` with adapters.
+        denoiser: a `diffrl.diffusion.pipelines.denoiser.PipelineDenoiser` with adapters.
         folder: gets ``pytorch_lora_weights.safetensors``.
 
     Raises:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 __all__ = ["DIGITS_CNN_FILE", "DigitsCNN", "load_digits_cnn"]
 
-DIGITS_CNN_FILE = Path(__file__).parents[1] / "assets" / "digits_cnn.safetensors"
+DIGITS_CNN_FILE = Path(__file__).parent / "assets" / "digits_cnn.safetensors"
 
 
 class DigitsCNN(nn.Module):

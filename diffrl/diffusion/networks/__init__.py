@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from diffrl.networks.mlp import MLP
-from diffrl.networks.unet import UNet
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.networks.unet import UNet
 
 __all__ = ["MLP", "NETWORKS", "UNet", "auto"]
 

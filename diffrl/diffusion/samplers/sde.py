@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.kernels import GaussianSampler, Kernel, column
-from diffrl.schedules import Flow, Schedule
+from diffrl.diffusion.samplers.base import GaussianSampler, Kernel, column
+from diffrl.diffusion.schedules.all import Flow, Schedule
 
 __all__ = ["CPS", "FlowSDE"]
 

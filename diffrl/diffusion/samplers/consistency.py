@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.kernels import GaussianSampler, Kernel, column
-from diffrl.schedules import DDPM, EDM, Schedule
+from diffrl.diffusion.samplers.base import GaussianSampler, Kernel, column
+from diffrl.diffusion.schedules.all import DDPM, EDM, Schedule
 
 __all__ = ["LCM", "Multistep"]
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffrl.networks.embeddings import FourierFeatures, LabelEmbedding
-from diffrl.networks.inputs import check_event_shape, check_inputs
+from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
+from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
 
 __all__ = ["UNet"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrl.lora import adapters_disabled, has_lora
-from diffrl.pipeline_parts import (
+from diffrl.diffusion.pipelines.lora import adapters_disabled, has_lora
+from diffrl.diffusion.pipelines.parts import (
     encoded,
     load_pipeline,
     network_of,
@@ -16,8 +16,8 @@ from diffrl.pipeline_parts import (
     process_of,
     warn_of_truncation,
 )
-from diffrl.predictions import PredictionType, to_x0
-from diffrl.schedules import Flow, Schedule
+from diffrl.diffusion.predictions import PredictionType, to_x0
+from diffrl.diffusion.schedules.all import Flow, Schedule
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["PipelineDenoiser", "load_pipeline", "process_of"]
@@ -36,7 +36,7 @@ class PipelineDenoiser(nn.Module):
     log-probabilities unrepeatable.
 
     Fine-tuning uses `reference`, `trainable_state` and `load_trainable_state`. Trained is every parameter, until
-    `diffrl.lora.add_lora` leaves only adapters.
+    `diffrl.diffusion.pipelines.lora.add_lora` leaves only adapters.
 
     Source: Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), eq. 6 (w here is their 1 + w),
     https://arxiv.org/abs/2207.12598. Models with an embedded guidance scale: On Distillation of Guided Diffusion Models

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from diffrl.schedules import Schedule
+from diffrl.diffusion.schedules.all import Schedule
 from diffrl.shapes import expand_like
 
 __all__ = ["Posterior", "coupling_eta", "marginal", "normal_log_prob", "posterior", "transition"]

@@ -8,12 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.consistency_sampler import LCM, Multistep
-from diffrl.denoisers import DenoiserFn
-from diffrl.kernels import GaussianSampler, Kernel, Model, Noise, NoiseFn, Sampler, column, velocity
-from diffrl.processes import posterior
-from diffrl.schedules import EDM, Schedule
-from diffrl.sde_samplers import CPS, FlowSDE
+from diffrl.diffusion.denoisers import DenoiserFn
+from diffrl.diffusion.posterior import posterior
+from diffrl.diffusion.samplers.base import (
+    GaussianSampler,
+    Kernel,
+    Model,
+    Noise,
+    NoiseFn,
+    Sampler,
+    column,
+    velocity,
+)
+from diffrl.diffusion.samplers.consistency import LCM, Multistep
+from diffrl.diffusion.samplers.sde import CPS, FlowSDE
+from diffrl.diffusion.schedules.all import EDM, Schedule
 
 __all__ = [
     "CPS",

@@ -1,0 +1,12 @@
+from . import networks as networks
+from . import pipelines as pipelines
+from . import samplers as samplers
+from . import schedules as schedules
+from .chains import Chain as Chain
+from .denoisers import Denoiser as Denoiser
+from .denoisers import EmpiricalDenoiser as EmpiricalDenoiser
+from .denoisers import GaussianDenoiser as GaussianDenoiser
+from .denoisers import GuidedDenoiser as GuidedDenoiser
+from .denoisers import MixtureDenoiser as MixtureDenoiser
+from .trajectories import ChainSampler as ChainSampler
+from .trajectories import sample_chain as sample_chain

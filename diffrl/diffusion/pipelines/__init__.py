@@ -1,0 +1,5 @@
+"""Diffusers pipelines as denoisers, with adapters."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""Reverse samplers: one step of each, and the loop that walks them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

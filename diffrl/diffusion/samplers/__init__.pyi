@@ -1,0 +1,15 @@
+from .base import GaussianSampler as GaussianSampler
+from .base import Model as Model
+from .base import Noise as Noise
+from .base import Sampler as Sampler
+from .consistency import LCM as LCM
+from .consistency import Multistep as Multistep
+from .loop import DDIM as DDIM
+from .loop import SAMPLERS as SAMPLERS
+from .loop import Ancestral as Ancestral
+from .loop import EDMStochastic as EDMStochastic
+from .loop import Euler as Euler
+from .loop import Heun as Heun
+from .loop import sample as sample
+from .sde import CPS as CPS
+from .sde import FlowSDE as FlowSDE
