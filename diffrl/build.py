@@ -18,7 +18,7 @@ from diffrl.diffusion.samplers.loop import SAMPLERS, Sampler
 from diffrl.diffusion.schedules.all import PROCESSES, Schedule
 from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.objectives.networks import DenoiserLoss
+from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 

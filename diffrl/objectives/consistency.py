@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.objectives.networks import DenoiserLoss
+from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.value import ChainValue
 from diffrl.objectives.weights import WeightTerms, weight_function
 from diffrl.shapes import event_mean, expand_like

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.consistency import ct_loss, td_ct_loss
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
+from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
 from diffrl.objectives.lambda_schedule import LambdaSchedule
-from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
 

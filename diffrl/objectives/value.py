@@ -15,8 +15,8 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.lambda_schedule import LambdaSchedule
-from diffrl.objectives.networks import DenoiserLoss
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated
