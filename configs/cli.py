@@ -19,7 +19,7 @@ from diffrl.checks import CheckFailed
 from diffrl.configs.groups import register
 from diffrl.experiment import Interrupted
 from diffrl.extras import MissingExtra
-from diffrl.rewards import RewardError
+from diffrl.rewards.black_box import RewardError
 from diffrl.runs import RunFolder, RunFolderError
 from diffrl.trainer import NonFiniteLoss
 

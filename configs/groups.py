@@ -25,7 +25,7 @@ from diffrl.objectives.surrogates import SURROGATES, Regulariser
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Rollouts
 from diffrl.reward_placement import PLACEMENTS
-from diffrl.shipped_rewards import REWARDS
+from diffrl.rewards.shipped import REWARDS
 from diffrl.trainer import Average, Length, Optim, Target
 from diffrl.tunable_models import MODELS
 from diffrl.tuning_evaluation import EarlyStop, TuningEvaluation

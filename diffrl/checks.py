@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffrl import keys
 from diffrl.objectives.ddpo import kl_to_reference, trainable_law
 from diffrl.policies import DenoisingPolicy
-from diffrl.rewards import Reward, nondeterminism
+from diffrl.rewards.black_box import Reward, nondeterminism
 from diffrl.tables import aligned
 
 __all__ = ["Check", "CheckFailed", "Report", "check"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from diffrl.reward_workers import Reward
-from diffrl.rewards import BlackBox, WeightedSum
+from diffrl.rewards.black_box import BlackBox, WeightedSum
+from diffrl.rewards.workers import Reward
 
 __all__ = ["DenseMode", "anchor_steps", "dense_queries", "predict_dense", "similarity_weighted"]
 

@@ -28,7 +28,7 @@ from diffrl.references import (
     shares_weights,
 )
 from diffrl.reward_placement import Dense
-from diffrl.rewards import Reward, as_reward
+from diffrl.rewards.black_box import Reward, as_reward
 from diffrl.rollouts import collect_rollout
 from diffrl.trainer import NonFiniteLoss, Optim, step_generator
 from diffrl.updates import micro_batches

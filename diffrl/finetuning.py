@@ -9,7 +9,7 @@ from torch import Tensor
 from diffrl.finetuner import PUBLISHED_OPTIM, Finetuner, Iterations
 from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe
-from diffrl.rewards import Reward
+from diffrl.rewards.black_box import Reward
 from diffrl.tuner_checks import check_tuner
 
 __all__ = ["finetune"]

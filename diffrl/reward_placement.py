@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.dense_rewards import DenseMode, dense_queries, predict_dense
-from diffrl.rewards import Reward
+from diffrl.rewards.black_box import Reward
 
 __all__ = ["PLACEMENTS", "Dense", "Placement", "Terminal", "trajectory_condition"]
 

@@ -11,8 +11,8 @@ from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora
-from diffrl.latent_rewards import DecodedReward, LatentDecoder
-from diffrl.rewards import BlackBox, Reward, WeightedSum
+from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum
+from diffrl.rewards.decoded import DecodedReward, LatentDecoder
 from diffrl.runs import load
 
 __all__ = ["MODELS", "Tunable", "pipeline_model", "run_model"]

@@ -15,7 +15,7 @@ from diffrl.metrics import sample_distance
 from diffrl.objectives.ddpo import kl_to_reference
 from diffrl.policies import DenoisingPolicy
 from diffrl.reward_placement import trajectory_condition
-from diffrl.rewards import Reward, as_reward
+from diffrl.rewards.black_box import Reward, as_reward
 from diffrl.rollouts import collect_rollout
 
 __all__ = ["EarlyStop", "Judge", "TuningEvaluation", "chain_kl", "diversity"]

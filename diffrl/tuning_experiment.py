@@ -28,10 +28,10 @@ from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Recipe, Rollouts
 from diffrl.references import load_policy_weights
 from diffrl.reward_placement import PLACEMENTS
-from diffrl.rewards import BlackBox, Reward, WeightedSum, as_reward
+from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum, as_reward
+from diffrl.rewards.shipped import REWARDS
 from diffrl.rollouts import collect_rollout
 from diffrl.runs import RunFolder, versions
-from diffrl.shipped_rewards import REWARDS
 from diffrl.tables import Table
 from diffrl.trainer import Optim
 from diffrl.tunable_models import MODELS, Tunable
@@ -57,7 +57,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RewardCalls:
-    """How the reward is called; see `diffrl.rewards.BlackBox`.
+    """How the reward is called; see `diffrl.rewards.black_box.BlackBox`.
 
     Args:
         batch_size: most samples in one call; None: all.

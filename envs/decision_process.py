@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from diffrl.diffusion.samplers.base import GaussianSampler, NoiseFn, column
 from diffrl.diffusion.schedules.all import Schedule
-from diffrl.rewards import Reward, as_reward
+from diffrl.rewards.black_box import Reward, as_reward
 
 __all__ = ["ActionKind", "DecisionProcess", "Decision", "Latents", "RewardPlacement"]
 
@@ -59,7 +59,7 @@ class DecisionProcess:
 
     Args:
         process: noise schedule.
-        reward: R, called in batches without gradients; what is no `diffrl.rewards.BlackBox` is made one, which
+        reward: R, called in batches without gradients; what is no `diffrl.rewards.black_box.BlackBox` is made one, which
             refuses NaN and wrong shapes, counts queries and remembers rewards.
         event_shape: *E of a latent.
         num_steps: K = N ≥ 1, the steps of a chain.

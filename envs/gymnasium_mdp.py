@@ -32,9 +32,9 @@ from diffrl.envs.gymnasium_common import (
     named,
     reset_mask,
 )
-from diffrl.rewards import Reward
+from diffrl.rewards.black_box import Reward
+from diffrl.rewards.shipped import REWARDS
 from diffrl.shapes import require_floating
-from diffrl.shipped_rewards import REWARDS
 
 __all__ = ["DiffusionMDPEnv", "DiffusionMDPVectorEnv"]
 
@@ -71,7 +71,7 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
         data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), or a data set: what latents look like.
         num_steps: K = N ≥ 1, the noise levels and the steps of a chain.
         action: "next_latent", or "x0_hat".
-        reward: name in `diffrl.shipped_rewards.REWARDS`, or any callable (x0 [N, *E], cond) → N numbers. Without
+        reward: name in `diffrl.rewards.shipped.REWARDS`, or any callable (x0 [N, *E], cond) → N numbers. Without
             reward_kwargs "mode_distance" is to the first mode of the data.
         reward_placement: "terminal", or with action "x0_hat" also "dense": each step pays R of the clean estimate.
         sampler: name in `diffrl.diffusion.samplers.loop.STOCHASTIC_SAMPLERS`, or a sampler whose step is a Gaussian.

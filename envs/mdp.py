@@ -14,7 +14,7 @@ from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.all import Schedule
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.torchrl_common import ChainEnv
-from diffrl.rewards import Reward
+from diffrl.rewards.black_box import Reward
 from diffrl.shapes import require_floating
 
 __all__ = ["DiffusionMDP"]

@@ -13,7 +13,7 @@ from diffrl.credit import GroupRelative, RewardsToGo, Standardised
 from diffrl.critics import LearnedCritic
 from diffrl.dense_rewards import predict_dense
 from diffrl.reward_placement import Dense, Terminal
-from diffrl.rewards import BlackBox
+from diffrl.rewards.black_box import BlackBox
 from diffrl.rollouts import collect_rollout
 
 PROCESS = diffrl.EDM()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffrl.dense_rewards import anchor_steps, dense_queries, predict_dense, similarity_weighted
-from diffrl.rewards import BlackBox, RewardError, WeightedSum
-from diffrl.shipped_rewards import Faulty
+from diffrl.rewards.black_box import BlackBox, RewardError, WeightedSum
+from diffrl.rewards.shipped import Faulty
 from tests.oracles import randn
 
 GOLDEN = torch.tensor([[[2.0, 0.0], [1.0, -1.0], [0.5, 1.5], [1.0, 1.0]]])

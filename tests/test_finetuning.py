@@ -22,7 +22,7 @@ from diffrl.objectives.surrogates import PPOClip, Regulariser, RewardDifference,
 from diffrl.recipes import Recipe, Rollouts
 from diffrl.references import frozen_copy
 from diffrl.reward_placement import Dense, Terminal
-from diffrl.rewards import BlackBox, WeightedSum
+from diffrl.rewards.black_box import BlackBox, WeightedSum
 from diffrl.trainer import NonFiniteLoss, Optim, step_generator
 from diffrl.tuner_checks import check_tuner
 from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity

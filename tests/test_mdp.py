@@ -44,10 +44,10 @@ from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
-from diffrl.rewards import BlackBox, RewardError
+from diffrl.rewards.black_box import BlackBox, RewardError
+from diffrl.rewards.shipped import ModeDistance
 from diffrl.rl.advantages import group_advantages
 from diffrl.rollouts import collect_rollout
-from diffrl.shipped_rewards import ModeDistance
 from tests.oracles import generator, randn
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,11 +28,11 @@ from diffrl.diffusion.pipelines.lora import adapters_disabled, add_lora, has_lor
 from diffrl.diffusion.samplers.loop import LCM, Ancestral, Euler, FlowSDE, GaussianSampler, sample
 from diffrl.diffusion.schedules.all import DDPM, Flow
 from diffrl.extras import MissingExtra
-from diffrl.latent_rewards import DecodedReward, LatentDecoder
 from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
-from diffrl.rewards import BlackBox, WeightedSum
+from diffrl.rewards.black_box import BlackBox, WeightedSum
+from diffrl.rewards.decoded import DecodedReward, LatentDecoder
 from diffrl.rollouts import collect_rollout
 from tests.oracles import generator
 from tests.pipeline_kit import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion

@@ -19,7 +19,7 @@ from diffrl.objectives.ddpo import DDPOLoss
 from diffrl.objectives.sdpo import SDPOLoss
 from diffrl.policies import DenoisingPolicy
 from diffrl.reward_placement import Dense
-from diffrl.rewards import BlackBox
+from diffrl.rewards.black_box import BlackBox
 from diffrl.rl.advantages import FifoStatistics, rewards_to_go
 from diffrl.rollouts import collect_rollout
 from tests.oracles import Estimate, assert_within, generator, randn

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl import reward_cache
-from diffrl.rewards import BlackBox, RewardError, WeightedSum, as_reward, nondeterminism
-from diffrl.shipped_rewards import Brightness, Faulty
+from diffrl.rewards import cache as reward_cache
+from diffrl.rewards.black_box import BlackBox, RewardError, WeightedSum, as_reward, nondeterminism
+from diffrl.rewards.shipped import Brightness, Faulty
 from tests.oracles import randn
 
 

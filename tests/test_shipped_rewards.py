@@ -14,8 +14,8 @@ from torch import nn
 
 from diffrl.data.dataset_all import digits, rings
 from diffrl.diffusion.networks.digits_cnn import load_digits_cnn
-from diffrl.rewards import BlackBox, RewardError, nondeterminism
-from diffrl.shipped_rewards import (
+from diffrl.rewards.black_box import BlackBox, RewardError, nondeterminism
+from diffrl.rewards.shipped import (
     REWARDS,
     Brightness,
     ClassProbability,

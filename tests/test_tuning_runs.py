@@ -16,7 +16,7 @@ from diffrl.configs.cli import settings
 from diffrl.configs.tuning import base_run, plan_tuning
 from diffrl.experiment import run_experiment
 from diffrl.recipes import RECIPES
-from diffrl.rewards import RewardError, WeightedSum
+from diffrl.rewards.black_box import RewardError, WeightedSum
 from diffrl.runs import RunFolder, RunFolderError
 from diffrl.tables import Table
 from diffrl.tuning_comparison import run_tuning_comparison

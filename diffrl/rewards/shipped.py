@@ -17,7 +17,7 @@ from diffrl.data.dataset_all import digits
 from diffrl.data.mixtures import Mixture
 from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.extras import require
-from diffrl.reward_workers import Reward
+from diffrl.rewards.workers import Reward
 
 __all__ = [
     "REWARDS",

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrl.reward_cache import CACHE_SIZE, RewardCache, cache_keys
-from diffrl.reward_workers import Outcome, Reward, RewardError, WorkerPool, evaluate
+from diffrl.rewards.cache import CACHE_SIZE, RewardCache, cache_keys
+from diffrl.rewards.workers import Outcome, Reward, RewardError, WorkerPool, evaluate
 
 __all__ = ["CACHE_SIZE", "BlackBox", "Reward", "RewardError", "WeightedSum", "as_reward", "nondeterminism"]
 

@@ -1,0 +1,11 @@
+from .black_box import BlackBox as BlackBox
+from .black_box import WeightedSum as WeightedSum
+from .black_box import as_reward as as_reward
+from .black_box import nondeterminism as nondeterminism
+from .shipped import REWARDS as REWARDS
+from .shipped import ClassProbability as ClassProbability
+from .shipped import Ink as Ink
+from .shipped import ModeDistance as ModeDistance
+from .shipped import Symmetry as Symmetry
+from .workers import Reward as Reward
+from .workers import RewardError as RewardError
