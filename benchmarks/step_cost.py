@@ -13,17 +13,17 @@ from timing import Ratio, interleave
 from torch import Generator, Tensor, nn
 
 from diffrl import keys
-from diffrl.build import Objective
 from diffrl.data.dataset_all import Data
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks import MLP, UNet
 from diffrl.diffusion.schedules.all import EDM
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.ema import EMA
 from diffrl.objectives import SoftUpdate, ValueLoss, sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.schemes import monte_carlo_loss
-from diffrl.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.build import Objective
+from diffrl.training.ema import EMA
+from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
 
 __all__ = ["SIZES", "Size", "step_cost"]
 

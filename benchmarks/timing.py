@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrl.statistics import bootstrap_interval
+from diffrl.metrics.seeds import bootstrap_interval
 
 __all__ = ["Ratio", "interleave"]
 

@@ -14,14 +14,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from diffrl.checkpoints import CheckpointError
 from diffrl.checks import CheckFailed
 from diffrl.configs.groups import register
 from diffrl.experiment import Interrupted
 from diffrl.extras import MissingExtra
 from diffrl.rewards.black_box import RewardError
-from diffrl.runs import RunFolder, RunFolderError
-from diffrl.trainer import NonFiniteLoss
+from diffrl.training.checkpoints import CheckpointError
+from diffrl.training.runs import RunFolder, RunFolderError
+from diffrl.training.trainer import NonFiniteLoss
 
 __all__ = ["EXPECTED", "command", "explain", "settings"]
 

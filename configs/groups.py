@@ -18,7 +18,6 @@ from diffrl.diffusion.samplers.loop import SAMPLERS
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.diffusion.starts import STARTS
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.evaluation import Evaluation
 from diffrl.finetuner import Iterations
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.surrogates import SURROGATES, Regulariser
@@ -26,7 +25,8 @@ from diffrl.policies import DenoisingPolicy
 from diffrl.recipes import Rollouts
 from diffrl.reward_placement import PLACEMENTS
 from diffrl.rewards.shipped import REWARDS
-from diffrl.trainer import Average, Length, Optim, Target
+from diffrl.training.evaluation import Evaluation
+from diffrl.training.trainer import Average, Length, Optim, Target
 from diffrl.tunable_models import MODELS
 from diffrl.tuning_evaluation import EarlyStop, TuningEvaluation
 from diffrl.tuning_experiment import RewardCalls

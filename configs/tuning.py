@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.configs.cli import explain
 from diffrl.experiment import run_experiment
-from diffrl.runs import RunFolder
+from diffrl.training.runs import RunFolder
 from diffrl.tuning_comparison import TuningCell
 
 __all__ = ["base_run", "plan_tuning"]

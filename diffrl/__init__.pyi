@@ -1,5 +1,4 @@
 from . import data as data
-from . import diagnostics as diagnostics
 from . import envs as envs
 from . import metrics as metrics
 from . import objectives as objectives
@@ -26,9 +25,10 @@ from .diffusion.schedules.all import VP as VP
 from .diffusion.schedules.all import Flow as Flow
 from .diffusion.trajectories import sample_chain as sample_chain
 from .finetuning import finetune as finetune
+from .metrics import diagnostics as diagnostics
 from .policies import DenoisingPolicy as DenoisingPolicy
 from .rl import returns as returns
-from .runs import load as load
+from .training.runs import load as load
 from .tuning_experiment import load_tuned as load_tuned
 
 __version__: str

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffrl.build import build_oracle
 from diffrl.comparison import grid_scheme
-from diffrl.diagnostics import target_errors
 from diffrl.extras import require
 from diffrl.findings import SCORE, Findings, Panel, interval
+from diffrl.metrics.diagnostics import target_errors
+from diffrl.metrics.seeds import iqm
 from diffrl.plots import FAINT, INK, REAL, STYLE
 from diffrl.report_figures import plain_ticks
-from diffrl.runs import Run, load
-from diffrl.statistics import iqm
+from diffrl.training.build import build_oracle
+from diffrl.training.runs import Run, load
 
 __all__ = ["draw_agreement", "rank_correlation", "target_outcomes"]
 

@@ -16,7 +16,7 @@ from diffrl import keys
 from diffrl.objectives.ddpo import kl_to_reference, trainable_law
 from diffrl.policies import DenoisingPolicy
 from diffrl.rewards.black_box import Reward, nondeterminism
-from diffrl.tables import aligned
+from diffrl.training.table import aligned
 
 __all__ = ["Check", "CheckFailed", "Report", "check"]
 

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from diffrl.experiment import Interrupted, run_experiment
-from diffrl.runs import RunFolder, RunFolderError, versions, write_atomically
+from diffrl.training.runs import RunFolder, RunFolderError, versions, write_atomically
 from diffrl.workers import Failure, run_tasks
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The figure of `diffrl.diagnostics.target_errors`: bias, variance and the best λ, by noise level."""
+"""The figure of `diffrl.metrics.diagnostics.target_errors`: bias, variance and the best λ, by noise level."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def draw_target_errors(
     A squared bias within two standard errors of 0 is not drawn.
 
     Args:
-        errors: what `diffrl.diagnostics.target_errors` returns.
+        errors: what `diffrl.metrics.diagnostics.target_errors` returns.
         path: where to write, without suffix: a png and a pdf.
         targets: which to show, names of the table.
         title: above the panels.

@@ -11,15 +11,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.evaluation import Evaluation, draw_samples
 from diffrl.extras import require_installed
 from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
-from diffrl.runs import RunFolder, versions
-from diffrl.tables import Table
-from diffrl.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
+from diffrl.training.evaluation import Evaluation, draw_samples
+from diffrl.training.runs import RunFolder, versions
+from diffrl.training.table import Table
+from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
 
 __all__ = [
     "AUTOCAST",

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffrl.comparison import Study, cell_error, read_index
-from diffrl.runs import RunFolder
-from diffrl.statistics import bootstrap_interval, iqm, probability_of_improvement
-from diffrl.tables import Table
+from diffrl.metrics.seeds import bootstrap_interval, iqm, probability_of_improvement
+from diffrl.training.runs import RunFolder
+from diffrl.training.table import Table
 
 __all__ = ["Curve", "Effort", "Estimate", "Finding", "Findings", "Interval", "Panel", "Quantity", "interval"]
 

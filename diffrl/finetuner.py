@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from diffrl import keys
-from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.credit import Credit
 from diffrl.critics import LearnedCritic
 from diffrl.policies import DenoisingPolicy
@@ -30,7 +29,8 @@ from diffrl.references import (
 from diffrl.reward_placement import Dense
 from diffrl.rewards.black_box import Reward, as_reward
 from diffrl.rollouts import collect_rollout
-from diffrl.trainer import NonFiniteLoss, Optim, step_generator
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.training.trainer import NonFiniteLoss, Optim, step_generator
 from diffrl.updates import micro_batches
 
 __all__ = ["PUBLISHED_OPTIM", "Finetuner", "Iterations"]
@@ -217,7 +217,7 @@ class Finetuner:
     def steps(self) -> Iterator[dict[str, float]]:
         """One iteration at a time, from where the run stands; yields its figures.
 
-        A checkpoint is due only when the next iteration is asked for, as in `diffrl.trainer.Trainer.steps`.
+        A checkpoint is due only when the next iteration is asked for, as in `diffrl.training.trainer.Trainer.steps`.
         """
         while self.iteration < self.length.iterations:
             yield self._iterate()

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl.extras import require
-from diffrl.runs import RunFolder
 from diffrl.summary import distance_label, mean_value_error, objective_label, title
+from diffrl.training.runs import RunFolder
 
 __all__ = ["draw_samples", "draw_summary", "show_images", "show_points"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffrl.checkpoints import CheckpointError
 from diffrl.diffusion.pipelines.lora import has_lora
 from diffrl.policies import DenoisingPolicy
+from diffrl.training.checkpoints import CheckpointError
 
 __all__ = ["frozen_copy", "load_policy_weights", "move_average", "policy_weights", "shares_weights"]
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from diffrl.findings import SCORE, Estimate, Findings, Interval, Panel, Quantity
 from diffrl.report_figures import draw_figures
-from diffrl.runs import write_atomically
 from diffrl.summary import distance_label
-from diffrl.tables import markdown_table
+from diffrl.training.runs import write_atomically
+from diffrl.training.table import markdown_table
 
 __all__ = ["write_report"]
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffrl.objectives.value import DEFAULT_LMBDA
-from diffrl.tables import aligned
+from diffrl.training.table import aligned
 
 __all__ = ["distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
 

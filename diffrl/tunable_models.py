@@ -13,7 +13,7 @@ from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora
 from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
-from diffrl.runs import load
+from diffrl.training.runs import load
 
 __all__ = ["MODELS", "Tunable", "pipeline_model", "run_model"]
 

@@ -8,7 +8,7 @@ import torch
 from diffrl.checks import Report, check
 from diffrl.credit import Credit, GroupRelative, RewardsToGo, Standardised
 from diffrl.finetuner import Finetuner
-from diffrl.trainer import step_generator
+from diffrl.training.trainer import step_generator
 
 __all__ = ["check_tuner"]
 

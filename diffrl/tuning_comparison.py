@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffrl.comparison import Execution, command_record
 from diffrl.experiment import Interrupted
-from diffrl.runs import RunFolder, write_atomically
+from diffrl.training.runs import RunFolder, write_atomically
 from diffrl.tuning_experiment import run_finetuning
 from diffrl.workers import Failure, run_tasks
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.metrics import sample_distance
+from diffrl.metrics.distances import sample_distance
 from diffrl.objectives.ddpo import kl_to_reference
 from diffrl.policies import DenoisingPolicy
 from diffrl.reward_placement import trajectory_condition
@@ -56,7 +56,7 @@ class TuningEvaluation:
 
     Args:
         samples: drawn from fixed held-out noise, at least 2.
-        distance: to the base policy's samples of the same noise; name in `diffrl.metrics.SAMPLE_DISTANCES`.
+        distance: to the base policy's samples of the same noise; name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
         at_once: most of them drawn side by side; None: all.
 
     Raises:

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.build import accepted, named
-from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.credit import CREDITS
 from diffrl.diffusion.samplers.loop import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
 from diffrl.experiment import (
@@ -31,9 +29,11 @@ from diffrl.reward_placement import PLACEMENTS
 from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum, as_reward
 from diffrl.rewards.shipped import REWARDS
 from diffrl.rollouts import collect_rollout
-from diffrl.runs import RunFolder, versions
-from diffrl.tables import Table
-from diffrl.trainer import Optim
+from diffrl.training.build import accepted, named
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
+from diffrl.training.runs import RunFolder, versions
+from diffrl.training.table import Table
+from diffrl.training.trainer import Optim
 from diffrl.tunable_models import MODELS, Tunable
 from diffrl.tuner_checks import check_tuner
 from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation

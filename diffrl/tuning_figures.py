@@ -9,7 +9,7 @@ from diffrl.extras import require
 from diffrl.findings import interval
 from diffrl.plots import REAL, STYLE, show_images, show_points
 from diffrl.report_figures import STYLES
-from diffrl.runs import RunFolder
+from diffrl.training.runs import RunFolder
 from diffrl.tuning_findings import AXES, Method, Tuning
 
 __all__ = ["draw_curves", "draw_pictures"]

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffrl.comparison import cell_error, read_index
-from diffrl.runs import RunFolder
-from diffrl.tables import Table
+from diffrl.training.runs import RunFolder
+from diffrl.training.table import Table
 
 __all__ = ["AXES", "Method", "Tuning"]
 

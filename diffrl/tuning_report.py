@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from diffrl.findings import Interval, interval
-from diffrl.runs import RunFolderError, write_atomically
-from diffrl.tables import aligned, markdown_table
+from diffrl.training.runs import RunFolderError, write_atomically
+from diffrl.training.table import aligned, markdown_table
 from diffrl.tuning_figures import draw_curves, draw_pictures
 from diffrl.tuning_findings import AXES, Tuning
 

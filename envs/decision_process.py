@@ -59,7 +59,7 @@ class DecisionProcess:
 
     Args:
         process: noise schedule.
-        reward: R, called in batches without gradients; what is no `diffrl.rewards.black_box.BlackBox` is made one, which
+        reward: R, called in batches without gradients; what is no `BlackBox` is made one, which
             refuses NaN and wrong shapes, counts queries and remembers rewards.
         event_shape: *E of a latent.
         num_steps: K = N ≥ 1, the steps of a chain.

@@ -62,7 +62,7 @@ class DiffusionMDP(ChainEnv):
         conditions: what each group's condition is drawn from, [M, ...], on the CPU; None: no condition.
         device: where states live.
         max_steps: cut chains at this position: truncated; None lets them run to clean data.
-        noise: standard normal numbers for a tensor of the wanted shape, as `diffrl.diffusion.samplers.loop.Noise`: called once at
+        noise: standard normal numbers for a tensor of the wanted shape, as `Noise` gives: called once at
             each reset (for pairs, with one row a pair), and once at each step with the action "x0_hat"; None draws
             from the environment's own generator.
         seed: of its generator; None takes one from torch's global state.

@@ -26,12 +26,12 @@ from diffrl.dense_rewards import anchor_steps, dense_queries, predict_dense
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.experiment import run_experiment
 from diffrl.extras import require_installed
+from diffrl.metrics.seeds import bootstrap_interval, iqm
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.shipped import ClassProbability, Ink, ModeDistance, Symmetry
 from diffrl.rollouts import collect_rollout
-from diffrl.runs import versions
-from diffrl.statistics import bootstrap_interval, iqm
-from diffrl.tables import aligned
+from diffrl.training.runs import versions
+from diffrl.training.table import aligned
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "anchor": {"mode": "anchor"},

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from diffrl.agreement import draw_agreement, target_outcomes
-from diffrl.checkpoints import CheckpointError
 from diffrl.extras import MissingExtra
 from diffrl.findings import Findings
-from diffrl.runs import RunFolderError, write_atomically
+from diffrl.training.checkpoints import CheckpointError
+from diffrl.training.runs import RunFolderError, write_atomically
 
 
 def main(arguments: argparse.Namespace) -> Path:

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from diffrl.configs.cli import command
 from diffrl.configs.tuning import base_run, plan_tuning
 from diffrl.extras import require_installed
-from diffrl.tables import aligned
+from diffrl.training.table import aligned
 from diffrl.tuning_comparison import run_tuning_comparison
 from diffrl.tuning_experiment import run_finetuning
 from diffrl.tuning_report import tuning_table, write_tuning_report

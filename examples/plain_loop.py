@@ -9,7 +9,7 @@ import sys
 import torch
 
 import diffrl
-from diffrl.metrics import value_error
+from diffrl.metrics.distances import value_error
 
 
 def main(lmbda: float = 0.0, grad_steps: int = 2000) -> float:

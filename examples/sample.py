@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import diffrl
-from diffrl.build import build_sampler
-from diffrl.checkpoints import CheckpointError
-from diffrl.evaluation import grid_for
 from diffrl.extras import MissingExtra
 from diffrl.plots import draw_samples
-from diffrl.runs import RunFolderError
 from diffrl.summary import objective_label
+from diffrl.training.build import build_sampler
+from diffrl.training.checkpoints import CheckpointError
+from diffrl.training.evaluation import grid_for
+from diffrl.training.runs import RunFolderError
 
 
 def main(arguments: argparse.Namespace) -> Path:

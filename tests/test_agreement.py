@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from diffrl.agreement import draw_agreement, rank_correlation, target_outcomes
-from diffrl.build import build_oracle
 from diffrl.comparison import run_comparison
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.diagnostics import target_errors
 from diffrl.findings import Findings
-from diffrl.runs import load
+from diffrl.metrics.diagnostics import target_errors
+from diffrl.training.build import build_oracle
+from diffrl.training.runs import load
 from tests.test_comparison import MC, TD, TINY
 
 GRID = {"λ": "objective.lmbda=0,0.5,1", "η": "chain.coupling=0.5,1"}

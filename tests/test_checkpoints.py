@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 import diffrl
-from diffrl import checkpoints
-from diffrl.checkpoints import (
+from diffrl.diffusion.networks import MLP
+from diffrl.training import checkpoints
+from diffrl.training.checkpoints import (
     CheckpointError,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
-from diffrl.diffusion.networks import MLP
-from diffrl.ema import EMA
+from diffrl.training.ema import EMA
 
 FILES = ["model.safetensors", "ema.safetensors", "training.pt", "manifest.json"]
 
@@ -418,7 +418,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 import torch
-from diffrl import checkpoints
+from diffrl.training import checkpoints
 
 torch.set_num_threads(1)
 folder, second, survivors = Path(sys.argv[1]), int(sys.argv[2]), []

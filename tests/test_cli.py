@@ -18,7 +18,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from PIL import Image
 
-from diffrl.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.configs.cli import EXPECTED, command, explain, settings
 from diffrl.configs.groups import TrainConfig, register
 from diffrl.configs.schema import schema
@@ -29,10 +28,11 @@ from diffrl.diffusion.networks import NETWORKS
 from diffrl.diffusion.samplers.loop import SAMPLERS
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.evaluation import Evaluation
 from diffrl.objectives.schemes import OBJECTIVES
-from diffrl.runs import RunFolderError
-from diffrl.trainer import Average, Length, Optim, Target
+from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
+from diffrl.training.evaluation import Evaluation
+from diffrl.training.runs import RunFolderError
+from diffrl.training.trainer import Average, Length, Optim, Target
 from tests.small import FINETUNING, composed, small
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from diffrl.comparison import Cell, Comparison, Study, run_comparison
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
 from diffrl.experiment import Interrupted
-from diffrl.runs import RunFolderError
+from diffrl.training.runs import RunFolderError
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -201,7 +201,7 @@ def test_an_interrupted_cell_continues_to_the_same_figures(
     run = diffrl.comparison.run_experiment
 
     def stopped(config: dict[str, Any], *, progress: bool) -> None:
-        from diffrl.trainer import Trainer
+        from diffrl.training.trainer import Trainer
 
         step = Trainer._step
 

@@ -13,7 +13,6 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
-from diffrl.build import Objective
 from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks import MLP
@@ -29,7 +28,8 @@ from diffrl.objectives.consistency_pairs import (
 )
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.value import ValueLoss
-from diffrl.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.build import Objective
+from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
 from tests.oracles import generator, randn
 
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diagnostic_plots import draw_target_errors
-from diffrl.diagnostics import gradient_variance, target_errors
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser, EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffrl.diffusion.networks import MLP
@@ -18,6 +17,7 @@ from diffrl.diffusion.posterior import marginal, posterior
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.diffusion.trajectories import sample_chain
+from diffrl.metrics.diagnostics import gradient_variance, target_errors
 from diffrl.objectives.value import ValueLoss
 from tests.oracles import generator, randn
 
@@ -230,7 +230,7 @@ def test_states_and_their_parts_are_summed_in_any_order(monkeypatch: pytest.Monk
     exact = three_clusters(EVEN)
     options = {"num_steps": 4, "draws": 50, "lmbdas": (0.0, 1.0), "n_steps": (2,)}
     whole = target_errors(exact, exact, draws_of(exact, 60), EVEN, generator=generator(), **options)  # type: ignore[arg-type]
-    monkeypatch.setattr("diffrl.diagnostics.NUMBERS", 3000)
+    monkeypatch.setattr("diffrl.metrics.diagnostics.NUMBERS", 3000)
     parts = target_errors(exact, exact, draws_of(exact, 60), EVEN, generator=generator(), **options)  # type: ignore[arg-type]
     for a, b in zip(whole["levels"], parts["levels"], strict=True):
         for name in a["targets"]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffrl.diffusion.networks import MLP
-from diffrl.ema import EMA
+from diffrl.training.ema import EMA
 
 
 class Counter(nn.Module):

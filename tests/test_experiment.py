@@ -20,15 +20,15 @@ from torch import Tensor
 
 import diffrl
 from diffrl import experiment
-from diffrl.build import Objective, build_data, build_denoiser, build_objective
-from diffrl.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from diffrl.diffusion.samplers.loop import DDIM, Euler, Heun
-from diffrl.evaluation import Evaluation, draw_samples, grid_for
 from diffrl.experiment import Interrupted, run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.objectives.td_edm import sample_td_edm_pairs
-from diffrl.runs import RunFolder, RunFolderError
-from diffrl.trainer import NonFiniteLoss, Trainer
+from diffrl.training.build import Objective, build_data, build_denoiser, build_objective
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
+from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
+from diffrl.training.runs import RunFolder, RunFolderError
+from diffrl.training.trainer import NonFiniteLoss, Trainer
 from tests.small import small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,7 +248,7 @@ def test_asked_twice_it_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 KILLED = """
 import os, signal, sys
 import torch
-from diffrl.trainer import Trainer
+from diffrl.training.trainer import Trainer
 from tests.small import small
 from diffrl.experiment import run_experiment
 torch.set_num_threads(1)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys, recipes
-from diffrl.checkpoints import CheckpointError
 from diffrl.checks import CheckFailed
 from diffrl.credit import GroupRelative, RewardsToGo
 from diffrl.critics import LearnedCritic
@@ -23,7 +22,8 @@ from diffrl.recipes import Recipe, Rollouts
 from diffrl.references import frozen_copy
 from diffrl.reward_placement import Dense, Terminal
 from diffrl.rewards.black_box import BlackBox, WeightedSum
-from diffrl.trainer import NonFiniteLoss, Optim, step_generator
+from diffrl.training.checkpoints import CheckpointError
+from diffrl.training.trainer import NonFiniteLoss, Optim, step_generator
 from diffrl.tuner_checks import check_tuner
 from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
 from diffrl.updates import Updates, micro_batches

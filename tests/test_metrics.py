@@ -18,7 +18,7 @@ from diffrl.diffusion.denoisers import MixtureDenoiser
 from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.diffusion.schedules.all import PROCESSES, Schedule
 from diffrl.extras import MissingExtra
-from diffrl.metrics import (
+from diffrl.metrics.distances import (
     SAMPLE_DISTANCES,
     digits_features,
     evaluation_noise,

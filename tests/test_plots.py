@@ -14,7 +14,7 @@ from torch import Tensor
 from diffrl.experiment import run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.plots import _plane, _tile, draw_samples, draw_summary
-from diffrl.runs import RunFolder, RunFolderError
+from diffrl.training.runs import RunFolder, RunFolderError
 from tests.small import small
 
 

@@ -16,8 +16,8 @@ from diffrl.comparison import Cell, Comparison, Study, run_comparison
 from diffrl.findings import SCORE, Findings, Panel, Quantity
 from diffrl.report import write_report
 from diffrl.report_figures import _footer, draw_figures, plain_ticks
-from diffrl.runs import RunFolderError
-from diffrl.tables import Table
+from diffrl.training.runs import RunFolderError
+from diffrl.training.table import Table
 
 SIGMAS, NFES = ("0.1", "0.3", "1", "3"), ("5", "9")
 STEPS = 100

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.build import build_sampler
 from diffrl.diffusion.denoisers import GaussianDenoiser
 from diffrl.diffusion.samplers.loop import (
     CPS,
@@ -21,6 +20,7 @@ from diffrl.diffusion.samplers.loop import (
     sample,
 )
 from diffrl.diffusion.schedules.all import EDM, Flow, Schedule
+from diffrl.training.build import build_sampler
 from tests.oracles import CONTINUOUS, Estimate, assert_within, every_process, generator, randn
 from tests.small import small
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffrl.statistics import bootstrap_interval, iqm, probability_of_improvement
+from diffrl.metrics.seeds import bootstrap_interval, iqm, probability_of_improvement
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffrl.tables import Table, aligned
+from diffrl.training.table import Table, aligned
 
 
 def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
 from diffrl import keys
-from diffrl.build import Adaptive, Objective
 from diffrl.data.dataset_all import DATASETS
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
@@ -25,7 +24,8 @@ from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform
 from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
-from diffrl.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.build import Adaptive, Objective
+from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
 from tests.oracles import CONTINUOUS, DISCRETE, generator, randn
 
 PROCESSES = {**CONTINUOUS, **DISCRETE}

@@ -12,14 +12,14 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl import EDM, Denoiser
-from diffrl.build import Objective
-from diffrl.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffrl.data.dataset_all import Data, DataError, rings
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.networks import MLP
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
-from diffrl.trainer import Average, Length, NonFiniteLoss, Optim, Target, Trainer, step_generator
+from diffrl.training.build import Objective
+from diffrl.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
+from diffrl.training.trainer import Average, Length, NonFiniteLoss, Optim, Target, Trainer, step_generator
 
 BOOTSTRAPS = [
     ({"lmbda": 0.5}, Target()),

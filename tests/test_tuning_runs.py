@@ -17,8 +17,8 @@ from diffrl.configs.tuning import base_run, plan_tuning
 from diffrl.experiment import run_experiment
 from diffrl.recipes import RECIPES
 from diffrl.rewards.black_box import RewardError, WeightedSum
-from diffrl.runs import RunFolder, RunFolderError
-from diffrl.tables import Table
+from diffrl.training.runs import RunFolder, RunFolderError
+from diffrl.training.table import Table
 from diffrl.tuning_comparison import run_tuning_comparison
 from diffrl.tuning_experiment import build_recipe, run_finetuning
 from diffrl.tuning_findings import Tuning

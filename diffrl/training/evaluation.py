@@ -10,7 +10,7 @@ from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
 from diffrl.diffusion.samplers.loop import Model, Noise, Sampler, trajectory
 from diffrl.diffusion.schedules.all import Schedule
-from diffrl.metrics import sample_distance, value_error
+from diffrl.metrics.distances import sample_distance, value_error
 
 __all__ = ["Evaluation", "draw_samples", "grid_for"]
 
@@ -26,7 +26,7 @@ class Evaluation:
         points: data at which it is taken.
         num_steps: levels of the sampling grids.
         samples: samples drawn for each.
-        distance: name in `diffrl.metrics.SAMPLE_DISTANCES`.
+        distance: name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
     """
 
     sigmas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)

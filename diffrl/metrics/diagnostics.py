@@ -61,7 +61,7 @@ def target_errors(
         value error = ‖V(x_t) - V*(x_t)‖²,    Bellman residual = ‖E[G | x_t] - V(x_t)‖² with G of TD(0)
 
     each summed over dims, in units of a network's output (divided by A² c_out²) as in
-    `diffrl.metrics.value_error`, and averaged over states. The variance of a mean of M draws, variance/M, is
+    `diffrl.metrics.distances.value_error`, and averaged over states. The variance of a mean of M draws, variance/M, is
     taken off both squares of means, so that an estimate of 0 may be negative.
 
     >>> import torch, diffrl

@@ -15,11 +15,11 @@ from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 from tqdm import tqdm
 
-from diffrl.build import Adaptive, Objective
-from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.data.dataset_all import Data
-from diffrl.ema import EMA
 from diffrl.objectives.soft_update import SoftUpdate
+from diffrl.training.build import Adaptive, Objective
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.training.ema import EMA
 
 __all__ = ["Average", "Length", "NonFiniteLoss", "Optim", "Target", "Trainer", "step_generator"]
 
@@ -100,7 +100,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Average:
-    """The moving average of the weights that is evaluated; see `diffrl.ema.EMA`.
+    """The moving average of the weights that is evaluated; see `diffrl.training.ema.EMA`.
 
     Args:
         halflife: in data (not states) seen.

@@ -17,11 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from diffrl.build import build_data, build_denoiser, build_sampler
-from diffrl.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.evaluation import draw_samples
+from diffrl.training.build import build_data, build_denoiser, build_sampler
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
+from diffrl.training.evaluation import draw_samples
 
 __all__ = ["Run", "RunFolder", "RunFolderError", "load", "versions", "write_atomically"]
 

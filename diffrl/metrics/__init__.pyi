@@ -1,0 +1,13 @@
+from . import diagnostics as diagnostics
+from .distances import SAMPLE_DISTANCES as SAMPLE_DISTANCES
+from .distances import digits_features as digits_features
+from .distances import evaluation_noise as evaluation_noise
+from .distances import frechet_distance as frechet_distance
+from .distances import mmd as mmd
+from .distances import sample_distance as sample_distance
+from .distances import sliced_w2 as sliced_w2
+from .distances import value_error as value_error
+from .distances import w2 as w2
+from .seeds import bootstrap_interval as bootstrap_interval
+from .seeds import iqm as iqm
+from .seeds import probability_of_improvement as probability_of_improvement

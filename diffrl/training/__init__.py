@@ -1,0 +1,5 @@
+"""The loop that all training shares: optimiser, average, checkpoints, run folder."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
