@@ -11,10 +11,10 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks import UNet
 from diffrl.diffusion.samplers.loop import Ancestral
 from diffrl.diffusion.schedules.all import EDM
-from diffrl.finetuner import Finetuner, Iterations
-from diffrl.policies import DenoisingPolicy
-from diffrl.recipes import RECIPES, Recipe, Rollouts
-from diffrl.updates import Updates
+from diffrl.finetuning.finetuner import Finetuner, Iterations
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipes import RECIPES, Recipe, Rollouts
+from diffrl.finetuning.updates import Updates
 
 __all__ = ["finetune_cost"]
 

@@ -14,10 +14,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from diffrl.checks import CheckFailed
 from diffrl.configs.groups import register
 from diffrl.experiment import Interrupted
 from diffrl.extras import MissingExtra
+from diffrl.finetuning.checks import CheckFailed
 from diffrl.rewards.black_box import RewardError
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.runs import RunFolder, RunFolderError

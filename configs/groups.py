@@ -9,7 +9,6 @@ from omegaconf import MISSING
 
 from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
-from diffrl.credit import CREDITS
 from diffrl.data.dataset_all import DATASETS
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
@@ -18,19 +17,20 @@ from diffrl.diffusion.samplers.loop import SAMPLERS
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.diffusion.starts import STARTS
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.finetuner import Iterations
+from diffrl.finetuning.credit.standardised import CREDITS
+from diffrl.finetuning.evaluation import EarlyStop, TuningEvaluation
+from diffrl.finetuning.finetuner import Iterations
+from diffrl.finetuning.models import MODELS
+from diffrl.finetuning.placement.terminal import PLACEMENTS
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipes import Rollouts
+from diffrl.finetuning.surrogate import SURROGATES, Regulariser
+from diffrl.finetuning.updates import Updates
 from diffrl.objectives.schemes import OBJECTIVES
-from diffrl.objectives.surrogates import SURROGATES, Regulariser
-from diffrl.policies import DenoisingPolicy
-from diffrl.recipes import Rollouts
-from diffrl.reward_placement import PLACEMENTS
 from diffrl.rewards.shipped import REWARDS
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.trainer import Average, Length, Optim, Target
-from diffrl.tunable_models import MODELS
-from diffrl.tuning_evaluation import EarlyStop, TuningEvaluation
 from diffrl.tuning_experiment import RewardCalls
-from diffrl.updates import Updates
 
 __all__ = ["FinetuneConfig", "TrainConfig", "register"]
 

@@ -2,9 +2,7 @@ from . import data as data
 from . import envs as envs
 from . import metrics as metrics
 from . import objectives as objectives
-from . import recipes as recipes
 from . import rewards as rewards
-from .checks import check as check
 from .diffusion import networks as networks
 from .diffusion.denoisers import Denoiser as Denoiser
 from .diffusion.denoisers import EmpiricalDenoiser as EmpiricalDenoiser
@@ -24,9 +22,11 @@ from .diffusion.schedules.all import EDM as EDM
 from .diffusion.schedules.all import VP as VP
 from .diffusion.schedules.all import Flow as Flow
 from .diffusion.trajectories import sample_chain as sample_chain
-from .finetuning import finetune as finetune
+from .finetuning import recipes as recipes
+from .finetuning.checks import check as check
+from .finetuning.policy import DenoisingPolicy as DenoisingPolicy
+from .finetuning.tune import finetune as finetune
 from .metrics import diagnostics as diagnostics
-from .policies import DenoisingPolicy as DenoisingPolicy
 from .rl import returns as returns
 from .training.runs import load as load
 from .tuning_experiment import load_tuned as load_tuned

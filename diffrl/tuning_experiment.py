@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.credit import CREDITS
 from diffrl.diffusion.samplers.loop import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
 from diffrl.experiment import (
     AUTOCAST,
@@ -20,24 +19,25 @@ from diffrl.experiment import (
     interruptible,
     open_logger,
 )
-from diffrl.finetuner import Finetuner, Iterations
-from diffrl.objectives.surrogates import SURROGATES, Regulariser
-from diffrl.policies import DenoisingPolicy
-from diffrl.recipes import Recipe, Rollouts
-from diffrl.references import load_policy_weights
-from diffrl.reward_placement import PLACEMENTS
+from diffrl.finetuning.credit.standardised import CREDITS
+from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
+from diffrl.finetuning.finetuner import Finetuner, Iterations
+from diffrl.finetuning.models import MODELS, Tunable
+from diffrl.finetuning.placement.terminal import PLACEMENTS
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipes import Recipe, Rollouts
+from diffrl.finetuning.reference import load_policy_weights
+from diffrl.finetuning.rollouts.chains import collect_rollout
+from diffrl.finetuning.run_checks import check_tuner
+from diffrl.finetuning.surrogate import SURROGATES, Regulariser
+from diffrl.finetuning.updates import Updates
 from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum, as_reward
 from diffrl.rewards.shipped import REWARDS
-from diffrl.rollouts import collect_rollout
 from diffrl.training.build import accepted, named
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.runs import RunFolder, versions
 from diffrl.training.table import Table
 from diffrl.training.trainer import Optim
-from diffrl.tunable_models import MODELS, Tunable
-from diffrl.tuner_checks import check_tuner
-from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation
-from diffrl.updates import Updates
 
 __all__ = ["RewardCalls", "TunedRun", "build_recipe", "load_tuned", "run_finetuning"]
 

@@ -22,14 +22,14 @@ from torch.nn.functional import cosine_similarity
 import diffrl
 from diffrl.configs.cli import settings
 from diffrl.configs.groups import register
-from diffrl.dense_rewards import anchor_steps, dense_queries, predict_dense
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.experiment import run_experiment
 from diffrl.extras import require_installed
+from diffrl.finetuning.placement.similarity import anchor_steps, dense_queries, predict_dense
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.metrics.seeds import bootstrap_interval, iqm
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.shipped import ClassProbability, Ink, ModeDistance, Symmetry
-from diffrl.rollouts import collect_rollout
 from diffrl.training.runs import versions
 from diffrl.training.table import aligned
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys
-from diffrl.checks import Check, CheckFailed, Report, check
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks import MLP
 from diffrl.diffusion.samplers.loop import CPS, DDIM
 from diffrl.diffusion.schedules.all import Flow
-from diffrl.objectives.ddpo import DDPOLoss
-from diffrl.objectives.sdpo import SDPOLoss
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.checks import Check, CheckFailed, Report, check
+from diffrl.finetuning.methods.ddpo import DDPOLoss
+from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rl.advantages import group_advantages
-from diffrl.rollouts import collect_rollout
 from tests.oracles import generator
 
 RATIO, STORED, KL, SUM = "ratio - 1", "stored log π", "KL to itself", "accumulation: error of the gradient"

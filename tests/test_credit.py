@@ -9,12 +9,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import diffrl
-from diffrl.credit import GroupRelative, RewardsToGo, Standardised
-from diffrl.critics import LearnedCritic
-from diffrl.dense_rewards import predict_dense
-from diffrl.reward_placement import Dense, Terminal
+from diffrl.finetuning.credit.critic import LearnedCritic
+from diffrl.finetuning.credit.standardised import GroupRelative, RewardsToGo, Standardised
+from diffrl.finetuning.placement.similarity import predict_dense
+from diffrl.finetuning.placement.terminal import Dense, Terminal
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
-from diffrl.rollouts import collect_rollout
 
 PROCESS = diffrl.EDM()
 

@@ -8,9 +8,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from diffrl.objectives.ddpo import DDPOLoss, kl_to_reference
-from diffrl.objectives.sdpo import SDPOLoss
-from diffrl.policies import Law
+from diffrl.finetuning.methods.ddpo import DDPOLoss, kl_to_reference
+from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.policy import Law
 from diffrl.rl.advantages import FifoStatistics, critic_advantages, group_advantages, rewards_to_go
 
 OLD = torch.tensor([-1.0, -2.0], dtype=torch.float64)

@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.dense_rewards import anchor_steps, dense_queries, predict_dense, similarity_weighted
+from diffrl.finetuning.placement.similarity import (
+    anchor_steps,
+    dense_queries,
+    predict_dense,
+    similarity_weighted,
+)
 from diffrl.rewards.black_box import BlackBox, RewardError, WeightedSum
 from diffrl.rewards.shipped import Faulty
 from tests.oracles import randn

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys, recipes
-from diffrl.checks import CheckFailed
-from diffrl.credit import GroupRelative, RewardsToGo
-from diffrl.critics import LearnedCritic
 from diffrl.diffusion.networks import MLP
-from diffrl.finetuner import Finetuner, Iterations
-from diffrl.objectives.surrogates import PPOClip, Regulariser, RewardDifference, scaled_clip_range
-from diffrl.recipes import Recipe, Rollouts
-from diffrl.references import frozen_copy
-from diffrl.reward_placement import Dense, Terminal
+from diffrl.finetuning.checks import CheckFailed
+from diffrl.finetuning.credit.critic import LearnedCritic
+from diffrl.finetuning.credit.standardised import GroupRelative, RewardsToGo
+from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
+from diffrl.finetuning.finetuner import Finetuner, Iterations
+from diffrl.finetuning.placement.terminal import Dense, Terminal
+from diffrl.finetuning.recipes import Recipe, Rollouts
+from diffrl.finetuning.reference import frozen_copy
+from diffrl.finetuning.run_checks import check_tuner
+from diffrl.finetuning.surrogate import PPOClip, Regulariser, RewardDifference, scaled_clip_range
+from diffrl.finetuning.updates import Updates, micro_batches
 from diffrl.rewards.black_box import BlackBox, WeightedSum
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.trainer import NonFiniteLoss, Optim, step_generator
-from diffrl.tuner_checks import check_tuner
-from diffrl.tuning_evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
-from diffrl.updates import Updates, micro_batches
 
 SMALL = Rollouts(trajectories=16)
 PAIRS = Rollouts(trajectories=16, pairs=True)

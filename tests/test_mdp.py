@@ -41,13 +41,13 @@ from diffrl.diffusion.samplers.loop import (
 )
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
-from diffrl.objectives.ddpo import DDPOLoss
-from diffrl.objectives.sdpo import SDPOLoss
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.methods.ddpo import DDPOLoss
+from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox, RewardError
 from diffrl.rewards.shipped import ModeDistance
 from diffrl.rl.advantages import group_advantages
-from diffrl.rollouts import collect_rollout
 from tests.oracles import generator, randn
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,18 +22,18 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.dense_rewards import predict_dense
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline, process_of
 from diffrl.diffusion.pipelines.lora import adapters_disabled, add_lora, has_lora, save_lora
 from diffrl.diffusion.samplers.loop import LCM, Ancestral, Euler, FlowSDE, GaussianSampler, sample
 from diffrl.diffusion.schedules.all import DDPM, Flow
 from diffrl.extras import MissingExtra
-from diffrl.objectives.ddpo import DDPOLoss
-from diffrl.objectives.sdpo import SDPOLoss
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.methods.ddpo import DDPOLoss
+from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.placement.similarity import predict_dense
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox, WeightedSum
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
-from diffrl.rollouts import collect_rollout
 from tests.oracles import generator
 from tests.pipeline_kit import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion
 from tests.pipeline_kit import stable_diffusion_3 as sd3

@@ -26,9 +26,9 @@ from diffrl.diffusion.samplers.loop import (
     Noise,
 )
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
-from diffrl.objectives.ddpo import DDPOLoss
-from diffrl.policies import DenoisingPolicy
-from diffrl.rollouts import collect_rollout
+from diffrl.finetuning.methods.ddpo import DDPOLoss
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from tests.oracles import generator, randn
 
 KERNELS: list[tuple[Schedule, GaussianSampler]] = [

@@ -12,16 +12,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.dense_rewards import predict_dense
 from diffrl.diffusion.samplers.loop import CPS, Ancestral, GaussianSampler
 from diffrl.diffusion.schedules.all import Flow
-from diffrl.objectives.ddpo import DDPOLoss
-from diffrl.objectives.sdpo import SDPOLoss
-from diffrl.policies import DenoisingPolicy
-from diffrl.reward_placement import Dense
+from diffrl.finetuning.methods.ddpo import DDPOLoss
+from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.placement.similarity import predict_dense
+from diffrl.finetuning.placement.terminal import Dense
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rl.advantages import FifoStatistics, rewards_to_go
-from diffrl.rollouts import collect_rollout
 from tests.oracles import Estimate, assert_within, generator, randn
 
 MU = 1.5  # the reward is -(x - μ)²

@@ -15,7 +15,7 @@ import diffrl
 from diffrl.configs.cli import settings
 from diffrl.configs.tuning import base_run, plan_tuning
 from diffrl.experiment import run_experiment
-from diffrl.recipes import RECIPES
+from diffrl.finetuning.recipes import RECIPES
 from diffrl.rewards.black_box import RewardError, WeightedSum
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
@@ -104,7 +104,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     whole = run_finetuning(quick(base, f"run_dir={tmp_path / 'whole'}", f"recipe={recipe}"), progress=False)
     from diffrl.experiment import Interrupted
-    from diffrl.finetuner import Finetuner
+    from diffrl.finetuning.finetuner import Finetuner
 
     fit = Finetuner.fit
     monkeypatch.setattr(
@@ -357,7 +357,7 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     ],
 )
 def test_a_pipeline_that_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:
-    from diffrl.tunable_models import pipeline_model
+    from diffrl.finetuning.models import pipeline_model
 
     given = {"path": "nowhere", "prompts": ["a cat"], **options}
     with pytest.raises(ValueError, match=says):

@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 
 from diffrl import keys
-from diffrl.updates import Updates, micro_batches
+from diffrl.finetuning.updates import Updates, micro_batches
 
 
 def numbered(B: int, K: int, deterministic: tuple[int, ...] = ()) -> TensorDict:

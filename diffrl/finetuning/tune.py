@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffrl.finetuner import PUBLISHED_OPTIM, Finetuner, Iterations
-from diffrl.policies import DenoisingPolicy
-from diffrl.recipes import Recipe
+from diffrl.finetuning.finetuner import PUBLISHED_OPTIM, Finetuner, Iterations
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipes import Recipe
+from diffrl.finetuning.run_checks import check_tuner
 from diffrl.rewards.black_box import Reward
-from diffrl.tuner_checks import check_tuner
 
 __all__ = ["finetune"]
 
@@ -44,7 +44,7 @@ def finetune(
     Args:
         policy: what is tuned.
         reward: R.
-        recipe: the method, e.g. `diffrl.recipes.ddpo_is()`.
+        recipe: the method, e.g. `diffrl.finetuning.recipes.ddpo_is()`.
         event_shape: *E of a latent.
         iterations: rollouts in all.
         lr: learning rate of AdamW.
@@ -56,7 +56,7 @@ def finetune(
 
     Returns:
         The counts before the first iteration, if it is the first, then one dict an iteration that was run now;
-        docs/metrics.md defines the figures. There is no evaluation: see `diffrl.tuning_evaluation.Judge`.
+        docs/metrics.md defines the figures. There is no evaluation: see `diffrl.finetuning.evaluation.Judge`.
 
     Raises:
         CheckFailed: a self-check failed.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
-from diffrl.policies import DenoisingPolicy, Law
+from diffrl.finetuning.policy import DenoisingPolicy, Law
 from diffrl.shapes import expand_like
 
 __all__ = ["DDPOLoss", "kl_to_reference", "policy_figures", "trainable_law"]

@@ -11,12 +11,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
+from diffrl.finetuning.methods.ddpo import kl_to_reference
+from diffrl.finetuning.placement.terminal import trajectory_condition
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.metrics.distances import sample_distance
-from diffrl.objectives.ddpo import kl_to_reference
-from diffrl.policies import DenoisingPolicy
-from diffrl.reward_placement import trajectory_condition
 from diffrl.rewards.black_box import Reward, as_reward
-from diffrl.rollouts import collect_rollout
 
 __all__ = ["EarlyStop", "Judge", "TuningEvaluation", "chain_kl", "diversity"]
 

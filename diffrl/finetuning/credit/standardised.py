@@ -9,8 +9,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.critics import LearnedCritic
-from diffrl.reward_placement import trajectory_condition
+from diffrl.finetuning.credit.critic import LearnedCritic
+from diffrl.finetuning.placement.terminal import trajectory_condition
 from diffrl.rl.advantages import FifoStatistics, group_advantages, rewards_to_go
 
 __all__ = ["CREDITS", "Credit", "GroupRelative", "RewardsToGo", "Standardised"]

@@ -10,8 +10,8 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
-from diffrl.objectives.ddpo import policy_figures, trainable_law
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.methods.ddpo import policy_figures, trainable_law
+from diffrl.finetuning.policy import DenoisingPolicy
 
 __all__ = ["SDPOLoss"]
 

@@ -13,8 +13,8 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.objectives.ddpo import kl_to_reference, trainable_law
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.methods.ddpo import kl_to_reference, trainable_law
+from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.rewards.black_box import Reward, nondeterminism
 from diffrl.training.table import aligned
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.pipelines.lora import has_lora
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.training.checkpoints import CheckpointError
 
 __all__ = ["frozen_copy", "load_policy_weights", "move_average", "policy_weights", "shares_weights"]

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from diffrl import keys
 from diffrl.diffusion.samplers.base import Noise
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.rewards.black_box import Reward, as_reward
 
 __all__ = ["collect_rollout"]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffrl.credit import Credit, GroupRelative, RewardsToGo, Standardised
-from diffrl.objectives.surrogates import PPOClip, Regulariser, Reinforce, RewardDifference, Surrogate
-from diffrl.reward_placement import Dense, Placement, Terminal
-from diffrl.updates import Updates
+from diffrl.finetuning.credit.standardised import Credit, GroupRelative, RewardsToGo, Standardised
+from diffrl.finetuning.placement.terminal import Dense, Placement, Terminal
+from diffrl.finetuning.surrogate import PPOClip, Regulariser, Reinforce, RewardDifference, Surrogate
+from diffrl.finetuning.updates import Updates
 
 __all__ = ["RECIPES", "Recipe", "Rollouts", "ddpo_is", "ddpo_sf", "sdpo"]
 

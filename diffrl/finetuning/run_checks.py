@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from diffrl.checks import Report, check
-from diffrl.credit import Credit, GroupRelative, RewardsToGo, Standardised
-from diffrl.finetuner import Finetuner
+from diffrl.finetuning.checks import Report, check
+from diffrl.finetuning.credit.standardised import Credit, GroupRelative, RewardsToGo, Standardised
+from diffrl.finetuning.finetuner import Finetuner
 from diffrl.training.trainer import step_generator
 
 __all__ = ["check_tuner"]

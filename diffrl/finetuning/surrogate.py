@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-from diffrl.objectives.ddpo import DDPOLoss
-from diffrl.objectives.sdpo import SDPOLoss
-from diffrl.policies import DenoisingPolicy
+from diffrl.finetuning.methods.ddpo import DDPOLoss
+from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.policy import DenoisingPolicy
 
 __all__ = [
     "SURROGATES",

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.dense_rewards import DenseMode, dense_queries, predict_dense
+from diffrl.finetuning.placement.similarity import DenseMode, dense_queries, predict_dense
 from diffrl.rewards.black_box import Reward
 
 __all__ = ["PLACEMENTS", "Dense", "Placement", "Terminal", "trajectory_condition"]
@@ -103,7 +103,7 @@ class Dense:
         return predict_dense(x_hat, reward, trajectory_condition(rollout), **options)[..., None]  # type: ignore[arg-type]
 
     def queries(self, num_steps: int) -> int:
-        """As `diffrl.dense_rewards.dense_queries`."""
+        """As `diffrl.finetuning.placement.similarity.dense_queries`."""
         return dense_queries(self.mode, num_steps)
 
 

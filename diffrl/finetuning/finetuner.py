@@ -15,23 +15,23 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from diffrl import keys
-from diffrl.credit import Credit
-from diffrl.critics import LearnedCritic
-from diffrl.policies import DenoisingPolicy
-from diffrl.recipes import Recipe
-from diffrl.references import (
+from diffrl.finetuning.credit.critic import LearnedCritic
+from diffrl.finetuning.credit.standardised import Credit
+from diffrl.finetuning.placement.terminal import Dense
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipes import Recipe
+from diffrl.finetuning.reference import (
     frozen_copy,
     load_policy_weights,
     move_average,
     policy_weights,
     shares_weights,
 )
-from diffrl.reward_placement import Dense
+from diffrl.finetuning.rollouts.chains import collect_rollout
+from diffrl.finetuning.updates import micro_batches
 from diffrl.rewards.black_box import Reward, as_reward
-from diffrl.rollouts import collect_rollout
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.training.trainer import NonFiniteLoss, Optim, step_generator
-from diffrl.updates import micro_batches
 
 __all__ = ["PUBLISHED_OPTIM", "Finetuner", "Iterations"]
 

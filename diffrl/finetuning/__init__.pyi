@@ -1,0 +1,8 @@
+from . import recipes as recipes
+from .checks import CheckFailed as CheckFailed
+from .checks import check as check
+from .finetuner import Finetuner as Finetuner
+from .finetuner import Iterations as Iterations
+from .policy import DenoisingPolicy as DenoisingPolicy
+from .rollouts.chains import collect_rollout as collect_rollout
+from .tune import finetune as finetune

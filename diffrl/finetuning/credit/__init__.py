@@ -1,0 +1,1 @@
+"""How rewards of a rollout become advantages: one file for each way."""

@@ -1,0 +1,1 @@
+"""What is collected for one iteration: one file for each plan."""
