@@ -16,9 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffrl.comparison import PLACE, Cell, Comparison, Study, grid_scheme
 from diffrl.configs.cli import explain
 from diffrl.configs.groups import register
+from diffrl.experiments.comparison import PLACE, Cell, Comparison, Study, grid_scheme
 
 __all__ = ["plan_comparison"]
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffrl.configs.groups import register
-from diffrl.experiment import Interrupted
+from diffrl.experiments.train import Interrupted
 from diffrl.extras import MissingExtra
 from diffrl.finetuning.checks import CheckFailed
 from diffrl.rewards.black_box import RewardError

@@ -17,6 +17,7 @@ from diffrl.diffusion.samplers.loop import SAMPLERS
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.diffusion.starts import STARTS
 from diffrl.diffusion.trajectories import ChainSampler
+from diffrl.experiments.finetune import RewardCalls
 from diffrl.finetuning.credit.standardised import CREDITS
 from diffrl.finetuning.evaluation import EarlyStop, TuningEvaluation
 from diffrl.finetuning.finetuner import Iterations
@@ -30,7 +31,6 @@ from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.rewards.shipped import REWARDS
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.trainer import Average, Length, Optim, Target
-from diffrl.tuning_experiment import RewardCalls
 
 __all__ = ["FinetuneConfig", "TrainConfig", "register"]
 

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.configs.cli import explain
-from diffrl.experiment import run_experiment
+from diffrl.experiments.train import run_experiment
+from diffrl.experiments.tuning_comparison import TuningCell
 from diffrl.training.runs import RunFolder
-from diffrl.tuning_comparison import TuningCell
 
 __all__ = ["base_run", "plan_tuning"]
 

@@ -22,6 +22,7 @@ from .diffusion.schedules.all import EDM as EDM
 from .diffusion.schedules.all import VP as VP
 from .diffusion.schedules.all import Flow as Flow
 from .diffusion.trajectories import sample_chain as sample_chain
+from .experiments.finetune import load_tuned as load_tuned
 from .finetuning import recipes as recipes
 from .finetuning.checks import check as check
 from .finetuning.policy import DenoisingPolicy as DenoisingPolicy
@@ -29,6 +30,5 @@ from .finetuning.tune import finetune as finetune
 from .metrics import diagnostics as diagnostics
 from .rl import returns as returns
 from .training.runs import load as load
-from .tuning_experiment import load_tuned as load_tuned
 
 __version__: str

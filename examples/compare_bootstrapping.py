@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffrl.comparison import run_comparison
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.cli import command
+from diffrl.experiments.comparison import run_comparison
+from diffrl.experiments.reports.training import write_report
 from diffrl.extras import require_installed
-from diffrl.report import write_report
 
 
 @command("compare")

@@ -23,7 +23,7 @@ import diffrl
 from diffrl.configs.cli import settings
 from diffrl.configs.groups import register
 from diffrl.diffusion.schedules.all import PROCESSES
-from diffrl.experiment import run_experiment
+from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
 from diffrl.finetuning.placement.similarity import anchor_steps, dense_queries, predict_dense
 from diffrl.finetuning.rollouts.chains import collect_rollout

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from diffrl.agreement import draw_agreement, target_outcomes
+from diffrl.experiments.findings import Findings
+from diffrl.experiments.reports.agreement import draw_agreement, target_outcomes
 from diffrl.extras import MissingExtra
-from diffrl.findings import Findings
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.runs import RunFolderError, write_atomically
 

@@ -17,11 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 
 from diffrl.configs.cli import command
 from diffrl.configs.tuning import base_run, plan_tuning
+from diffrl.experiments.finetune import run_finetuning
+from diffrl.experiments.reports.finetuning import tuning_table, write_tuning_report
+from diffrl.experiments.tuning_comparison import run_tuning_comparison
 from diffrl.extras import require_installed
 from diffrl.training.table import aligned
-from diffrl.tuning_comparison import run_tuning_comparison
-from diffrl.tuning_experiment import run_finetuning
-from diffrl.tuning_report import tuning_table, write_tuning_report
 
 
 @command("finetune")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import diffrl
+from diffrl.experiments.reports.run_figure import draw_samples
+from diffrl.experiments.reports.run_table import objective_label
 from diffrl.extras import MissingExtra
-from diffrl.plots import draw_samples
-from diffrl.summary import objective_label
 from diffrl.training.build import build_sampler
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.evaluation import grid_for

@@ -8,10 +8,10 @@ python examples/train_td_lambda.py resume=runs/...                       # conti
 from typing import Any
 
 from diffrl.configs.cli import command
-from diffrl.experiment import run_experiment
+from diffrl.experiments.reports.run_figure import draw_summary
+from diffrl.experiments.reports.run_table import summary_table
+from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
-from diffrl.plots import draw_summary
-from diffrl.summary import summary_table
 
 
 @command("train")

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from diffrl.agreement import draw_agreement, rank_correlation, target_outcomes
-from diffrl.comparison import run_comparison
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.findings import Findings
+from diffrl.experiments.comparison import run_comparison
+from diffrl.experiments.findings import Findings
+from diffrl.experiments.reports.agreement import draw_agreement, rank_correlation, target_outcomes
 from diffrl.metrics.diagnostics import target_errors
 from diffrl.training.build import build_oracle
 from diffrl.training.runs import load

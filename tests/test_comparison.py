@@ -14,11 +14,11 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-import diffrl.comparison
-from diffrl.comparison import Cell, Comparison, Study, run_comparison
+import diffrl.experiments.comparison
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.experiment import Interrupted
+from diffrl.experiments.comparison import Cell, Comparison, Study, run_comparison
+from diffrl.experiments.train import Interrupted
 from diffrl.training.runs import RunFolderError
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def test_cells_run_once_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (done.finished, done.total, dict(done.failed), done.interrupted) == (2, 2, {}, False)
     done = run_comparison(both, tmp_path, workers=0, progress=False)
     assert (done.finished, done.total) == (4, 4) and len(results(tmp_path)) == 4
-    monkeypatch.setattr(diffrl.comparison, "run_experiment", None)  # nothing is left to run
+    monkeypatch.setattr(diffrl.experiments.comparison, "run_experiment", None)  # nothing is left to run
     assert run_comparison(both, tmp_path, workers=0, progress=False).finished == 4
 
     index = json.loads((tmp_path / "index.json").read_text())
@@ -198,7 +198,7 @@ def test_an_interrupted_cell_continues_to_the_same_figures(
 ) -> None:
     made = plan_comparison(plan(a=study()))
     run_comparison(made, tmp_path / "whole", workers=0, progress=False)
-    run = diffrl.comparison.run_experiment
+    run = diffrl.experiments.comparison.run_experiment
 
     def stopped(config: dict[str, Any], *, progress: bool) -> None:
         from diffrl.training.trainer import Trainer
@@ -216,7 +216,7 @@ def test_an_interrupted_cell_continues_to_the_same_figures(
                 run(config, progress=progress)
         raise Interrupted
 
-    monkeypatch.setattr(diffrl.comparison, "run_experiment", stopped)
+    monkeypatch.setattr(diffrl.experiments.comparison, "run_experiment", stopped)
     done = run_comparison(made, tmp_path / "stopped", workers=0, progress=False)
     assert done.interrupted and done.finished == 0 and not results(tmp_path / "stopped")
     assert list((tmp_path / "stopped" / "cells").glob("*/checkpoints/*/step_*"))

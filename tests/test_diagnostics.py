@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffrl.diagnostic_plots import draw_target_errors
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser, EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
 from diffrl.diffusion.networks import MLP
@@ -17,6 +16,7 @@ from diffrl.diffusion.posterior import marginal, posterior
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.diffusion.trajectories import sample_chain
+from diffrl.experiments.reports.target_figure import draw_target_errors
 from diffrl.metrics.diagnostics import gradient_variance, target_errors
 from diffrl.objectives.value import ValueLoss
 from tests.oracles import generator, randn

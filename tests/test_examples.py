@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from diffrl.experiment import run_experiment
+from diffrl.experiments.train import run_experiment
 from tests.small import SMALL, small
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

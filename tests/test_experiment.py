@@ -19,9 +19,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import diffrl
-from diffrl import experiment
 from diffrl.diffusion.samplers.loop import DDIM, Euler, Heun
-from diffrl.experiment import Interrupted, run_experiment
+from diffrl.experiments import train as experiment
+from diffrl.experiments.train import Interrupted, run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.training.build import Objective, build_data, build_denoiser, build_objective
@@ -250,7 +250,7 @@ import os, signal, sys
 import torch
 from diffrl.training.trainer import Trainer
 from tests.small import small
-from diffrl.experiment import run_experiment
+from diffrl.experiments.train import run_experiment
 torch.set_num_threads(1)
 step = Trainer._step
 def dying(self):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffrl.configs.cli import settings
-from diffrl.experiment import run_experiment
+from diffrl.experiments.train import run_experiment
 from tests.small import composed
 
 

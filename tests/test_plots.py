@@ -11,9 +11,9 @@ import torch
 from matplotlib import image
 from torch import Tensor
 
-from diffrl.experiment import run_experiment
+from diffrl.experiments.reports.run_figure import _plane, _tile, draw_samples, draw_summary
+from diffrl.experiments.train import run_experiment
 from diffrl.extras import MissingExtra
-from diffrl.plots import _plane, _tile, draw_samples, draw_summary
 from diffrl.training.runs import RunFolder, RunFolderError
 from tests.small import small
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-import diffrl.comparison
-import diffrl.report
-from diffrl.comparison import Cell, Comparison, Study, run_comparison
-from diffrl.findings import SCORE, Findings, Panel, Quantity
-from diffrl.report import write_report
-from diffrl.report_figures import _footer, draw_figures, plain_ticks
+import diffrl.experiments.comparison
+import diffrl.experiments.reports.training
+from diffrl.experiments.comparison import Cell, Comparison, Study, run_comparison
+from diffrl.experiments.findings import SCORE, Findings, Panel, Quantity
+from diffrl.experiments.reports.training import write_report
+from diffrl.experiments.reports.training_figures import _footer, draw_figures, plain_ticks
 from diffrl.training.runs import RunFolderError
 from diffrl.training.table import Table
 
@@ -67,7 +67,7 @@ def make(out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = 
         return 1.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffrl.comparison, "_run_cell", fake)
+        patch.setattr(diffrl.experiments.comparison, "_run_cell", fake)
         run_comparison(
             Comparison("fake", ("0.1", "0.3", "1"), studies, tuple(cells)), out, workers=0, progress=False
         )
@@ -140,7 +140,7 @@ def test_effort_is_the_first_evaluation_at_the_baselines_level(tmp_path: Path) -
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take seconds: only the tests that look at them draw them."""
-    monkeypatch.setattr(diffrl.report, "draw_figures", lambda panel, folder: [])
+    monkeypatch.setattr(diffrl.experiments.reports.training, "draw_figures", lambda panel, folder: [])
 
 
 def test_files_hold_every_number_and_the_report_shows_them(tmp_path: Path) -> None:

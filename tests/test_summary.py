@@ -5,10 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from diffrl.experiments.reports.run_table import (
+    DISTANCES,
+    distance_label,
+    objective_label,
+    summary_table,
+    title,
+)
 from diffrl.metrics.distances import SAMPLE_DISTANCES
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import DEFAULT_LMBDA
-from diffrl.summary import DISTANCES, distance_label, objective_label, summary_table, title
 from diffrl.training.build import build_data, build_denoiser, build_objective
 from tests.small import small
 

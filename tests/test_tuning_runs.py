@@ -14,15 +14,15 @@ from torch import Tensor
 import diffrl
 from diffrl.configs.cli import settings
 from diffrl.configs.tuning import base_run, plan_tuning
-from diffrl.experiment import run_experiment
+from diffrl.experiments.finetune import build_recipe, run_finetuning
+from diffrl.experiments.reports.finetuning import write_tuning_report
+from diffrl.experiments.train import run_experiment
+from diffrl.experiments.tuning_comparison import run_tuning_comparison
+from diffrl.experiments.tuning_findings import Tuning
 from diffrl.finetuning.recipes import RECIPES
 from diffrl.rewards.black_box import RewardError, WeightedSum
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
-from diffrl.tuning_comparison import run_tuning_comparison
-from diffrl.tuning_experiment import build_recipe, run_finetuning
-from diffrl.tuning_findings import Tuning
-from diffrl.tuning_report import write_tuning_report
 from tests.small import FINETUNING, SMALL, composed, small
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune_reward.py"
@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     recipe: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_finetuning(quick(base, f"run_dir={tmp_path / 'whole'}", f"recipe={recipe}"), progress=False)
-    from diffrl.experiment import Interrupted
+    from diffrl.experiments.train import Interrupted
     from diffrl.finetuning.finetuner import Finetuner
 
     fit = Finetuner.fit
@@ -216,7 +216,7 @@ def test_a_failed_run_is_listed_and_runs_again(base: Path, tmp_path: Path) -> No
         **bad[0].config,
         "reward": {"name": "faulty", "kind": "exception", "calls": None, "seconds": 1.0},
     }
-    from diffrl.tuning_comparison import TuningCell
+    from diffrl.experiments.tuning_comparison import TuningCell
 
     done = run_tuning_comparison([TuningCell("SDPO", 0, broken)], tmp_path, workers=0, progress=False)
     assert done.finished == 0 and "this reward is faulty" in done.failed["SDPO, seed 0"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrl.comparison import Study, cell_error, read_index
+from diffrl.experiments.comparison import Study, cell_error, read_index
 from diffrl.metrics.seeds import bootstrap_interval, iqm, probability_of_improvement
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffrl.comparison import grid_scheme
+from diffrl.experiments.comparison import grid_scheme
+from diffrl.experiments.findings import SCORE, Findings, Panel, interval
+from diffrl.experiments.reports.run_figure import FAINT, INK, REAL, STYLE
+from diffrl.experiments.reports.training_figures import plain_ticks
 from diffrl.extras import require
-from diffrl.findings import SCORE, Findings, Panel, interval
 from diffrl.metrics.diagnostics import target_errors
 from diffrl.metrics.seeds import iqm
-from diffrl.plots import FAINT, INK, REAL, STYLE
-from diffrl.report_figures import plain_ticks
 from diffrl.training.build import build_oracle
 from diffrl.training.runs import Run, load
 

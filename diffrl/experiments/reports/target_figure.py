@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffrl.experiments.reports.run_figure import INK, STYLE
 from diffrl.extras import require
-from diffrl.plots import INK, STYLE
 
 __all__ = ["draw_target_errors"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from diffrl.findings import Interval, interval
+from diffrl.experiments.findings import Interval, interval
+from diffrl.experiments.reports.finetuning_figures import draw_curves, draw_pictures
+from diffrl.experiments.tuning_findings import AXES, Tuning
 from diffrl.training.runs import RunFolderError, write_atomically
 from diffrl.training.table import aligned, markdown_table
-from diffrl.tuning_figures import draw_curves, draw_pictures
-from diffrl.tuning_findings import AXES, Tuning
 
 __all__ = ["tuning_table", "write_tuning_report"]
 

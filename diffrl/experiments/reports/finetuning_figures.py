@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from diffrl.experiments.findings import interval
+from diffrl.experiments.reports.run_figure import REAL, STYLE, show_images, show_points
+from diffrl.experiments.reports.training_figures import STYLES
+from diffrl.experiments.tuning_findings import AXES, Method, Tuning
 from diffrl.extras import require
-from diffrl.findings import interval
-from diffrl.plots import REAL, STYLE, show_images, show_points
-from diffrl.report_figures import STYLES
 from diffrl.training.runs import RunFolder
-from diffrl.tuning_findings import AXES, Method, Tuning
 
 __all__ = ["draw_curves", "draw_pictures"]
 

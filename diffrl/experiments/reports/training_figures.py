@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from diffrl.comparison import grid_scheme
+from diffrl.experiments.comparison import grid_scheme
+from diffrl.experiments.findings import SCORE, Panel, Quantity, interval
+from diffrl.experiments.reports.run_figure import FAINT, INK, REAL, STYLE
+from diffrl.experiments.reports.run_table import distance_label
 from diffrl.extras import require
-from diffrl.findings import SCORE, Panel, Quantity, interval
-from diffrl.plots import FAINT, INK, REAL, STYLE
-from diffrl.summary import distance_label
 
 __all__ = ["draw_figures", "plain_ticks"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrl.comparison import cell_error, read_index
+from diffrl.experiments.comparison import cell_error, read_index
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 

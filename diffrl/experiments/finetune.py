@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.samplers.loop import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
-from diffrl.experiment import (
+from diffrl.experiments.train import (
     AUTOCAST,
     SHOWN,
     Interrupted,

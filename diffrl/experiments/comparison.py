@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffrl.experiment import Interrupted, run_experiment
+from diffrl.experiments.train import Interrupted, run_experiment
+from diffrl.experiments.workers import Failure, run_tasks
 from diffrl.training.runs import RunFolder, RunFolderError, versions, write_atomically
-from diffrl.workers import Failure, run_tasks
 
 __all__ = [
     "Cell",

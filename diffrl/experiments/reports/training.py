@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffrl.findings import SCORE, Estimate, Findings, Interval, Panel, Quantity
-from diffrl.report_figures import draw_figures
-from diffrl.summary import distance_label
+from diffrl.experiments.findings import SCORE, Estimate, Findings, Interval, Panel, Quantity
+from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.training.runs import write_atomically
 from diffrl.training.table import markdown_table
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diffrl.comparison import Execution, command_record
-from diffrl.experiment import Interrupted
+from diffrl.experiments.comparison import Execution, command_record
+from diffrl.experiments.finetune import run_finetuning
+from diffrl.experiments.train import Interrupted
+from diffrl.experiments.workers import Failure, run_tasks
 from diffrl.training.runs import RunFolder, write_atomically
-from diffrl.tuning_experiment import run_finetuning
-from diffrl.workers import Failure, run_tasks
 
 __all__ = ["TuningCell", "run_tuning_comparison"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffrl.experiments.reports.run_table import distance_label, mean_value_error, objective_label, title
 from diffrl.extras import require
-from diffrl.summary import distance_label, mean_value_error, objective_label, title
 from diffrl.training.runs import RunFolder
 
 __all__ = ["draw_samples", "draw_summary", "show_images", "show_points"]
