@@ -23,7 +23,8 @@ from diffrl.objectives import SoftUpdate, ValueLoss, sample_td_edm_pairs, td_edm
 from diffrl.objectives.schemes import monte_carlo_loss
 from diffrl.training.build import Objective
 from diffrl.training.ema import EMA
-from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.optim import Optim
+from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = ["SIZES", "Size", "step_cost"]
 

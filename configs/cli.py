@@ -20,8 +20,8 @@ from diffrl.extras import MissingExtra
 from diffrl.finetuning.checks import CheckFailed
 from diffrl.rewards.black_box import RewardError
 from diffrl.training.checkpoints import CheckpointError
+from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError
-from diffrl.training.trainer import NonFiniteLoss
 
 __all__ = ["EXPECTED", "command", "explain", "settings"]
 

@@ -30,7 +30,8 @@ from diffrl.finetuning.updates import Updates
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.rewards.shipped import REWARDS
 from diffrl.training.evaluation import Evaluation
-from diffrl.training.trainer import Average, Length, Optim, Target
+from diffrl.training.optim import Optim
+from diffrl.training.trainer import Average, Length, Target
 
 __all__ = ["FinetuneConfig", "TrainConfig", "register"]
 

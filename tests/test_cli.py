@@ -31,8 +31,9 @@ from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation
+from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolderError
-from diffrl.training.trainer import Average, Length, Optim, Target
+from diffrl.training.trainer import Average, Length, Target
 from tests.small import FINETUNING, composed, small
 
 ROOT = Path(__file__).resolve().parent.parent

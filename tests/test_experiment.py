@@ -27,8 +27,9 @@ from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.training.build import Objective, build_data, build_denoiser, build_objective
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
+from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError
-from diffrl.training.trainer import NonFiniteLoss, Trainer
+from diffrl.training.trainer import Trainer
 from tests.small import small
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,8 @@ from diffrl.finetuning.surrogate import PPOClip, Regulariser, RewardDifference, 
 from diffrl.finetuning.updates import Updates, micro_batches
 from diffrl.rewards.black_box import BlackBox, WeightedSum
 from diffrl.training.checkpoints import CheckpointError
-from diffrl.training.trainer import NonFiniteLoss, Optim, step_generator
+from diffrl.training.loop import step_generator
+from diffrl.training.optim import NonFiniteLoss, Optim
 
 SMALL = Rollouts(trajectories=16)
 PAIRS = Rollouts(trajectories=16, pairs=True)

@@ -25,7 +25,8 @@ from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.training.build import Adaptive, Objective
-from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.optim import Optim
+from diffrl.training.trainer import Average, Length, Target, Trainer
 from tests.oracles import CONTINUOUS, DISCRETE, generator, randn
 
 PROCESSES = {**CONTINUOUS, **DISCRETE}

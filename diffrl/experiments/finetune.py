@@ -35,9 +35,9 @@ from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum, as_reward
 from diffrl.rewards.shipped import REWARDS
 from diffrl.training.build import accepted, named
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
+from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
 from diffrl.training.table import Table
-from diffrl.training.trainer import Optim
 
 __all__ = ["RewardCalls", "TunedRun", "build_recipe", "load_tuned", "run_finetuning"]
 

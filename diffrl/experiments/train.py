@@ -17,9 +17,10 @@ from diffrl.extras import require_installed
 from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation, draw_samples
+from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
 from diffrl.training.table import Table
-from diffrl.training.trainer import Average, Length, Optim, Target, Trainer
+from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = [
     "AUTOCAST",

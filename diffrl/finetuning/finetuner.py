@@ -31,7 +31,8 @@ from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.updates import micro_batches
 from diffrl.rewards.black_box import Reward, as_reward
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from diffrl.training.trainer import NonFiniteLoss, Optim, step_generator
+from diffrl.training.loop import step_generator
+from diffrl.training.optim import NonFiniteLoss, Optim
 
 __all__ = ["PUBLISHED_OPTIM", "Finetuner", "Iterations"]
 

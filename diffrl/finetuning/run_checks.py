@@ -8,7 +8,7 @@ import torch
 from diffrl.finetuning.checks import Report, check
 from diffrl.finetuning.credit.standardised import Credit, GroupRelative, RewardsToGo, Standardised
 from diffrl.finetuning.finetuner import Finetuner
-from diffrl.training.trainer import step_generator
+from diffrl.training.loop import step_generator
 
 __all__ = ["check_tuner"]
 

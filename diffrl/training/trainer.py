@@ -1,81 +1,23 @@
-"""The training loop: gradient steps, learning rate, averages, checkpoints."""
+"""Training a denoiser: draw states, descend the loss, move averages and target networks."""
 
-import math
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
-from tqdm import tqdm
 
 from diffrl.data.dataset_all import Data
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.training.build import Adaptive, Objective
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.ema import EMA
+from diffrl.training.loop import Loop, at_least_one, step_generator
+from diffrl.training.optim import Optim, Optimiser
 
-__all__ = ["Average", "Length", "NonFiniteLoss", "Optim", "Target", "Trainer", "step_generator"]
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became NaN or infinite."""
-
-
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> Generator:
-    """All randomness of one gradient step: a function of (seed, step), so that resuming needs no state.
-
-    Objectives that are compared under one seed see the same data and the same noise.
-    """
-    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
-    return Generator(device).manual_seed(int(state) & (2**63 - 1))
-
-
-@dataclass(frozen=True)
-class Optim:
-    """AdamW with warm-up and decay of the learning rate.
-
-    Args:
-        lr: greatest learning rate.
-        betas: decay rates of Adam's moments.
-        weight_decay: decoupled.
-        warmup_steps: gradient steps of linear rise from 0.
-        decay: "cosine" to 0 at the last step, or "none".
-        clip_norm: greatest gradient norm; None does not clip.
-    """
-
-    lr: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    decay: Literal["cosine", "none"] = "cosine"
-    clip_norm: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas is {self.betas}: give two decay rates in [0, 1)")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}: it must be 0 or more")
-        if self.decay not in ("cosine", "none"):
-            raise ValueError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"optim.clip_norm is {self.clip_norm}: it must be above 0; null does not clip")
-
-    def lr_at(self, step: int, grad_steps: int) -> float:
-        """Learning rate of gradient step `step`, counted from 0."""
-        warmup = min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps > 0 else 1.0
-        if self.decay == "none":
-            return self.lr * warmup
-        progress = max(step - self.warmup_steps, 0) / max(grad_steps - self.warmup_steps, 1)
-        return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * progress))
+__all__ = ["Average", "Length", "Target", "Trainer"]
 
 
 @dataclass(frozen=True)
@@ -134,14 +76,17 @@ class Length:
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "label_dropout" and value < 1:
-                raise ValueError(f"trainer.{name} is {value}: it must be at least 1")
+        at_least_one("trainer", {k: v for k, v in vars(self).items() if k != "label_dropout"})
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"trainer.label_dropout is {self.label_dropout}: it is a share in [0, 1]")
 
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return self.grad_steps
 
-class Trainer:
+
+class Trainer(Loop):
     """Trains one objective: `steps` yields after each gradient step, `fit` runs to the end.
 
     Args:
@@ -160,6 +105,9 @@ class Trainer:
         NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
     """
 
+    step_name: ClassVar[str] = "gradient step"
+    length: Length
+
     def __init__(
         self,
         objective: Objective,
@@ -174,25 +122,21 @@ class Trainer:
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
-        self.objective, self.loss, self.data, self.seed, self.folder = (
-            objective,
-            objective.loss,
-            data,
-            seed,
-            folder,
-        )
-        self.length, self.optim, self.device, self.autocast = length, optim, torch.device(device), autocast
+        super().__init__(length, folder=folder, seed=seed, device=device, autocast=autocast)
+        self.objective, self.loss, self.data = objective, objective.loss, data
         self.denoiser = self.loss.denoiser
         self.num_classes = int(getattr(self.denoiser.network, "num_classes", 0))
         self.ema = EMA(self.denoiser, average.halflife, average.ramp)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
-        )
+        self.optimiser = Optimiser(self.parameters, optim, length.grad_steps, vectorised=True)
         self.target = _target_updater(self.loss, target)
         self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
-        self.step, self.seconds = 0, 0.0
         data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
+
+    @property
+    def name(self) -> str:
+        """The objective's."""
+        return self.objective.name
 
     @property
     def figures(self) -> dict[str, float]:
@@ -204,21 +148,13 @@ class Trainer:
             "seconds": round(self.seconds, 3),
         }
 
-    def steps(self) -> Iterator[dict[str, float]]:
-        """One gradient step an iteration, from where the trainer stands; yields its figures.
-
-        A checkpoint is due only when the next step is asked for: what the caller does with the figures of a
-        step is done when the step is saved, and lost with it otherwise.
-        """
+    def _set_mode(self) -> None:
         self.denoiser.train()
-        while self.step < self.length.grad_steps:
-            start = time.perf_counter()
-            yielded = self._step()
-            self.seconds += time.perf_counter() - start
-            yield yielded
-            last = self.step == self.length.grad_steps
-            if self.folder is not None and (last or self.step % self.length.checkpoint_every == 0):
-                self.save()
+
+    def _caption(self, row: dict[str, float], evaluated: dict[str, float]) -> str:
+        error = f"value error {sum(evaluated.values()) / len(evaluated):.3g}, " if evaluated else ""
+        rate = row["samples"] / max(self.seconds, 1e-9)
+        return f"loss {row['loss_value']:.3g}, {error}{rate:,.0f} samples/s"
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None, Generator]:
         """Data of a step, its labels (some dropped), and the generator that the noise continues from."""
@@ -234,28 +170,16 @@ class Trainer:
             generator = step_generator(self.seed, step, self.device)
         return x0.to(self.device, dtype), labels, generator
 
-    def _step(self) -> dict[str, float]:
+    def _advance(self) -> dict[str, float]:
         self.objective.set_progress(self.step, self.length.grad_steps)
         x0, labels, generator = self.batch(self.step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
-        with self._autocast():
+        with self.precision():
             out = self.loss(chain)
         loss = out["loss_value"]
         loss.backward()
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None], foreach=True
-        )
-        loss_value, grad_norm = loss.item(), norm.item()
-        if not math.isfinite(loss_value + grad_norm):
-            self.optimiser.zero_grad()
-            raise self._not_finite(f"loss {loss_value:g} with gradient norm {grad_norm:g}")
-        if self.optim.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_norm, norm, foreach=True)
-        lr = self.optim.lr_at(self.step, self.length.grad_steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        loss_value = loss.item()
+        stepped = self.optimiser.step(loss_value)
         if self.target is not None:
             if isinstance(self.target, SoftUpdate) and self.objective.target_decay is not None:
                 self.target.eps = self.objective.target_decay
@@ -263,23 +187,7 @@ class Trainer:
         self.ema.update(self.length.batch_size)
         if self.adaptive is not None:
             self.adaptive.update(chain)
-        self.step += 1
-        return {
-            "loss_value": loss_value,
-            "td_error": out["td_error"].item(),
-            "grad_norm": grad_norm,
-            "lr": lr,
-        }
-
-    def _not_finite(self, what: str) -> NonFiniteLoss:
-        kept = None if self.folder is None else latest_checkpoint(self.folder)
-        return NonFiniteLoss(
-            f"{self.objective.name}: {what} at gradient step {self.step}; last good checkpoint: "
-            f"{kept or 'none'}. Lower optim.lr, or clip with optim.clip_norm"
-        )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        return {"loss_value": loss_value, "td_error": out["td_error"].item(), **stepped}
 
     def save(self) -> Path:
         """Write a checkpoint of this step.
@@ -287,35 +195,28 @@ class Trainer:
         Raises:
             NonFiniteLoss: the weights are not finite any more.
         """
-        if self.folder is None:
-            raise ValueError("this trainer has no folder for checkpoints")
         if not all(bool(p.isfinite().all()) for p in self.parameters):
             raise self._not_finite("weights that are not finite")
-        weights = {"model": self.denoiser.state_dict(), "ema": self.ema.module.state_dict()}
+        return super().save()
+
+    def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        weights: dict[str, Mapping[str, Tensor]] = {
+            "model": self.denoiser.state_dict(),
+            "ema": self.ema.module.state_dict(),
+        }
         if self.target is not None:
             weights["target"] = {k: v for k, v in self.loss.state_dict().items() if k.startswith("target_")}
         training = {
             "optimiser": self.optimiser.state_dict(),
             "target": {} if self.target is None else self.target.state_dict(),
             "network_evaluations": self.loss.network_evaluations,
-            "seconds": self.seconds,
             "ema_samples": self.ema.samples,
         }
         if self.adaptive is not None:
             training["draw"] = self.adaptive.state_dict()
-        keep = self.length.keep_checkpoints
-        return save_checkpoint(self.folder, self.step, weights=weights, training=training, keep=keep)
+        return weights, training
 
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint; False if there is none.
-
-        Raises:
-            CheckpointError: it is damaged, or of another network.
-        """
-        path = None if self.folder is None else latest_checkpoint(self.folder)
-        if path is None:
-            return False
-        checkpoint = load_checkpoint(path)
+    def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
         weights, training = checkpoint.weights, checkpoint.training
         try:
             self.denoiser.load_state_dict(weights["model"])
@@ -326,65 +227,10 @@ class Trainer:
         if self.target is not None:
             self.loss.load_state_dict(weights["target"], strict=False)
             self.target.load_state_dict(training["target"])
-        self.optimiser.load_state_dict(training["optimiser"])
+        self.optimiser.load_state_dict(training["optimiser"], checkpoint.step)
         if self.adaptive is not None:
             self.adaptive.load_state_dict(training["draw"])
         self.loss.network_evaluations = training["network_evaluations"]
-        self.seconds, self.step = training["seconds"], checkpoint.step
-        return True
-
-    def fit(
-        self,
-        *,
-        report: Callable[[dict[str, float]], None],
-        evaluate: Callable[["Trainer"], dict[str, float]],
-        stop: Callable[[], bool] = lambda: False,
-        progress: bool = True,
-    ) -> bool:
-        """Train to the end under a progress bar; the first report is of the untrained denoiser.
-
-        Args:
-            report: takes a row of figures; the loss in a row is that of its step.
-            evaluate: figures of the averaged denoiser.
-            stop: asked after every step; if true, a checkpoint is written and training ends.
-            progress: whether to show the bar.
-
-        Returns:
-            Whether training reached its end.
-        """
-        total, shown = self.length.grad_steps, ""
-        if self.step == 0:
-            report({**self.figures, **evaluate(self)})
-        with tqdm(
-            total=total,
-            initial=self.step,
-            desc=self.objective.name,
-            unit="step",
-            mininterval=0.2 if sys.stderr.isatty() else 20,  # a line of a log each
-            disable=not progress,
-        ) as bar:
-            for figures in self.steps():
-                last = self.step == total
-                look = last or self.step % self.length.eval_every == 0
-                if look or self.step % self.length.report_every == 0:
-                    row = {**self.figures, **figures}
-                    if look:
-                        evaluated = evaluate(self)
-                        self.denoiser.train()
-                        row |= evaluated
-                        if evaluated:
-                            shown = f"value error {sum(evaluated.values()) / len(evaluated):.3g}, "
-                    report(row)
-                    rate = row["samples"] / max(self.seconds, 1e-9)
-                    bar.set_postfix_str(
-                        f"loss {row['loss_value']:.3g}, {shown}{rate:,.0f} samples/s", refresh=False
-                    )
-                bar.update()
-                if stop() and not last:
-                    if self.folder is not None:
-                        self.save()
-                    return False
-        return True
 
 
 def _target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:

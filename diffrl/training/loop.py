@@ -1,0 +1,236 @@
+"""The loop that training and fine-tuning share: steps, reports, evaluations, checkpoints, a progress bar, a stop."""
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from diffrl.training.checkpoints import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.training.optim import NonFiniteLoss
+
+__all__ = ["Cadence", "Loop", "at_least_one", "step_generator"]
+
+Row = dict[str, float]
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> Generator:
+    """All randomness of one step: a function of (seed, step), so that resuming needs no state.
+
+    Runs that are compared under one seed see the same data and the same noise.
+    """
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+    return Generator(device).manual_seed(int(state) & (2**63 - 1))
+
+
+class Cadence(Protocol):
+    """How long a loop runs, and how often it reports, evaluates and saves, in its steps."""
+
+    @property
+    def total(self) -> int: ...
+    @property
+    def report_every(self) -> int: ...
+    @property
+    def eval_every(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+
+
+def at_least_one(group: str, values: Mapping[str, int]) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: it names the first one, as the key ``group.name``.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{group}.{name} is {value}: it must be at least 1")
+
+
+class Loop(ABC):
+    """Runs `_advance` until the end: `steps` yields after each step, `fit` reports, evaluates and shows a bar.
+
+    Args:
+        length: how long, and how often to look and to save.
+        folder: for checkpoints; None keeps none.
+        seed: of everything random.
+        device: where to work.
+        autocast: dtype for the networks' arithmetic, e.g. torch.bfloat16; parameters stay as they are.
+    """
+
+    unit: ClassVar[str] = "step"
+    """What a step is called in the progress bar."""
+    step_name: ClassVar[str] = "step"
+    """The same in errors."""
+
+    def __init__(
+        self,
+        length: Cadence,
+        *,
+        folder: Path | None,
+        seed: int,
+        device: torch.device | str,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.length, self.folder, self.seed = length, folder, seed
+        self.device, self.autocast = torch.device(device), autocast
+        self.step, self.seconds = 0, 0.0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For the progress bar and for errors."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> Row:
+        """Counts so far."""
+
+    @abstractmethod
+    def _advance(self) -> Row:
+        """One step; its figures.
+
+        Raises:
+            NonFiniteLoss: loss or gradient are not finite.
+        """
+
+    @abstractmethod
+    def _caption(self, row: Row, evaluated: Row) -> str:
+        """What the progress bar says, from the latest row and the latest evaluation."""
+
+    @abstractmethod
+    def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """Sets of weights, and everything else that a checkpoint holds."""
+
+    @abstractmethod
+    def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Take what `_state` gave; raises CheckpointError where it is of something else."""
+
+    @abstractmethod
+    def _set_mode(self) -> None:
+        """Put the modules in the mode that they are trained in."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast of the run."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    def steps(self) -> Iterator[Row]:
+        """One step an iteration, from where the loop stands; yields its figures.
+
+        A checkpoint is due only when the next step is asked for: what the caller does with the figures of a
+        step is done when the step is saved, and lost with it otherwise.
+        """
+        self._set_mode()
+        while self.step < self.length.total:
+            start = time.perf_counter()
+            try:
+                figures = self._advance()
+            except NonFiniteLoss as error:
+                raise self._not_finite(str(error)) from error
+            self.step += 1
+            self.seconds += time.perf_counter() - start
+            yield figures
+            last = self.step == self.length.total
+            if self.folder is not None and (last or self.step % self.length.checkpoint_every == 0):
+                self.save()
+
+    def _not_finite(self, what: str) -> NonFiniteLoss:
+        kept = None if self.folder is None else latest_checkpoint(self.folder)
+        return NonFiniteLoss(
+            f"{self.name}: {what} at {self.step_name} {self.step}; last good checkpoint: {kept or 'none'}. "
+            "Lower optim.lr, or clip with optim.clip_norm"
+        )
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step.
+
+        Raises:
+            ValueError: there is no folder.
+            CheckpointError: the disk refused.
+        """
+        if self.folder is None:
+            raise ValueError("this run has no folder for checkpoints")
+        weights, training = self._state()
+        keep = self.length.keep_checkpoints
+        return save_checkpoint(
+            self.folder, self.step, weights=weights, training={**training, "seconds": self.seconds}, keep=keep
+        )
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint; False if there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or of something else.
+        """
+        path = None if self.folder is None else latest_checkpoint(self.folder)
+        if path is None:
+            return False
+        checkpoint = load_checkpoint(path)
+        self._restore(checkpoint, path)
+        self.seconds, self.step = checkpoint.training["seconds"], checkpoint.step
+        return True
+
+    def fit(
+        self,
+        *,
+        report: Callable[[Row], None] = lambda row: None,
+        evaluate: Callable[[Self], Row] = lambda loop: {},
+        stop: Callable[[], bool] = lambda: False,
+        finished: Callable[[Row], str | None] = lambda row: None,
+        progress: bool = True,
+    ) -> bool:
+        """Run to the end under a progress bar; the first report is of the state before the first step.
+
+        Args:
+            report: takes a row of figures; a loss in it is that of its step.
+            evaluate: figures every `eval_every` steps and at both ends.
+            stop: asked after every step; if true, a checkpoint is written and the loop ends.
+            finished: looks at every row with an evaluation; a reason ends the loop for good (early stop).
+            progress: whether to show the bar.
+
+        Returns:
+            Whether the loop reached its end, early or not.
+        """
+        total, evaluated = self.length.total, Row()
+        if self.step == 0:
+            row = {**self.figures, **evaluate(self)}
+            report(row)
+            finished(row)
+        with tqdm(
+            total=total,
+            initial=self.step,
+            desc=self.name,
+            unit=self.unit,
+            mininterval=0.2 if sys.stderr.isatty() else 20,  # a line of a log each
+            disable=not progress,
+        ) as bar:
+            for figures in self.steps():
+                last, reason = self.step == total, None
+                look = last or self.step % self.length.eval_every == 0
+                if look or self.step % self.length.report_every == 0:
+                    row = {**self.figures, **figures}
+                    if look:
+                        evaluated = evaluate(self)
+                        self._set_mode()
+                        row |= evaluated
+                        reason = finished(row)
+                    report(row)
+                    bar.set_postfix_str(self._caption(row, evaluated), refresh=False)
+                bar.update()
+                if reason is not None and not last:
+                    bar.write(f"stopped early after {self.step_name} {self.step}: {reason}")
+                stopping = reason is not None or (stop() and not last)
+                if stopping and self.folder is not None:
+                    self.save()
+                if stopping:
+                    return reason is not None
+        return True

@@ -1,0 +1,146 @@
+"""AdamW with a schedule and clipping: one optimiser step of one trained module."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+__all__ = ["FinetuningOptim", "NonFiniteLoss", "Optim", "Optimiser"]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with warm-up and decay of the learning rate.
+
+    Args:
+        lr: greatest learning rate.
+        betas: decay rates of Adam's moments.
+        weight_decay: decoupled.
+        warmup_steps: gradient steps of linear rise from 0.
+        decay: "cosine" to 0 at the last step, or "none".
+        clip_norm: greatest gradient norm; None does not clip.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    decay: Literal["cosine", "none"] = "cosine"
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}: give two decay rates in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}: it must be 0 or more")
+        if self.decay not in ("cosine", "none"):
+            raise ValueError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm is {self.clip_norm}: it must be above 0; null does not clip")
+
+    def factor(self, step: int, grad_steps: int) -> float:
+        """Share of `lr` at gradient step `step`, counted from 0, of `grad_steps`."""
+        warmup = min((step + 1) / self.warmup_steps, 1.0) if self.warmup_steps > 0 else 1.0
+        if self.decay == "none":
+            return warmup
+        progress = max(step - self.warmup_steps, 0) / max(grad_steps - self.warmup_steps, 1)
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@dataclass(frozen=True)
+class FinetuningOptim(Optim):
+    """`Optim` with the defaults of fine-tuning: those of DDPO's code, but for its accumulation.
+
+    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), its code's defaults,
+    https://arxiv.org/abs/2305.13301.
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    warmup_steps: int = 0
+    decay: Literal["cosine", "none"] = "none"
+
+
+class Optimiser:
+    """Steps the parameters of one module, along a schedule that ends after `total` steps.
+
+    Args:
+        parameters: what is trained.
+        optim: learning rate, decay and clipping.
+        total: steps until the schedule ends.
+        vectorised: use PyTorch's fused and foreach kernels, which sum in another order.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], optim: Optim, total: int, *, vectorised: bool = False
+    ) -> None:
+        self.parameters, self.optim, self.total = list(parameters), optim, total
+        self._foreach = True if vectorised else None
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=True if vectorised else None,
+        )
+        self.steps = 0
+        """Steps so far."""
+        self._set_schedule()
+
+    def _set_schedule(self) -> None:
+        for group in self.adamw.param_groups:
+            group["initial_lr"] = self.optim.lr
+        self.schedule = LambdaLR(
+            self.adamw, lambda step: self.optim.factor(step, self.total), last_epoch=self.steps - 1
+        )
+
+    def step(self, loss: float) -> dict[str, float]:
+        """Take the step that the gradients at hand ask for, and clear them.
+
+        Args:
+            loss: whose gradient it is.
+
+        Returns:
+            ``grad_norm`` before clipping, and ``lr``.
+
+        Raises:
+            NonFiniteLoss: loss or gradient are not finite; nothing is changed but the gradients, which are cleared.
+        """
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=self._foreach)
+        figures = {"grad_norm": norm.item(), "lr": self.adamw.param_groups[0]["lr"]}
+        if not math.isfinite(loss + figures["grad_norm"]):
+            self.adamw.zero_grad()
+            raise NonFiniteLoss(f"loss {loss:g} with gradient norm {figures['grad_norm']:g}")
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.parameters, self.optim.clip_norm, norm, foreach=self._foreach
+            )
+        self.adamw.step()
+        self.adamw.zero_grad()
+        self.steps += 1
+        self.schedule.step()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and options of AdamW; the schedule is a function of the step."""
+        return self.adamw.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
+        """Continue from `state_dict`, after so many steps."""
+        self.adamw.load_state_dict(state)
+        self.steps = steps
+        self._set_schedule()
