@@ -24,7 +24,8 @@ from diffrl.finetuning.reference import frozen_copy
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.finetuning.surrogate import PPOClip, Regulariser, RewardDifference, scaled_clip_range
 from diffrl.finetuning.updates import Updates, micro_batches
-from diffrl.rewards.black_box import BlackBox, WeightedSum
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import NonFiniteLoss, Optim

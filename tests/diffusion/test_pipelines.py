@@ -32,8 +32,9 @@ from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.placement.similarity import predict_dense
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
-from diffrl.rewards.black_box import BlackBox, WeightedSum
+from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
+from diffrl.rewards.weighted_sum import WeightedSum
 from tests.oracles import generator
 from tests.pipeline_kit import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion
 from tests.pipeline_kit import stable_diffusion_3 as sd3

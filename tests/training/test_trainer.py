@@ -19,7 +19,9 @@ from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
 from diffrl.training.build import Objective
 from diffrl.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
-from diffrl.training.trainer import Average, Length, NonFiniteLoss, Optim, Target, Trainer, step_generator
+from diffrl.training.loop import step_generator
+from diffrl.training.optim import NonFiniteLoss, Optim
+from diffrl.training.trainer import Average, Length, Target, Trainer
 
 BOOTSTRAPS = [
     ({"lmbda": 0.5}, Target()),
@@ -248,15 +250,15 @@ def test_soft_update_is_its_formula() -> None:
 
 def test_learning_rate() -> None:
     optim = Optim(lr=0.4, warmup_steps=4, decay="cosine")
-    rates = [optim.lr_at(step, 12) for step in range(12)]
+    rates = [optim.lr * optim.factor(step, 12) for step in range(12)]
     assert rates[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert rates[8] == pytest.approx(0.2)  # half way down
     assert rates[4] == pytest.approx(0.4) and rates[11] == pytest.approx(
         0.2 * (1 + math.cos(math.pi * 7 / 8))
     )
-    assert optim.lr_at(12, 12) == pytest.approx(0.0)
+    assert optim.factor(12, 12) == pytest.approx(0.0)
     constant = Optim(lr=0.4, warmup_steps=0, decay="none")
-    assert {constant.lr_at(step, 12) for step in range(12)} == {0.4}
+    assert {constant.lr * constant.factor(step, 12) for step in range(12)} == {0.4}
     used = [figures["lr"] for figures in take(make(optim=optim), 12)]
     assert used == pytest.approx(rates)
 
@@ -266,7 +268,7 @@ def test_gradients_are_clipped_to_their_norm() -> None:
     for clip in (None, 1e-3):
         trainer = make(optim=Optim(lr=1.0, betas=(0.0, 0.0), warmup_steps=0, clip_norm=clip))
         seen: list[float] = []
-        trainer.optimiser.register_step_pre_hook(
+        trainer.optimiser.adamw.register_step_pre_hook(
             lambda optimiser, *_, seen=seen: seen.append(
                 float(sum(p.grad.square().sum() for g in optimiser.param_groups for p in g["params"]).sqrt())
             )
@@ -329,7 +331,7 @@ def test_bfloat16_is_the_networks_alone() -> None:
     trainer.denoiser.network.register_forward_hook(lambda *hooked: outputs.append(hooked[-1].detach()))
     x0, labels, generator = trainer.batch(0)
     chain = trainer.objective.draw(x0, cond=labels, generator=generator)
-    with trainer._autocast():
+    with trainer.precision():
         loss = trainer.loss(chain)["loss_value"]
     assert outputs[0].dtype == torch.bfloat16 and loss.dtype == torch.float32
 

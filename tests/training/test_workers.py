@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diffrl.experiments.workers import Failure, run_tasks
+from diffrl.workers import Failure, run_tasks
 
 
 def work(task: Any) -> Any:
@@ -83,7 +83,7 @@ def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
 
 def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
     program = (
-        "from test_workers import work; from diffrl.experiments.workers import run_tasks\n"
+        "from test_workers import work; from diffrl.workers import run_tasks\n"
         f"if __name__ == '__main__': list(run_tasks(work, [('wait', {str(tmp_path)!r})], workers=1))"
     )
     script = tmp_path / "parent.py"

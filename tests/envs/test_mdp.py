@@ -45,8 +45,9 @@ from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
-from diffrl.rewards.black_box import BlackBox, RewardError
-from diffrl.rewards.shipped import ModeDistance
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rl.advantages import group_advantages
 from tests.oracles import generator, randn
 

@@ -20,7 +20,8 @@ from diffrl.experiments.train import run_experiment
 from diffrl.experiments.tuning_comparison import run_tuning_comparison
 from diffrl.experiments.tuning_findings import Tuning
 from diffrl.finetuning.recipes import RECIPES
-from diffrl.rewards.black_box import RewardError, WeightedSum
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 from tests.small import FINETUNING, SMALL, composed, small

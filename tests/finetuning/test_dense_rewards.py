@@ -13,8 +13,10 @@ from diffrl.finetuning.placement.similarity import (
     predict_dense,
     similarity_weighted,
 )
-from diffrl.rewards.black_box import BlackBox, RewardError, WeightedSum
-from diffrl.rewards.shipped import Faulty
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.faulty import Faulty
+from diffrl.rewards.weighted_sum import WeightedSum
 from tests.oracles import randn
 
 GOLDEN = torch.tensor([[[2.0, 0.0], [1.0, -1.0], [0.5, 1.5], [1.0, 1.0]]])

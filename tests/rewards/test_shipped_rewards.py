@@ -14,18 +14,15 @@ from torch import nn
 
 from diffrl.data.dataset_all import digits, rings
 from diffrl.diffusion.networks.digits_cnn import load_digits_cnn
-from diffrl.rewards.black_box import BlackBox, RewardError, nondeterminism
-from diffrl.rewards.shipped import (
-    REWARDS,
-    Brightness,
-    ClassProbability,
-    Faulty,
-    Ink,
-    JpegCompressibility,
-    ModeDistance,
-    Symmetry,
-    ZlibCompressibility,
-)
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.class_probability import ClassProbability
+from diffrl.rewards.compressibility import JpegCompressibility, ZlibCompressibility
+from diffrl.rewards.faulty import Faulty
+from diffrl.rewards.mode_distance import ModeDistance
+from diffrl.rewards.pixels import Brightness, Ink, Symmetry
+from diffrl.rewards.registry import REWARDS
+from diffrl.rewards.weighted_sum import nondeterminism
 from tests.oracles import randn
 
 IMAGES = digits().test[:6]

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from diffrl.rewards import cache as reward_cache
-from diffrl.rewards.black_box import BlackBox, RewardError, WeightedSum, as_reward, nondeterminism
-from diffrl.rewards.shipped import Brightness, Faulty
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.faulty import Faulty
+from diffrl.rewards.pixels import Brightness
+from diffrl.rewards.weighted_sum import WeightedSum, as_reward, nondeterminism
 from tests.oracles import randn
 
 
