@@ -34,9 +34,9 @@ from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolderError
 from diffrl.training.trainer import Average, Length, Target
-from tests.small import FINETUNING, composed, small
+from tests.kit.configs import FINETUNING, composed, small
+from tests.kit.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(
     path.stem
     for path in (ROOT / "configs" / "experiment").glob("*.yaml")

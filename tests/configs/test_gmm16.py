@@ -6,7 +6,7 @@ import pytest
 
 from diffrl.configs.cli import settings
 from diffrl.experiments.train import run_experiment
-from tests.small import composed
+from tests.kit.configs import composed
 
 
 @pytest.mark.slow

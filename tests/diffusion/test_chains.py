@@ -13,7 +13,7 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.diffusion.trajectories import ChainSampler, draw_chain, sample_chain
-from tests.oracles import CONTINUOUS, Estimate, assert_within, continuous, every_process, generator, randn
+from tests.kit.oracles import CONTINUOUS, Estimate, assert_within, continuous, every_process, generator, randn
 
 couplings = pytest.mark.parametrize("coupling", ["markov", 0.5, "shared"])
 values = pytest.mark.parametrize("value", ["posterior_mean", "clean"])

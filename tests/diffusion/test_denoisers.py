@@ -15,7 +15,7 @@ from diffrl.diffusion.denoisers import (
 )
 from diffrl.diffusion.predictions import PredictionType
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
-from tests.oracles import every_process, noisy_times, randn
+from tests.kit.oracles import every_process, noisy_times, randn
 
 MEANS = torch.tensor([[-1.0, 0.5], [0.2, -0.8], [1.1, 0.6]], dtype=torch.float64)
 STDS = torch.tensor([0.15, 0.3, 0.2], dtype=torch.float64)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffrl.rewards.weighted_sum import WeightedSum
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -34,10 +35,9 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
-from diffrl.rewards.weighted_sum import WeightedSum
-from tests.oracles import generator
-from tests.pipeline_kit import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion
-from tests.pipeline_kit import stable_diffusion_3 as sd3
+from tests.kit.oracles import generator
+from tests.kit.pipelines import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion
+from tests.kit.pipelines import stable_diffusion_3 as sd3
 
 P = len(PROMPTS)
 SHAPE = (4, 8, 8)

@@ -10,7 +10,7 @@ from diffrl.diffusion.denoisers import GaussianDenoiser
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import PredictionType, from_x0, scalings, to_x0
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
-from tests.oracles import continuous, every_process, noisy_times, randn
+from tests.kit.oracles import continuous, every_process, noisy_times, randn
 
 TYPES = get_args(PredictionType)
 every_type = pytest.mark.parametrize("prediction_type", TYPES)

@@ -9,7 +9,15 @@ from torch.distributions import Normal
 
 from diffrl.diffusion.posterior import coupling_eta, marginal, normal_log_prob, posterior, transition
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
-from tests.oracles import assert_within, continuous, every_process, fit_line, generator, noisy_times, randn
+from tests.kit.oracles import (
+    assert_within,
+    continuous,
+    every_process,
+    fit_line,
+    generator,
+    noisy_times,
+    randn,
+)
 
 etas = pytest.mark.parametrize("eta", [0.0, 0.3, 0.5, 0.9, 1.0])
 

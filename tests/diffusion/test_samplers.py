@@ -32,7 +32,7 @@ from diffrl.diffusion.samplers.loop import (
     trajectory,
 )
 from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
-from tests.oracles import (
+from tests.kit.oracles import (
     CONTINUOUS,
     Estimate,
     assert_within,

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffrl.diffusion.schedules.all import DDPM, EDM, PROCESSES, VP, Flow, Schedule
-from tests.oracles import continuous, discrete, every_process, noisy_times
+from tests.kit.oracles import continuous, discrete, every_process, noisy_times
 
 
 def test_registry() -> None:

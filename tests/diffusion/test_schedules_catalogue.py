@@ -12,7 +12,7 @@ from torch import Tensor
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import marginal, posterior
 from diffrl.diffusion.schedules.all import VP
-from tests.oracles import randn
+from tests.kit.oracles import randn
 
 SCHEDULES = {
     "sigmoid": VP("sigmoid"),

@@ -21,8 +21,8 @@ from diffrl.diffusion.samplers.loop import (
 )
 from diffrl.diffusion.schedules.all import EDM, Flow, Schedule
 from diffrl.training.build import build_sampler
-from tests.oracles import CONTINUOUS, Estimate, assert_within, every_process, generator, randn
-from tests.small import small
+from tests.kit.configs import small
+from tests.kit.oracles import CONTINUOUS, Estimate, assert_within, every_process, generator, randn
 
 EXACT = {"rtol": 0.0, "atol": 1e-14}
 

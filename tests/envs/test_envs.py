@@ -31,8 +31,8 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.diffusion.trajectories import draw_chain
 from diffrl.envs import DiffusionMRP, DiffusionMRPEnv, DiffusionMRPVectorEnv
+from tests.kit.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ID = "DiffusionMRP-v0"
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 FLAGS = (keys.TERMINATED, keys.TRUNCATED, keys.DONE)

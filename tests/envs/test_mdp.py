@@ -13,6 +13,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.mode_distance import ModeDistance
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
@@ -46,12 +48,10 @@ from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
-from diffrl.rewards.calls import RewardError
-from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rl.advantages import group_advantages
-from tests.oracles import generator, randn
+from tests.kit.oracles import generator, randn
+from tests.kit.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ID = "DiffusionMDP-v0"
 FLAGS = (keys.TERMINATED, keys.TRUNCATED, keys.DONE)
 

@@ -20,7 +20,8 @@ from diffrl.experiments.reports.agreement import draw_agreement, rank_correlatio
 from diffrl.metrics.diagnostics import target_errors
 from diffrl.training.build import build_oracle
 from diffrl.training.runs import load
-from tests.test_comparison import MC, TD, TINY
+from tests.kit.configs import MC, TD, TINY
+from tests.kit.paths import EXAMPLES
 
 GRID = {"λ": "objective.lmbda=0,0.5,1", "η": "chain.coupling=0.5,1"}
 
@@ -146,7 +147,7 @@ def test_what_cannot_be_is_named(out: Path, study: str, case: str, message: str)
 def test_the_command_writes_numbers_and_figure(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Path(__file__).parents[1] / "examples" / "diagnose_targets.py"
+    script = EXAMPLES / "diagnose_targets.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(out), "--states", "4", "--draws", "2"])
     runpy.run_path(str(script), run_name="__main__")
     png = out / "figures" / "targets_map_gmm16.png"

@@ -20,17 +20,8 @@ from diffrl.configs.groups import register
 from diffrl.experiments.comparison import Cell, Comparison, Study, run_comparison
 from diffrl.experiments.train import Interrupted
 from diffrl.training.runs import RunFolderError
-
-ROOT = Path(__file__).parents[1]
-TINY = [
-    "data=gmm", "network=mlp",
-    "data.dim=2", "data.components=3", "data.test_size=64", "network.hidden=8", "network.depth=1",
-    "network.x_features=4", "network.noise_features=4", "chain.num_steps=4", "chain.coupling=1.0",
-    "trainer.grad_steps=6", "trainer.batch_size=4", "trainer.eval_every=2", "trainer.report_every=2",
-    "trainer.checkpoint_every=2", "optim.warmup_steps=1",
-    "eval.points=16", "eval.samples=16", "eval.num_steps=[2,3]",
-]  # fmt: skip
-MC, TD = ["objective=monte_carlo"], ["objective.lmbda=0"]
+from tests.kit.configs import MC, TD, TINY
+from tests.kit.paths import ROOT
 
 
 def study(**changes: Any) -> dict[str, Any]:

@@ -30,9 +30,8 @@ from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
 from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.trainer import Trainer
-from tests.small import small
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.kit.configs import small
+from tests.kit.paths import ROOT
 
 
 def run(path: Path, *overrides: str) -> RunFolder:
@@ -250,7 +249,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from diffrl.training.trainer import Trainer
-from tests.small import small
+from tests.kit.configs import small
 from diffrl.experiments.train import run_experiment
 torch.set_num_threads(1)
 step = Trainer._step

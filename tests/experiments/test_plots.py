@@ -15,7 +15,7 @@ from diffrl.experiments.reports.run_figure import _plane, _tile, draw_samples, d
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.training.runs import RunFolder, RunFolderError
-from tests.small import small
+from tests.kit.configs import small
 
 
 def run(path: Path, *overrides: str) -> RunFolder:

@@ -16,7 +16,7 @@ from diffrl.metrics.distances import SAMPLE_DISTANCES
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.training.build import build_data, build_denoiser, build_objective
-from tests.small import small
+from tests.kit.configs import small
 
 
 def found(value_error: dict[str, float], distance: float, evaluations: int) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.weighted_sum import WeightedSum
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -20,13 +22,12 @@ from diffrl.experiments.train import run_experiment
 from diffrl.experiments.tuning_comparison import run_tuning_comparison
 from diffrl.experiments.tuning_findings import Tuning
 from diffrl.finetuning.recipes import RECIPES
-from diffrl.rewards.calls import RewardError
-from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
-from tests.small import FINETUNING, SMALL, composed, small
+from tests.kit.configs import FINETUNING, SMALL, composed, small
+from tests.kit.paths import EXAMPLES
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "finetune_reward.py"
+EXAMPLE = EXAMPLES / "finetune_reward.py"
 QUICK = (
     "reward=mode_distance",
     "reward.point=[0.8,0]",
@@ -307,7 +308,7 @@ def test_a_reward_that_fails_ends_the_run_with_its_name(base: Path, tmp_path: Pa
 
 
 def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
-    from tests.pipeline_kit import stable_diffusion
+    from tests.kit.pipelines import stable_diffusion
 
     stable_diffusion().save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")

@@ -23,7 +23,7 @@ from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rl.advantages import group_advantages
-from tests.oracles import generator
+from tests.kit.oracles import generator
 
 RATIO, STORED, KL, SUM = "ratio - 1", "stored log π", "KL to itself", "accumulation: error of the gradient"
 ROLLOUT, MEAN = "rollout: |log π| a dim", "advantages: mean of a group"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffrl.rewards.weighted_sum import WeightedSum
 from torch import Tensor, nn
 
 import diffrl
@@ -25,7 +26,6 @@ from diffrl.finetuning.run_checks import check_tuner
 from diffrl.finetuning.surrogate import PPOClip, Regulariser, RewardDifference, scaled_clip_range
 from diffrl.finetuning.updates import Updates, micro_batches
 from diffrl.rewards.black_box import BlackBox
-from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import NonFiniteLoss, Optim

@@ -29,7 +29,7 @@ from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
-from tests.oracles import generator, randn
+from tests.kit.oracles import generator, randn
 
 KERNELS: list[tuple[Schedule, GaussianSampler]] = [
     (EDM(), Ancestral()),

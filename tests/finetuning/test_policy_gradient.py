@@ -22,7 +22,7 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rl.advantages import FifoStatistics, rewards_to_go
-from tests.oracles import Estimate, assert_within, generator, randn
+from tests.kit.oracles import Estimate, assert_within, generator, randn
 
 MU = 1.5  # the reward is -(x - μ)²
 AB = [[1.5, 0.5], [1.2, -0.4], [1.1, 0.7]]  # a_k and b_k of each level

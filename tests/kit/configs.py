@@ -30,6 +30,18 @@ SMALL = (
     "eval.samples=40",
 )
 
+TINY = [
+    "data=gmm", "network=mlp",
+    "data.dim=2", "data.components=3", "data.test_size=64", "network.hidden=8", "network.depth=1",
+    "network.x_features=4", "network.noise_features=4", "chain.num_steps=4", "chain.coupling=1.0",
+    "trainer.grad_steps=6", "trainer.batch_size=4", "trainer.eval_every=2", "trainer.report_every=2",
+    "trainer.checkpoint_every=2", "optim.warmup_steps=1",
+    "eval.points=16", "eval.samples=16", "eval.num_steps=[2,3]",
+]  # fmt: skip
+"""Overrides of an experiment that trains for an instant on a mixture."""
+
+MC, TD = ["objective=monte_carlo"], ["objective.lmbda=0"]
+
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
     """What Hydra composes."""

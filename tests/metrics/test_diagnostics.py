@@ -19,7 +19,7 @@ from diffrl.diffusion.trajectories import sample_chain
 from diffrl.experiments.reports.target_figure import draw_target_errors
 from diffrl.metrics.diagnostics import gradient_variance, target_errors
 from diffrl.objectives.value import ValueLoss
-from tests.oracles import generator, randn
+from tests.kit.oracles import generator, randn
 
 EVEN = EDM(sigma_min=0.1, sigma_max=10.0, rho=3.0)
 

@@ -29,6 +29,7 @@ from diffrl.metrics.distances import (
     value_error,
     w2,
 )
+from tests.kit.paths import EXAMPLES
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -285,7 +286,7 @@ def test_digits_cnn_refuses_other_shapes_and_missing_weights(tmp_path: Path) -> 
 
 
 def test_training_digits_cnn_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "train_digits_features.py"))["main"]
+    main = runpy.run_path(str(EXAMPLES / "train_digits_features.py"))["main"]
     files = [tmp_path / "a" / "x.safetensors", tmp_path / "b.safetensors"]
     accuracies = [main(file, seed=1, epochs=2) for file in files]
     assert accuracies[0] > 0.5 and files[0].read_bytes() == files[1].read_bytes()

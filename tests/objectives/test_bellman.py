@@ -18,7 +18,7 @@ from diffrl.diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
 from diffrl.diffusion.schedules.all import EDM, Schedule
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
-from tests.oracles import CONTINUOUS, DISCRETE, Estimate, assert_within, fit_line, generator, randn
+from tests.kit.oracles import CONTINUOUS, DISCRETE, Estimate, assert_within, fit_line, generator, randn
 
 EVEN = CONTINUOUS["edm_even"]
 # levels, process and value of K = 6 transitions each

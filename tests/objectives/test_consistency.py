@@ -31,7 +31,7 @@ from diffrl.objectives.value import ValueLoss
 from diffrl.training.build import Objective
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
-from tests.oracles import generator, randn
+from tests.kit.oracles import generator, randn
 
 SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5
 

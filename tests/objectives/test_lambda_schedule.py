@@ -21,7 +21,7 @@ from diffrl.objectives.schemes import OBJECTIVES, td_lambda_schedule_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.rl.estimators import TDLambda
 from diffrl.rl.returns import lambda_returns
-from tests.oracles import every_process, generator, randn
+from tests.kit.oracles import every_process, generator, randn
 
 
 def denoiser_of(process: Schedule) -> Denoiser:

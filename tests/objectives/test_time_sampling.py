@@ -27,7 +27,7 @@ from diffrl.objectives.value import ValueLoss
 from diffrl.training.build import Adaptive, Objective
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
-from tests.oracles import CONTINUOUS, DISCRETE, generator, randn
+from tests.kit.oracles import CONTINUOUS, DISCRETE, generator, randn
 
 PROCESSES = {**CONTINUOUS, **DISCRETE}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())

@@ -21,7 +21,7 @@ from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms, weight_function
-from tests.oracles import generator, randn
+from tests.kit.oracles import generator, randn
 
 PROCESSES = {
     "ddpm": DDPM(train_steps=200),

@@ -1,18 +1,19 @@
 """The benchmarks compare like with like, and read their own figures right."""
 
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
+from tests.kit.paths import ROOT
+
 METHODS = ("Monte Carlo", "TD(λ), own", "TD(λ), target", "TD-EDM")
 
 
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import step_cost
 
     return step_cost

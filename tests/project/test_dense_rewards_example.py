@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.oracles import randn
+from tests.kit.oracles import randn
+from tests.kit.paths import EXAMPLES
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "dense_rewards.py"
+SCRIPT = EXAMPLES / "dense_rewards.py"
 
 
 @pytest.fixture(scope="module")

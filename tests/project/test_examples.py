@@ -10,9 +10,8 @@ from types import ModuleType
 import pytest
 
 from diffrl.experiments.train import run_experiment
-from tests.small import SMALL, small
-
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+from tests.kit.configs import SMALL, small
+from tests.kit.paths import EXAMPLES
 
 
 def example(name: str) -> ModuleType:

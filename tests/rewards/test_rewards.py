@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from diffrl.rewards import cache as reward_cache
-from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import RewardError
 from diffrl.rewards.faulty import Faulty
 from diffrl.rewards.pixels import Brightness
 from diffrl.rewards.weighted_sum import WeightedSum, as_reward, nondeterminism
-from tests.oracles import randn
+from torch import Tensor
+
+from diffrl.rewards import cache as reward_cache
+from diffrl.rewards.black_box import BlackBox
+from tests.kit.oracles import randn
 
 
 def mean(x0: Tensor, cond: Any = None) -> Tensor:

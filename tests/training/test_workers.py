@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from diffrl.workers import Failure, run_tasks
+
+from tests.kit.paths import ROOT
 
 
 def work(task: Any) -> Any:
@@ -83,12 +84,12 @@ def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
 
 def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
     program = (
-        "from test_workers import work; from diffrl.workers import run_tasks\n"
+        "from tests.training.test_workers import work; from diffrl.workers import run_tasks\n"
         f"if __name__ == '__main__': list(run_tasks(work, [('wait', {str(tmp_path)!r})], workers=1))"
     )
     script = tmp_path / "parent.py"
     script.write_text(program)
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    path = os.pathsep.join([str(ROOT), *sys.path])
     parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path})
     wait_until((tmp_path / "pid").exists)
     parent.kill()
