@@ -12,8 +12,10 @@ from diffrl.diffusion.networks import UNet
 from diffrl.diffusion.samplers.loop import Ancestral
 from diffrl.diffusion.schedules.all import EDM
 from diffrl.finetuning.finetuner import Finetuner, Iterations
+from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.finetuning.recipes import RECIPES, Recipe, Rollouts
+from diffrl.finetuning.recipe import Recipe
+from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.updates import Updates
 
 __all__ = ["finetune_cost"]
@@ -28,7 +30,7 @@ def brightness(x0: Tensor, cond: Tensor | None) -> Tensor:
 
 def finetune_cost(*, rounds: int) -> list[Row]:
     """Time of one iteration of each method with a UNet over its bare evaluations, in the same batches."""
-    return [_cost(name, rounds) for name in RECIPES]
+    return [_cost(name, rounds) for name in METHODS]
 
 
 def _cost(name: str, rounds: int) -> Row:
@@ -40,7 +42,7 @@ def _cost(name: str, rounds: int) -> Row:
     # one update a rollout, and a pass by steps for SDPO, so that all evaluate alike
     order = "step" if name == "sdpo" else "trajectory"
     updates = Updates(order, minibatches=1, micro_batch=STATES)  # type: ignore[arg-type]
-    recipe: Recipe = RECIPES[name](rollouts=plan, updates=updates)
+    recipe: Recipe = METHODS[name](rollouts=plan, updates=updates)
     tuner = Finetuner(
         policy, brightness, recipe, event_shape=EVENT_SHAPE, length=Iterations(iterations=10**9)
     )

@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffrl.configs.groups import register
-from diffrl.experiments.train import Interrupted
+from diffrl.experiments.run import Interrupted
 from diffrl.extras import MissingExtra
 from diffrl.finetuning.checks import CheckFailed
-from diffrl.rewards.black_box import RewardError
+from diffrl.rewards.calls import RewardError
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError

@@ -1,6 +1,6 @@
 """The config groups: `register` stores a schema for every name in the library's registries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,23 +17,49 @@ from diffrl.diffusion.samplers.loop import SAMPLERS
 from diffrl.diffusion.schedules.all import PROCESSES
 from diffrl.diffusion.starts import STARTS
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.experiments.finetune import RewardCalls
-from diffrl.finetuning.credit.standardised import CREDITS
+from diffrl.finetuning.build import recipe_config
+from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.evaluation import EarlyStop, TuningEvaluation
 from diffrl.finetuning.finetuner import Iterations
+from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.models import MODELS
-from diffrl.finetuning.placement.terminal import PLACEMENTS
+from diffrl.finetuning.placement.registry import PLACEMENTS
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.finetuning.recipes import Rollouts
-from diffrl.finetuning.surrogate import SURROGATES, Regulariser
-from diffrl.finetuning.updates import Updates
+from diffrl.finetuning.recipe import Recipe, Regulariser
+from diffrl.finetuning.rollouts.registry import ROLLOUTS
+from diffrl.finetuning.surrogate import SURROGATES
+from diffrl.finetuning.updates import UPDATES
 from diffrl.objectives.schemes import OBJECTIVES
-from diffrl.rewards.shipped import REWARDS
+from diffrl.registry import Registry
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.registry import REWARDS
 from diffrl.training.evaluation import Evaluation
-from diffrl.training.optim import Optim
+from diffrl.training.optim import FinetuningOptim, Optim
 from diffrl.training.trainer import Average, Length, Target
 
 __all__ = ["FinetuneConfig", "TrainConfig", "register"]
+
+
+GROUPS: tuple[Registry, ...] = (*(MODELS, REWARDS, ROLLOUTS, PLACEMENTS, CREDITS, UPDATES, SURROGATES),)
+"""Registries whose names are the options of a config group."""
+
+SINGLE: tuple[tuple[str, str, tuple[Callable[..., Any], ...], tuple[str, ...]], ...] = (
+    ("chain", "default", (Chain, ChainSampler), ("process", "offset", "chain", "starts")),
+    ("denoiser", "default", (Denoiser,), ("network", "process")),
+    ("optim", "default", (Optim,), ()),
+    ("optim", "finetuning", (FinetuningOptim,), ()),
+    ("ema", "default", (Average,), ()),
+    ("target", "default", (Target,), ()),
+    ("trainer", "default", (Length,), ()),
+    ("eval", "default", (Evaluation,), ()),
+    ("policy", "default", (DenoisingPolicy,), ("denoiser", "sampler", "process")),
+    ("reward_calls", "default", (BlackBox,), ("reward",)),
+    ("regulariser", "default", (Regulariser,), ()),
+    ("loop", "default", (Iterations,), ()),
+    ("evaluation", "default", (TuningEvaluation,), ()),
+    ("stop", "default", (EarlyStop,), ()),
+)
+"""Groups of one constructor each: group, option, what the options go to, parameters that are no options."""
 
 
 @dataclass
@@ -109,43 +135,40 @@ def register() -> None:
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="finetune_schema", node=FinetuneConfig)
     store.store(name="compare_schema", node=CompareConfig)
-
-    def group(name: str, registry: Mapping[str, Callable[..., Any]], omit: tuple[str, ...] = ()) -> None:
-        for option, function in registry.items():
-            store.store(group=name, name=option, node=schema(option, function, omit=omit))
-
-    group("data", DATASETS)
-    group("process", PROCESSES)
-    group("network", NETWORKS, omit=("event_shape", "num_classes"))
-    group("sampler", SAMPLERS)
-    group("starts", STARTS)
-    group("model", MODELS, omit=("device", "seed"))
-    group("placement", PLACEMENTS)
-    group("credit", CREDITS)
-    group("surrogate", SURROGATES)
-    for name in ("reward", "heldout_reward"):
-        group(name, REWARDS, omit=("classifier", "index", "mixture"))
-    store.store(group="heldout_reward", name="none", node=schema("none"))
+    for registry in GROUPS:
+        for entry in registry.entries():
+            store.store(
+                group=registry.kind,
+                name=entry.name,
+                node=schema(entry.name, *entry.functions, omit=registry.omit),
+            )
+    # transitional
+    for kind, d, omit in (
+        ("data", DATASETS, ()),
+        ("process", PROCESSES, ()),
+        ("network", NETWORKS, ("event_shape", "num_classes")),
+        ("sampler", SAMPLERS, ()),
+        ("starts", STARTS, ()),
+    ):
+        for option, function in d.items():
+            store.store(group=kind, name=option, node=schema(option, function, omit=omit))
     drawn = ("denoiser", "process", "x0", "cond", "sigma", "noise", "fresh_noise", "generator")
     for option, scheme in OBJECTIVES.items():
         functions = [f for f in (scheme.loss, scheme.draw) if f is not None]
         store.store(group="objective", name=option, node=schema(option, *functions, omit=drawn))
+    # end of transitional
+    for option in REWARDS:
+        node = schema(option, REWARDS[option], omit=REWARDS.omit)
+        store.store(group="heldout_reward", name=option, node=node)
+    store.store(group="heldout_reward", name="none", node=schema("none"))
+    for name, make in METHODS.items():
+        store.store(group=METHODS.kind, name=name, node=_recipe_node(make()), package="_global_")
+    for group, option, functions, omit in SINGLE:
+        store.store(group=group, name=option, node=schema(group, *functions, omit=omit, tag=False))
 
-    def single(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()) -> None:
-        store.store(group=name, name="default", node=schema(name, *functions, omit=omit, tag=False))
 
-    single("chain", Chain, ChainSampler, omit=("process", "offset", "chain", "starts"))
-    single("denoiser", Denoiser, omit=("network", "process"))
-    single("optim", Optim)
-    single("ema", Average)
-    single("target", Target)
-    single("trainer", Length)
-    single("eval", Evaluation)
-    single("policy", DenoisingPolicy, omit=("denoiser", "sampler", "process"))
-    single("reward_calls", RewardCalls)
-    single("rollouts", Rollouts)
-    single("updates", Updates)
-    single("regulariser", Regulariser)
-    single("loop", Iterations)
-    single("evaluation", TuningEvaluation)
-    single("stop", EarlyStop)
+def _recipe_node(recipe: Recipe) -> dict[str, Any]:
+    """The configuration that chooses the pieces of a recipe."""
+    chosen, given = recipe_config(recipe)
+    defaults = [{f"override /{group}": option} for group, option in chosen.items()]
+    return {"defaults": defaults, **given}

@@ -1,48 +1,37 @@
 """One fine-tuning run from a configuration: check, tune, evaluate, keep the figures; and loading what was tuned."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.samplers.loop import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
-from diffrl.experiments.train import (
-    AUTOCAST,
-    SHOWN,
-    Interrupted,
-    as_tuples,
-    check_settings,
-    interruptible,
-    open_logger,
-)
-from diffrl.finetuning.credit.standardised import CREDITS
+from diffrl.experiments.run import AUTOCAST, SHOWN, Job, as_tuples, check_settings, interruptible
+from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.models import MODELS, Tunable
-from diffrl.finetuning.placement.terminal import PLACEMENTS
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.finetuning.recipes import Recipe, Rollouts
 from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.finetuning.surrogate import SURROGATES, Regulariser
-from diffrl.finetuning.updates import Updates
-from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum, as_reward
-from diffrl.rewards.shipped import REWARDS
-from diffrl.training.build import accepted, named
+from diffrl.registry import Config, accepted
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import Reward
+from diffrl.rewards.registry import REWARDS
+from diffrl.rewards.weighted_sum import WeightedSum, as_reward
+from diffrl.training.build import named
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
-from diffrl.training.table import Table
 
-__all__ = ["RewardCalls", "TunedRun", "build_recipe", "load_tuned", "run_finetuning"]
+__all__ = ["TunedRun", "load_tuned", "run_finetuning"]
 
 OWN = "own: "  # before the name of a reward that is no shipped one
-COUNTS = ("iteration", "trajectories", "queries", "failures", "updates", "network_evaluations", "seconds")
 WATCHED = (
     *("reward", "reward_std", "reward_best", "advantage_std", "raw_advantage_std"),
     *("loss_policy", "loss_kl", "kl", "ratio", "clip_fraction", "approx_kl", "grad_norm"),
@@ -52,63 +41,23 @@ JUDGED = (
     *("kl_to_base", "distance_to_base", "diversity"),
 )
 
-Config = Mapping[str, Any]
 
+class _Job(Job):
+    """A fine-tuning run: its tuner, and how it is judged."""
 
-@dataclass(frozen=True)
-class RewardCalls:
-    """How the reward is called; see `diffrl.rewards.black_box.BlackBox`.
-
-    Args:
-        batch_size: most samples in one call; None: all.
-        workers: threads or processes; 0 calls it here.
-        backend: "thread" or "process".
-        timeout: seconds that one batch may take; needs workers.
-        retries: further attempts at what failed.
-        on_failure: "raise", "worst" or "mean".
-        cache: whether to remember rewards.
-    """
-
-    batch_size: int | None = None
-    workers: int = 0
-    backend: str = "thread"
-    timeout: float | None = None
-    retries: int = 0
-    on_failure: str = "raise"
-    cache: bool = True
-
-
-def build_recipe(config: Config) -> Recipe:
-    """The recipe that a configuration's groups make.
-
-    Raises:
-        ValueError: pieces that do not go together.
-    """
-    return Recipe(
-        rollouts=Rollouts(**config["rollouts"]),
-        placement=named(PLACEMENTS, config["placement"]),
-        credit=named(CREDITS, config["credit"]),
-        updates=Updates(**config["updates"]),
-        surrogate=named(SURROGATES, config["surrogate"]),
-        regulariser=Regulariser(**config["regulariser"]),
-    )
-
-
-class _Job:
-    """Everything of a run but its folder."""
+    count: ClassVar[str] = "iteration"
 
     def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
         if config["dtype"] == "float64":
             raise ValueError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
         model = _model(config)
-        self.config, self.model = config, model
-        self.policy = _policy(config, model)
+        self.model, self.policy = model, _policy(config, model)
         if reward is None:
             reward = _shipped(config["reward"])
         if heldout is None and config["heldout_reward"]["name"] != "none":
             heldout = _shipped(config["heldout_reward"])
-        calls = RewardCalls(**config["reward_calls"])
+        calls = config["reward_calls"]
         box = _called(model.wrap_reward(reward), calls)
         self.tuner = Finetuner(
             self.policy,
@@ -122,6 +71,7 @@ class _Job:
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
         )
+        super().__init__(config, "policy", self.tuner)
         self.judge = Judge(
             TuningEvaluation(**config["evaluation"]),
             self.tuner.base,
@@ -133,53 +83,50 @@ class _Job:
             precision=self.tuner.precision,
         )
         self.stop = EarlyStop(**config["stop"])
+        self.judged: list[dict[str, float]] = []
+        """Rows with an evaluation."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Counts, figures of the rollouts and of the losses, evaluations."""
+        own = (key for role in self.tuner.roles.values() for key in role.loss.out_keys)
+        others = (
+            f"{name}/{key}"
+            for name, role in self.tuner.roles.items()
+            if name != "policy"
+            for key in (*role.loss.out_keys, "grad_norm")
+        )
+        return tuple(dict.fromkeys((*self.tuner.figures, *WATCHED, *own, *others, *JUDGED)))
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the policy on held-out noise."""
+        return self.judge(self.policy)
+
+    def finished(self, row: dict[str, float]) -> str | None:
+        """What the early stop says."""
+        self.judged.append(row)
+        return self.stop.reason(self.judged)
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
         """Tune to the end, or raise `Interrupted`; the figures for results.json."""
-        tuner, name = self.tuner, self.config["surrogate"]["name"]
-        tuner.folder = folder.checkpoints("policy")
-        tuner.resume()
-        table = Table(folder.path / "metrics.csv", (*COUNTS, *WATCHED, *JUDGED))
-        done = range(tuner.iteration + 1 if tuner.iteration > 0 else 0)
-        table.keep(lambda row: int(row["iteration"]) in done)
-        judged = [_numbers(row) for row in table.rows() if row["eval_reward"]]
-        logger = open_logger(self.config["logger"], str(folder.path), name)
-
-        def report(row: dict[str, float]) -> None:
-            table.append(row)
-            if logger is not None:
-                for key, value in row.items():
-                    logger.log_scalar(key, value, step=int(row["iteration"]))
-
-        def evaluate(tuner: Finetuner) -> dict[str, float]:
-            return self.judge(tuner.policy)
-
-        def finished(row: dict[str, float]) -> str | None:
-            judged.append(row)
-            return self.stop.reason(judged)
-
-        stopped_before = bool(judged) and self.stop.reason(judged) is not None
-        if not stopped_before and not tuner.fit(
-            report=report, evaluate=evaluate, stop=interrupted, finished=finished, progress=progress
-        ):
-            raise Interrupted(
-                f"stopped after iteration {tuner.iteration}, and saved; continue with resume={folder.path}"
-            )
+        self.resume(folder)
+        table = self.table(folder)
+        self.judged = [_numbers(row) for row in table.rows() if row["eval_reward"]]
+        if not self.judged or self.stop.reason(self.judged) is None:
+            self.run_loop(folder, interrupted, progress)
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
         kept = SHOWN["images" if len(self.model.event_shape) == 3 else "points"]
         folder.write_samples("base", {nfe: self.judge.base_samples[:kept].float()})
         folder.write_samples("tuned", {nfe: tuned[:kept].float()})
         rows = [_numbers(row) for row in table.rows() if row["eval_reward"]]
-        last = {k: v for k, v in rows[-1].items() if k in JUDGED}
-        first = {k: v for k, v in rows[0].items() if k in JUDGED}
-        stopped = self.stop.reason(rows)
-        return {**tuner.figures, "final": last, "base": first, "stopped_early": stopped}
+        first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
+        return {**self.tuner.figures, "final": last, "base": first, "stopped_early": self.stop.reason(rows)}
 
 
 def _model(config: Config) -> Tunable:
     options, run = as_tuples(config["model"]), {"device": config["device"], "seed": config["seed"]}
-    model: Tunable = named(MODELS, options, **accepted(MODELS[options["name"]], run))
+    model: Tunable = MODELS.build(options, **accepted(MODELS[options["name"]], run))
     return model
 
 
@@ -198,18 +145,18 @@ def _shipped(config: Config) -> Reward:
         raise ValueError(
             f"this run was tuned for a reward of your own, {name}: give it to run_finetuning again"
         )
-    reward: Reward = named(REWARDS, config)
+    reward: Reward = REWARDS.build(config)
     return reward
 
 
-def _called(reward: Reward, calls: RewardCalls) -> BlackBox | WeightedSum:
+def _called(reward: Reward, calls: Config) -> BlackBox | WeightedSum:
     """The reward, called as the configuration says; what is checked and counted already says so itself."""
     if isinstance(reward, BlackBox | WeightedSum):
         return reward
-    return BlackBox(reward, **vars(calls))
+    return BlackBox(reward, **calls)
 
 
-def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+def _numbers(row: Config) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if value}
 
 

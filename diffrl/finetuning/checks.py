@@ -13,9 +13,10 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.finetuning.methods.ddpo import kl_to_reference, trainable_law
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.rewards.black_box import Reward, nondeterminism
+from diffrl.finetuning.surrogate import trainable_law
+from diffrl.rewards.calls import Reward
+from diffrl.rewards.weighted_sum import nondeterminism
 from diffrl.training.table import aligned
 
 __all__ = ["Check", "CheckFailed", "Report", "check"]
@@ -301,7 +302,7 @@ def _why(run: _Run, states: TensorDictBase) -> str:
             if x.dtype == half or (x.numel() and torch.equal(x.to(half).to(x), x)):
                 return f"the stored {key} is rounded to {str(half)[6:]}: store latents in float32"
     law, log_p, mask = trainable_law(policy, states)
-    if not bool((law.std > 0).all()):
+    if not bool(law.stochastic.all()):
         return "steps that were stochastic are not any more: std_floor or the sampler's η differ"
     D = states.get(keys.ACTION)[0].numel()
     other = log_p * D if policy.reduction == "mean" else log_p / D
@@ -325,7 +326,7 @@ def _kl(run: _Run, reference: DenoisingPolicy | None) -> Check:
         if not torch.allclose(law.std, other.std):
             why = "the reference has other standard deviations: its sampler, num_steps or std_floor differ"
             return Check(name, False, math.inf, run.kl_limit, why)
-        kl = kl_to_reference(law, other, run.policy.reduction)[law.std > 0]
+        kl = law.kl(other, run.policy.reduction)[law.stochastic]
         value = max(value, _largest(kl), key=_nan_first)
     if value <= run.kl_limit:
         return Check(name, True, value, run.kl_limit)

@@ -11,12 +11,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.finetuning.methods.ddpo import kl_to_reference
-from diffrl.finetuning.placement.terminal import trajectory_condition
 from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.rollouts.base import trajectory_condition
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.metrics.distances import sample_distance
-from diffrl.rewards.black_box import Reward, as_reward
+from diffrl.rewards.calls import Reward
+from diffrl.rewards.weighted_sum import as_reward
 
 __all__ = ["EarlyStop", "Judge", "TuningEvaluation", "chain_kl", "diversity"]
 
@@ -40,12 +40,12 @@ def chain_kl(policy: DenoisingPolicy, base: DenoisingPolicy, rollout: TensorDict
         x, D_x = rollout.get(keys.X_T)[:, i], rollout.get(keys.X0_HAT)[:, i]
         own = policy.law_of_estimate(x, torch.full((len(x),), i), D_x)
         other = base.law(x, torch.full((len(x),), i), cond)
-        total += kl_to_reference(own, other, "sum")
+        total += own.kl(other, "sum")
     return total
 
 
 def diversity(x: Tensor) -> float:
-    """Mean distance of two samples, a number of theirs: mean ‖x_a - x_b‖/√dim over all pairs of x [N, *E], N ≥ 2."""
+    """Mean distance between two samples per dimension: mean ‖x_a - x_b‖/√dim over all pairs of x [N, *E], N ≥ 2."""
     flat = x.flatten(1).double()
     return float(torch.pdist(flat).mean()) / math.sqrt(flat.shape[1])
 

@@ -11,11 +11,16 @@ from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora
-from diffrl.rewards.black_box import BlackBox, Reward, WeightedSum
+from diffrl.registry import Registry
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import Reward
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
+from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.runs import load
 
 __all__ = ["MODELS", "Tunable", "pipeline_model", "run_model"]
+
+MODELS = Registry("model", "diffrl.finetuning.models", omit=("device", "seed"))
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Tunable:
     name: str
 
 
+@MODELS.register("run")
 def run_model(
     path: str | None = None,
     *,
@@ -84,6 +90,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+@MODELS.register("pipeline")
 def pipeline_model(
     path: str | None = None,
     *,
@@ -177,6 +184,3 @@ def _lines(file: str) -> list[str]:
     if not any(texts):
         raise ValueError(f"model.prompts_file {file} holds no prompt: write one a line")
     return [text for text in texts if text]
-
-
-MODELS: dict[str, Callable[..., Tunable]] = {"run": run_model, "pipeline": pipeline_model}

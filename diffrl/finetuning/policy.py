@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -11,22 +11,11 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
 from diffrl import keys
-from diffrl.diffusion.posterior import normal_log_prob
-from diffrl.diffusion.samplers.base import GaussianSampler, Kernel, Noise, NoiseFn, column
+from diffrl.diffusion.laws import Gaussian
+from diffrl.diffusion.samplers.base import GaussianSampler, Noise, NoiseFn, column
 from diffrl.diffusion.schedules.all import Schedule
 
-__all__ = ["ActionDistribution", "DenoisingPolicy", "Law"]
-
-
-class Law(NamedTuple):
-    """π(x_s | x_t) = N(mean, std² I), and the clean estimate it was made from."""
-
-    mean: Tensor
-    """Shape [N, *E]."""
-    std: Tensor
-    """Shape [N]."""
-    x0_hat: Tensor
-    """Shape [N, *E]."""
+__all__ = ["ActionDistribution", "DenoisingPolicy"]
 
 
 class DenoisingPolicy(TensorDictModuleBase):
@@ -50,11 +39,13 @@ class DenoisingPolicy(TensorDictModuleBase):
         reduction: "mean" or "sum" of log-probabilities over the event dims. They differ by the factor dim(E), and
             a clip range made for one means nothing for the other.
         std_floor: least standard deviation of a step.
+        noise_steps: positions of the steps that have noise, 0..K-1; the others become deterministic, after the
+            floor. None: all.
         process: noise schedule; the denoiser's if None.
 
     Raises:
         TypeError: the sampler's step is not one Gaussian.
-        ValueError: an unknown reduction, a negative floor, or no process.
+        ValueError: an unknown reduction, a negative floor, a step outside 0..K-1, or no process.
     """
 
     in_keys = [keys.X_T, keys.INDEX]
@@ -68,6 +59,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         num_steps: int,
         reduction: Literal["mean", "sum"],
         std_floor: float = 0.0,
+        noise_steps: list[int] | None = None,
         process: Schedule | None = None,
     ) -> None:
         super().__init__()
@@ -75,13 +67,15 @@ class DenoisingPolicy(TensorDictModuleBase):
             raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
         if not std_floor >= 0:
             raise ValueError(f"std_floor is {std_floor}: it is a standard deviation >= 0")
+        if not all(0 <= i < num_steps for i in noise_steps or []):
+            raise ValueError(f"noise_steps is {noise_steps}: the steps are 0..{num_steps - 1}")
         if not isinstance(sampler, GaussianSampler):
             raise TypeError(f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()")
         process = getattr(denoiser, "process", None) if process is None else process
         if process is None:
             raise ValueError("this denoiser does not know its process: give process=")
         self.denoiser, self.sampler, self.num_steps = denoiser, sampler, num_steps
-        self.reduction, self.std_floor = reduction, std_floor
+        self.reduction, self.std_floor, self.noise_steps = reduction, std_floor, noise_steps
         self.process: Schedule = process
         self.grid = sampler.grid(self.process, num_steps)
         """Times of the states, the clean one last: float64, shape [K+1]."""
@@ -90,21 +84,34 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.generator: Generator | Sequence[Generator] | None = None
         """What actions are drawn from in `forward`: one, or one per state; None: torch's global one."""
 
-    def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Law:
-        """The law of the next latent.
+    @property
+    def stochastic_steps(self) -> list[int]:
+        """Positions of the steps that have noise, so that a log-probability can be trained."""
+        x, grid = torch.zeros(1, 1, dtype=torch.float64), self.grid
+        stds = [
+            float(self.sampler.law(self.process, x, x, t, s).std)
+            for t, s in zip(grid[:-1], grid[1:], strict=True)
+        ]
+        kept = range(self.num_steps) if self.noise_steps is None else self.noise_steps
+        return [i for i, std in enumerate(stds) if i in kept and max(std, self.std_floor) > 0]
+
+    def estimate(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The clean estimate D_θ of states, float32 [N, *E]; arguments as of `law`."""
+        self.nfe += len(x_t) * int(getattr(self.denoiser, "evaluations", 1))
+        x_t = x_t.float()
+        return self.denoiser(x_t, self.grid[index.cpu()].to(x_t), cond).float()
+
+    def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Gaussian:
+        """The law of the next latent, π(x_s | x_t) = N(mean, std² I).
 
         Args:
             x_t: states, shape [N, *E].
             index: position of each along the chain, integers in [0, K-1], shape [N].
             cond: condition, shape [N, ...], or None.
         """
-        i = index.cpu()
-        self.nfe += len(x_t) * int(getattr(self.denoiser, "evaluations", 1))
-        x_t = x_t.float()
-        D_x = self.denoiser(x_t, self.grid[i].to(x_t), cond).float()
-        return self.law_of_estimate(x_t, i, D_x)
+        return self.law_of_estimate(x_t.float(), index, self.estimate(x_t, index, cond))
 
-    def law_of_estimate(self, x_t: Tensor, index: Tensor, x0_hat: Tensor) -> Law:
+    def law_of_estimate(self, x_t: Tensor, index: Tensor, x0_hat: Tensor) -> Gaussian:
         """The law of the next latent for a clean estimate that is known already: no network is asked.
 
         Args:
@@ -114,24 +121,42 @@ class DenoisingPolicy(TensorDictModuleBase):
         """
         i = index.cpu()
         mean, std = self.sampler.law(self.process, x_t, x0_hat, self.grid[i], self.grid[i + 1])
-        return Law(mean, std.clamp(min=self.std_floor).expand(len(x_t)).to(x_t), x0_hat)
+        std = std.clamp(min=self.std_floor)
+        if self.noise_steps is not None:
+            std = torch.where(torch.isin(i, torch.tensor(self.noise_steps)), std, 0.0)
+        return Gaussian(mean, std.expand(len(x_t)).to(x_t))
 
-    def log_prob(self, law: Law, action: Tensor) -> Tensor:
+    def log_prob(self, law: Gaussian, action: Tensor) -> Tensor:
         """Log π of actions, float32, shape [N]; 0 where the step is deterministic."""
-        stochastic = law.std > 0
-        std = torch.where(stochastic, law.std, 1.0)
-        log_p = normal_log_prob(action.float(), law.mean, std, batch_dims=1, reduction=self.reduction)
-        return torch.where(stochastic, log_p, 0.0)
+        std = torch.where(law.stochastic, law.std, 1.0)
+        log_p = Gaussian(law.mean, std).log_prob(action.float(), self.reduction)
+        return torch.where(law.stochastic, log_p, 0.0)
 
     def act(
-        self, x_t: Tensor, index: Tensor, cond: Tensor | None = None, *, noise: NoiseFn
-    ) -> tuple[Tensor, Law]:
-        """Draw actions, float32 [N, *E], and tell the law they came from; arguments as of `law`.
+        self,
+        x_t: Tensor,
+        index: Tensor,
+        cond: Tensor | None = None,
+        *,
+        noise: NoiseFn,
+        stochastic: Tensor | None = None,
+    ) -> tuple[Tensor, Gaussian, Tensor]:
+        """Draw actions, float32 [N, *E], and tell the law that they came from and the clean estimate behind it.
 
         Noise is not asked for where every step is deterministic.
+
+        Args:
+            x_t: states, shape [N, *E].
+            index: position of each along the chain, shape [N].
+            cond: condition, shape [N, ...], or None.
+            noise: source of noise.
+            stochastic: which states keep their noise, bool [N]; None: all that have any.
         """
-        law = self.law(x_t, index, cond)
-        return Kernel(law.mean, law.std).sample(noise), law
+        x0_hat = self.estimate(x_t, index, cond)
+        law = self.law_of_estimate(x_t.float(), index, x0_hat)
+        if stochastic is not None:
+            law = Gaussian(law.mean, torch.where(stochastic, law.std, 0.0))
+        return law.sample(noise), law, x0_hat
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Draw actions: write action, action_log_prob, x0_hat and trainable into the TensorDict [*b].
@@ -140,12 +165,12 @@ class DenoisingPolicy(TensorDictModuleBase):
             ValueError: the times of the states are not those of the policy's grid.
         """
         x_t, index, cond = self._states(tensordict)
-        action, law = self.act(x_t, index, cond, noise=Noise(self.generator))
+        action, law, x0_hat = self.act(x_t, index, cond, noise=Noise(self.generator))
         shape = (*tensordict.shape, *x_t.shape[1:])
         tensordict.set(keys.ACTION, action.view(shape))
         tensordict.set(keys.ACTION_LOG_PROB, self.log_prob(law, action).view(tensordict.shape))
-        tensordict.set(keys.X0_HAT, law.x0_hat.view(shape))
-        tensordict.set(keys.TRAINABLE, (law.std > 0).view(*tensordict.shape, 1))
+        tensordict.set(keys.X0_HAT, x0_hat.view(shape))
+        tensordict.set(keys.TRAINABLE, law.stochastic.view(*tensordict.shape, 1))
         return tensordict
 
     def get_dist(self, tensordict: TensorDictBase) -> "ActionDistribution":
@@ -182,7 +207,7 @@ class ActionDistribution(Distribution):
     arg_constraints: dict = {}
     has_rsample = True
 
-    def __init__(self, policy: DenoisingPolicy, law: Law, batch_shape: torch.Size) -> None:
+    def __init__(self, policy: DenoisingPolicy, law: Gaussian, batch_shape: torch.Size) -> None:
         super().__init__(batch_shape, law.mean.shape[1:], validate_args=False)
         self.policy, self.law = policy, law
 
@@ -214,7 +239,7 @@ class ActionDistribution(Distribution):
 
     def entropy(self) -> Tensor:
         """H = log std + ½ log 2πe a dim, summed or averaged: shape [*b]."""
-        stochastic = self.law.std > 0
+        stochastic = self.law.stochastic
         H = torch.where(stochastic, self.law.std, 1.0).log() + 0.5 * math.log(2 * math.pi * math.e)
         H = H * self._event_shape.numel() if self.policy.reduction == "sum" else H
         return torch.where(stochastic, H, 0.0).view(self._batch_shape)

@@ -1,7 +1,7 @@
-"""The policies that a tuned one is held against, and its weights as files keep them."""
+"""Copies of a policy that its losses compare it with, and its weights as files keep them."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from diffrl.diffusion.pipelines.lora import has_lora
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.training.checkpoints import CheckpointError
 
-__all__ = ["frozen_copy", "load_policy_weights", "move_average", "policy_weights", "shares_weights"]
+__all__ = ["References", "frozen_copy", "load_policy_weights", "policy_weights"]
 
 
 def frozen_copy(policy: DenoisingPolicy) -> DenoisingPolicy:
@@ -27,22 +27,82 @@ def frozen_copy(policy: DenoisingPolicy) -> DenoisingPolicy:
         num_steps=policy.num_steps,
         reduction=policy.reduction,
         std_floor=policy.std_floor,
+        noise_steps=policy.noise_steps,
         process=policy.process,
     )
 
 
-def shares_weights(policy: DenoisingPolicy) -> bool:
-    """Whether a `frozen_copy` holds the policy's own weights, under adapters that are switched off."""
-    network = getattr(policy.denoiser, "network", None)
-    return isinstance(network, nn.Module) and has_lora(network)
+class References:
+    """The copies of a policy that losses ask for, by name, made when they are first asked for.
 
+        "frozen"    as it was at the start
+        "old"       as it was when the present rollout was collected
+        "ema"       θ_ref ← decay θ_ref + (1 - decay) θ after each rollout
 
-@torch.no_grad()
-def move_average(average: DenoisingPolicy, policy: DenoisingPolicy, decay: float) -> None:
-    """θ_avg ← decay θ_avg + (1 - decay) θ, in place."""
-    pairs = zip(average.denoiser.parameters(), policy.denoiser.parameters(), strict=True)
-    for theta_avg, theta in pairs:
-        theta_avg.lerp_(theta, 1 - decay)
+    Args:
+        policy: what is tuned.
+        decay: of "ema".
+    """
+
+    def __init__(self, policy: DenoisingPolicy, decay: float) -> None:
+        self.policy, self.decay = policy, decay
+        self.frozen = frozen_copy(policy)
+        self._moving: dict[str, DenoisingPolicy] = {}
+        self._asked: dict[str, DenoisingPolicy] = {}
+
+    def __call__(self, kind: str) -> DenoisingPolicy:
+        """The copy of that name.
+
+        Raises:
+            ValueError: an unknown name, or a moving copy of a denoiser whose adapters share their base.
+        """
+        if kind not in ("frozen", "old", "ema"):
+            raise ValueError(f"there is no reference {kind!r}: ask for 'frozen', 'old' or 'ema'")
+        if kind == "frozen":
+            return self._asked.setdefault(kind, self.frozen)
+        if kind not in self._moving:
+            network = getattr(self.policy.denoiser, "network", None)
+            if isinstance(network, nn.Module) and has_lora(network):
+                raise ValueError(f"the reference is {kind!r}, but adapters share their base: take 'frozen'")
+            self._moving[kind] = self._asked[kind] = frozen_copy(self.policy)
+        return self._moving[kind]
+
+    @property
+    def nfe(self) -> int:
+        """States forwarded by all copies that were asked for."""
+        return sum(asked.nfe for asked in self._asked.values())
+
+    @torch.no_grad()
+    def before_updates(self) -> None:
+        """Take the policy's weights into "old": a rollout was collected."""
+        if "old" in self._moving:
+            for theta_old, theta in self._pairs("old"):
+                theta_old.copy_(theta)
+
+    @torch.no_grad()
+    def after_updates(self) -> None:
+        """Move "ema" towards the policy."""
+        if "ema" in self._moving:
+            for theta_ref, theta in self._pairs("ema"):
+                theta_ref.lerp_(theta, 1 - self.decay)
+
+    def _pairs(self, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._moving[kind].denoiser.parameters(), self.policy.denoiser.parameters(), strict=True)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Those of the moving copies, by name of a set."""
+        return {f"reference_{kind}": p.denoiser.state_dict() for kind, p in self._moving.items()}
+
+    def counts(self) -> dict[str, int]:
+        """States forwarded by each copy."""
+        return {kind: asked.nfe for kind, asked in self._asked.items()}
+
+    def restore(self, weights: Mapping[str, dict[str, Tensor]], counts: Mapping[str, int]) -> None:
+        """Continue from `weights` and `counts`."""
+        for kind, moving in self._moving.items():
+            moving.denoiser.load_state_dict(weights[f"reference_{kind}"])
+        for kind, asked in self._asked.items():
+            asked.nfe = counts.get(kind, 0)
 
 
 def policy_weights(policy: DenoisingPolicy) -> dict[str, Tensor]:

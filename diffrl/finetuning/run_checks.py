@@ -1,12 +1,10 @@
 """The self-checks of a fine-tuning run, before its first update."""
 
 import copy
-from typing import Literal
 
 import torch
 
 from diffrl.finetuning.checks import Report, check
-from diffrl.finetuning.credit.standardised import Credit, GroupRelative, RewardsToGo, Standardised
 from diffrl.finetuning.finetuner import Finetuner
 from diffrl.training.loop import step_generator
 
@@ -36,26 +34,15 @@ def check_tuner(tuner: Finetuner) -> Report:
             tuner.policy,
             tuner.loss,
             rollout,
-            batch_rows=u.largest_part(
-                plan.trajectories, tuner.num_trainable, group_size=recipe.rows_together
-            ),
+            batch_rows=u.largest_part(plan.trajectories, tuner.num_trainable, group_size=plan.rows_together),
             rollout_rows=size,
             reward=tuner.reward,
             reference=tuner.base,
             autocast=tuner.autocast,
-            centred=_centred(credit, tuner.conditions is None),
+            centred=credit.centred_over(one_condition=tuner.conditions is None),
         )
     finally:
         tuner.policy.nfe = nfe
         tuner.reward.load_state_dict(remembered)
     report.raise_if_failed()
     return report
-
-
-def _centred(credit: Credit, one_prompt: bool) -> Literal["group", "batch"] | None:
-    """What the mean of a first rollout's advantages must be 0 over; None where it need not be."""
-    if isinstance(credit, GroupRelative):
-        return "group"
-    if isinstance(credit, Standardised | RewardsToGo) and credit.buffer is None:
-        return "batch" if one_prompt or credit.per == "batch" else None
-    return None

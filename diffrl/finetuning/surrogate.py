@@ -1,22 +1,96 @@
-"""What an update maximises, by name: score function, clipped ratio, or difference of rewards; and the pull back."""
+"""What an update descends: a surrogate makes the losses of a run, and names the networks that they train."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from diffrl.finetuning.methods.ddpo import DDPOLoss
-from diffrl.finetuning.methods.sdpo import SDPOLoss
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+
+from diffrl import keys
+from diffrl.diffusion.laws import Gaussian
+from diffrl.finetuning.piece import Piece, Setting
 from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.registry import Registry
+from diffrl.training.optim import Optim
+
+if TYPE_CHECKING:
+    from diffrl.finetuning.recipe import Recipe
 
 __all__ = [
     "SURROGATES",
-    "PPOClip",
-    "Regulariser",
-    "Reinforce",
-    "RewardDifference",
+    "Role",
     "Surrogate",
+    "policy_figures",
+    "reference_kl",
     "scaled_clip_range",
+    "trainable_law",
 ]
+
+SURROGATES = Registry("surrogate", "diffrl.finetuning.methods")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network that is trained beside others, or the only one: its loss and its optimiser.
+
+    Args:
+        module: whose parameters are trained, as far as they require a gradient.
+        loss: takes steps or samples, and gives a TensorDict: entries named ``loss_...`` are summed and descended,
+            the others are figures. Its ``in_keys`` are what it reads.
+        optim: learning rate, schedule and clipping; None: those of the run.
+        repeats: optimiser steps on each minibatch.
+        after_step: called after each of them, such as to move an average.
+    """
+
+    module: nn.Module
+    loss: LossModule
+    optim: Optim | None = None
+    repeats: int = 1
+    after_step: Callable[[], None] = lambda: None
+
+
+class Surrogate(Piece, ABC):
+    """Makes the loss of a policy; a method that trains several networks gives `roles` instead.
+
+    A subclass sets the class variables that differ for it.
+    """
+
+    on_policy: ClassVar[bool] = False
+    """Whether only the first update of a rollout is valid."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether it compares trajectories that share their first latent."""
+    takes_kl: ClassVar[bool] = False
+    """Whether it has a KL term."""
+    reads: ClassVar[Literal["steps", "samples"]] = "steps"
+    """What its loss is fed with: steps of trajectories, or their clean samples at fresh times and noise."""
+
+    @abstractmethod
+    def loss(self, setting: Setting) -> LossModule:
+        """The loss of the policy."""
+
+    def roles(self, setting: Setting) -> dict[str, Role]:
+        """All networks that are trained, in the order of their updates; "policy" is the one that is tuned."""
+        return {"policy": Role(setting.policy.denoiser, self.loss(setting))}
+
+    def conflict(self, recipe: "Recipe") -> str | None:
+        """Rollouts without pairs, several updates of an on-policy loss, a KL term it has not, the wrong updates."""
+        name, u = type(self).__name__, recipe.updates
+        if self.needs_pairs and not recipe.rollouts.pairs:
+            return f"{name} compares the two trajectories of a pair: set rollouts.pairs=true"
+        if self.reads != u.unit:
+            return f"{name} reads {self.reads}, but these updates give {u.unit}: set updates={self.reads}"
+        if self.on_policy and not u.single:
+            return (
+                f"{name} is on-policy, one update a rollout: set updates.minibatches=1, updates.passes=1 and "
+                "updates.order=trajectory, or take ppo_clip"
+            )
+        if recipe.regulariser.kl_coef > 0 and not self.takes_kl:
+            return f"{name} has no KL term: set regulariser.kl_coef=0, or take ppo_clip"
+        return None
 
 
 def scaled_clip_range(dim: int, reduction: Literal["mean", "sum"]) -> float:
@@ -37,157 +111,52 @@ def scaled_clip_range(dim: int, reduction: Literal["mean", "sum"]) -> float:
     return 0.0128 * (dim**0.5 if reduction == "sum" else dim**-0.5)
 
 
-@dataclass(frozen=True)
-class Regulariser:
-    """KL(π ‖ π_ref) of every step, in closed form, times a weight.
+def trainable_law(policy: DenoisingPolicy, steps: TensorDictBase) -> tuple[Gaussian, Tensor, Tensor]:
+    """The policy's law at the steps [N] that have a log-probability, log π of the actions taken, and their mask.
 
-    Args:
-        kl_coef: the weight; 0 leaves the term out.
-        reference: "frozen", the policy as it was at the start, or "ema", its moving average.
-        decay: of that average, a rollout: θ_ref ← decay θ_ref + (1 - decay) θ.
+    Deterministic steps are not forwarded at all.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: no step is stochastic.
     """
-
-    kl_coef: float = 0.0
-    reference: Literal["frozen", "ema"] = "frozen"
-    decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not self.kl_coef >= 0:
-            raise ValueError(f"regulariser.kl_coef is {self.kl_coef}: it is a weight >= 0")
-        if self.reference not in ("frozen", "ema"):
-            raise ValueError(f"regulariser.reference is {self.reference!r}: give 'frozen' or 'ema'")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"regulariser.decay is {self.decay}: it lies in [0, 1]")
+    mask = steps.get(keys.TRAINABLE).squeeze(-1)
+    if not bool(mask.any()):
+        raise ValueError(
+            "no step of this batch is stochastic, so none has a log-probability: leave such batches out"
+        )
+    law = _law_at(policy, steps, mask)
+    return law, policy.log_prob(law, steps.get(keys.ACTION)[mask]), mask
 
 
-class Surrogate(Protocol):
-    """Makes the loss of a policy."""
-
-    @property
-    def on_policy(self) -> bool:
-        """Whether only the first update of a rollout is valid."""
-        ...
-
-    @property
-    def needs_pairs(self) -> bool:
-        """Whether it compares trajectories that share their first latent."""
-        ...
-
-    @property
-    def takes_reference(self) -> bool:
-        """Whether it has a KL term."""
-        ...
-
-    def loss(
-        self, policy: DenoisingPolicy, dim: int, reference: DenoisingPolicy | None, kl_coef: float
-    ) -> DDPOLoss | SDPOLoss:
-        """The loss.
-
-        Args:
-            policy: what is trained.
-            dim: numbers of a latent.
-            reference: π_ref; None: no KL term.
-            kl_coef: its weight.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Reinforce:
-    """The score function, -A log π: DDPO-SF. See `DDPOLoss`.
+def reference_kl(reference: DenoisingPolicy, law: Gaussian, steps: TensorDictBase, mask: Tensor) -> Tensor:
+    """Mean KL(π ‖ π_ref) of the steps [N] under the mask; the reference gets no gradient.
 
     Args:
-        advantage_clip: advantages are clipped to ± this.
+        reference: π_ref.
+        law: π at the steps under the mask.
+        steps: of a rollout.
+        mask: bool [N].
     """
-
-    on_policy: ClassVar[bool] = True
-    needs_pairs: ClassVar[bool] = False
-    takes_reference: ClassVar[bool] = True
-    advantage_clip: float = 5.0
-
-    def loss(
-        self, policy: DenoisingPolicy, dim: int, reference: DenoisingPolicy | None, kl_coef: float
-    ) -> DDPOLoss:
-        """`DDPOLoss` by score function."""
-        clip_range = scaled_clip_range(dim, policy.reduction)  # of its figures only
-        return DDPOLoss(
-            policy,
-            surrogate="sf",
-            clip_range=clip_range,
-            advantage_clip=self.advantage_clip,
-            reference=reference,
-            kl_coef=kl_coef,
-        )
+    with torch.no_grad():
+        other = _law_at(reference, steps, mask)
+    return law.kl(other, reference.reduction).mean()
 
 
-@dataclass(frozen=True)
-class PPOClip:
-    """The clipped importance ratio of every step: DDPO-IS. See `DDPOLoss`.
-
-    Args:
-        clip_range: ε, in units of the policy's reduction; None: `scaled_clip_range`.
-        advantage_clip: advantages are clipped to ± this.
-    """
-
-    on_policy: ClassVar[bool] = False
-    needs_pairs: ClassVar[bool] = False
-    takes_reference: ClassVar[bool] = True
-    clip_range: float | None = None
-    advantage_clip: float = 5.0
-
-    def loss(
-        self, policy: DenoisingPolicy, dim: int, reference: DenoisingPolicy | None, kl_coef: float
-    ) -> DDPOLoss:
-        """`DDPOLoss` by importance sampling."""
-        eps = scaled_clip_range(dim, policy.reduction) if self.clip_range is None else self.clip_range
-        return DDPOLoss(
-            policy,
-            surrogate="is",
-            clip_range=eps,
-            advantage_clip=self.advantage_clip,
-            reference=reference,
-            kl_coef=kl_coef,
-        )
+def _law_at(policy: DenoisingPolicy, steps: TensorDictBase, mask: Tensor) -> Gaussian:
+    cond = steps.get(keys.COND, None)
+    return policy.law(
+        steps.get(keys.X_T)[mask],
+        steps.get(keys.INDEX).squeeze(-1)[mask],
+        None if cond is None else cond[mask],
+    )
 
 
-@dataclass(frozen=True)
-class RewardDifference:
-    """Regression of a pair's log-ratios on its advantages: SDPO. See `SDPOLoss`.
-
-    Args:
-        temporal_weight: λ of the paper, ∈ (0, 1].
-        log_scale: η > 0.
-        clip_range: ε, in units of the policy's reduction; None: `scaled_clip_range`; ≤ 0 does not clip.
-        advantage_clip: each member's advantage is clipped to ± this.
-    """
-
-    on_policy: ClassVar[bool] = False
-    needs_pairs: ClassVar[bool] = True
-    takes_reference: ClassVar[bool] = False
-    temporal_weight: float = 0.99
-    log_scale: float = 1.0
-    clip_range: float | None = None
-    advantage_clip: float = 5.0
-
-    def loss(
-        self, policy: DenoisingPolicy, dim: int, reference: DenoisingPolicy | None, kl_coef: float
-    ) -> SDPOLoss:
-        """`SDPOLoss`; it has no KL term."""
-        eps = scaled_clip_range(dim, policy.reduction) if self.clip_range is None else self.clip_range
-        return SDPOLoss(
-            policy,
-            temporal_weight=self.temporal_weight,
-            log_scale=self.log_scale,
-            clip_range=eps,
-            advantage_clip=self.advantage_clip,
-        )
-
-
-SURROGATES: dict[str, Callable[..., Surrogate]] = {
-    "reinforce": Reinforce,
-    "ppo_clip": PPOClip,
-    "reward_difference": RewardDifference,
-}
+def policy_figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """What to watch of an update: mean ratio, share of |ratio - 1| > ε (0 without a clip), ½ mean (log ratio)²."""
+    ratio = log_ratio.detach().exp()
+    clipped = (ratio - 1).abs() > (clip_range if clip_range > 0 else torch.inf)
+    return {
+        "ratio": ratio.mean(),
+        "clip_fraction": clipped.float().mean(),
+        "approx_kl": 0.5 * log_ratio.detach().square().mean(),
+    }

@@ -1,16 +1,16 @@
 """Fine-tuning in one call: check, then tune a policy for a reward by a recipe."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffrl.finetuning.finetuner import PUBLISHED_OPTIM, Finetuner, Iterations
+from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.finetuning.recipes import Recipe
+from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.rewards.black_box import Reward
+from diffrl.rewards.calls import Reward
+from diffrl.training.optim import FinetuningOptim
 
 __all__ = ["finetune"]
 
@@ -22,7 +22,7 @@ def finetune(
     *,
     event_shape: tuple[int, ...],
     iterations: int = 100,
-    lr: float = PUBLISHED_OPTIM.lr,
+    lr: float = FinetuningOptim.lr,
     conditions: Tensor | None = None,
     seed: int = 0,
     folder: Path | None = None,
@@ -71,7 +71,7 @@ def finetune(
         seed=seed,
         folder=folder,
         length=Iterations(iterations, eval_every=iterations),
-        optim=replace(PUBLISHED_OPTIM, lr=lr),
+        optim=FinetuningOptim(lr=lr),
         device=device,
     )
     check_tuner(tuner)

@@ -1,20 +1,93 @@
-"""Which steps of a rollout make up each update: selection, shuffling, minibatches."""
+"""What each update is made of: steps of trajectories, or their clean samples at fresh times and noise."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Generator
+from torch import Generator, Tensor
 
 from diffrl import keys
+from diffrl.finetuning.piece import Piece
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.registry import Registry
 
-__all__ = ["Updates", "micro_batches"]
+if TYPE_CHECKING:
+    from diffrl.finetuning.recipe import Recipe
+
+__all__ = ["UPDATES", "SampleUpdates", "UpdatePlan", "Updates", "micro_batches"]
+
+UPDATES = Registry("updates", "diffrl.finetuning.updates")
 
 
+class UpdatePlan(Piece, ABC):
+    """Makes minibatches [n, k] of a rollout."""
+
+    unit: ClassVar[Literal["steps", "samples"]]
+    """What a minibatch holds."""
+    minibatches: int
+    passes: int
+    micro_batch: int
+
+    @property
+    def single(self) -> bool:
+        """Whether a rollout gives one update."""
+        return (self.minibatches, self.passes) == (1, 1)
+
+    @abstractmethod
+    def count(self, num_trainable: int) -> int:
+        """Optimiser updates of one rollout with so many stochastic steps."""
+
+    @abstractmethod
+    def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
+        """The most states that are forwarded at once."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        rollout: TensorDictBase,
+        *,
+        policy: DenoisingPolicy,
+        group_size: int,
+        generator: Generator,
+        entries: Iterable[str],
+    ) -> Iterator[TensorDict]:
+        """Minibatches [n, k] of one iteration, in order.
+
+        Args:
+            rollout: [B, K], with advantages.
+            policy: what drew it.
+            group_size: rows that stay together: 2 for pairs, else 1.
+            generator: of shuffling, times and noise, on the CPU.
+            entries: what the losses read.
+        """
+
+    def weight(self, part: TensorDictBase) -> int:
+        """States of a part [n, k] that its loss is a mean over."""
+        return part.numel()
+
+    def conflict(self, recipe: "Recipe") -> str | None:
+        """More minibatches than trajectories or pairs."""
+        r = recipe.rollouts
+        if r.trajectories // r.rows_together < self.minibatches:
+            return (
+                f"{r.trajectories} trajectories cannot make {self.minibatches} minibatches: set "
+                "updates.minibatches lower"
+            )
+        return None
+
+    def _check(self) -> None:
+        for name in ("minibatches", "passes", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"updates.{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@UPDATES.register("steps")
 @dataclass(frozen=True)
-class Updates:
+class Updates(UpdatePlan):
     """Minibatches of a rollout's steps; only stochastic steps, which have a log-probability, are among them.
 
     order "trajectory": trajectories are shuffled and split into `minibatches`; an update has all selected steps of
@@ -39,6 +112,7 @@ class Updates:
         ValueError: an argument outside its range.
     """
 
+    unit: ClassVar[Literal["steps"]] = "steps"
     order: Literal["trajectory", "step"] = "trajectory"
     minibatches: int = 2
     passes: int = 1
@@ -49,13 +123,16 @@ class Updates:
     def __post_init__(self) -> None:
         if self.order not in ("trajectory", "step"):
             raise ValueError(f"updates.order is {self.order!r}: give 'trajectory' or 'step'")
-        for name in ("minibatches", "passes", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"updates.{name} is {getattr(self, name)}: it must be at least 1")
+        self._check()
         if self.last is not None and self.last < 1:
             raise ValueError(f"updates.last is {self.last}: give at least 1, or null for all steps")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"updates.fraction is {self.fraction}: it lies in (0, 1]")
+
+    @property
+    def single(self) -> bool:
+        """Whether a rollout gives one update."""
+        return super().single and self.order == "trajectory"
 
     def steps_of(self, num_trainable: int) -> int:
         """Steps of each trajectory that a pass trains, of so many stochastic ones."""
@@ -66,41 +143,140 @@ class Updates:
         return self.passes * self.minibatches * (self.steps_of(num_trainable) if self.order == "step" else 1)
 
     def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
-        """The most states that are forwarded at once; arguments as in `count` and `__call__`."""
+        """The most states that are forwarded at once."""
         n = -(-(trajectories // group_size) // self.minibatches) * group_size
         k = 1 if self.order == "step" else self.steps_of(num_trainable)
         k = max(1, min(k, self.micro_batch // group_size))
         return k * min(n, max(1, self.micro_batch // (k * group_size)) * group_size)
 
-    def __call__(
-        self, rollout: TensorDictBase, *, group_size: int, generator: Generator
-    ) -> Iterator[TensorDict]:
-        """Steps [n, k] of each update, in order.
+    def refuses(self, policy: DenoisingPolicy) -> str | None:
+        """A policy without a stochastic step."""
+        if policy.stochastic_steps:
+            return None
+        return (
+            "no step of the policy is stochastic, so none has a log-probability: give a sampler with noise, "
+            "more steps, or policy.std_floor"
+        )
 
-        Args:
-            rollout: [B, K].
-            group_size: rows that stay together, at the same steps: 2 for pairs, else 1.
-            generator: of the shuffling, on the CPU.
+    def __call__(
+        self,
+        rollout: TensorDictBase,
+        *,
+        policy: DenoisingPolicy,
+        group_size: int,
+        generator: Generator,
+        entries: Iterable[str],
+    ) -> Iterator[TensorDict]:
+        """Steps [n, k] of each update, in order; members of a group are at the same steps.
 
         Raises:
             ValueError: no step is stochastic, or fewer trajectories (pairs) than minibatches.
         """
-        steps = rollout.get(keys.TRAINABLE)[0, :, 0].nonzero()[:, 0].cpu()
-        if not len(steps):
-            raise ValueError("no step is stochastic, so none can be trained: give a sampler with noise")
-        steps = steps if self.last is None else steps[-self.last :]
-        units, k = len(rollout) // group_size, self.steps_of(len(steps))
+        steps = self._trainable(rollout.get(keys.TRAINABLE)[::group_size, :, 0].cpu())
+        rollout = rollout.select(*entries, keys.TRAINABLE, keys.COND, strict=False)
+        units, k = len(steps), self.steps_of(steps.shape[1])
         if units < self.minibatches:
             raise ValueError(f"{units} trajectories or pairs cannot make {self.minibatches} minibatches")
         members = torch.arange(group_size)
         for _ in range(self.passes):
             order = torch.randperm(units, generator=generator)
-            shuffled = steps[torch.rand(units, len(steps), generator=generator).argsort(1)][:, :k]
+            shuffled = steps.gather(1, torch.rand(steps.shape, generator=generator).argsort(1))[:, :k]
             for columns in [shuffled] if self.order == "trajectory" else shuffled.split(1, dim=1):
                 for unit in order.tensor_split(self.minibatches):
                     rows = (unit[:, None] * group_size + members).flatten()
                     chosen = columns[unit].repeat_interleave(group_size, 0)
                     yield rollout[rows[:, None].to(rollout.device), chosen.to(rollout.device)]
+
+    def weight(self, part: TensorDictBase) -> int:
+        """The stochastic steps."""
+        return int(part.get(keys.TRAINABLE).sum())
+
+    def _trainable(self, mask: Tensor) -> Tensor:
+        """Stochastic steps of each unit, [units, m]; a unit with fewer than the most is filled up with others."""
+        m = int(mask.sum(1).max())
+        if m == 0:
+            raise ValueError("no step is stochastic, so none can be trained: give a sampler with noise")
+        steps = mask.int().argsort(dim=1, stable=True)[:, -m:]  # stochastic ones come last, in order
+        return steps if self.last is None else steps[:, -self.last :]
+
+
+@UPDATES.register("samples")
+@dataclass(frozen=True)
+class SampleUpdates(UpdatePlan):
+    """Minibatches of clean samples, each at fresh times with fresh noise: no step needs a log-probability.
+
+        x_t = α_t x_K + σ_t ε,    with the advantage of the trajectory that ended in x_K
+
+    Deterministic samplers can be tuned this way. A minibatch holds x_t, t, x0 (the sample), advantage, cond, group.
+
+    Sources: updates of this kind are those of Advantage Weighted Matching (Xue et al., 2025),
+    https://arxiv.org/abs/2509.25050, and of DiffusionNFT (Zheng et al., 2025), https://arxiv.org/abs/2509.16117.
+
+    Args:
+        times: law of t: "uniform" over a fine grid of the process, or "log_normal" as in EDM.
+        draws: m, times that are drawn for each sample in each pass.
+        minibatches: parts that the samples are split into.
+        passes: over the rollout.
+        micro_batch: most states forwarded at once; gradients are accumulated over them.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    unit: ClassVar[Literal["samples"]] = "samples"
+    times: Literal["uniform", "log_normal"] = "uniform"
+    draws: int = 1
+    minibatches: int = 2
+    passes: int = 1
+    micro_batch: int = 256
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.times not in ("uniform", "log_normal"):
+            raise ValueError(f"updates.times is {self.times!r}: give 'uniform' or 'log_normal'")
+        if self.draws < 1:
+            raise ValueError(f"updates.draws is {self.draws}: it must be at least 1")
+
+    def conflict(self, recipe: "Recipe") -> str | None:
+        """Rewards of single steps, which no sample has."""
+        if recipe.placement.dense:
+            return (
+                "updates of samples take one advantage a trajectory, not one a step: take placement terminal"
+            )
+        return super().conflict(recipe)
+
+    def count(self, num_trainable: int) -> int:
+        """Passes × minibatches, whatever the steps."""
+        return self.passes * self.minibatches
+
+    def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
+        """The most states that are forwarded at once."""
+        return min(self.micro_batch, -(-trajectories // self.minibatches) * self.draws)
+
+    def __call__(
+        self,
+        rollout: TensorDictBase,
+        *,
+        policy: DenoisingPolicy,
+        group_size: int,
+        generator: Generator,
+        entries: Iterable[str],
+    ) -> Iterator[TensorDict]:
+        """Samples [n, m] of each update, in order."""
+        last = rollout[:, -1]
+        data = {keys.X0: last.get((keys.NEXT, keys.X_T)), keys.ADVANTAGE: last.get(keys.ADVANTAGE)}
+        data |= {key: last.get(key) for key in (keys.COND, keys.GROUP) if key in last.keys()}
+        samples = TensorDict(data, [len(last)])
+        units, members = len(samples) // group_size, torch.arange(group_size)
+        draw = sample_uniform_states if self.times == "uniform" else sample_log_normal_states
+        for _ in range(self.passes):
+            for unit in torch.randperm(units, generator=generator).tensor_split(self.minibatches):
+                rows = (unit[:, None] * group_size + members).flatten().to(rollout.device)
+                part = samples[rows.repeat_interleave(self.draws)]
+                x0 = part.get(keys.X0)
+                states = draw(policy.process, x0.cpu(), generator=generator).squeeze(1).to(x0.device)
+                part.update(states.select(keys.X_T, keys.T))
+                yield part.view(len(rows), self.draws)
 
 
 def micro_batches(minibatch: TensorDict, size: int, *, group_size: int) -> Iterator[TensorDict]:

@@ -21,7 +21,8 @@ from torch import Tensor
 import diffrl
 from diffrl.diffusion.samplers.loop import DDIM, Euler, Heun
 from diffrl.experiments import train as experiment
-from diffrl.experiments.train import Interrupted, run_experiment
+from diffrl.experiments.run import Interrupted
+from diffrl.experiments.train import run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.training.build import Objective, build_data, build_denoiser, build_objective
@@ -207,14 +208,14 @@ def test_td_edm_beside_monte_carlo_is_edm_on_the_same_pairs() -> None:
 def at_step(
     number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch, objective: str = "td"
 ) -> None:
-    step = Trainer._step
+    step = Trainer._advance
 
     def acting(self: Trainer) -> dict[str, float]:
         if self.step == number and self.objective.name == objective:
             act()
         return step(self)
 
-    monkeypatch.setattr(Trainer, "_step", acting)
+    monkeypatch.setattr(Trainer, "_advance", acting)
 
 
 @pytest.mark.parametrize("objective", ["td", "monte_carlo"])
@@ -252,12 +253,12 @@ from diffrl.training.trainer import Trainer
 from tests.kit.configs import small
 from diffrl.experiments.train import run_experiment
 torch.set_num_threads(1)
-step = Trainer._step
+step = Trainer._advance
 def dying(self):
     if self.step == 27:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self)
-Trainer._step = dying
+Trainer._advance = dying
 run_experiment(small("run_dir=" + sys.argv[1]), progress=False)
 """
 

@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffrl.rewards.calls import RewardError
-from diffrl.rewards.weighted_sum import WeightedSum
 from omegaconf import OmegaConf
 from torch import Tensor
 
 import diffrl
 from diffrl.configs.cli import settings
 from diffrl.configs.tuning import base_run, plan_tuning
-from diffrl.experiments.finetune import build_recipe, run_finetuning
+from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import write_tuning_report
 from diffrl.experiments.train import run_experiment
 from diffrl.experiments.tuning_comparison import run_tuning_comparison
 from diffrl.experiments.tuning_findings import Tuning
-from diffrl.finetuning.recipes import RECIPES
+from diffrl.finetuning.build import build_recipe
+from diffrl.finetuning.methods.registry import METHODS
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 from tests.kit.configs import FINETUNING, SMALL, composed, small
@@ -59,11 +60,11 @@ def tuned_weights(path: Path) -> Tensor:
     return torch.cat([p.detach().flatten() for p in diffrl.load_tuned(path).policy.parameters()])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_yaml_recipes_are_those_of_python(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", METHODS)
+def test_recipes_by_configuration_are_those_of_python(recipe: str) -> None:
     published = ("rollouts.trajectories=256", "model.path=x")
     config = OmegaConf.to_container(composed(f"recipe={recipe}", *published, name="finetune"), resolve=True)
-    assert isinstance(config, dict) and build_recipe(config) == RECIPES[recipe]()
+    assert isinstance(config, dict) and build_recipe(config) == METHODS[recipe]()
 
 
 @pytest.mark.parametrize("name", sorted(FINETUNING))
@@ -105,14 +106,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     recipe: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_finetuning(quick(base, f"run_dir={tmp_path / 'whole'}", f"recipe={recipe}"), progress=False)
-    from diffrl.experiments.train import Interrupted
+    from diffrl.experiments.run import Interrupted
     from diffrl.finetuning.finetuner import Finetuner
 
     fit = Finetuner.fit
     monkeypatch.setattr(
         Finetuner,
         "fit",
-        lambda self, **options: fit(self, **{**options, "stop": lambda: self.iteration == 3}),
+        lambda self, **options: fit(self, **{**options, "stop": lambda: self.step == 3}),
     )
     config = quick(base, f"run_dir={tmp_path / 'part'}", f"recipe={recipe}")
     with pytest.raises(Interrupted, match=r"stopped after iteration 3, and saved; continue with resume="):

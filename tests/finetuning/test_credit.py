@@ -1,6 +1,7 @@
 """Where rewards stand and what credit makes of them: plain loops as witnesses, what survives a checkpoint."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from torch import Tensor
 
 import diffrl
 from diffrl.finetuning.credit.critic import LearnedCritic
-from diffrl.finetuning.credit.standardised import GroupRelative, RewardsToGo, Standardised
+from diffrl.finetuning.credit.group import GroupRelative
+from diffrl.finetuning.credit.standardised import RewardsToGo, Standardised
+from diffrl.finetuning.piece import Setting
+from diffrl.finetuning.placement.dense import Dense
 from diffrl.finetuning.placement.similarity import predict_dense
-from diffrl.finetuning.placement.terminal import Dense, Terminal
+from diffrl.finetuning.placement.terminal import Terminal
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
+from diffrl.training.optim import FinetuningOptim
 
 PROCESS = diffrl.EDM()
 
@@ -108,9 +113,16 @@ def test_groups_are_centred() -> None:
     assert GroupRelative().state_dict() == {}
 
 
+def setting(conditions: torch.Tensor | None = None) -> Setting:
+    """Of a run whose denoiser has sigma_data 0.5; a critic looks at nothing else of the policy."""
+    policy: Any = SimpleNamespace(process=PROCESS, denoiser=SimpleNamespace(sigma_data=0.5))
+    nothing: Any = None
+    return Setting(policy, (2,), conditions, FinetuningOptim(), 0.0, None, nothing, 0, torch.device("cpu"))
+
+
 def critic_of(**options: Any) -> LearnedCritic:
     credit = LearnedCritic(**options)
-    credit.prepare((2,), PROCESS, num_labels=0, sigma_data=0.5, seed=0, device="cpu")
+    credit.prepare(setting())
     return credit
 
 
@@ -157,7 +169,7 @@ def test_a_critic_continues_from_a_checkpoint() -> None:
 
 def test_a_critic_of_labels_tells_them_apart() -> None:
     credit = LearnedCritic(passes=100)
-    credit.prepare((2,), PROCESS, num_labels=2, sigma_data=0.5, seed=0, device="cpu")
+    credit.prepare(setting(torch.tensor([0, 1])))
     labels = torch.tensor([0, 1] * 16)
     r = torch.zeros(32, 5, 1)
     r[:, -1, 0] = labels.float()

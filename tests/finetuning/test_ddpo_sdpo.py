@@ -8,9 +8,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from diffrl.finetuning.methods.ddpo import DDPOLoss, kl_to_reference
+from diffrl.diffusion.laws import Gaussian
+from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
-from diffrl.finetuning.policy import Law
 from diffrl.rl.advantages import FifoStatistics, critic_advantages, group_advantages, rewards_to_go
 
 OLD = torch.tensor([-1.0, -2.0], dtype=torch.float64)
@@ -25,10 +25,10 @@ class Given(nn.Module):
         super().__init__()
         self.rho = nn.Parameter(torch.tensor(rho, dtype=torch.float64))
 
-    def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Law:
-        return Law(x_t, torch.ones(len(x_t), dtype=x_t.dtype), x_t)
+    def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Gaussian:
+        return Gaussian(x_t, torch.ones(len(x_t), dtype=x_t.dtype))
 
-    def log_prob(self, law: Law, action: Tensor) -> Tensor:
+    def log_prob(self, law: Gaussian, action: Tensor) -> Tensor:
         return self.rho + action.flatten()  # the action carries the old log-probability
 
 
@@ -129,12 +129,12 @@ def test_a_batch_without_a_stochastic_step_is_refused(loss: Any) -> None:
 def test_kl_of_two_laws_is_torchs() -> None:
     mean, other = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     std = torch.tensor([0.5, 1.0, 2.0, 0.1])
-    law, reference = Law(mean, std, mean), Law(other, std, other)
+    law, reference = Gaussian(mean, std), Gaussian(other, std)
     normal = torch.distributions.Normal
     witness = torch.distributions.kl_divergence(normal(mean, std[:, None]), normal(other, std[:, None]))
-    torch.testing.assert_close(kl_to_reference(law, reference, "sum"), witness.sum(1))
-    torch.testing.assert_close(kl_to_reference(law, reference, "mean"), witness.mean(1))
-    assert float(kl_to_reference(law, law, "sum").abs().max()) == 0
+    torch.testing.assert_close(law.kl(reference, "sum"), witness.sum(1))
+    torch.testing.assert_close(law.kl(reference, "mean"), witness.mean(1))
+    assert float(law.kl(law, "sum").abs().max()) == 0
 
 
 @pytest.mark.parametrize(

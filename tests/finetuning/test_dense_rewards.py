@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffrl.rewards.calls import RewardError
-from diffrl.rewards.faulty import Faulty
-from diffrl.rewards.weighted_sum import WeightedSum
 from torch import Tensor
 
 from diffrl.finetuning.placement.similarity import (
@@ -17,6 +14,9 @@ from diffrl.finetuning.placement.similarity import (
     similarity_weighted,
 )
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.faulty import Faulty
+from diffrl.rewards.weighted_sum import WeightedSum
 from tests.kit.oracles import randn
 
 GOLDEN = torch.tensor([[[2.0, 0.0], [1.0, -1.0], [0.5, 1.5], [1.0, 1.0]]])

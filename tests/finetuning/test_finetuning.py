@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffrl.rewards.weighted_sum import WeightedSum
 from torch import Tensor, nn
 
 import diffrl
@@ -16,16 +15,22 @@ from diffrl import keys, recipes
 from diffrl.diffusion.networks import MLP
 from diffrl.finetuning.checks import CheckFailed
 from diffrl.finetuning.credit.critic import LearnedCritic
-from diffrl.finetuning.credit.standardised import GroupRelative, RewardsToGo
+from diffrl.finetuning.credit.group import GroupRelative
+from diffrl.finetuning.credit.standardised import RewardsToGo, Standardised
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation, chain_kl, diversity
 from diffrl.finetuning.finetuner import Finetuner, Iterations
-from diffrl.finetuning.placement.terminal import Dense, Terminal
-from diffrl.finetuning.recipes import Recipe, Rollouts
+from diffrl.finetuning.methods.ddpo import PPOClip
+from diffrl.finetuning.methods.sdpo import RewardDifference
+from diffrl.finetuning.placement.dense import Dense
+from diffrl.finetuning.placement.terminal import Terminal
+from diffrl.finetuning.recipe import Recipe, Regulariser
 from diffrl.finetuning.reference import frozen_copy
+from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.finetuning.surrogate import PPOClip, Regulariser, RewardDifference, scaled_clip_range
+from diffrl.finetuning.surrogate import scaled_clip_range
 from diffrl.finetuning.updates import Updates, micro_batches
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import NonFiniteLoss, Optim
@@ -76,7 +81,7 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(name: str, 
     for _ in range(2):  # stopped after the second iteration, then continued by another process
         part = tuner_of(METHODS[name](), folder=tmp_path / "part")
         resumed = part.resume()
-        ended = part.fit(stop=lambda tuner=part: tuner.iteration == 2, progress=False)  # type: ignore[misc]
+        ended = part.fit(stop=lambda tuner=part: tuner.step == 2, progress=False)  # type: ignore[misc]
     assert resumed and ended and torch.equal(weights(whole), weights(part))
     seconds = {"seconds": 0.0}
     assert whole.figures | seconds == part.figures | seconds
@@ -170,11 +175,10 @@ def test_the_ema_reference_follows_and_the_frozen_one_stays() -> None:
     tuner = tuner_of(METHODS["ema"](), length=Iterations(1))
     before = copy.deepcopy(tuner.policy.denoiser)
     tuner.fit(progress=False)
-    assert tuner.reference is not None
     triples = zip(
         before.parameters(),
         tuner.policy.denoiser.parameters(),
-        tuner.reference.denoiser.parameters(),
+        tuner.references("ema").denoiser.parameters(),
         strict=True,
     )
     for old, new, average in triples:
@@ -213,13 +217,15 @@ def test_a_failed_check_stops_before_the_first_update() -> None:
         diffrl.finetune(policy, right, METHODS["ddpo_is"](), event_shape=(2,), iterations=1, progress=False)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_weights(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tuner = tuner_of(METHODS["ddpo_is"](), folder=tmp_path)
     for _ in tuner.steps():
-        if tuner.iteration == 3:
+        if tuner.step == 3:
             break
     before = weights(tuner)
-    object.__setattr__(tuner.recipe, "credit", lambda rollout, r: torch.full_like(r, math.nan))
+    monkeypatch.setattr(Standardised, "__call__", lambda self, rollout, r: torch.full_like(r, math.nan))
     with pytest.raises(NonFiniteLoss, match="at iteration 3; last good checkpoint: .*step_000002"):
         next(tuner.steps())
     assert torch.equal(weights(tuner), before)
@@ -261,7 +267,7 @@ def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:
         (lambda: Rollouts(15, pairs=True), "a multiple of the group size, 2"),
         (lambda: Rollouts(16, group_size=4, pairs=True), "for pairs leave it at 1"),
         (lambda: Regulariser(-1.0), "regulariser.kl_coef is -1.0"),
-        (lambda: Regulariser(reference="old"), "regulariser.reference is 'old'"),  # type: ignore[arg-type]
+        (lambda: Regulariser(reference="new"), "regulariser.reference is 'new'"),  # type: ignore[arg-type]
         (lambda: Iterations(0), "loop.iterations is 0"),
         (
             lambda: tuner_of(METHODS["ddpo_is"](), make_policy(std_floor=0.0, K=1)),
@@ -293,11 +299,13 @@ def test_the_largest_part_is_what_an_update_forwards(name: str) -> None:
     recipe = METHODS[name]()
     for size in (3, 8, 1000):
         u = dataclasses.replace(recipe.updates, micro_batch=size)
-        rollout = tuner_of(dataclasses.replace(recipe, updates=u)).collect(step_generator(0, 0))
-        rows = recipe.rows_together
+        tuner = tuner_of(dataclasses.replace(recipe, updates=u))
+        rollout, entries = tuner.collect(step_generator(0, 0)), tuner.loss.in_keys
+        shuffle = step_generator(0, 1)
+        rows = recipe.rollouts.rows_together
         seen = [
             part.numel()
-            for m in u(rollout, group_size=rows, generator=step_generator(0, 1))
+            for m in u(rollout, policy=tuner.policy, group_size=rows, generator=shuffle, entries=entries)
             for part in micro_batches(m, size, group_size=rows)
         ]
         assert max(seen) == u.largest_part(16, 4, group_size=rows)
@@ -391,7 +399,7 @@ def test_early_stop(stop: EarlyStop, seen: list[dict[str, float]], reason: str |
 def test_a_reason_ends_the_run() -> None:
     tuner = tuner_of(METHODS["ddpo_is"](), length=Iterations(10, eval_every=1))
     assert tuner.fit(finished=lambda row: "enough" if row["iteration"] == 3 else None, progress=False)
-    assert tuner.iteration == 3
+    assert tuner.step == 3
 
 
 @pytest.mark.parametrize(

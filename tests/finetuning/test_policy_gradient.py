@@ -16,11 +16,13 @@ from diffrl.diffusion.samplers.loop import CPS, Ancestral, GaussianSampler
 from diffrl.diffusion.schedules.all import Flow
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.placement.dense import Dense
 from diffrl.finetuning.placement.similarity import predict_dense
-from diffrl.finetuning.placement.terminal import Dense
+from diffrl.finetuning.placement.terminal import Terminal
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.weighted_sum import as_reward
 from diffrl.rl.advantages import FifoStatistics, rewards_to_go
 from tests.kit.oracles import Estimate, assert_within, generator, randn
 
@@ -125,9 +127,11 @@ def enumerated(policy: DenoisingPolicy, *, pairs: bool = False, nodes: int = 4) 
         each, weight = torch.stack(members, 1).flatten(0, 1), weight.repeat_interleave(2)
     x, steps = each[:, :1], []
     for k in range(K):
-        law = policy.law(x, torch.full((len(x),), k))
+        at = torch.full((len(x),), k)
+        x0_hat = policy.estimate(x, at)
+        law = policy.law_of_estimate(x, at, x0_hat)
         action = law.mean + law.std[:, None] * each[:, k + 1 : k + 2]
-        steps.append((x, action, policy.log_prob(law, action), law.x0_hat, law.std > 0))
+        steps.append((x, action, policy.log_prob(law, action), x0_hat, law.std > 0))
         x = action
     x_t, action, log_p, x0_hat, trainable = (torch.stack(c, 1) for c in zip(*steps, strict=True))
     B = len(x)
@@ -194,8 +198,8 @@ def test_ddpo_s_gradient_is_that_of_the_expected_reward_sampled(
     baseline = D * float(exact.reward().detach())
     found = []
     for _ in range(batches):
-        td = collect_rollout(policy, (D,), batch_size=500, reward=reward, generator=g)
-        A = td[keys.NEXT, keys.REWARD][:, -1:].expand(500, K, 1) - baseline
+        td = collect_rollout(policy, (D,), batch_size=500, generator=g)
+        A = Terminal()(td, as_reward(reward))[:, -1:].expand(500, K, 1) - baseline
         found.append(gradient_of(policy, ddpo(policy, surrogate), td.set(keys.ADVANTAGE, A)))
     each = torch.stack(found)
     error = each.std(0) / math.sqrt(batches)
@@ -366,9 +370,9 @@ def test_pairs_share_the_first_noise_and_estimate_and_nothing_more() -> None:
 
 def test_a_rollout_asks_once_a_trajectory() -> None:
     box = BlackBox(reward)
-    td = collect_rollout(linear_policy(3), (2,), batch_size=8, reward=box, generator=generator(0))
+    td = collect_rollout(linear_policy(3), (2,), batch_size=8, generator=generator(0))
+    paid = Terminal()(td, box)
     assert box.queries == 8
-    paid = td[keys.NEXT, keys.REWARD]
     torch.testing.assert_close(paid[:, -1, 0], reward(td[keys.ACTION][:, -1]))
     assert not paid[:, :-1].any()
 

@@ -20,7 +20,9 @@ def numbered(B: int, K: int, deterministic: tuple[int, ...] = ()) -> TensorDict:
 
 def seen(updates: Updates, steps: TensorDict, group_size: int = 1, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [m[keys.X_T] for m in updates(steps, group_size=group_size, generator=generator)]
+    policy: Any = None  # steps are what they are, whatever drew them
+    options = {"policy": policy, "group_size": group_size, "generator": generator, "entries": [keys.X_T]}
+    return [m[keys.X_T] for m in updates(steps, **options)]
 
 
 @pytest.mark.parametrize("order", ["trajectory", "step"])

@@ -12,6 +12,9 @@ from diffrl import keys
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.all import Schedule
+from diffrl.finetuning.credit.base import Credit
+from diffrl.finetuning.credit.registry import CREDITS
+from diffrl.finetuning.piece import Setting
 from diffrl.rl.advantages import critic_advantages
 
 __all__ = ["Critic", "LearnedCritic"]
@@ -62,11 +65,12 @@ class Critic(nn.Module):
         return self.rest(h)[:, 0]
 
 
+@CREDITS.register("critic")
 @dataclass
-class LearnedCritic:
+class LearnedCritic(Credit):
     """Advantages over a critic that is learned beside the policy, by TD(λ) over denoising steps.
 
-        G_i = r_i + γ [(1-λ) V(x_{i+1}) + λ G_{i+1}],    A_i = (G_i - V(x_i))/(std + 1e-6)
+        G_i = r_i + γ [(1-λ) V(x_{i+1}) + λ G_{i+1}],    adv_i = (G_i - V(x_i))/(std + 1e-6)
 
     λ = 1 is reward-to-go with V as baseline, λ = 0 the one-step error. Rewards are first shifted and scaled by the mean
     and standard deviation of the returns of the first rollout that has any spread; std is of the rollout's
@@ -101,23 +105,19 @@ class LearnedCritic:
             raise ValueError("credit.lr must be > 0, passes and hidden at least 1")
         self._scale = (0.0, 0.0)  # mean and std of the returns of the first rollout that has any spread
 
-    def prepare(
-        self,
-        event_shape: tuple[int, ...],
-        process: Schedule,
-        *,
-        num_labels: int,
-        sigma_data: float,
-        seed: int,
-        device: torch.device | str,
-    ) -> None:
-        """Build the critic; to be called once, before everything else."""
+    def prepare(self, setting: Setting) -> None:
+        """Build the critic."""
+        policy = setting.policy
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(setting.seed)
             critic = Critic(
-                event_shape, process, hidden=self.hidden, num_labels=num_labels, sigma_data=sigma_data
+                setting.event_shape,
+                policy.process,
+                hidden=self.hidden,
+                num_labels=setting.num_labels,
+                sigma_data=float(getattr(policy.denoiser, "sigma_data", 1.0)),
             )
-        self.critic = critic.to(device)
+        self.critic = critic.to(setting.device)
         self._optimiser = torch.optim.Adam(self.critic.parameters(), lr=self.lr)
 
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
@@ -139,15 +139,15 @@ class LearnedCritic:
         labels = cond if self.critic.label_embedding is not None else None
         with torch.no_grad():
             V = self.critic(x_t, t, labels).view(B, K, 1)
-        A, G = critic_advantages(r, V, lmbda=self.lmbda, gamma=self.gamma)
+        adv, G = critic_advantages(r, V, lmbda=self.lmbda, gamma=self.gamma)
         for _ in range(self.passes):
             loss = (self.critic(x_t, t, labels) - G.flatten()).square().mean()
             loss.backward()
             self._optimiser.step()
             self._optimiser.zero_grad()
-        std = float(A.std(correction=0))
+        std = float(adv.std(correction=0))
         self.raw_std = std * s
-        return A / (std + 1e-6)
+        return adv / (std + 1e-6)
 
     def state_dict(self) -> dict[str, Any]:
         """Critic, optimiser, scale of rewards."""

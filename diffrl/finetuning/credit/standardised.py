@@ -1,41 +1,21 @@
-"""From the rewards of a rollout to an advantage for every step: what each fine-tuning method calls credit."""
+"""Returns or rewards-to-go, standardised by the latest ones of the same prompt: the credit of DDPO and of SDPO."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from diffrl import keys
-from diffrl.finetuning.credit.critic import LearnedCritic
-from diffrl.finetuning.placement.terminal import trajectory_condition
-from diffrl.rl.advantages import FifoStatistics, group_advantages, rewards_to_go
+from diffrl.finetuning.credit.base import Credit
+from diffrl.finetuning.credit.registry import CREDITS
+from diffrl.finetuning.rollouts.base import trajectory_condition
+from diffrl.rl.advantages import FifoStatistics, rewards_to_go
 
-__all__ = ["CREDITS", "Credit", "GroupRelative", "RewardsToGo", "Standardised"]
+__all__ = ["RewardsToGo", "Standardised"]
 
 PROMPT_BUFFER = 32
 ROLLOUTS_KEPT = 4
-
-
-class Credit(Protocol):
-    """Advantages of steps; what it remembers over rollouts is saved with the run."""
-
-    raw_std: float
-    """Standard deviation of the latest advantages before they were scaled, in units of the reward."""
-
-    def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
-        """Advantages [B, K, 1] of the steps of a rollout [B, K] that were paid `reward` [B, K, 1]."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it remembers: tensors and numbers."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        ...
 
 
 def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
@@ -52,7 +32,7 @@ def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
 
 
 @dataclass
-class _Fifo:
+class _Fifo(Credit):
     """Statistics that persist over rollouts: see `FifoStatistics`."""
 
     buffer: int | None = None
@@ -78,6 +58,11 @@ class _Fifo:
         self.raw_std = float((values - values.mean(0)).std(correction=0))
         return self.statistics(values, prompt)
 
+    def centred_over(self, *, one_condition: bool) -> Literal["batch"] | None:
+        """The batch, where one buffer holds just that."""
+        whole = self.buffer is None and (one_condition or self.per == "batch")
+        return "batch" if whole else None
+
     def state_dict(self) -> dict[str, Any]:
         """The buffers."""
         s = self.statistics
@@ -90,11 +75,12 @@ class _Fifo:
             self.statistics.load_state_dict(state)
 
 
+@CREDITS.register("standardised")
 @dataclass
 class Standardised(_Fifo):
     """All steps of a trajectory get its return, standardised by the latest returns of its prompt.
 
-        A_i = (R - mean)/(std + 1e-6),    R = Σ_i r_i
+        adv_i = (R - mean)/(std + 1e-6),    R = Σ_i r_i
 
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2 and its code,
     https://arxiv.org/abs/2305.13301.
@@ -108,17 +94,23 @@ class Standardised(_Fifo):
         ValueError: an argument outside its range; when called, conditions that are no integers.
     """
 
+    @property
+    def takes_dense(self) -> bool:
+        """No: a trajectory gets one advantage."""
+        return False
+
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
         """Advantages, the same for all steps of a trajectory."""
-        A = self._standardise(reward.sum((1, 2)), rollout)
-        return A[:, None, None].expand_as(reward)
+        adv = self._standardise(reward.sum((1, 2)), rollout)
+        return adv[:, None, None].expand_as(reward)
 
 
+@CREDITS.register("rewards_to_go")
 @dataclass
 class RewardsToGo(_Fifo):
     """Each step gets what is still to come, standardised by the latest values of its prompt *and step*.
 
-        G_i = r_i + γ G_{i+1},    A_i = (G_i - mean_i)/(std_i + 1e-6)
+        G_i = r_i + γ G_{i+1},    adv_i = (G_i - mean_i)/(std_i + 1e-6)
 
     Source: Aligning Few-Step Diffusion Models with Dense Reward Difference Learning (Zhang et al., 2024) and its
     code, https://arxiv.org/abs/2411.11727.
@@ -144,44 +136,3 @@ class RewardsToGo(_Fifo):
         """Advantages, each step's own."""
         G = rewards_to_go(reward, gamma=self.gamma)
         return self._standardise(G[..., 0], rollout)[..., None]
-
-
-@dataclass
-class GroupRelative:
-    """All steps of a trajectory get its return relative to its group's: see `group_advantages`.
-
-    Args:
-        std: standard deviation to divide by: of the "group", "global", or "none".
-
-    Raises:
-        ValueError: an unknown choice.
-    """
-
-    std: Literal["group", "global", "none"] = "group"
-    raw_std: float = field(init=False, default=math.nan, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.std not in ("group", "global", "none"):
-            raise ValueError(f"credit.std is {self.std!r}: give 'group', 'global' or 'none'")
-
-    def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
-        """Advantages, the same for all steps of a trajectory."""
-        R, group = reward.sum((1, 2)), rollout.get(keys.GROUP)[:, 0, 0]
-        self.raw_std = float(group_advantages(R, group, std="none").std(correction=0))
-        A = group_advantages(R, group, std=self.std)
-        return A[:, None, None].expand_as(reward)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take."""
-
-
-CREDITS: dict[str, Callable[..., Credit]] = {
-    "standardised": Standardised,
-    "rewards_to_go": RewardsToGo,
-    "group": GroupRelative,
-    "critic": LearnedCritic,
-}

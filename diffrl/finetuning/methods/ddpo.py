@@ -1,76 +1,40 @@
-"""DDPO: policy gradient on the denoising chain, by score function or with importance-sampled, clipped updates."""
+"""DDPO: policy gradient on the denoising chain, by score function or by clipped importance ratios."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
-from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
-from diffrl.finetuning.policy import DenoisingPolicy, Law
-from diffrl.shapes import expand_like
+from diffrl.finetuning.credit.standardised import Standardised
+from diffrl.finetuning.methods.registry import METHODS
+from diffrl.finetuning.piece import Setting
+from diffrl.finetuning.placement.terminal import Terminal
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipe import Recipe
+from diffrl.finetuning.rollouts.chains import Rollouts
+from diffrl.finetuning.surrogate import (
+    SURROGATES,
+    Surrogate,
+    policy_figures,
+    reference_kl,
+    scaled_clip_range,
+    trainable_law,
+)
+from diffrl.finetuning.updates import Updates
 
-__all__ = ["DDPOLoss", "kl_to_reference", "policy_figures", "trainable_law"]
-
-
-def trainable_law(policy: DenoisingPolicy, steps: TensorDictBase) -> tuple[Law, Tensor, Tensor]:
-    """The policy's law at the steps [N] that have a log-probability, log π of the actions taken, and their mask.
-
-    Deterministic steps are not forwarded at all.
-
-    Raises:
-        ValueError: no step is stochastic.
-    """
-    mask = steps.get(keys.TRAINABLE).squeeze(-1)
-    if not bool(mask.any()):
-        raise ValueError(
-            "no step of this batch is stochastic, so none has a log-probability: leave such batches out"
-        )
-    cond = steps.get(keys.COND, None)
-    law = policy.law(
-        steps.get(keys.X_T)[mask],
-        steps.get(keys.INDEX).squeeze(-1)[mask],
-        None if cond is None else cond[mask],
-    )
-    return law, policy.log_prob(law, steps.get(keys.ACTION)[mask]), mask
-
-
-def kl_to_reference(law: Law, reference: Law, reduction: Literal["mean", "sum"]) -> Tensor:
-    """KL(π ‖ π_ref) of one step in closed form, std shared: |mean - mean_ref|²/(2 std²), shape [N].
-
-    Source: the KL of two normals with one covariance; Flow-GRPO (Liu et al., 2025), eq. 12,
-    https://arxiv.org/abs/2505.05470.
-
-    Args:
-        law: of the policy.
-        reference: of the reference, at the same states.
-        reduction: over event dims; "sum" is the divergence itself.
-    """
-    squares = (law.mean - reference.mean) ** 2 / (2 * expand_like(law.std, law.mean) ** 2)
-    return squares.flatten(1).sum(1) if reduction == "sum" else squares.flatten(1).mean(1)
-
-
-def policy_figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
-    """What to watch of an update: mean ratio, share of |ratio - 1| > ε (0 without a clip), ½ mean (log ratio)²."""
-    ratio = log_ratio.detach().exp()
-    clipped = (ratio - 1).abs() > (clip_range if clip_range > 0 else math.inf)
-    return {
-        "ratio": ratio.mean(),
-        "clip_fraction": clipped.float().mean(),
-        "approx_kl": 0.5 * log_ratio.detach().square().mean(),
-    }
+__all__ = ["DDPOLoss", "PPOClip", "Reinforce", "ddpo_is", "ddpo_sf"]
 
 
 class DDPOLoss(LossModule):
     """Surrogate of DDPO on rollout steps with advantages.
 
-        score function (SF):      L = -mean A log π(a|x)
-        importance sampling (IS): r = π/π_old,  L = mean max(-A r, -A clip(r, 1-ε, 1+ε))
+        score function (SF):      L = -mean adv log π(a|x)
+        importance sampling (IS): r = π/π_old,  L = mean max(-adv r, -adv clip(r, 1-ε, 1+ε))
         plus kl_coef · mean KL(π ‖ π_ref) where a reference is given
 
     The mean runs over the stochastic steps. SF is on-policy: one update per rollout. One ratio per step, not their
@@ -132,7 +96,7 @@ class DDPOLoss(LossModule):
         """The loss of steps [N] or [B, K] of a rollout, with its figures."""
         steps = tensordict.reshape(-1)
         law, log_p, mask = trainable_law(self.policy, steps)
-        A = (
+        adv = (
             steps.get(self.tensor_keys.advantage)
             .flatten()[mask]
             .clamp(-self.advantage_clip, self.advantage_clip)
@@ -140,30 +104,96 @@ class DDPOLoss(LossModule):
         log_ratio = log_p - steps.get(keys.ACTION_LOG_PROB)[mask]
         eps = self.clip_range
         if self.surrogate == "sf":
-            loss = -A * log_p
+            loss = -adv * log_p
         else:
             r = log_ratio.exp()
-            loss = torch.maximum(-A * r, -A * r.clamp(1 - eps, 1 + eps))
+            loss = torch.maximum(-adv * r, -adv * r.clamp(1 - eps, 1 + eps))
         out = {"loss_policy": loss.mean(), **policy_figures(log_ratio, eps)}
         if self.__dict__["reference"] is not None:
-            kl = _reference_kl(self.__dict__["reference"], law, steps, mask, self.policy.reduction)
+            kl = reference_kl(self.__dict__["reference"], law, steps, mask)
             out |= {"loss_kl": self.kl_coef * kl, "kl": kl.detach()}
         return TensorDict(out)
 
 
-def _reference_kl(
-    reference: DenoisingPolicy,
-    law: Law,
-    steps: TensorDictBase,
-    mask: Tensor,
-    reduction: Literal["mean", "sum"],
-) -> Tensor:
-    """Mean KL of the steps to the reference, which gets no gradient."""
-    cond = steps.get(keys.COND, None)
-    with torch.no_grad():
-        other = reference.law(
-            steps.get(keys.X_T)[mask],
-            steps.get(keys.INDEX).squeeze(-1)[mask],
-            None if cond is None else cond[mask],
+@SURROGATES.register("reinforce")
+@dataclass(frozen=True)
+class Reinforce(Surrogate):
+    """The score function, -adv log π: DDPO-SF. See `DDPOLoss`.
+
+    Args:
+        advantage_clip: advantages are clipped to ± this.
+    """
+
+    on_policy: ClassVar[bool] = True
+    takes_kl: ClassVar[bool] = True
+    advantage_clip: float = 5.0
+
+    def loss(self, setting: Setting) -> DDPOLoss:
+        """`DDPOLoss` by score function."""
+        eps = scaled_clip_range(setting.dim, setting.policy.reduction)  # of its figures only
+        return _ddpo_loss(setting, "sf", eps, self.advantage_clip)
+
+
+@SURROGATES.register("ppo_clip")
+@dataclass(frozen=True)
+class PPOClip(Surrogate):
+    """The clipped importance ratio of every step: DDPO-IS. See `DDPOLoss`.
+
+    Args:
+        clip_range: ε, in units of the policy's reduction; None: `scaled_clip_range`.
+        advantage_clip: advantages are clipped to ± this.
+    """
+
+    takes_kl: ClassVar[bool] = True
+    clip_range: float | None = None
+    advantage_clip: float = 5.0
+
+    def loss(self, setting: Setting) -> DDPOLoss:
+        """`DDPOLoss` by importance sampling."""
+        scaled = scaled_clip_range(setting.dim, setting.policy.reduction)
+        return _ddpo_loss(
+            setting, "is", scaled if self.clip_range is None else self.clip_range, self.advantage_clip
         )
-    return kl_to_reference(law, other, reduction).mean()
+
+
+def _ddpo_loss(
+    setting: Setting, surrogate: Literal["sf", "is"], clip_range: float, advantage_clip: float
+) -> DDPOLoss:
+    return DDPOLoss(
+        setting.policy,
+        surrogate=surrogate,
+        clip_range=clip_range,
+        advantage_clip=advantage_clip,
+        reference=setting.kl_reference,
+        kl_coef=setting.kl_coef,
+    )
+
+
+@METHODS.register("ddpo_sf", label="DDPO-SF")
+def ddpo_sf(**pieces: Any) -> Recipe:
+    """DDPO by score function: one on-policy update a rollout.
+
+    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), eq. 5,
+    https://arxiv.org/abs/2305.13301.
+
+    Args:
+        **pieces: of `Recipe`, in place of the published ones.
+    """
+    return Recipe(**{**_ddpo(Updates(minibatches=1)), "surrogate": Reinforce(), **pieces})
+
+
+@METHODS.register("ddpo_is", label="DDPO-IS")
+def ddpo_is(**pieces: Any) -> Recipe:
+    """DDPO by clipped importance sampling: two updates a rollout, as its code's aesthetic run has.
+
+    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), eq. 6 and its code,
+    https://arxiv.org/abs/2305.13301.
+
+    Args:
+        **pieces: of `Recipe`, in place of the published ones.
+    """
+    return Recipe(**{**_ddpo(Updates()), "surrogate": PPOClip(), **pieces})
+
+
+def _ddpo(updates: Updates) -> dict[str, Any]:
+    return {"rollouts": Rollouts(), "placement": Terminal(), "credit": Standardised(), "updates": updates}

@@ -1,6 +1,7 @@
 """SDPO: regression of a pair's difference in log-ratio on the difference of its stepwise advantages."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -10,20 +11,33 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
-from diffrl.finetuning.methods.ddpo import policy_figures, trainable_law
+from diffrl.finetuning.credit.standardised import RewardsToGo
+from diffrl.finetuning.methods.registry import METHODS
+from diffrl.finetuning.piece import Setting
+from diffrl.finetuning.placement.dense import Dense
 from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.recipe import Recipe
+from diffrl.finetuning.rollouts.chains import Rollouts
+from diffrl.finetuning.surrogate import (
+    SURROGATES,
+    Surrogate,
+    policy_figures,
+    scaled_clip_range,
+    trainable_law,
+)
+from diffrl.finetuning.updates import Updates
 
-__all__ = ["SDPOLoss"]
+__all__ = ["RewardDifference", "SDPOLoss", "sdpo"]
 
 
 class SDPOLoss(LossModule):
     """Dense reward difference loss on pairs of trajectories that share prompt and initial noise.
 
-        w_i = λ^i/η,    ρ_j = log π(a_j|x_j) - log π_old (j = a, b),    ΔA = A_a - A_b
-        L = mean max( (w (ρ_a - ρ_b) - ΔA)², (w (clip(ρ_a, ±ε) - clip(ρ_b, ±ε)) - ΔA)² )
+        w_i = q^i/s,    r_j = log π(a_j|x_j) - log π_old (j = a, b),    Δadv = adv_a - adv_b
+        L = mean max( (w (r_a - r_b) - Δadv)², (w (clip(r_a, ±ε) - clip(r_b, ±ε)) - Δadv)² )
 
-    λ here is the temporal weight of the paper, largest for the first, noisiest steps (`temporal_weight`), not TD's.
-    With published numbers |ρ| stays near 1e-4 and |ΔA| near 1: the target is never reached, and the gradient is that
+    q is the temporal weight, largest for the first, noisiest steps (the paper's λ), and s the log scale (its η).
+    With published numbers |r| stays near 1e-4 and |Δadv| near 1: the target is never reached, and the gradient is that
     of a clipped policy gradient whose baseline is the other member of the pair. The value of the loss says nothing.
 
     Source: Aligning Few-Step Diffusion Models with Dense Reward Difference Learning (Zhang et al., 2024) and its code,
@@ -31,8 +45,8 @@ class SDPOLoss(LossModule):
 
     Args:
         policy: π, trained in place; its reduction is the one that clip_range refers to.
-        temporal_weight: λ ∈ (0, 1].
-        log_scale: η > 0.
+        temporal_weight: q ∈ (0, 1].
+        log_scale: s > 0.
         clip_range: ε, in units of the policy's reduction; ≤ 0 does not clip. See `DDPOLoss`.
         advantage_clip: each member's advantage is clipped to ± this before the difference.
 
@@ -92,15 +106,66 @@ class SDPOLoss(LossModule):
         _, log_p, mask = trainable_law(self.policy, steps)
         log_ratio = log_p - steps.get(keys.ACTION_LOG_PROB)[mask]
         kept = mask.view(B, -1)
-        rho = log_p.new_zeros(kept.shape).masked_scatter(kept, log_ratio)  # 0 where a step is deterministic
-        A = steps.get(self.tensor_keys.advantage).view(B, -1).clamp(-self.advantage_clip, self.advantage_clip)
+        r = log_p.new_zeros(kept.shape).masked_scatter(kept, log_ratio)  # 0 where a step is deterministic
+        clip = self.advantage_clip
+        adv = steps.get(self.tensor_keys.advantage).view(B, -1).clamp(-clip, clip)
         w = self.temporal_weight ** steps.get(keys.INDEX).view(B, -1)[0::2].to(log_p) / self.log_scale
 
-        def squared_error(rho: Tensor) -> Tensor:  # (w Δρ - ΔA)²
-            return (w * (rho[0::2] - rho[1::2]) - (A[0::2] - A[1::2])) ** 2
+        def squared_error(r: Tensor) -> Tensor:  # (w Δr - Δadv)²
+            return (w * (r[0::2] - r[1::2]) - (adv[0::2] - adv[1::2])) ** 2
 
         eps = self.clip_range
-        loss = squared_error(rho)
+        loss = squared_error(r)
         if eps > 0:
-            loss = torch.maximum(loss, squared_error(rho.clamp(-eps, eps)))
+            loss = torch.maximum(loss, squared_error(r.clamp(-eps, eps)))
         return TensorDict({"loss_policy": loss[kept[0::2]].mean(), **policy_figures(log_ratio, eps)})
+
+
+@SURROGATES.register("reward_difference")
+@dataclass(frozen=True)
+class RewardDifference(Surrogate):
+    """Regression of a pair's log-ratios on its advantages: SDPO. See `SDPOLoss`.
+
+    Args:
+        temporal_weight: q ∈ (0, 1].
+        log_scale: s > 0.
+        clip_range: ε, in units of the policy's reduction; None: `scaled_clip_range`; ≤ 0 does not clip.
+        advantage_clip: each member's advantage is clipped to ± this.
+    """
+
+    needs_pairs: ClassVar[bool] = True
+    temporal_weight: float = 0.99
+    log_scale: float = 1.0
+    clip_range: float | None = None
+    advantage_clip: float = 5.0
+
+    def loss(self, setting: Setting) -> SDPOLoss:
+        """`SDPOLoss`; it has no KL term."""
+        scaled = scaled_clip_range(setting.dim, setting.policy.reduction)
+        return SDPOLoss(
+            setting.policy,
+            temporal_weight=self.temporal_weight,
+            log_scale=self.log_scale,
+            clip_range=scaled if self.clip_range is None else self.clip_range,
+            advantage_clip=self.advantage_clip,
+        )
+
+
+@METHODS.register("sdpo", label="SDPO")
+def sdpo(**pieces: Any) -> Recipe:
+    """SDPO: pairs, dense rewards from three queries, stepwise advantages, step-shuffled reward differences.
+
+    Source: Aligning Few-Step Diffusion Models with Dense Reward Difference Learning (Zhang et al., 2024) and its code,
+    https://arxiv.org/abs/2411.11727; ours are the guard of the similarities and the anchor among inner steps.
+
+    Args:
+        **pieces: of `Recipe`, in place of the published ones.
+    """
+    published = {
+        "rollouts": Rollouts(pairs=True),
+        "placement": Dense(),
+        "credit": RewardsToGo(),
+        "updates": Updates(order="step"),
+        "surrogate": RewardDifference(),
+    }
+    return Recipe(**{**published, **pieces})

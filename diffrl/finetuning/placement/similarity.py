@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from diffrl.rewards.black_box import BlackBox, WeightedSum
-from diffrl.rewards.workers import Reward
+from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import Reward
+from diffrl.rewards.weighted_sum import WeightedSum
 
 __all__ = ["DenseMode", "anchor_steps", "dense_queries", "predict_dense", "similarity_weighted"]
 

@@ -1,0 +1,150 @@
+"""What every run from a configuration shares: settings, table and logger, interruption, one loop to its end."""
+
+import os
+import signal
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, ClassVar
+
+import torch
+
+from diffrl.extras import require_installed
+from diffrl.training.loop import Loop
+from diffrl.training.runs import RunFolder
+from diffrl.training.table import Table
+
+__all__ = ["AUTOCAST", "SHOWN", "Interrupted", "Job", "as_tuples", "check_settings", "interruptible"]
+
+AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+LOGGERS = ("csv", "tensorboard", "wandb")
+SHOWN = {"images": 64, "points": 1000}  # samples kept for figures
+
+
+class Interrupted(Exception):
+    """A run was asked to stop by SIGINT or SIGTERM; it is saved."""
+
+
+class Job(ABC):
+    """One loop of a run.
+
+    Args:
+        config: of the run.
+        name: of the folder of its checkpoints.
+        loop: what runs.
+    """
+
+    count: ClassVar[str]
+    """Column of the table that counts the loop's steps."""
+
+    def __init__(self, config: Mapping[str, Any], name: str, loop: Loop) -> None:
+        self.config, self.name, self.loop = config, name, loop
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Of metrics.csv."""
+
+    @property
+    def tag(self) -> dict[str, str]:
+        """Columns that tell this job's rows from those of others in the same table."""
+        return {}
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures of what was made so far."""
+
+    def finished(self, row: dict[str, float]) -> str | None:
+        """Why to end the loop early, after a row with an evaluation; None to go on."""
+        return None
+
+    def table(self, folder: RunFolder) -> Table:
+        """metrics.csv."""
+        return Table(folder.path / "metrics.csv", self.columns)
+
+    def resume(self, folder: RunFolder) -> None:
+        """Continue from the newest checkpoint; rows that will be written again are dropped from the table."""
+        self.loop.folder = folder.checkpoints(self.name)
+        self.loop.resume()
+        done = range(self.loop.step + 1 if self.loop.step > 0 else 0)
+
+        def wanted(row: dict[str, str]) -> bool:
+            return any(row[k] != v for k, v in self.tag.items()) or int(row[self.count]) in done
+
+        self.table(folder).keep(wanted)
+
+    def run_loop(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> None:
+        """Run the loop to its end.
+
+        Raises:
+            Interrupted: it was asked to stop, and is saved.
+        """
+        table, logger = self.table(folder), _open_logger(self.config["logger"], str(folder.path), self.name)
+
+        def report(row: dict[str, float]) -> None:
+            table.append({**self.tag, **row})
+            if logger is not None:
+                for key, value in row.items():
+                    logger.log_scalar("/".join([*self.tag.values(), key]), value, step=int(row[self.count]))
+
+        ended = self.loop.fit(
+            report=report,
+            evaluate=lambda loop: self.evaluate(),
+            stop=interrupted,
+            finished=self.finished,
+            progress=progress,
+        )
+        if not ended:
+            place = " of ".join([f"{self.loop.step_name} {self.loop.step}", *self.tag.values()])
+            raise Interrupted(f"stopped after {place}, and saved; continue with resume={folder.path}")
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Refuse what no schema knows to be wrong."""
+    for key, known in (("dtype", tuple(AUTOCAST)), ("logger", LOGGERS)):
+        if config[key] not in known:
+            raise ValueError(f"{key} is {config[key]!r}: give {', '.join(known)}")
+    if config["logger"] != "csv":
+        require_installed(config["logger"], extra=config["logger"])
+    try:
+        torch.zeros(1, device=config["device"])
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way to lack it
+        raise ValueError(f"device is {config['device']!r}, which cannot be used: {error}") from error
+
+
+def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists, as a configuration file has them, as the tuples that constructors take."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def _open_logger(kind: str, folder: str, name: str) -> Any:
+    """TorchRL's logger of that kind; None for "csv", which metrics.csv is already."""
+    if kind == "csv":
+        return None
+    from torchrl.record.loggers import get_logger  # costs seconds
+
+    mode = {"wandb_kwargs": {"mode": os.environ.get("WANDB_MODE", "online")}} if kind == "wandb" else {}
+    return get_logger(kind, logger_name=f"{folder}/{kind}", experiment_name=name, **mode)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag, so that a run stops between two steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread hears signals
+        return
+    seen: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if seen:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    old = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
