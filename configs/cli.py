@@ -1,4 +1,4 @@
-"""The command line of the examples: Hydra composes; a mistake is one line that names it and its remedy."""
+"""The command line: Hydra composes a configuration, and a mistake is one line that names it and its remedy."""
 
 import os
 import sys
@@ -18,12 +18,13 @@ from diffrl.configs.groups import register
 from diffrl.experiments.run import Interrupted
 from diffrl.extras import MissingExtra
 from diffrl.finetuning.checks import CheckFailed
+from diffrl.registry import IMPORT, import_named
 from diffrl.rewards.calls import RewardError
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError
 
-__all__ = ["EXPECTED", "command", "explain", "settings"]
+__all__ = ["EXPECTED", "command", "explain", "import_users_modules", "one_line", "settings"]
 
 EXPECTED = (
     HydraException,
@@ -48,6 +49,8 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         def entry() -> None:
             given = os.environ.get("HYDRA_FULL_ERROR")
+            with _one_line(full=given == "1"):
+                import_users_modules()
 
             def job(config: DictConfig) -> None:
                 with _one_line(full=given == "1"):  # inside too, or Hydra adds a line about its overrides
@@ -67,6 +70,24 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
         return entry
 
     return decorate
+
+
+def import_users_modules() -> None:
+    """Take ``--import MODULE`` out of the command line, and import the modules; a launcher's processes do too."""
+    words, modules, rest = sys.argv[1:], list[str](), list[str]()
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name != "--import":
+            rest.append(word)
+        elif equals or words:
+            modules.append(value if equals else words.pop(0))
+        else:
+            raise ValueError("--import needs the name of a module")
+    if modules:
+        import_named(*modules)
+        os.environ[IMPORT] = ",".join(modules)
+        sys.argv[1:] = rest
 
 
 def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -119,6 +140,14 @@ def _paths(config: DictConfig, key: str) -> list[str]:
         for group, options in config.items_ex(resolve=False)
         if group != "hydra" and isinstance(options, DictConfig) and key in options
     ]
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """For a command without Hydra: import the user's modules, and print what a user can mend in one line."""
+    with _one_line(full=os.environ.get("HYDRA_FULL_ERROR") == "1"):
+        import_users_modules()
+        yield
 
 
 @contextmanager

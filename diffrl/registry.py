@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 __all__ = [
     "ENTRY_POINTS",
+    "IMPORT",
     "Config",
     "Entry",
     "Registry",
@@ -19,6 +20,7 @@ __all__ = [
     "import_named",
     "options_of",
     "registries",
+    "user_modules",
 ]
 
 Config = Mapping[str, Any]
@@ -206,6 +208,7 @@ def import_named(*modules: str) -> None:
 
 def user_modules() -> list[str]:
     """Modules outside the library that registered a method or were named by the user."""
+    _import_plugins()
     return list(_USERS)
 
 

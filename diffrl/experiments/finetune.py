@@ -242,6 +242,7 @@ def load_tuned(path: str | Path) -> TunedRun:
         CheckpointError: there is no checkpoint yet, or it is damaged.
     """
     folder = RunFolder.open(Path(path))
+    folder.require_modules()
     config = folder.config()
     model = _model({**config, "device": "cpu"})
     policy = _policy({**config, "device": "cpu"}, model)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from diffrl.data.dataset_all import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.registry import IMPORT, user_modules
 from diffrl.training.build import build_data, build_denoiser, build_sampler
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.evaluation import draw_samples
 
-__all__ = ["Run", "RunFolder", "RunFolderError", "load", "versions", "write_atomically"]
+__all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions", "write_atomically"]
 
 
 class RunFolderError(RuntimeError):
@@ -55,6 +56,7 @@ class RunFolder:
             path = None if config["run_dir"] is None else Path(config["run_dir"])
             return cls.create(path, config, label)
         folder = cls.open(Path(config["resume"]))
+        folder.require_modules()
         stored, movable = folder.config(), ("device", "resume", "run_dir")
         if other := [k for k in config if k not in movable and config[k] != stored.get(k)]:
             raise RunFolderError(
@@ -90,7 +92,9 @@ class RunFolder:
                 f"{path} cannot be made a run folder ({error}): choose another run_dir"
             ) from error
         write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
-        write_atomically(path / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
+        write_atomically(path / "command.txt", command_line() + "\n")
+        if modules := user_modules():
+            write_atomically(path / "modules.json", json.dumps(modules))
         whole = OmegaConf.create({**config, "run_dir": str(path)})
         write_atomically(folder.config_file, OmegaConf.to_yaml(whole))
         return folder
@@ -117,6 +121,20 @@ class RunFolder:
         config = OmegaConf.to_container(OmegaConf.load(self.config_file))
         assert isinstance(config, dict)
         return {str(k): v for k, v in config.items()}
+
+    def require_modules(self) -> None:
+        """Refuse a run whose methods the user has not made known: a file never names code to run.
+
+        Raises:
+            RunFolderError: it was made with modules that are not imported now.
+        """
+        file = self.path / "modules.json"
+        made_with = json.loads(file.read_text()) if file.exists() else []
+        if missing := [str(module) for module in made_with if module not in user_modules()]:
+            raise RunFolderError(
+                f"{self.path} was made with methods of {', '.join(missing)}: give --import {missing[0]}, or in "
+                "Python import it first"
+            )
 
     def results(self) -> dict[str, Any]:
         """What results.json holds so far; empty before the first objective is done."""
@@ -191,6 +209,7 @@ def load(path: str | Path, objective: str | None = None) -> Run:
         CheckpointError: there is no checkpoint of that objective, or it is damaged.
     """
     folder = RunFolder.open(Path(path))
+    folder.require_modules()
     config = folder.config()
     objective = objective or config["objective"]["name"]
     data = build_data(config)
@@ -224,6 +243,14 @@ def versions() -> dict[str, str]:
     """What a run runs on."""
     packages = ("diffrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy", "hydra-core")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def command_line() -> str:
+    """The command that runs now, as a user can repeat it."""
+    program = sys.argv[0] if sys.argv[0].startswith("-m ") else shlex.quote(sys.argv[0])
+    modules = filter(None, os.environ.get(IMPORT, "").split(","))
+    words = [word for module in modules for word in ("--import", module)] + sys.argv[1:]
+    return " ".join(["python", program, *map(shlex.quote, words)])
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,139 @@
+"""What the commands do: train, finetune, compare, sample."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from diffrl.configs.cells import plan_comparison
+from diffrl.configs.cli import command, one_line
+from diffrl.configs.tuning import base_run, plan_tuning
+from diffrl.experiments.comparison import run_comparison
+from diffrl.experiments.finetune import run_finetuning
+from diffrl.experiments.reports.finetuning import tuning_table, write_tuning_report
+from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
+from diffrl.experiments.reports.run_table import objective_label, summary_table
+from diffrl.experiments.reports.training import write_report
+from diffrl.experiments.train import run_experiment
+from diffrl.experiments.tuning_comparison import run_tuning_comparison
+from diffrl.extras import require_installed
+from diffrl.training.build import build_sampler
+from diffrl.training.evaluation import grid_for
+from diffrl.training.runs import load
+from diffrl.training.table import aligned
+
+__all__ = ["COMMANDS"]
+
+
+def _require_demo() -> None:
+    require_installed("matplotlib", "ot", "PIL", "scipy", "sklearn", "torchmetrics", extra="demo")
+
+
+@command("train")
+def train(config: dict[str, Any]) -> None:
+    """Train, print the table, draw the figure."""
+    _require_demo()
+    folder = run_experiment(config)
+    print(summary_table(folder.results()))
+    print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
+
+
+@command("finetune")
+def finetune(config: dict[str, Any]) -> None:
+    """Train what is to be tuned, tune it, print tables, draw figures."""
+    _require_demo()
+    out, path = Path(config["out"]), config["model"].get("path")
+    if config["model"]["name"] == "run" and path is None and config["resume"] is None:
+        path = str(base_run(config["pretrain"], out.parent))
+        config["model"]["path"] = path
+    if not config["compare"] or config["resume"] is not None:
+        folder = run_finetuning(config)
+        found = folder.results()["finetuning"]
+        names = [name for name in found["final"] if name in found["base"]]
+        rows = [[n, f"{found['base'][n]:.3g}", f"{found['final'][n]:.3g}"] for n in names]
+        print(aligned([["", "base", "tuned"], [], *rows]))
+        print(f"\nrun folder  {folder.path}")
+        return
+    if path is None:
+        sys.exit("error: model.path is null: give what is to be tuned")
+    cells = plan_tuning(config, HydraConfig.get().overrides.task, str(path))
+    done = run_tuning_comparison(cells, out, workers=config["workers"])
+    if done.finished:
+        print(f"{tuning_table(out)}\n\nreport  {write_tuning_report(out)}")
+    _end(done)
+
+
+@command("compare")
+def compare(config: dict[str, Any]) -> None:
+    """Run what is not finished yet, write the report, list what failed."""
+    _require_demo()
+    out = Path(config["out"])
+    if config["report"]:
+        print(f"report  {write_report(out)}")
+        return
+    comparison = plan_comparison(config["plan"])
+    done = run_comparison(comparison, out, studies=config["studies"], workers=config["workers"])
+    print(f"{done.finished} of {done.total} cells are finished\nreport  {write_report(out)}")
+    _end(done)
+
+
+def _end(done: Any) -> None:
+    """Say what failed or was interrupted, and exit accordingly."""
+    for cell, error in done.failed.items():
+        print(f"failed  {cell}: {error}")
+    if done.interrupted:
+        sys.exit("interrupted: the same command continues")
+    if done.failed:
+        sys.exit(f"error: {len(done.failed)} cells failed; the same command runs them again")
+
+
+def sample() -> None:
+    """Draw samples from a run folder, at a chosen number of network evaluations for each."""
+    with one_line():
+        print(_sample(_sample_words().parse_args()))
+
+
+def _sample(arguments: argparse.Namespace) -> Path:
+    """Load, sample, draw; returns the picture's path."""
+    run = load(arguments.run_folder, arguments.objective)
+    guided = run.data.num_classes > 0 and arguments.guidance_scale not in (0, 1)  # two evaluations a call
+    calls, rest = divmod(arguments.nfe, 2 if guided else 1)
+    if rest:
+        raise ValueError(f"guidance evaluates the network twice a call: --nfe {arguments.nfe} must be even")
+    num_steps = grid_for(build_sampler(run.config), run.denoiser.process, calls)
+    x = run.sample(
+        arguments.samples,
+        num_steps=num_steps,
+        seed=arguments.seed,
+        guidance_scale=arguments.guidance_scale,
+    )
+    name = f"samples_{run.objective}_nfe{arguments.nfe}_seed{arguments.seed}.png"
+    out = arguments.out or Path(arguments.run_folder) / "plots" / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    label = objective_label(run.objective, run.config)
+    title = f"{run.data.name}, {label}, NFE {arguments.nfe}, seed {arguments.seed}"
+    return draw_samples(x, out, title=title, data=run.data.test[:1000])
+
+
+def _sample_words() -> argparse.ArgumentParser:
+    """What can be given."""
+    parser = argparse.ArgumentParser(prog="python -m diffrl sample", description=sample.__doc__)
+    parser.add_argument("run_folder", help="what a training run wrote")
+    parser.add_argument("--nfe", type=int, default=35, help="network evaluations of each sample (35)")
+    parser.add_argument("--samples", type=int, default=64, help="how many (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; each has its own (0)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is off; needs labels (1)")
+    parser.add_argument("--objective", help="whose denoiser: td, monte_carlo, ... (the run's main one)")
+    parser.add_argument("--out", type=Path, help="the picture (RUN_FOLDER/plots/samples_...png)")
+    return parser
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "train": train,
+    "finetune": finetune,
+    "compare": compare,
+    "sample": sample,
+}
