@@ -83,7 +83,7 @@ def _verdict(c: Check) -> str:
 
 def check(
     policy: DenoisingPolicy,
-    loss: nn.Module,
+    loss: nn.Module | None,
     rollout: TensorDictBase,
     *,
     batch_rows: int | None = None,
@@ -111,7 +111,8 @@ def check(
 
     Args:
         policy: π as it was when the rollout was collected.
-        loss: a LossModule that trains it, as `DDPOLoss` or `SDPOLoss`; its `clip_range` counts.
+        loss: a LossModule that trains its steps, as `DDPOLoss` or `SDPOLoss`; its `clip_range` counts. None: it is
+            trained on samples, so that no log-probability is needed, and what is about them is left out.
         rollout: of `collect_rollout`, batch size [B, K], with the advantage [B, K, 1].
         batch_rows: states in one forward of an update; None: the rollout's B.
         rollout_rows: chains that were drawn side by side; None: the rollout's B.
@@ -124,10 +125,11 @@ def check(
         ValueError: entries of the rollout are missing, or an argument is outside its range.
     """
     _refuse(rollout, batch_rows, centred)
-    fits = _rollout(policy, rollout)
+    fits = _rollout(policy, rollout, needs_noise=loss is not None)
     checks = [fits]
-    with _untouched([policy, reference, vars(loss).get("reference")], rollout.device):
-        if fits.passed:  # else all that follows would fail for the same reason
+    others = [reference, None if loss is None else vars(loss).get("reference")]
+    with _untouched([policy, *others], rollout.device):
+        if loss is not None and fits.passed:  # else all that follows would fail for the same reason
             run = _Run(policy, loss, rollout, batch_rows, rollout_rows, autocast)
             checks += [_stored(run), _ratio(run), _kl(run, reference), _accumulation(run)]
         checks.append(_advantages(rollout.get(keys.ADVANTAGE), rollout.get(keys.GROUP), centred))
@@ -231,7 +233,7 @@ def _nan_first(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _rollout(policy: DenoisingPolicy, rollout: TensorDictBase) -> Check:
+def _rollout(policy: DenoisingPolicy, rollout: TensorDictBase, *, needs_noise: bool) -> Check:
     name, limit = "rollout: |log π| a dim", PER_DIM
     entries = [keys.X_T, keys.ACTION, keys.X0_HAT, keys.ACTION_LOG_PROB]
     bad = [e for e in entries if e in rollout and not bool(rollout.get(e).isfinite().all())]
@@ -245,7 +247,7 @@ def _rollout(policy: DenoisingPolicy, rollout: TensorDictBase) -> Check:
     if not _on_grid(policy, rollout):
         why = "its states are at other times than the policy's grid: process, sampler or num_steps differ"
         return Check(name, False, math.nan, limit, why)
-    if not bool(rollout.get(keys.TRAINABLE).any()):
+    if needs_noise and not bool(rollout.get(keys.TRAINABLE).any()):
         why = "no step is stochastic: give the sampler noise (η > 0) or the policy a std_floor"
         return Check(name, False, math.nan, limit, why)
     why = "a step has almost no noise, or the actions are not this policy's: raise std_floor"

@@ -32,7 +32,7 @@ def check_tuner(tuner: Finetuner) -> Report:
             rollout = tuner.collect(generator, trajectories=size, credit=credit)
         report = check(
             tuner.policy,
-            tuner.loss,
+            tuner.loss if u.unit == "steps" else None,
             rollout,
             batch_rows=u.largest_part(plan.trajectories, tuner.num_trainable, group_size=plan.rows_together),
             rollout_rows=size,
