@@ -1,5 +1,5 @@
 from . import recipes as recipes
-from .checks import CheckFailed as CheckFailed
+from .check_report import CheckFailed as CheckFailed
 from .checks import check as check
 from .finetuner import Finetuner as Finetuner
 from .finetuner import Iterations as Iterations

@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,72 +12,17 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from diffrl import keys
+from diffrl.finetuning.check_report import Check, Report
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.surrogate import trainable_law
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import nondeterminism
-from diffrl.training.table import aligned
 
-__all__ = ["Check", "CheckFailed", "Report", "check"]
+__all__ = ["check"]
 
 ROWS, STATES = 16, 64  # of the rollout that are looked at, unless an update takes more at once
 PER_DIM = 50.0  # |log π| of one dim: a standard deviation of 1e-20, or ten of them away
 DROPOUT = "two forwards of the policy differ: dropout is active (train mode); put it in eval mode"
-
-
-class CheckFailed(RuntimeError):
-    """Something must be put right before training makes sense."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check found. One that passed and has a cause is a note."""
-
-    name: str
-    passed: bool
-    value: float
-    limit: float
-    """The largest value that passes; infinite where nothing is demanded."""
-    cause: str = ""
-    """The likely cause of a failure, or the note."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What all checks found; printed, it is a table with the causes under it."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        """Those that did not pass."""
-        return tuple(c for c in self.checks if not c.passed)
-
-    @property
-    def passed(self) -> bool:
-        """Whether all did."""
-        return not self.failed
-
-    def __str__(self) -> str:
-        rows = [["check", "value", "at most", ""], []]
-        for c in self.checks:
-            limit = "-" if math.isinf(c.limit) else f"{c.limit:.2g}"
-            rows.append([c.name, f"{c.value:.2g}", limit, _verdict(c)])
-        return "\n".join([aligned(rows), *(f"{c.name}: {c.cause}" for c in self.checks if c.cause)])
-
-    def raise_if_failed(self) -> None:
-        """Stop where a check failed.
-
-        Raises:
-            CheckFailed: its message names each failed check and the likely cause.
-        """
-        if self.failed:
-            each = (f"{c.name} is {c.value:.3g}, at most {c.limit:.3g}: {c.cause}" for c in self.failed)
-            raise CheckFailed("before the first update, " + "; ".join(each))
-
-
-def _verdict(c: Check) -> str:
-    return ("note" if c.cause else "ok") if c.passed else "FAILED"
 
 
 def check(
@@ -338,15 +282,15 @@ def _kl(run: _Run, reference: DenoisingPolicy | None) -> Check:
     return Check(name, False, value, run.kl_limit, why)
 
 
-def _advantages(A: Tensor, group: Tensor, centred: str | None) -> Check:
-    A = A.detach().double().squeeze(-1)
-    rows = group[:, 0].flatten() if centred == "group" else torch.zeros(len(A), device=A.device)
-    rms = A.square().mean().sqrt().clamp(min=1e-12)
-    value = _largest(*(A[rows == g].mean(0) / rms for g in rows.unique()))
+def _advantages(adv: Tensor, group: Tensor, centred: str | None) -> Check:
+    adv = adv.detach().double().squeeze(-1)
+    rows = group[:, 0].flatten() if centred == "group" else torch.zeros(len(adv), device=adv.device)
+    rms = adv.square().mean().sqrt().clamp(min=1e-12)
+    value = _largest(*(adv[rows == g].mean(0) / rms for g in rows.unique()))
     where = "group" if centred == "group" else "batch"
     name, limit = f"advantages: mean of a {where}", math.inf if centred is None else 1e-3
     if value <= limit:
-        zero = not bool(A.any())
+        zero = not bool(adv.any())
         return Check(
             name, True, value, limit, "all advantages are 0: this rollout teaches nothing" if zero else ""
         )

@@ -135,17 +135,8 @@ def pipeline_model(
     Raises:
         MissingExtra, FileNotFoundError, ValueError: see `load_pipeline`, `PipelineDenoiser` and `add_lora`.
     """
-    if path is None:
-        raise ValueError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
-    if weights not in DTYPES:
-        raise ValueError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
-    if lora_rank is None and weights != "float32":
-        raise ValueError(
-            "without adapters all weights are trained, and half precision loses small steps: set "
-            "model.weights=float32, or model.lora_rank"
-        )
-    if bool(prompts) == (prompts_file is not None):
-        raise ValueError("give model.prompts or model.prompts_file, one of the two")
+    _check_pipeline_options(path, weights, lora_rank, prompts, prompts_file)
+    assert path is not None
     texts = list(prompts) or _lines(str(prompts_file))
     pipe = load_pipeline(path, DTYPES[weights], device=device, variant=variant, download=download)
     denoiser = PipelineDenoiser.from_pipeline(
@@ -164,15 +155,43 @@ def pipeline_model(
     size = (h, w) if latent_size is None else (latent_size, latent_size)
     decode = LatentDecoder(pipe.vae.requires_grad_(False))
 
-    def wrap(reward: Reward) -> Reward:
-        if isinstance(reward, WeightedSum):  # its statistics must not lie under a cache: decode for each part
-            parts = {name: (wrap(part), reward.weights[name]) for name, part in reward.parts.items()}
-            return WeightedSum(parts, normalise=reward.normalise, tol=reward.tol)
-        asked = reward.reward if isinstance(reward, BlackBox) else reward  # what counts queries lies outside
-        return DecodedReward(asked, decode, texts, decode_batch_size)
-
     name = Path(path).name.replace(" ", "-")
-    return Tunable(denoiser, (channels, *size), torch.arange(len(texts)), wrap, None, name)
+    return Tunable(
+        denoiser,
+        (channels, *size),
+        torch.arange(len(texts)),
+        lambda reward: _decoded(reward, decode, texts, decode_batch_size),
+        None,
+        name,
+    )
+
+
+def _check_pipeline_options(
+    path: str | None, weights: str, lora_rank: int | None, prompts: list[str], prompts_file: str | None
+) -> None:
+    if path is None:
+        raise ValueError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
+    if weights not in DTYPES:
+        raise ValueError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
+    if lora_rank is None and weights != "float32":
+        raise ValueError(
+            "without adapters all weights are trained, and half precision loses small steps: set "
+            "model.weights=float32, or model.lora_rank"
+        )
+    if bool(prompts) == (prompts_file is not None):
+        raise ValueError("give model.prompts or model.prompts_file, one of the two")
+
+
+def _decoded(reward: Reward, decode: LatentDecoder, texts: list[str], batch_size: int) -> Reward:
+    """A reward of images and prompts as one of latents and numbers of prompts."""
+    if isinstance(reward, WeightedSum):  # its statistics must not lie under a cache: decode for each part
+        parts = {
+            name: (_decoded(part, decode, texts, batch_size), reward.weights[name])
+            for name, part in reward.parts.items()
+        }
+        return WeightedSum(parts, normalise=reward.normalise, tol=reward.tol)
+    asked = reward.reward if isinstance(reward, BlackBox) else reward  # what counts queries lies outside
+    return DecodedReward(asked, decode, texts, batch_size)
 
 
 def _lines(file: str) -> list[str]:

@@ -4,7 +4,8 @@ import copy
 
 import torch
 
-from diffrl.finetuning.checks import Report, check
+from diffrl.finetuning.check_report import Report
+from diffrl.finetuning.checks import check
 from diffrl.finetuning.finetuner import Finetuner
 from diffrl.training.loop import step_generator
 

@@ -17,7 +17,8 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks import MLP
 from diffrl.diffusion.samplers.loop import CPS, DDIM
 from diffrl.diffusion.schedules.all import Flow
-from diffrl.finetuning.checks import Check, CheckFailed, Report, check
+from diffrl.finetuning.check_report import Check, CheckFailed, Report
+from diffrl.finetuning.checks import check
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import diffrl
 from diffrl import keys, recipes
 from diffrl.diffusion.networks import MLP
-from diffrl.finetuning.checks import CheckFailed
+from diffrl.finetuning.check_report import CheckFailed
 from diffrl.finetuning.credit.critic import LearnedCritic
 from diffrl.finetuning.credit.group import GroupRelative
 from diffrl.finetuning.credit.standardised import RewardsToGo, Standardised
