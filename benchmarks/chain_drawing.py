@@ -6,7 +6,7 @@ from timing import Ratio, interleave
 from torch import Generator
 
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import draw_chain
 from diffrl.envs import DiffusionMRP
 

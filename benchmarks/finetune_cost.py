@@ -8,9 +8,9 @@ from timing import Ratio, interleave
 from torch import Tensor
 
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import UNet
-from diffrl.diffusion.samplers.loop import Ancestral
-from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.networks.unet import UNet
+from diffrl.diffusion.samplers.ddim import Ancestral
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.policy import DenoisingPolicy

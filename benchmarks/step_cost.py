@@ -7,20 +7,21 @@ from functools import partial
 
 import by_hand
 import torch
+from diffrl.objectives.schemes import monte_carlo_loss
 from report import Row
 from tensordict import TensorDict
 from timing import Ratio, interleave
 from torch import Generator, Tensor, nn
 
 from diffrl import keys
-from diffrl.data.dataset_all import Data
+from diffrl.data.dataset import Data
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP, UNet
-from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.networks.unet import UNet
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import SoftUpdate, ValueLoss, sample_td_edm_pairs, td_edm_loss
-from diffrl.objectives.schemes import monte_carlo_loss
 from diffrl.training.build import Objective
 from diffrl.training.ema import EMA
 from diffrl.training.optim import Optim

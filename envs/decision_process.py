@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffrl.diffusion.samplers.base import GaussianSampler, NoiseFn, column
-from diffrl.diffusion.schedules.all import Schedule
-from diffrl.rewards.black_box import Reward, as_reward
+from diffrl.diffusion.laws import NoiseFn
+from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.rewards.calls import Reward
+from diffrl.rewards.weighted_sum import as_reward
 
 __all__ = ["ActionKind", "DecisionProcess", "Decision", "Latents", "RewardPlacement"]
 

@@ -9,7 +9,8 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from diffrl.diffusion.samplers.base import Noise, NoiseFn
+from diffrl.diffusion.laws import NoiseFn
+from diffrl.diffusion.samplers.base import Noise
 
 __all__ = [
     "Array",

@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.data.dataset_all import DATASETS, Data
+from diffrl.data.dataset import Data
 from diffrl.data.image_files import check_finite
-from diffrl.diffusion.denoisers import DenoiserFn, EmpiricalDenoiser, MixtureDenoiser
-from diffrl.diffusion.samplers.base import GaussianSampler, NoiseFn
-from diffrl.diffusion.samplers.loop import STOCHASTIC_SAMPLERS
-from diffrl.diffusion.schedules.all import PROCESSES, Schedule
+from diffrl.data.registry import DATASETS
+from diffrl.diffusion.denoisers import DenoiserFn
+from diffrl.diffusion.exact import EmpiricalDenoiser, MixtureDenoiser
+from diffrl.diffusion.laws import NoiseFn
+from diffrl.diffusion.samplers.base import GaussianSampler
+from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, RewardPlacement
 from diffrl.envs.gymnasium_common import (
     Array,
@@ -32,8 +36,8 @@ from diffrl.envs.gymnasium_common import (
     named,
     reset_mask,
 )
-from diffrl.rewards.black_box import Reward
-from diffrl.rewards.shipped import REWARDS
+from diffrl.rewards.calls import Reward
+from diffrl.rewards.registry import REWARDS
 from diffrl.shapes import require_floating
 
 __all__ = ["DiffusionMDPEnv", "DiffusionMDPVectorEnv"]
@@ -67,14 +71,14 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
     https://arxiv.org/abs/2305.13301.
 
     Args:
-        process: name in `diffrl.diffusion.schedules.all.PROCESSES` ("flow", "edm", "ddpm", "vp"), or a schedule.
+        process: name in `diffrl.diffusion.schedules.PROCESSES` ("flow", "edm", "ddpm", "vp"), or a schedule.
         data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), or a data set: what latents look like.
         num_steps: K = N ≥ 1, the noise levels and the steps of a chain.
         action: "next_latent", or "x0_hat".
-        reward: name in `diffrl.rewards.shipped.REWARDS`, or any callable (x0 [N, *E], cond) → N numbers. Without
+        reward: name in `diffrl.rewards.REWARDS`, or any callable (x0 [N, *E], cond) → N numbers. Without
             reward_kwargs "mode_distance" is to the first mode of the data.
         reward_placement: "terminal", or with action "x0_hat" also "dense": each step pays R of the clean estimate.
-        sampler: name in `diffrl.diffusion.samplers.loop.STOCHASTIC_SAMPLERS`, or a sampler whose step is a Gaussian.
+        sampler: name in `diffrl.diffusion.samplers.samplers_with_law()`, or a sampler whose step is a Gaussian.
         denoiser: the pretrained one; None: the exact one of the data, where that is known.
         conditions: labels [M], or other arrays [M, ...], that each chain's condition is drawn from; or None.
         action_scale: c > 0; None: 4 σ of the noisiest level for the next latent, 1 for the clean estimate. A power
@@ -121,12 +125,13 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
             reward_kwargs = {"index": 0, "mixture": law.mixture}
         if reward_placement == "dense" and action == "next_latent":
             raise ValueError("dense rewards are of clean estimates, which only action 'x0_hat' brings")
+        lawful = {name: SAMPLERS[name] for name in samplers_with_law()}
         self.decision_process = DecisionProcess(
             schedule,
             named("reward", REWARDS, reward, reward_kwargs),
             event_shape=law.event_shape,
             num_steps=num_steps,
-            sampler=named("sampler", STOCHASTIC_SAMPLERS, sampler, sampler_kwargs),
+            sampler=named("sampler", lawful, sampler, sampler_kwargs),
             action=action,
             reward_placement=reward_placement,
             conditions=conditions,

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.data.dataset_all import DATASETS, Data
-from diffrl.diffusion.schedules.all import PROCESSES, Schedule
+from diffrl.data.dataset import Data
+from diffrl.data.registry import DATASETS
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.envs.gymnasium_common import (
     Array,
     Info,
@@ -54,7 +56,7 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
     Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048.
 
     Args:
-        process: name in `diffrl.diffusion.schedules.all.PROCESSES` ("edm", "ddpm", "vp", "flow"), or a schedule.
+        process: name in `diffrl.diffusion.schedules.PROCESSES` ("edm", "ddpm", "vp", "flow"), or a schedule.
         data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), a data set, or points [M, *E].
         num_steps: N ≥ 1, the noise levels; see `diffrl.diffusion.chains.Chain`.
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.

@@ -11,10 +11,10 @@ from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from diffrl import keys
 from diffrl.data.image_files import check_finite
 from diffrl.diffusion.samplers.base import GaussianSampler
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.torchrl_common import ChainEnv
-from diffrl.rewards.black_box import Reward
+from diffrl.rewards.calls import Reward
 from diffrl.shapes import require_floating
 
 __all__ = ["DiffusionMDP"]

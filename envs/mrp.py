@@ -9,8 +9,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from diffrl import keys
-from diffrl.data.dataset_all import Data
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.data.dataset import Data
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.envs.torchrl_common import ChainEnv
 

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from diffrl.data.dataset_all import Data
+from diffrl.data.dataset import Data
 from diffrl.data.image_files import check_finite
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["RewardProcess", "States", "Transition"]

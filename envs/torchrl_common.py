@@ -9,7 +9,7 @@ from torchrl.data import Categorical, Composite
 from torchrl.envs import EnvBase
 
 from diffrl import keys
-from diffrl.diffusion.samplers.base import NoiseFn
+from diffrl.diffusion.laws import NoiseFn
 
 __all__ = ["ChainEnv"]
 

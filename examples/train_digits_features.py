@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from diffrl.data.dataset_all import digits
+from diffrl.data.files import digits
 from diffrl.diffusion.networks.digits_cnn import DIGITS_CNN_FILE, DigitsCNN
 
 

@@ -4,9 +4,11 @@ from . import samplers as samplers
 from . import schedules as schedules
 from .chains import Chain as Chain
 from .denoisers import Denoiser as Denoiser
-from .denoisers import EmpiricalDenoiser as EmpiricalDenoiser
-from .denoisers import GaussianDenoiser as GaussianDenoiser
-from .denoisers import GuidedDenoiser as GuidedDenoiser
-from .denoisers import MixtureDenoiser as MixtureDenoiser
+from .exact import EmpiricalDenoiser as EmpiricalDenoiser
+from .exact import GaussianDenoiser as GaussianDenoiser
+from .exact import MixtureDenoiser as MixtureDenoiser
+from .guidance import GuidedDenoiser as GuidedDenoiser
+from .laws import Gaussian as Gaussian
+from .laws import Law as Law
 from .trajectories import ChainSampler as ChainSampler
 from .trajectories import sample_chain as sample_chain

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.posterior import Posterior, coupling_eta, posterior
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.shapes import expand_like
 
 __all__ = ["Chain"]

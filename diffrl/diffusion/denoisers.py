@@ -1,4 +1,4 @@
-"""Denoisers D(x_t, t) ≈ E[x0 | x_t]: a preconditioned network, and the exact ones of known laws.
+"""Denoisers D(x_t, t) ≈ E[x0 | x_t]: what they are called with, and a network with its preconditioning.
 
 A denoiser is any callable (x_t [N, *E], t [N], cond [N, ...] or None) → [N, *E].
 """
@@ -10,28 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.predictions import PredictionType, Scalings, boundary_scalings, scalings
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.shapes import expand_like, require_floating
 
-__all__ = [
-    "Denoiser",
-    "DenoiserFn",
-    "EmpiricalDenoiser",
-    "GaussianDenoiser",
-    "GuidedDenoiser",
-    "MixtureDenoiser",
-]
+__all__ = ["Denoiser", "DenoiserFn", "require_states"]
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def _require_states(x_t: Tensor, t: Tensor) -> None:
-    """Refuse states that hold integers, and anything but one time per state."""
-    require_floating([("x_t", x_t)])
-    if t.shape != x_t.shape[:1]:
-        raise ValueError(
-            f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
-        )
 
 
 class Denoiser(nn.Module):
@@ -92,7 +76,7 @@ class Denoiser(nn.Module):
             TypeError: x_t holds integers.
             ValueError: t is not one time per state.
         """
-        _require_states(x_t, t)
+        require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         c_noise = t
         if self.time_input != "t":  # float32 at least: half precision would merge noise levels
@@ -104,221 +88,10 @@ class Denoiser(nn.Module):
         return D_x
 
 
-class GuidedDenoiser(nn.Module):
-    """Classifier-free guidance: D = D_∅ + w (D_c - D_∅); two network evaluations a call unless w is 0 or 1.
-
-    Source: Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), eq. 6 (w here is their 1 + w),
-    https://arxiv.org/abs/2207.12598.
-
-    Args:
-        denoiser: conditional denoiser that takes null labels.
-        null_label: the label that stands for no condition; num_classes for `diffrl.networks`.
-        guidance_scale: w; 1 is off.
-    """
-
-    def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
-        super().__init__()
-        self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
-        self.process = denoiser.process
-        self.evaluations = 1 if guidance_scale in (0, 1) else 2
-        """Network evaluations a state."""
-
-    @property
-    def sigma_data(self) -> float:
-        """Of the denoiser."""
-        return self.denoiser.sigma_data
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Guided estimate; as `Denoiser.forward`, with labels cond of shape [N].
-
-        Raises:
-            ValueError: no labels.
-        """
-        if cond is None:
-            raise ValueError("guidance needs labels: give cond, shape [N]")
-        if self.guidance_scale == 1:
-            return self.denoiser(x_t, t, cond)
-        unconditional = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))
-        if self.guidance_scale == 0:
-            return unconditional
-        return unconditional + self.guidance_scale * (self.denoiser(x_t, t, cond) - unconditional)
-
-
-class GaussianDenoiser(nn.Module):
-    """Exact denoiser of x0 ~ N(m, C), any covariance.
-
-        E[x0 | x_t] = m + α C (α² C + σ² I)⁻¹ (x_t - α m)
-
-    Source: Gaussian conditioning; Pattern Recognition and Machine Learning (Bishop, 2006), eq. 2.116.
-
-    Args:
-        process: noise schedule.
-        mean: m, shape [D].
-        covariance: C, symmetric and positive semi-definite, shape [D, D].
-    """
-
-    mean: Tensor
-    variances: Tensor
-    axes: Tensor
-
-    def __init__(self, process: Schedule, mean: Tensor, covariance: Tensor) -> None:
-        super().__init__()
-        self.process = process
-        variances, axes = torch.linalg.eigh(covariance.double())
-        self.register_buffer("mean", mean.double())
-        self.register_buffer("variances", variances.clamp(min=0))
-        self.register_buffer("axes", axes)
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Posterior mean of states [N, D] at times [N], of x_t's dtype; cond is not looked at."""
-        _require_states(x_t, t)
-        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
-        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
-        D_x = self.mean + ((x_t - alpha * self.mean) @ self.axes * gain) @ self.axes.T
-        return D_x.to(x_t.dtype)
-
-    def sample_posterior(
-        self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws of x0 given x_t.
-
-            x0 | x_t ~ N(E[x0 | x_t], σ² C (α² C + σ² I)⁻¹)
-
-        Args:
-            x_t: states, shape [N, D].
-            t: times, shape [N].
-            draws: how many for each state.
-            generator: source of randomness.
-
-        Returns:
-            Shape [N, draws, D], of x_t's dtype.
-        """
-        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
-        std = sigma * (self.variances / (alpha**2 * self.variances + sigma**2)).sqrt()
-        shape = (len(x_t), draws, x_t.shape[1])
-        z = torch.randn(shape, generator=generator, dtype=torch.float64, device=x_t.device)
-        mean = self(x_t.double(), t)
-        return (mean[:, None] + (std[:, None] * z) @ self.axes.T).to(x_t.dtype)
-
-
-class MixtureDenoiser(nn.Module):
-    """Exact denoiser of a mixture of isotropic Gaussians, any dimension.
-
-        E[x0 | x_t] = Σ_c p(c | x_t) [ m_c + α s_c²/v_c (x_t - α m_c) ],    v_c = α² s_c² + σ²
-        p(c | x_t) ∝ w_c v_c^{-D/2} exp(-|x_t - α m_c|²/(2 v_c))
-
-    Source: Bayes' rule for a mixture; Pattern Recognition and Machine Learning (Bishop, 2006), eqs. 2.116
-    and 9.13.
-
-    Args:
-        process: noise schedule.
-        means: m_c, shape [C, *E].
-        stds: s_c ≥ 0, shape [C].
-        weights: w_c ≥ 0, shape [C]; normalised here.
-        batch_size: states handled at once, which bounds memory at batch_size × C distances.
-
-    Raises:
-        ValueError: another number of means than of stds or weights.
-    """
-
-    means: Tensor
-    stds: Tensor
-    log_weights: Tensor
-
-    def __init__(
-        self, process: Schedule, means: Tensor, stds: Tensor, weights: Tensor, batch_size: int = 4096
-    ) -> None:
-        super().__init__()
-        if not (len(means) == len(stds) == len(weights)):
-            raise ValueError(
-                f"a mixture needs as many means ({len(means)}) as stds ({len(stds)}) "
-                f"and weights ({len(weights)})"
-            )
-        self.process, self.batch_size, self.event_shape = process, batch_size, means.shape[1:]
-        self.register_buffer("means", means.double().flatten(1))
-        self.register_buffer("stds", stds.double())
-        self.register_buffer("log_weights", (weights.double() / weights.sum()).log())
-
-    def responsibilities(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """p(c | x_t), shape [N, C], float64."""
-        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
-        v = alpha**2 * self.stds**2 + sigma**2
-        x = x_t.double().flatten(1)
-        squares = (
-            (x**2).sum(1, keepdim=True) - 2 * alpha * (x @ self.means.T) + alpha**2 * (self.means**2).sum(1)
+def require_states(x_t: Tensor, t: Tensor) -> None:
+    """Refuse states that hold integers, and anything but one time per state."""
+    require_floating([("x_t", x_t)])
+    if t.shape != x_t.shape[:1]:
+        raise ValueError(
+            f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
         )
-        D = x.shape[1]
-        return (self.log_weights - squares / (2 * v) - 0.5 * D * v.log()).softmax(1)
-
-    def _posterior_mean(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
-        p = self.responsibilities(x_t, t)
-        gain = alpha * self.stds**2 / (alpha**2 * self.stds**2 + sigma**2)
-        x = x_t.double().flatten(1)
-        D_x = (p * (1 - alpha * gain)) @ self.means + (p * gain).sum(1, keepdim=True) * x
-        return D_x.view_as(x_t).to(x_t.dtype)
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Posterior mean of states [N, *E] at times [N], of x_t's dtype; cond is not looked at.
-
-        Raises:
-            TypeError: x_t holds integers.
-            ValueError: t is not one time per state, or x_t has another event shape than the mixture.
-        """
-        _require_states(x_t, t)
-        if x_t.shape[1:] != self.event_shape:
-            raise ValueError(
-                f"x_t has event shape {tuple(x_t.shape[1:])}, the mixture has {tuple(self.event_shape)}"
-            )
-        parts = zip(x_t.split(self.batch_size), t.split(self.batch_size), strict=True)
-        return torch.cat([self._posterior_mean(x, s) for x, s in parts])
-
-    def sample_posterior(
-        self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Draws of x0 given x_t: a component by its responsibility, then a Gaussian of its own.
-
-            x0 | x_t, c ~ N(m_c + α s_c²/v_c (x_t - α m_c), s_c² σ²/v_c I)
-
-        Args:
-            x_t: states, shape [N, *E].
-            t: times, shape [N].
-            draws: how many for each state.
-            generator: source of randomness.
-
-        Returns:
-            Shape [N, draws, *E], of x_t's dtype.
-        """
-        parts = zip(x_t.split(self.batch_size), t.split(self.batch_size), strict=True)
-        return torch.cat([self._draw_posterior(x, s, draws, generator) for x, s in parts])
-
-    def _draw_posterior(
-        self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None
-    ) -> Tensor:
-        N, x = len(x_t), x_t.double().flatten(1)[:, None]
-        c = torch.multinomial(self.responsibilities(x_t, t), draws, replacement=True, generator=generator)
-        alpha, sigma = self.process.alpha(t.double()), self.process.sigma(t.double())
-        alpha, sigma = alpha[:, None, None], sigma[:, None, None]
-        m, s = self.means[c], self.stds[c][..., None]
-        v = alpha**2 * s**2 + sigma**2
-        z = torch.randn(m.shape, generator=generator, dtype=torch.float64, device=x_t.device)
-        x0 = m + alpha * s**2 / v * (x - alpha * m) + s * sigma / v.sqrt() * z
-        return x0.view(N, draws, *x_t.shape[1:]).to(x_t.dtype)
-
-
-def EmpiricalDenoiser(  # noqa: N802 (used like the classes beside it)
-    process: Schedule, points: Tensor, batch_size: int = 4096
-) -> MixtureDenoiser:
-    """Exact denoiser of a finite data set: the softmax-weighted mean of its points.
-
-        E[x0 | x_t] = Σ_j softmax_j(-|x_t - α x_j|²/(2σ²)) x_j
-
-    It is the value function that training on these points converges to, real images too.
-
-    Args:
-        process: noise schedule.
-        points: the data, shape [M, *E].
-        batch_size: see `MixtureDenoiser`.
-    """
-    ones = torch.ones(len(points), device=points.device)
-    return MixtureDenoiser(process, points, 0 * ones, ones, batch_size)

@@ -4,16 +4,15 @@ A coupling η ∈ [0, 1] says how successive states share their noise: η = 1 is
 η = 0 the deterministic one whose states share one noise. The marginals are the same, the joint law is not.
 """
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.shapes import expand_like
 
-__all__ = ["Posterior", "coupling_eta", "marginal", "normal_log_prob", "posterior", "transition"]
+__all__ = ["Posterior", "coupling_eta", "marginal", "posterior", "transition"]
 
 
 class Posterior(NamedTuple):
@@ -106,36 +105,3 @@ def marginal(process: Schedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """
     alpha, sigma = process.alpha(t).to(x0.dtype), process.sigma(t).to(x0.dtype)
     return expand_like(alpha, x0) * x0 + expand_like(sigma, x0) * noise
-
-
-def normal_log_prob(
-    x: Tensor, mean: Tensor, std: Tensor, *, batch_dims: int, reduction: Literal["sum", "mean"]
-) -> Tensor:
-    """Log-density of an isotropic normal, summed or averaged over the event dims.
-
-        log p = Σ_E [ -(x - mean)²/(2 std²) - log std - ½ log 2π ]
-
-    The mean over dims is not a log-density but is what DDPO's clip range was published for; they differ by
-    the factor dim(E).
-
-    Args:
-        x: values, shape [*b, *E].
-        mean: of x's shape.
-        std: standard deviation > 0, shape [*b], [*b, 1] or broadcastable against x.
-        batch_dims: how many leading dims are batch.
-        reduction: "sum" (a density) or "mean".
-
-    Returns:
-        Shape [*b], of x's dtype.
-
-    Raises:
-        ValueError: std is 0 somewhere: a deterministic step has no density.
-    """
-    if not bool((std > 0).all()):
-        raise ValueError(
-            "std is 0: a deterministic step has no log-probability; use eta > 0 or a floor on std"
-        )
-    std = expand_like(std.to(x), x)
-    log_p = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    flat = log_p.flatten(batch_dims) if x.ndim > batch_dims else log_p.unsqueeze(-1)
-    return flat.sum(-1) if reduction == "sum" else flat.mean(-1)

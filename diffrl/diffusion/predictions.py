@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.schedules.all import EDM, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.shapes import expand_like
 
 __all__ = ["PredictionType", "Scalings", "boundary_scalings", "from_x0", "scalings", "to_x0"]

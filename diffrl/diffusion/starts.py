@@ -7,7 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffrl.registry import Registry
+
 __all__ = ["STARTS", "CurriculumStarts", "LossAwareStarts", "Starts", "UniformStarts"]
+
+STARTS = Registry("starts", "diffrl.diffusion.starts")
 
 
 class Starts(ABC):
@@ -42,6 +46,7 @@ class Starts(ABC):
         """Continue from `state_dict`."""
 
 
+@STARTS.register("uniform")
 class UniformStarts(Starts):
     """Every start alike."""
 
@@ -49,6 +54,7 @@ class UniformStarts(Starts):
         return torch.randint(num_starts, (batch,), generator=generator, device=generator.device), None
 
 
+@STARTS.register("loss_aware")
 class LossAwareStarts(Starts):
     """Starts in proportion to the root mean square of their last losses; the loss stays unbiased.
 
@@ -113,6 +119,7 @@ class LossAwareStarts(Starts):
         self._losses, self._counts = state["losses"].clone(), state["counts"].clone()
 
 
+@STARTS.register("curriculum")
 class CurriculumStarts(Starts):
     """From easy to hard: one more cluster of neighbouring noise levels whenever the loss has stopped falling.
 
@@ -174,10 +181,3 @@ class CurriculumStarts(Starts):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stage, self._best, self._waited = state["stage"], state["best"], state["waited"]
         self._sum, self._count = state["sum"], state["count"]
-
-
-STARTS: dict[str, type[Starts]] = {
-    "uniform": UniformStarts,
-    "loss_aware": LossAwareStarts,
-    "curriculum": CurriculumStarts,
-}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.starts import Starts, UniformStarts
 from diffrl.shapes import require_floating
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.diffusion.samplers.loop import SAMPLERS, STOCHASTIC_SAMPLERS, GaussianSampler
+from diffrl.diffusion.samplers.base import GaussianSampler
+from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
 from diffrl.experiments.run import AUTOCAST, SHOWN, Job, as_tuples, check_settings, interruptible
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
@@ -133,7 +134,7 @@ def _model(config: Config) -> Tunable:
 def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
     sampler = named(SAMPLERS, config["sampler"])
     if not isinstance(sampler, GaussianSampler):
-        known = ", ".join(STOCHASTIC_SAMPLERS)
+        known = ", ".join(samplers_with_law())
         raise ValueError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
     return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
 

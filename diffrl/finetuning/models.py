@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffrl.data.dataset_all import Data
-from diffrl.diffusion.denoisers import GuidedDenoiser
+from diffrl.data.dataset import Data
+from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora
 from diffrl.registry import Registry

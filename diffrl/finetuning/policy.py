@@ -11,9 +11,9 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution
 
 from diffrl import keys
-from diffrl.diffusion.laws import Gaussian
-from diffrl.diffusion.samplers.base import GaussianSampler, Noise, NoiseFn, column
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.laws import Gaussian, NoiseFn
+from diffrl.diffusion.samplers.base import GaussianSampler, Noise, column
+from diffrl.diffusion.schedules.base import Schedule
 
 __all__ = ["ActionDistribution", "DenoisingPolicy"]
 

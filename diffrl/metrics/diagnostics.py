@@ -16,7 +16,7 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
 
 __all__ = ["Oracle", "gradient_variance", "target_errors"]

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffrl.diffusion.denoisers import DenoiserFn
-from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
+from diffrl.diffusion.networks.digits_cnn import digits_cnn
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.extras import require
 
 __all__ = [
@@ -238,11 +237,6 @@ def mmd(x: Tensor, y: Tensor) -> float:
     return float(within - 2 * k_xy.mean())
 
 
-@cache
-def _digits_cnn(device: torch.device) -> DigitsCNN:
-    return load_digits_cnn().to(device)
-
-
 @torch.no_grad()
 def digits_features(x: Tensor) -> Tensor:
     """Features of `digits_cnn`, the classifier of scikit-learn's digits that comes with the library.
@@ -256,7 +250,7 @@ def digits_features(x: Tensor) -> Tensor:
     Raises:
         ValueError: another shape.
     """
-    network = _digits_cnn(x.device)
+    network = digits_cnn(x.device)
     return torch.cat([network.features(part) for part in x.float().split(2048)])
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diffrl.data.dataset_all import Data
-from diffrl.diffusion.denoisers import Denoiser, DenoiserFn, GuidedDenoiser
-from diffrl.diffusion.samplers.loop import Model, Noise, Sampler, trajectory
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.data.dataset import Data
+from diffrl.diffusion.denoisers import Denoiser, DenoiserFn
+from diffrl.diffusion.guidance import GuidedDenoiser
+from diffrl.diffusion.samplers.base import Model, Noise, Sampler
+from diffrl.diffusion.samplers.loop import trajectory
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.metrics.distances import sample_distance, value_error
 
 __all__ = ["Evaluation", "draw_samples", "grid_for"]

@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
-from diffrl.data.dataset_all import Data
+from diffrl.data.dataset import Data
+from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
-from diffrl.training.build import Adaptive, Objective
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.ema import EMA
 from diffrl.training.loop import Loop, at_least_one, step_generator

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from diffrl.objectives.schemes import OBJECTIVES
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,14 +22,13 @@ from PIL import Image
 from diffrl.configs.cli import EXPECTED, command, explain, settings
 from diffrl.configs.groups import TrainConfig, register
 from diffrl.configs.schema import schema
-from diffrl.data.dataset_all import DATASETS
+from diffrl.data.registry import DATASETS
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import NETWORKS
-from diffrl.diffusion.samplers.loop import SAMPLERS
-from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import Optim

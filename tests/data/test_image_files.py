@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffrl.data.dataset_all import DataError, folder, idx, npz
+from diffrl.data.files import folder, idx, npz
+from diffrl.data.image_files import DataError
 from diffrl.extras import MissingExtra
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,11 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import posterior
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import ChainSampler, draw_chain, sample_chain
 from tests.kit.oracles import CONTINUOUS, Estimate, assert_within, continuous, every_process, generator, randn
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.denoisers import (
-    Denoiser,
-    EmpiricalDenoiser,
-    GaussianDenoiser,
-    GuidedDenoiser,
-    MixtureDenoiser,
-)
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.exact import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
+from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.predictions import PredictionType
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from tests.kit.oracles import every_process, noisy_times, randn
 
 MEANS = torch.tensor([[-1.0, 0.5], [0.2, -0.8], [1.1, 0.6]], dtype=torch.float64)

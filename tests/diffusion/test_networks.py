@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffrl.diffusion.networks import MLP, NETWORKS, UNet
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.networks.unet import UNet
 
 CASES = [
     pytest.param(MLP, (2,), {}, id="mlp-2"),

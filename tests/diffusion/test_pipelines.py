@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffrl.rewards.weighted_sum import WeightedSum
 from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
@@ -25,16 +24,24 @@ from torch import Tensor, nn
 from diffrl import keys
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline, process_of
 from diffrl.diffusion.pipelines.lora import adapters_disabled, add_lora, has_lora, save_lora
-from diffrl.diffusion.samplers.loop import LCM, Ancestral, Euler, FlowSDE, GaussianSampler, sample
-from diffrl.diffusion.schedules.all import DDPM, Flow
+from diffrl.diffusion.samplers.base import GaussianSampler
+from diffrl.diffusion.samplers.consistency import LCM
+from diffrl.diffusion.samplers.ddim import Ancestral
+from diffrl.diffusion.samplers.loop import sample
+from diffrl.diffusion.samplers.ode import Euler
+from diffrl.diffusion.samplers.sde import FlowSDE
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.flow import Flow
 from diffrl.extras import MissingExtra
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.placement.similarity import predict_dense
+from diffrl.finetuning.placement.terminal import Terminal
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
+from diffrl.rewards.weighted_sum import WeightedSum
 from tests.kit.oracles import generator
 from tests.kit.pipelines import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion
 from tests.kit.pipelines import stable_diffusion_3 as sd3
@@ -676,7 +683,7 @@ def test_one_update_changes_adapters_only(
         DecodedReward(lambda images, prompts: images.mean((1, 2, 3)), LatentDecoder(pipe.vae), PROMPTS)
     )
     pairs = algorithm == "sdpo"
-    options: dict[str, Any] = {"batch_size": 2 * P, "pairs": True} if pairs else {"reward": box}
+    options: dict[str, Any] = {"batch_size": 2 * P, "pairs": True} if pairs else {}
     td = rollout(policy, **options)
     one = torch.ones(td.numel())
     with torch.no_grad():
@@ -688,7 +695,7 @@ def test_one_update_changes_adapters_only(
         assert box.queries + box.cache_hits == 3 * len(td)
     else:
         loss = DDPOLoss(policy, reference=base, kl_coef=0.1)
-        R = td["next", "reward"].sum(1).expand(P, 4)
+        R = Terminal()(td, box).sum(1).expand(P, 4)
         assert box.queries == P
     assert float(R.std(0).min()) > 0
     advantage = (R - R.mean(0)) / R.std(0)

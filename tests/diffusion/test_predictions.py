@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.denoisers import GaussianDenoiser
+from diffrl.diffusion.exact import GaussianDenoiser
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import PredictionType, from_x0, scalings, to_x0
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from tests.kit.oracles import continuous, every_process, noisy_times, randn
 
 TYPES = get_args(PredictionType)

@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from diffrl.diffusion.posterior import coupling_eta, marginal, normal_log_prob, posterior, transition
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.posterior import coupling_eta, marginal, posterior, transition
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from tests.kit.oracles import (
     assert_within,
     continuous,
@@ -198,33 +202,6 @@ def test_drawn_steps_have_the_marginal_of_s(process: Schedule) -> None:
     assert_within(line.level, process.alpha(s) * x0.mean())
     rest = (x_s - process.alpha(s) * x0).std()
     assert float(rest) == pytest.approx(float(process.sigma(s)), rel=5 / (2 * 20_000) ** 0.5)
-
-
-# Densities
-
-
-@pytest.mark.parametrize("batch", [(4,), (2, 3)])
-@pytest.mark.parametrize("event", [(), (5,), (2, 3, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_log_prob_is_that_of_torch(
-    batch: tuple[int, ...], event: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    x, mean = randn(2, *batch, *event, dtype=dtype)
-    per_state = torch.rand(*batch, generator=generator(), dtype=torch.float64) + 0.1
-    columns = per_state.unsqueeze(-1) if event else per_state
-    for std in (per_state, columns, torch.tensor(0.3, dtype=torch.float64)):
-        wide = (std.flatten() if std.ndim else std.expand(per_state.numel())).view(*batch, *[1] * len(event))
-        log_p = Normal(mean.double(), wide).log_prob(x.double()).view(*batch, -1)
-        for reduction, witness in (("sum", log_p.sum(-1)), ("mean", log_p.mean(-1))):
-            result = normal_log_prob(x, mean, std, batch_dims=len(batch), reduction=reduction)
-            assert result.shape == batch
-            torch.testing.assert_close(result, witness.to(dtype))
-
-
-def test_a_point_has_no_density() -> None:
-    x = torch.zeros(3, 2)
-    with pytest.raises(ValueError, match="std is 0.*use eta > 0 or a floor on std"):
-        normal_log_prob(x, x, torch.tensor([0.1, 0.0, 0.1]), batch_dims=1, reduction="sum")
 
 
 # Names of couplings

@@ -11,27 +11,22 @@ from diffusers import DDIMScheduler, DDPMScheduler, LCMScheduler
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from diffrl.diffusion.denoisers import Denoiser, GaussianDenoiser
-from diffrl.diffusion.samplers.loop import (
-    CPS,
-    DDIM,
-    LCM,
-    SAMPLERS,
-    Ancestral,
-    EDMStochastic,
-    Euler,
-    FlowSDE,
-    GaussianSampler,
-    Heun,
-    Kernel,
-    Model,
-    Multistep,
-    Noise,
-    Sampler,
-    sample,
-    trajectory,
-)
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.exact import GaussianDenoiser
+from diffrl.diffusion.laws import Gaussian
+from diffrl.diffusion.samplers.base import GaussianSampler, Model, Noise, Sampler
+from diffrl.diffusion.samplers.consistency import LCM, Multistep
+from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
+from diffrl.diffusion.samplers.edm_stochastic import EDMStochastic
+from diffrl.diffusion.samplers.loop import sample, trajectory
+from diffrl.diffusion.samplers.ode import Euler, Heun
+from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.diffusion.samplers.sde import CPS, FlowSDE
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from tests.kit.oracles import (
     CONTINUOUS,
     Estimate,
@@ -387,7 +382,7 @@ def test_an_ode_step_is_a_point(sampler: GaussianSampler) -> None:
         raise AssertionError("an ODE draws no noise")
 
     kernel = sampler.kernel(model, x, t, s)
-    assert isinstance(kernel, Kernel) and float(kernel.std) == 0
+    assert isinstance(kernel, Gaussian) and float(kernel.std) == 0
     torch.testing.assert_close(sampler.step(model, x, t, s, never), kernel.mean, rtol=0, atol=0)
     with pytest.raises(ValueError, match="std is 0"):
         kernel.log_prob(x, "sum")

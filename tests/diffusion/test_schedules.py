@@ -9,7 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffrl.diffusion.schedules.all import DDPM, EDM, PROCESSES, VP, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.diffusion.schedules.vp import VP
 from tests.kit.oracles import continuous, discrete, every_process, noisy_times
 
 

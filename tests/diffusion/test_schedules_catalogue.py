@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import marginal, posterior
-from diffrl.diffusion.schedules.all import VP
+from diffrl.diffusion.schedules.vp import VP
 from tests.kit.oracles import randn
 
 SCHEDULES = {

@@ -7,19 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.denoisers import GaussianDenoiser
-from diffrl.diffusion.samplers.loop import (
-    CPS,
-    DDIM,
-    Euler,
-    FlowSDE,
-    GaussianSampler,
-    Kernel,
-    Model,
-    Noise,
-    sample,
-)
-from diffrl.diffusion.schedules.all import EDM, Flow, Schedule
+from diffrl.diffusion.exact import GaussianDenoiser
+from diffrl.diffusion.laws import Gaussian
+from diffrl.diffusion.samplers.base import GaussianSampler, Model, Noise
+from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.diffusion.samplers.loop import sample
+from diffrl.diffusion.samplers.ode import Euler
+from diffrl.diffusion.samplers.sde import CPS, FlowSDE
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
 from diffrl.training.build import build_sampler
 from tests.kit.configs import small
 from tests.kit.oracles import CONTINUOUS, Estimate, assert_within, every_process, generator, randn
@@ -153,7 +150,7 @@ def test_states_at_times_of_their_own(process: Schedule, sampler: GaussianSample
     together = sampler.law(process, x, D_x, t, s)
     assert together.std.shape == (5,)
     for n in range(5):
-        alone: Kernel = sampler.law(process, x[n : n + 1], D_x[n : n + 1], t[n], s[n])
+        alone: Gaussian = sampler.law(process, x[n : n + 1], D_x[n : n + 1], t[n], s[n])
         torch.testing.assert_close(together.mean[n], alone.mean[0], **EXACT)
         torch.testing.assert_close(together.std[n], alone.std, **EXACT)
 

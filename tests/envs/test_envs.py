@@ -26,9 +26,12 @@ from torchrl.envs.utils import check_env_specs
 
 import diffrl
 from diffrl import keys
-from diffrl.data.dataset_all import Data, DataError, digits, rings
+from diffrl.data.dataset import Data
+from diffrl.data.files import digits
+from diffrl.data.image_files import DataError
+from diffrl.data.synthetic import rings
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.trajectories import draw_chain
 from diffrl.envs import DiffusionMRP, DiffusionMRPEnv, DiffusionMRPVectorEnv
 from tests.kit.paths import ROOT

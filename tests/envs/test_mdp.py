@@ -13,8 +13,6 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from diffrl.rewards.calls import RewardError
-from diffrl.rewards.mode_distance import ModeDistance
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
@@ -28,26 +26,30 @@ from torchrl.objectives import ClipPPOLoss
 
 import diffrl
 from diffrl import keys
-from diffrl.data.dataset_all import DataError, digits, rings
-from diffrl.diffusion.denoisers import Denoiser, MixtureDenoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.samplers.loop import (
-    CPS,
-    DDIM,
-    Ancestral,
-    FlowSDE,
-    GaussianSampler,
-    Multistep,
-    Noise,
-    sample,
-)
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.data.files import digits
+from diffrl.data.image_files import DataError
+from diffrl.data.synthetic import rings
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.exact import MixtureDenoiser
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.samplers.base import GaussianSampler, Noise
+from diffrl.diffusion.samplers.consistency import Multistep
+from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
+from diffrl.diffusion.samplers.loop import sample
+from diffrl.diffusion.samplers.sde import CPS, FlowSDE
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rl.advantages import group_advantages
 from tests.kit.oracles import generator, randn
 from tests.kit.paths import ROOT
@@ -844,7 +846,11 @@ def test_bare_script(tmp_path: Path) -> None:
         ({"num_step": 3}, TypeError, "unexpected keyword argument 'num_step'"),
         ({"process": "emd"}, ValueError, "process is 'emd': choose from ddpm, edm, flow, vp"),
         ({"reward": "inc"}, ValueError, "reward is 'inc': choose from .*ink"),
-        ({"sampler": "heun"}, ValueError, "sampler is 'heun': choose from ancestral, cps, ddim, flow_sde"),
+        (
+            {"sampler": "heun"},
+            ValueError,
+            "sampler is 'heun': choose from ancestral, consistency, cps, ddim, euler",
+        ),
         ({"sampler_kwargs": {"eta": 1.0}}, TypeError, "sampler_kwargs has no 'eta'"),
         ({"reward": squares, "reward_kwargs": {"a": 1}}, ValueError, "reward_kwargs goes with a name"),
         ({"data": "moons"}, ValueError, "mode_distance needs a point"),

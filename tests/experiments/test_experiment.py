@@ -19,7 +19,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import diffrl
-from diffrl.diffusion.samplers.loop import DDIM, Euler, Heun
+from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.diffusion.samplers.ode import Euler, Heun
 from diffrl.experiments import train as experiment
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment

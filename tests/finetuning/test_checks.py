@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import diffrl
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.samplers.loop import CPS, DDIM
-from diffrl.diffusion.schedules.all import Flow
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.diffusion.samplers.sde import CPS
+from diffrl.diffusion.schedules.flow import Flow
 from diffrl.finetuning.check_report import Check, CheckFailed, Report
 from diffrl.finetuning.checks import check
 from diffrl.finetuning.methods.ddpo import DDPOLoss

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys, recipes
-from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.finetuning.check_report import CheckFailed
 from diffrl.finetuning.credit.critic import LearnedCritic
 from diffrl.finetuning.credit.group import GroupRelative

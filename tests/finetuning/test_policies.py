@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from diffrl import keys
-from diffrl.diffusion.denoisers import Denoiser, GaussianDenoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.samplers.loop import (
-    CPS,
-    DDIM,
-    Ancestral,
-    Euler,
-    FlowSDE,
-    GaussianSampler,
-    Heun,
-    Multistep,
-    Noise,
-)
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.exact import GaussianDenoiser
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.samplers.base import GaussianSampler, Noise
+from diffrl.diffusion.samplers.consistency import Multistep
+from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
+from diffrl.diffusion.samplers.ode import Euler, Heun
+from diffrl.diffusion.samplers.sde import CPS, FlowSDE
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout

@@ -12,8 +12,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl import keys
-from diffrl.diffusion.samplers.loop import CPS, Ancestral, GaussianSampler
-from diffrl.diffusion.schedules.all import Flow
+from diffrl.diffusion.samplers.base import GaussianSampler
+from diffrl.diffusion.samplers.ddim import Ancestral
+from diffrl.diffusion.samplers.sde import CPS
+from diffrl.diffusion.schedules.flow import Flow
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
 from diffrl.finetuning.placement.dense import Dense

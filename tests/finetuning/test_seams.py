@@ -12,7 +12,7 @@ from torchrl.objectives.common import LossModule
 
 import diffrl
 from diffrl import keys, recipes
-from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.finetuning.credit.group import GroupRelative
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.methods.ddpo import DDPOLoss, PPOClip

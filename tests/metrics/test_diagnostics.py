@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.denoisers import Denoiser, EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
-from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.exact import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.posterior import marginal, posterior
 from diffrl.diffusion.predictions import scalings
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.experiments.reports.target_figure import draw_target_errors
 from diffrl.metrics.diagnostics import gradient_variance, target_errors

@@ -13,10 +13,12 @@ from scipy import linalg, optimize, stats
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-from diffrl.data.dataset_all import digits, gmm
-from diffrl.diffusion.denoisers import MixtureDenoiser
+from diffrl.data.files import digits
+from diffrl.data.synthetic import gmm
+from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
-from diffrl.diffusion.schedules.all import PROCESSES, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.extras import MissingExtra
 from diffrl.metrics.distances import (
     SAMPLE_DISTANCES,

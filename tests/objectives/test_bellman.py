@@ -14,8 +14,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.denoisers import GaussianDenoiser, MixtureDenoiser
-from diffrl.diffusion.schedules.all import EDM, Schedule
+from diffrl.diffusion.exact import GaussianDenoiser, MixtureDenoiser
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
 from tests.kit.oracles import CONTINUOUS, DISCRETE, Estimate, assert_within, fit_line, generator, randn

@@ -13,11 +13,14 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
-from diffrl.data.dataset_all import Data
+from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.samplers.loop import Model, Multistep, Noise, sample, trajectory
-from diffrl.diffusion.schedules.all import EDM, VP
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.samplers.base import Model, Noise
+from diffrl.diffusion.samplers.consistency import Multistep
+from diffrl.diffusion.samplers.loop import sample, trajectory
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.consistency import METRICS, ConsistencyLoss, ct_loss, td_ct_loss
 from diffrl.objectives.consistency_pairs import (

@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from diffrl.objectives.schemes import OBJECTIVES, td_lambda_schedule_loss
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Schedule
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.lambda_schedule import LambdaSchedule
-from diffrl.objectives.schemes import OBJECTIVES, td_lambda_schedule_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.rl.estimators import TDLambda
 from diffrl.rl.returns import lambda_returns

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TDLambdaEstimator
 
-from diffrl.diffusion.denoisers import Denoiser, MixtureDenoiser
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.exact import MixtureDenoiser
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms

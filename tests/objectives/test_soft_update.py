@@ -7,8 +7,8 @@ import torch
 import torchrl.objectives
 
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.value import ValueLoss
 

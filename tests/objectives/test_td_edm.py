@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.schedules.all import DDPM, EDM
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.objectives import ValueLoss, sample_td_edm_pairs, td_edm_loss
 
 SIGMA_MIN, SIGMA_MAX, RHO, N, SD = 0.002, 80.0, 7.0, 18, 0.5

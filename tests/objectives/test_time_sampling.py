@@ -8,20 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
 from diffrl import keys
-from diffrl.data.dataset_all import DATASETS
+from diffrl.data.registry import DATASETS
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.starts import STARTS, CurriculumStarts, LossAwareStarts, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler, draw_chain, sample_chain
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
-from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.training.build import Adaptive, Objective

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffrl.objectives.schemes import OBJECTIVES
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -14,11 +15,14 @@ from torchrl.objectives import SoftUpdate
 from diffrl import keys
 from diffrl.configs.schema import schema
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.predictions import from_x0
-from diffrl.diffusion.schedules.all import DDPM, EDM, VP, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
-from diffrl.objectives.schemes import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms, weight_function
 from tests.kit.oracles import generator, randn

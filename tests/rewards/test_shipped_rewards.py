@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
+from diffrl.data.files import digits
+from diffrl.data.synthetic import rings
+from diffrl.diffusion.networks.digits_cnn import load_digits_cnn
+from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import RewardError
 from diffrl.rewards.class_probability import ClassProbability
 from diffrl.rewards.compressibility import JpegCompressibility, ZlibCompressibility
@@ -17,12 +24,6 @@ from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.pixels import Brightness, Ink, Symmetry
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import nondeterminism
-from PIL import Image
-from torch import nn
-
-from diffrl.data.dataset_all import digits, rings
-from diffrl.diffusion.networks.digits_cnn import load_digits_cnn
-from diffrl.rewards.black_box import BlackBox
 from tests.kit.oracles import randn
 
 IMAGES = digits().test[:6]

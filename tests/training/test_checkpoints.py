@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import diffrl
-from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.training import checkpoints
 from diffrl.training.checkpoints import (
     CheckpointError,

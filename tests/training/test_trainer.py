@@ -12,9 +12,11 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl import EDM, Denoiser
-from diffrl.data.dataset_all import Data, DataError, rings
+from diffrl.data.dataset import Data
+from diffrl.data.image_files import DataError
+from diffrl.data.synthetic import rings
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.networks import MLP
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
 from diffrl.training.build import Objective

@@ -1,29 +1,5 @@
-"""Networks of our own, small and by name: F_θ(x [N, *E], c_noise [N], cond [N] or None) → [N, *E]."""
+"""Small networks to denoise with: F_θ(x [N, *E], c_noise [N], cond [N] or None) → [N, *E]."""
 
-from collections.abc import Callable
+import lazy_loader
 
-from torch import nn
-
-from diffrl.diffusion.networks.mlp import MLP
-from diffrl.diffusion.networks.unet import UNet
-
-__all__ = ["MLP", "NETWORKS", "UNet", "auto"]
-
-
-def auto(
-    event_shape: tuple[int, ...], num_classes: int = 0, channels: int = 16, hidden: int = 128
-) -> MLP | UNet:
-    """A small network that fits the data: a UNet for images (C, H, W), an MLP for all else.
-
-    Args:
-        event_shape: *E, the shape of one event.
-        num_classes: number of labels; 0 is unconditional.
-        channels: of the UNet.
-        hidden: units of the MLP's layers.
-    """
-    if len(event_shape) == 3:
-        return UNet(event_shape, num_classes, channels=channels)
-    return MLP(event_shape, num_classes, hidden=hidden)
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"auto": auto, "mlp": MLP, "unet": UNet}
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

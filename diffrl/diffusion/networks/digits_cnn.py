@@ -1,12 +1,13 @@
 """The classifier of scikit-learn's digits: features for the distance `fd_digits_cnn`, and a reward."""
 
+from functools import cache
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DIGITS_CNN_FILE", "DigitsCNN", "load_digits_cnn"]
+__all__ = ["DIGITS_CNN_FILE", "DigitsCNN", "digits_cnn", "load_digits_cnn"]
 
 DIGITS_CNN_FILE = Path(__file__).parent / "assets" / "digits_cnn.safetensors"
 
@@ -60,3 +61,13 @@ def load_digits_cnn(path: str | Path = DIGITS_CNN_FILE) -> DigitsCNN:
         network = DigitsCNN()
     network.load_state_dict(safetensors.torch.load_file(path), assign=True)
     return network.eval().requires_grad_(False)
+
+
+@cache
+def digits_cnn(device: torch.device) -> DigitsCNN:
+    """The trained classifier on a device: one copy, which all share, so leave it as it is.
+
+    Raises:
+        FileNotFoundError: the weights are missing.
+    """
+    return load_digits_cnn().to(device)

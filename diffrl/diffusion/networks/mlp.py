@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
+from diffrl.diffusion.networks.registry import NETWORKS
 
 __all__ = ["MLP"]
 
 
+@NETWORKS.register("mlp")
 class MLP(nn.Module):
     """F_θ(x, c_noise, cond): `depth` hidden layers of `hidden` units, SiLU between them.
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
+from diffrl.diffusion.networks.registry import NETWORKS
 
 __all__ = ["UNet"]
 
@@ -61,6 +62,7 @@ class _Attention(nn.Module):
         return x + self.out(h.mT.reshape(x.shape))
 
 
+@NETWORKS.register("unet")
 class UNet(nn.Module):
     """F_θ(x, c_noise, cond) of an image: residual blocks at several resolutions, each half the one before.
 

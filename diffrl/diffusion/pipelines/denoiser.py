@@ -17,7 +17,8 @@ from diffrl.diffusion.pipelines.parts import (
     warn_of_truncation,
 )
 from diffrl.diffusion.predictions import PredictionType, to_x0
-from diffrl.diffusion.schedules.all import Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.flow import Flow
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["PipelineDenoiser", "load_pipeline", "process_of"]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.predictions import PredictionType
-from diffrl.diffusion.schedules.all import DDPM, Flow, Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.flow import Flow
 from diffrl.extras import require
 
 __all__ = ["encoded", "load_pipeline", "network_of", "prediction_of", "process_of", "warn_of_truncation"]

@@ -1,21 +1,17 @@
 """What one step of a reverse sampler is: the denoiser it asks, the law it draws from, the noise it uses."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffrl.diffusion.denoisers import DenoiserFn
-from diffrl.diffusion.posterior import normal_log_prob
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.laws import Gaussian, NoiseFn
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.shapes import expand_like
 
-__all__ = ["GaussianSampler", "Kernel", "Model", "Noise", "NoiseFn", "Sampler", "column", "velocity"]
-
-# standard normal numbers for a tensor, of its shape, dtype and device
-NoiseFn = Callable[[Tensor], Tensor]
+__all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "column", "velocity"]
 
 
 class Noise:
@@ -99,27 +95,6 @@ def column(c: Tensor, x: Tensor) -> Tensor:
     return expand_like(c.to(x), x)
 
 
-class Kernel(NamedTuple):
-    """The reverse step as a law: x_s ~ N(mean, std² I); std, one number or one per state, is 0 for an ODE."""
-
-    mean: Tensor
-    std: Tensor
-
-    def sample(self, noise: NoiseFn) -> Tensor:
-        """A draw, mean + std z."""
-        if not bool((self.std > 0).any()):
-            return self.mean
-        return self.mean + column(self.std, self.mean) * noise(self.mean)
-
-    def log_prob(self, x: Tensor, reduction: Literal["sum", "mean"]) -> Tensor:
-        """Log-density of x, shape [N]; see `diffrl.diffusion.posterior.normal_log_prob`.
-
-        Raises:
-            ValueError: std is 0.
-        """
-        return normal_log_prob(x, self.mean, self.std, batch_dims=1, reduction=reduction)
-
-
 class Sampler(ABC):
     """One reverse step; `sample` is the loop."""
 
@@ -136,7 +111,7 @@ class GaussianSampler(Sampler):
     """A sampler whose step is a Gaussian made from one evaluation, so that it has a log-probability."""
 
     @abstractmethod
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """Law of the state at time s given the state at time t and its clean estimate.
 
         Args:
@@ -147,7 +122,7 @@ class GaussianSampler(Sampler):
             s: time reached, of t's shape.
         """
 
-    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """`law` with the model's own clean estimate."""
         return self.law(model.process, x, model(x, t), t, s)
 

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.samplers.base import GaussianSampler, Kernel, column
-from diffrl.diffusion.schedules.all import DDPM, EDM, Schedule
+from diffrl.diffusion.laws import Gaussian
+from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
 
 __all__ = ["LCM", "Multistep"]
 
 
+@SAMPLERS.register("consistency")
 @dataclass(frozen=True)
 class Multistep(GaussianSampler):
     """Sampling of consistency models: jump to clean data, noise up to a lower level, jump again.
@@ -57,12 +62,13 @@ class Multistep(GaussianSampler):
             )
         return grid
 
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(f, σ_s² - σ_min²); a point where s is clean."""
         assert isinstance(process, EDM)
-        return Kernel(D_x, (s**2 - process.sigma_min**2).clamp(min=0).sqrt())
+        return Gaussian(D_x, (s**2 - process.sigma_min**2).clamp(min=0).sqrt())
 
 
+@SAMPLERS.register("lcm")
 @dataclass(frozen=True)
 class LCM(GaussianSampler):
     """Sampling of latent consistency models on a discrete chain: jump to clean data, noise up, jump again.
@@ -107,6 +113,6 @@ class LCM(GaussianSampler):
         t = (M - place) * (process.train_steps // M) - 1
         return torch.cat([t.double(), torch.tensor([process.t_clean], dtype=torch.float64)])
 
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(α_s D, σ_s²); a point where s is clean."""
-        return Kernel(column(process.alpha(s), x) * D_x, process.sigma(s))
+        return Gaussian(column(process.alpha(s), x) * D_x, process.sigma(s))

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.samplers.base import GaussianSampler, Kernel, column
-from diffrl.diffusion.schedules.all import Flow, Schedule
+from diffrl.diffusion.laws import Gaussian
+from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.flow import Flow
 
 __all__ = ["CPS", "FlowSDE"]
 
 
+@SAMPLERS.register("flow_sde")
 @dataclass(frozen=True)
 class FlowSDE(GaussianSampler):
     """One Euler-Maruyama step of an SDE with the flow's marginals, for rectified flow.
@@ -35,7 +39,7 @@ class FlowSDE(GaussianSampler):
         if not self.a >= 0:
             raise ValueError(f"a is {self.a}: it is an amount of noise >= 0")
 
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(mean, std²).
 
         Raises:
@@ -50,9 +54,10 @@ class FlowSDE(GaussianSampler):
         sd, h = self.a * (t / (1 - torch.where(pure, s, t))).sqrt(), s - t
         on_x, on_v = 1 + sd**2 * h / (2 * t), (1 + sd**2 * (1 - t) / (2 * t)) * h
         v = (x - D_x) / column(t, x)
-        return Kernel(column(on_x, x) * x + column(on_v, x) * v, sd * (-h).sqrt())
+        return Gaussian(column(on_x, x) * x + column(on_v, x) * v, sd * (-h).sqrt())
 
 
+@SAMPLERS.register("cps")
 @dataclass(frozen=True)
 class CPS(GaussianSampler):
     """Coefficient-preserving sampling: part of the noise is drawn afresh, and the marginal's coefficients stay exact.
@@ -62,7 +67,7 @@ class CPS(GaussianSampler):
     η = 0 is DDIM(0). Works for every process. Exact are the coefficients, not the law: fresh noise is a share of what
     is left, however short the step, so that samples spread less than data (a Gaussian loses 28 % of its variance at
     η = 0.7, even in 150 steps), and a small η less so. The published objective scores actions by -|x' - mean|² without
-    1/(2 std²); `Kernel.log_prob` gives the true log-density.
+    1/(2 std²); `Gaussian.log_prob` gives the true log-density.
 
     Source: Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching (2025), and its code,
     https://arxiv.org/abs/2509.05952.
@@ -77,7 +82,7 @@ class CPS(GaussianSampler):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}: it lies in [0, 1]")
 
-    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Kernel:
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(mean, std²)."""
         t, s = t.double(), s.double()
         alpha_t, sigma_t, alpha_s, sigma_s = (
@@ -89,4 +94,4 @@ class CPS(GaussianSampler):
         std = sigma_s * math.sin(math.pi * self.eta / 2)
         kept = (sigma_s**2 - std**2).clamp(min=0).sqrt()
         eps = (x - column(alpha_t, x) * D_x) / column(sigma_t, x)
-        return Kernel(column(alpha_s, x) * D_x + column(kept, x) * eps, std)
+        return Gaussian(column(alpha_s, x) * D_x + column(kept, x) * eps, std)

@@ -1,6 +1,6 @@
-from .all import DDPM as DDPM
-from .all import EDM as EDM
-from .all import PROCESSES as PROCESSES
-from .all import VP as VP
-from .all import Flow as Flow
-from .all import Schedule as Schedule
+from .base import Schedule as Schedule
+from .ddpm import DDPM as DDPM
+from .edm import EDM as EDM
+from .flow import Flow as Flow
+from .registry import PROCESSES as PROCESSES
+from .vp import VP as VP

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffrl import keys
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.predictions import scalings
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.piece import Setting

@@ -1,0 +1,111 @@
+"""What a data set is: points to evaluate on, and batches to train on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Generator, Tensor
+
+from diffrl.data.image_files import DataError, check_finite
+from diffrl.data.mixtures import Mixture
+
+__all__ = ["Data"]
+
+# sigma_data of a set without a known law comes from a random stream of its own, which no small user seed shares
+SIGMA_SEED = 3_812_015_801
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set: points to evaluate on, and batches to train on.
+
+    Batches come from `train` (rows drawn uniformly with replacement), else from `mixture`, else from `draw`
+    (both fresh at each call). All tensors are float32 on the CPU.
+
+    Args:
+        name: what to call it in results.
+        test: points to evaluate on, never trained on, shape [M, *E]; images lie in [-1, 1].
+        test_labels: their classes, int64 [M].
+        train: points to train on, [N, *E]; None if batches are fresh draws.
+        train_labels: their classes, int64 [N].
+        num_classes: C of labels in 0..C-1; 0 is unconditional.
+        mixture: the exact law, where it is known.
+        draw: `draw(n, generator)` gives n fresh points.
+
+    Raises:
+        DataError: nothing to draw from, shapes or labels that do not fit, NaN or infinity, constant data.
+    """
+
+    name: str
+    test: Tensor
+    test_labels: Tensor | None = None
+    train: Tensor | None = None
+    train_labels: Tensor | None = None
+    num_classes: int = 0
+    mixture: Mixture | None = None
+    draw: Callable[[int, Generator | None], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.train is None and self.mixture is None and self.draw is None:
+            raise DataError(f"{self.name}: nothing to train on; give train, mixture or draw")
+        parts = (("test", self.test, self.test_labels), ("train", self.train, self.train_labels))
+        for part, x, labels in parts:
+            where = f"{self.name} ({part})"
+            if x is None:
+                continue
+            if x.ndim < 2 or x.shape[0] == 0 or x.shape[1:] != self.test.shape[1:]:
+                raise DataError(
+                    f"{where}: shape {tuple(x.shape)} does not fit samples of {tuple(self.test.shape[1:])}"
+                )
+            check_finite(x, where)
+            if (labels is None) != (self.num_classes == 0):
+                raise DataError(f"{where}: labels and num_classes={self.num_classes} contradict each other")
+            if labels is not None and (
+                labels.shape != x.shape[:1] or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes
+            ):
+                raise DataError(f"{where}: labels must be {x.shape[0]} numbers in 0..{self.num_classes - 1}")
+        if self.sigma_data < 1e-9:
+            raise DataError(f"{self.name}: every value is the same; there is nothing to learn")
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """*E, the shape of one sample."""
+        return tuple(self.test.shape[1:])
+
+    @cached_property
+    def sigma_data(self) -> float:
+        """Standard deviation over all samples and dims: of `train`, of the law, or of 100,000 fixed draws."""
+        if self.train is None and self.mixture is not None:
+            return self.mixture.sigma_data
+        x = self.train
+        if x is None:
+            assert self.draw is not None
+            x = self.draw(100_000, Generator().manual_seed(SIGMA_SEED))
+        return float(x.double().std(correction=0))
+
+    def batch(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """Draw a training batch.
+
+        Args:
+            n: batch size B ≥ 1.
+            generator: of the CPU.
+
+        Returns:
+            x0 [n, *E] and labels [n] or None.
+
+        Raises:
+            DataError: n < 1, or more than there are training samples.
+        """
+        if n < 1:
+            raise DataError(f"batch_size {n}: a batch needs at least one sample")
+        if self.train is not None:
+            N = self.train.shape[0]
+            if n > N:
+                raise DataError(f"{self.name}: batch_size {n} > {N} training samples; lower batch_size")
+            i = torch.randint(N, (n,), generator=generator)
+            return self.train[i], None if self.train_labels is None else self.train_labels[i]
+        if self.mixture is not None:
+            return self.mixture.sample(n, generator).float(), None
+        assert self.draw is not None
+        return self.draw(n, generator), None

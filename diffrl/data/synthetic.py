@@ -1,0 +1,138 @@
+"""Data sets drawn by a rule: mixtures, whose law is known exactly, and 2-D shapes."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Generator, Tensor
+
+from diffrl.data.dataset import Data
+from diffrl.data.image_files import DataError
+from diffrl.data.mixtures import Mixture
+from diffrl.data.registry import DATASETS
+
+__all__ = ["checkerboard", "gmm", "moons", "rings", "spirals"]
+
+# test points come from a random stream of their own, which no small user seed shares
+TEST_SEED = 1_597_334_677
+
+
+@DATASETS.register("gmm")
+def gmm(
+    dim: int = 16,
+    components: int = 12,
+    std: float = 0.05,
+    spread: float = 0.5,
+    mixture_seed: int = 0,
+    test_size: int = 4000,
+) -> Data:
+    """Random mixture with a known law: μ_c ~ spread·N(0, I), s_c = std, w = softmax(N(0, I)).
+
+    Args:
+        dim: D.
+        components: C.
+        std: width of each component, in units of the data.
+        spread: scale of the means.
+        mixture_seed: picks the mixture; independent of the seed of a run.
+        test_size: points to evaluate on; batches are fresh draws.
+    """
+    if dim < 1 or components < 1:
+        raise DataError(f"gmm: dim={dim} and components={components} must be at least 1")
+    g = Generator().manual_seed(mixture_seed)
+    means = spread * torch.randn(components, dim, dtype=torch.float64, generator=g)
+    weights = torch.randn(components, dtype=torch.float64, generator=g).softmax(0)
+    stds = torch.full((components,), std, dtype=torch.float64)
+    return _synthetic("gmm", Mixture(means, stds, weights), test_size)
+
+
+@DATASETS.register("rings")
+def rings(modes: int = 8, radius: float = 0.8, std: float = 0.05, test_size: int = 4000) -> Data:
+    """Equal Gaussians evenly spaced on a ring in 2-D; the law is known.
+
+    Args:
+        modes: number of Gaussians.
+        radius: of the ring.
+        std: width of each Gaussian.
+        test_size: points to evaluate on; batches are fresh draws.
+    """
+    if modes < 1:
+        raise DataError(f"rings: modes={modes} must be at least 1")
+    theta = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
+    means = radius * torch.stack([theta.cos(), theta.sin()], 1)
+    ones = torch.ones(modes, dtype=torch.float64)
+    return _synthetic("rings", Mixture(means, std * ones, ones / modes), test_size)
+
+
+@DATASETS.register("checkerboard")
+def checkerboard(cells: int = 4, test_size: int = 4000) -> Data:
+    """Uniform on the dark cells of a cells × cells board that fills [-1, 1]².
+
+    Args:
+        cells: cells along one side, at least 1.
+        test_size: points to evaluate on; batches are fresh draws.
+    """
+    if cells < 1:
+        raise DataError(f"checkerboard: cells={cells} must be at least 1")
+    return _synthetic("checkerboard", partial(_draw_checkerboard, cells=cells), test_size)
+
+
+@DATASETS.register("moons")
+def moons(noise: float = 0.05, test_size: int = 4000) -> Data:
+    """Two interleaved half circles, centred, scaled so that the curves span [-1, 1] across.
+
+    Args:
+        noise: standard deviation around the curves, after scaling.
+        test_size: points to evaluate on; batches are fresh draws.
+    """
+    return _synthetic("moons", partial(_draw_moons, noise=noise), test_size)
+
+
+@DATASETS.register("spirals")
+def spirals(arms: int = 2, turns: float = 1.5, noise: float = 0.02, test_size: int = 4000) -> Data:
+    """Archimedean spirals θ = 2π (turns·r + arm/arms), r = √U(0, 1), in the unit disc.
+
+    Args:
+        arms: number of spirals.
+        turns: of each spiral from the centre to radius 1.
+        noise: standard deviation around the curves.
+        test_size: points to evaluate on; batches are fresh draws.
+    """
+    if arms < 1:
+        raise DataError(f"spirals: arms={arms} must be at least 1")
+    return _synthetic("spirals", partial(_draw_spirals, arms=arms, turns=turns, noise=noise), test_size)
+
+
+def _synthetic(name: str, law: Mixture | Callable[[int, Generator | None], Tensor], test_size: int) -> Data:
+    if test_size < 1:
+        raise DataError(f"{name}: test_size is {test_size}; it must be at least 1")
+    g = Generator().manual_seed(TEST_SEED)
+    if isinstance(law, Mixture):
+        return Data(name, law.sample(test_size, g).float(), mixture=law)
+    return Data(name, law(test_size, g), draw=law)
+
+
+def _draw_checkerboard(n: int, generator: Generator | None, *, cells: int) -> Tensor:
+    """Uniform on the dark cells of a cells × cells board that fills [-1, 1]²: float32 [n, 2]."""
+    dark = torch.tensor([(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0])
+    corner = dark[torch.randint(len(dark), (n,), generator=generator)]
+    return (corner + torch.rand(n, 2, generator=generator)) * (2 / cells) - 1
+
+
+def _draw_moons(n: int, generator: Generator | None, *, noise: float) -> Tensor:
+    """Two interleaved half circles, centred, spanning [-1, 1] across, plus Gaussian noise: float32 [n, 2]."""
+    theta = math.pi * torch.rand(n, generator=generator)
+    lower = torch.rand(n, generator=generator) < 0.5
+    # upper: (cos θ, sin θ); lower: the same turned about (½, ¼), the centre of both
+    moon = torch.stack([theta.cos() - 0.5, theta.sin() - 0.25], 1) / 1.5
+    moon = torch.where(lower[:, None], -moon, moon)
+    return moon + noise * torch.randn(n, 2, generator=generator)
+
+
+def _draw_spirals(n: int, generator: Generator | None, *, arms: int, turns: float, noise: float) -> Tensor:
+    """Archimedean spirals θ = 2π (turns·r + arm/arms), r = √U(0, 1), plus Gaussian noise: float32 [n, 2]."""
+    r = torch.rand(n, generator=generator).sqrt()
+    arm = torch.randint(arms, (n,), generator=generator)
+    theta = 2 * math.pi * (turns * r + arm / arms)
+    curve = r[:, None] * torch.stack([theta.cos(), theta.sin()], 1)
+    return curve + noise * torch.randn(n, 2, generator=generator)

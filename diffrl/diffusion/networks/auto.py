@@ -1,0 +1,24 @@
+"""The network that is built where none is named."""
+
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.networks.unet import UNet
+
+__all__ = ["auto"]
+
+
+@NETWORKS.register("auto")
+def auto(
+    event_shape: tuple[int, ...], num_classes: int = 0, channels: int = 16, hidden: int = 128
+) -> MLP | UNet:
+    """A small network that fits the data: a UNet for images (C, H, W), an MLP for all else.
+
+    Args:
+        event_shape: *E, the shape of one event.
+        num_classes: number of labels; 0 is unconditional.
+        channels: of the UNet.
+        hidden: units of the MLP's layers.
+    """
+    if len(event_shape) == 3:
+        return UNet(event_shape, num_classes, channels=channels)
+    return MLP(event_shape, num_classes, hidden=hidden)

@@ -1,0 +1,41 @@
+"""Deterministic samplers: steps along the probability-flow ODE, of first and of second order."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffrl.diffusion.laws import Gaussian, NoiseFn
+from diffrl.diffusion.samplers.base import GaussianSampler, Model, Sampler, column, velocity
+from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.diffusion.schedules.base import Schedule
+
+__all__ = ["Euler", "Heun"]
+
+
+@SAMPLERS.register("euler")
+@dataclass(frozen=True)
+class Euler(GaussianSampler):
+    """x_s = x_t + (s - t) dx/dt: first order in the process's own time."""
+
+    def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
+        """A point: std = 0."""
+        return Gaussian(x + column(s - t, x) * velocity(process, x, D_x, t), torch.zeros_like(t))
+
+
+@SAMPLERS.register("heun")
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """Euler, corrected with the slope at its end: second order, two evaluations a step, one in the last.
+
+    Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
+    Algorithm 1, https://arxiv.org/abs/2206.00364.
+    """
+
+    def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
+        """The corrected Euler step; no noise."""
+        h, slope = column(s - t, x), model.velocity(x, t)
+        x_s = x + h * slope
+        if s == model.process.t_clean:  # where the slope is infinite
+            return x_s
+        return x + h * (slope + model.velocity(x_s, s)) / 2
