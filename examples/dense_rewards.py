@@ -29,7 +29,9 @@ from diffrl.finetuning.placement.similarity import anchor_steps, dense_queries, 
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.metrics.seeds import bootstrap_interval, iqm
 from diffrl.rewards.black_box import BlackBox
-from diffrl.rewards.shipped import ClassProbability, Ink, ModeDistance, Symmetry
+from diffrl.rewards.class_probability import ClassProbability
+from diffrl.rewards.mode_distance import ModeDistance
+from diffrl.rewards.pixels import Ink, Symmetry
 from diffrl.training.runs import versions
 from diffrl.training.table import aligned
 

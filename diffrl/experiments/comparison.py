@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from diffrl.experiments.train import Interrupted, run_experiment
-from diffrl.experiments.workers import Failure, run_tasks
+from diffrl.workers import Failure, run_tasks
 from diffrl.training.runs import RunFolder, RunFolderError, versions, write_atomically
 
 __all__ = [

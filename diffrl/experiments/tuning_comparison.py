@@ -19,7 +19,7 @@ from tqdm import tqdm
 from diffrl.experiments.comparison import Execution, command_record
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.train import Interrupted
-from diffrl.experiments.workers import Failure, run_tasks
+from diffrl.workers import Failure, run_tasks
 from diffrl.training.runs import RunFolder, write_atomically
 
 __all__ = ["TuningCell", "run_tuning_comparison"]

@@ -1,7 +1,8 @@
-"""Black-box rewards: any callable, called in batches, checked, counted and cached; and weighted sums of them."""
+"""Black-box rewards: any callable, called in batches, checked, counted and cached."""
 
 import functools
 import math
+import os
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
@@ -11,33 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrl.rewards.cache import CACHE_SIZE, RewardCache, cache_keys
-from diffrl.rewards.workers import Outcome, Reward, RewardError, WorkerPool, evaluate
+from diffrl.rewards.cache import RewardCache, cache_keys
+from diffrl.rewards.calls import Reward, RewardError, ask
+from diffrl.workers import Failure, WorkerPool, attempt
 
-__all__ = ["CACHE_SIZE", "BlackBox", "Reward", "RewardError", "WeightedSum", "as_reward", "nondeterminism"]
-
-Fault = tuple[str, Exception | None]  # what is wrong with a sample's reward, and what the reward raised
-
-
-def _name_of(reward: Any) -> str:
-    while isinstance(reward, functools.partial):
-        reward = reward.func
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
-def _take(cond: Any, rows: Sequence[int]) -> Any:
-    if isinstance(cond, Tensor):
-        return cond[list(rows)]
-    return None if cond is None else [cond[i] for i in rows]
-
-
-def _check_cond(cond: Any, n: int) -> None:
-    if cond is None:
-        return
-    if not isinstance(cond, Tensor | Sequence) or isinstance(cond, str):
-        raise TypeError(f"cond is a {type(cond).__name__}: give a tensor [N, ...], a list of N, or None")
-    if len(cond) != n:
-        raise ValueError(f"{len(cond)} conditions for {n} samples: give one each")
+__all__ = ["BlackBox"]
 
 
 class BlackBox:
@@ -50,8 +29,8 @@ class BlackBox:
     says what becomes of it. An answer of a wrong shape or type always raises: it cannot be told which sample is
     whose.
 
-    Identical samples with identical conditions are scored once while the cache, of the latest `CACHE_SIZE`,
-    holds them: switch it off for a reward that is random.
+    Identical samples with identical conditions are scored once while the cache, of the latest `CACHE_SIZE`
+    (diffrl.rewards.cache), holds them: switch it off for a reward that is random.
 
     Args:
         reward: (x0 [n, *E], cond) → n numbers. It gets copies, and may change them.
@@ -83,8 +62,6 @@ class BlackBox:
         on_failure: Literal["raise", "worst", "mean"] | float = "raise",
         cache: bool = True,
     ) -> None:
-        self.name: str = _name_of(reward)
-        """What errors and logs call it; may be set."""
         if not callable(reward):
             raise TypeError(f"reward is {reward!r}: give a callable (x0 [N, *E], cond) -> N numbers")
         if batch_size is not None and batch_size < 1:
@@ -95,14 +72,16 @@ class BlackBox:
             raise ValueError(f"backend is {backend!r}: give 'thread' or 'process'")
         if timeout is not None and not (timeout > 0 and workers):
             raise ValueError(
-                f"timeout is {timeout} with workers={workers}: give seconds > 0, and a worker that can be left"
+                f"timeout is {timeout} with workers={workers}: give seconds > 0, and workers >= 1 to be timed"
             )
         if on_failure not in ("raise", "worst", "mean") and (
             isinstance(on_failure, str) or not math.isfinite(on_failure)
         ):
             raise ValueError(f"on_failure is {on_failure!r}: give 'raise', 'worst', 'mean' or a number")
         self.reward, self.batch_size, self.workers, self.on_failure = reward, batch_size, workers, on_failure
-        self.retries, self.cache = retries, cache
+        self.backend, self.retries, self.cache = backend, retries, cache
+        self.name: str = _name_of(reward)
+        """What errors and logs call it; may be set."""
         self.queries = 0
         """Samples that the reward was asked to score; neither found in the cache, nor retries."""
         self.cache_hits = 0
@@ -111,14 +90,22 @@ class BlackBox:
         """Samples that it was asked to score again after a failure."""
         self.failures = 0
         """Samples that got what `on_failure` says."""
-        self._pool: WorkerPool | None = None
-        if workers:
-            try:
-                self._pool = WorkerPool(reward, workers, backend, timeout)
-            except RewardError as error:
-                raise RewardError(f"reward {self.name!r}: {error}") from error
+        self._pool = self._new_pool(timeout) if workers else None
         self._known = RewardCache()
         self._worst = math.inf
+
+    def _new_pool(self, timeout: float | None) -> WorkerPool:
+        threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1) // self.workers)
+        try:
+            return WorkerPool(
+                functools.partial(ask, self.reward),
+                workers=self.workers,
+                backend=self.backend,
+                threads=threads,
+                timeout=timeout,
+            )
+        except ValueError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from error
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         """Rewards of samples.
@@ -161,30 +148,31 @@ class BlackBox:
 
     def _score(
         self, x0: Tensor, cond: Any, rows: Sequence[int], *, counted: bool
-    ) -> tuple[dict[int, float], dict[int, Fault]]:
+    ) -> tuple[dict[int, float], dict[int, Failure]]:
         """Rewards of the rows asked for, and what is wrong with those that have none."""
         x0 = x0.detach()
         sound = x0.reshape(len(x0), math.prod(x0.shape[1:])).isfinite().all(1).tolist()
         values: dict[int, float] = {}
-        faults: dict[int, Fault] = {
-            i: ("the sample itself holds NaN or infinity", None) for i in rows if not sound[i]
-        }
+        unsound = Failure("the sample itself holds NaN or infinity")
+        faults = {i: unsound for i in rows if not sound[i]}
         if faults and self.on_failure == "raise":
-            raise self._error(list(faults), len(x0), next(iter(faults.values())))
+            raise self._error(list(faults), len(x0), unsound)
         pending = self._split([i for i in rows if sound[i]])
         self.queries += counted * sum(map(len, pending))
-        for attempt in range(self.retries + 1):
+        for attempt_number in range(self.retries + 1):
             failed: list[list[int]] = []
             batches = [(x0[part], _take(cond, part)) for part in pending]
-            with closing(self._outcomes(batches)) as outcomes:
-                for number, outcome in outcomes:
-                    bad = _sort(pending[number], outcome, values, faults)
-                    final = outcome.hopeless or (attempt == self.retries and self.on_failure == "raise")
-                    if bad and final:
+            with closing(self._answers(batches)) as answers:
+                for number, answer in answers:
+                    bad = _sort(pending[number], answer, values, faults)
+                    if not bad:
+                        continue
+                    failed.append(bad)
+                    last = attempt_number == self.retries
+                    if faults[bad[0]].hopeless or (last and self.on_failure == "raise"):
                         raise self._error(bad, len(x0), faults[bad[0]])
-                    failed += [bad] if bad else []
             pending = failed
-            if attempt < self.retries:
+            if attempt_number < self.retries:
                 self.retried += sum(map(len, pending))
         return values, faults
 
@@ -192,24 +180,24 @@ class BlackBox:
         size = self.batch_size or math.ceil(len(rows) / max(self.workers, 1)) or 1
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
-    def _outcomes(self, batches: Sequence[tuple[Tensor, Any]]) -> Generator[tuple[int, Outcome]]:
+    def _answers(self, batches: Sequence[tuple[Tensor, Any]]) -> Generator[tuple[int, np.ndarray | Failure]]:
+        """Yield (number of the batch, what `ask` made of it), in the order they come."""
         if self._pool is None:
             for number, batch in enumerate(batches):
-                yield number, evaluate(self.reward, *batch)
+                yield number, attempt(functools.partial(ask, self.reward), batch)
             return
-        try:
-            yield from self._pool.map(batches)
-        except RewardError as error:
-            raise RewardError(f"reward {self.name!r}: {error}") from error
+        if self.backend == "process":  # which takes tensors of the CPU only
+            batches = [(x0.cpu(), cond.cpu() if isinstance(cond, Tensor) else cond) for x0, cond in batches]
+        yield from self._pool.map(batches)
 
-    def _error(self, rows: Sequence[int], n: int, fault: Fault) -> RewardError:
+    def _error(self, rows: Sequence[int], n: int, fault: Failure) -> RewardError:
         which = f"sample {rows[0]}" if len(rows) == 1 else f"samples {', '.join(map(str, rows[:8]))}"
         more = ", ..." if len(rows) > 8 else ""
-        error = RewardError(f"reward {self.name!r} failed for {which}{more} of {n}: {fault[0]}")
-        error.__cause__ = fault[1]
+        error = RewardError(f"reward {self.name!r} failed for {which}{more} of {n}: {fault.message}")
+        error.__cause__ = fault.cause
         return error
 
-    def _completed(self, rewards: list[float], faults: dict[int, Fault], x0: Tensor) -> Tensor:
+    def _completed(self, rewards: list[float], faults: dict[int, Failure], x0: Tensor) -> Tensor:
         """Rewards with what `on_failure` says in place of NaN."""
         given = [r for r in rewards if not math.isnan(r)]
         self._worst = min([self._worst, *given])
@@ -252,163 +240,42 @@ class BlackBox:
         self._known.load_state_dict(state["known"])
 
 
-def _sort(rows: list[int], outcome: Outcome, values: dict[int, float], faults: dict[int, Fault]) -> list[int]:
-    """Enter what a batch came to; the rows that failed."""
-    if outcome.values is None:
-        faults.update(dict.fromkeys(rows, (outcome.error, outcome.cause)))
+def _sort(
+    rows: list[int], answer: np.ndarray | Failure, values: dict[int, float], faults: dict[int, Failure]
+) -> list[int]:
+    """Enter what a batch came to among the values or the faults; returns the rows that failed."""
+    if isinstance(answer, Failure):
+        faults.update(dict.fromkeys(rows, answer))
         return rows
     with np.errstate(over="ignore"):
-        numbers = outcome.values.astype(np.float32)  # what is too large for it is no reward
+        numbers = answer.astype(np.float32)  # what is too large for it is no reward
     bad = []
-    for i, exact, number in zip(rows, outcome.values.tolist(), numbers.tolist(), strict=True):
+    for i, exact, number in zip(rows, answer.tolist(), numbers.tolist(), strict=True):
         if math.isfinite(number):
             values[i] = number
             faults.pop(i, None)
         else:
-            faults[i] = f"it gave {'NaN or None' if math.isnan(exact) else f'{exact:g}'}", None
+            faults[i] = Failure(f"it gave {'NaN or None' if math.isnan(exact) else f'{exact:g}'}")
             bad.append(i)
     return bad
 
 
-class WeightedSum:
-    """Several rewards as one, each standardised by itself if wished.
-
-        R = Σⱼ wⱼ Rⱼ    or    R = Σⱼ wⱼ (Rⱼ - mⱼ)/(sⱼ + tol)
-
-    mⱼ and sⱼ (denominator n) are of all values that reward j has given to this object, those of the call
-    included: without them, the reward with the largest spread decides alone. A value then depends on what came
-    before, so a `BlackBox` with a cache may be a part of a running sum, but not wrap one.
-
-    Source: GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization (Liu et
-    al., 2026), https://arxiv.org/abs/2601.05242, which standardises within a group.
-
-    Args:
-        rewards: name → (reward, weight). Callables that are no `BlackBox` are made one; weight 0 only logs.
-        normalise: "none" or "running".
-        tol: added to sⱼ.
-
-    Raises:
-        ValueError: no reward, a weight that is not finite, an unknown normalisation.
-    """
-
-    def __init__(
-        self,
-        rewards: Mapping[str, tuple[Reward, float]],
-        *,
-        normalise: Literal["none", "running"] = "none",
-        tol: float = 1e-6,
-    ) -> None:
-        if not rewards:
-            raise ValueError("a weighted sum needs at least one reward: name -> (reward, weight)")
-        if normalise not in ("none", "running"):
-            raise ValueError(f"normalise is {normalise!r}: give 'none' or 'running'")
-        for name, (_, weight) in rewards.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name!r} is {weight}: give a finite number")
-        self.parts = {name: as_reward(reward) for name, (reward, _) in rewards.items()}
-        for name, part in self.parts.items():
-            part.name = name
-        self.weights = {name: float(weight) for name, (_, weight) in rewards.items()}
-        self.normalise, self.tol = normalise, tol
-        self.name: str = " + ".join(rewards)
-        self.latest: dict[str, Tensor] = {}
-        """What each reward gave in the last call, as it is, float32 [N]."""
-        self._moments = {name: (0, 0.0, 0.0) for name in rewards}  # count, mean, sum of squared deviations
-
-    def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Weighted sums of rewards.
-
-        Args:
-            x0: samples, shape [N, *E].
-            cond: tensor [N, ...], list of N, or None.
-
-        Returns:
-            float32 [N], without gradients.
-        """
-        self.latest = {name: part(x0, cond) for name, part in self.parts.items()}
-        total = torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
-        for name, reward in self.latest.items():
-            r = reward.double()
-            if self.normalise == "running":
-                m, s = self._updated(name, r)
-                r = (r - m) / (s + self.tol)
-            total += self.weights[name] * r
-        return total.float()
-
-    def score(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Weighted sums as they are, neither standardised nor cached nor counted: for evaluation.
-
-        Args:
-            x0: samples, shape [N, *E].
-            cond: tensor [N, ...], list of N, or None.
-        """
-        parts = [self.weights[name] * part.score(x0, cond).double() for name, part in self.parts.items()]
-        return torch.stack(parts).sum(0).float()
-
-    def _updated(self, name: str, r: Tensor) -> tuple[float, float]:
-        """Mean and standard deviation, with r [N] among the values."""
-        count, mean, squares = self._moments[name]
-        if n := len(r):
-            shift = float(r.mean()) - mean
-            squares += float((r - r.mean()).square().sum()) + shift**2 * count * n / (count + n)
-            mean += shift * n / (count + n)
-        self._moments[name] = count + n, mean, squares
-        return mean, math.sqrt(squares / max(count + n, 1))
-
-    @property
-    def queries(self) -> int:
-        """Samples that the rewards were asked to score, over all of them."""
-        return sum(part.queries for part in self.parts.values())
-
-    @property
-    def failures(self) -> int:
-        """Samples for which something stood in, over all of them."""
-        return sum(part.failures for part in self.parts.values())
-
-    def metrics(self) -> dict[str, float]:
-        """Of each reward, for a log: mean and standard deviation in the last call, and its counts."""
-        log: dict[str, float] = {}
-        for name, part in self.parts.items():
-            if name in self.latest and len(self.latest[name]):
-                r = self.latest[name].double()
-                log |= {f"{name}/mean": float(r.mean()), f"{name}/std": float(r.std(correction=0))}
-            log |= {f"{name}/{key}": value for key, value in part.metrics().items()}
-        return log
-
-    def close(self) -> None:
-        """End the workers of all rewards."""
-        for part in self.parts.values():
-            part.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The statistics, and the state of every reward, for a checkpoint."""
-        moments = {name: list(moment) for name, moment in self._moments.items()}
-        return {"moments": moments, "parts": {name: part.state_dict() for name, part in self.parts.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state of a checkpoint."""
-        self._moments = {name: tuple(state["moments"][name]) for name in self.parts}
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
+def _name_of(reward: Any) -> str:
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return getattr(reward, "__name__", type(reward).__name__)
 
 
-def as_reward(reward: Reward) -> "BlackBox | WeightedSum":
-    """The reward itself if its calls are checked and counted already, else a `BlackBox` of it."""
-    return reward if isinstance(reward, BlackBox | WeightedSum) else BlackBox(reward)
+def _take(cond: Any, rows: Sequence[int]) -> Any:
+    if isinstance(cond, Tensor):
+        return cond[list(rows)]
+    return None if cond is None else [cond[i] for i in rows]
 
 
-def nondeterminism(reward: Reward, x0: Tensor, cond: Any = None) -> float:
-    """The largest difference between the rewards of the same samples, asked twice: 0 for a deterministic reward.
-
-    It looks past caches and is not counted in `queries`. Of a `WeightedSum`, the largest of its rewards'.
-
-    Args:
-        reward: the callable.
-        x0: samples, shape [N, *E].
-        cond: tensor [N, ...], list of N, or None.
-    """
-    box = as_reward(reward)
-    if isinstance(box, WeightedSum):
-        return max(nondeterminism(part, x0, cond) for part in box.parts.values())
-    first, second = box.score(x0, cond), box.score(x0, cond)
-    return float((first - second).abs().max()) if len(x0) else 0.0
+def _check_cond(cond: Any, n: int) -> None:
+    if cond is None:
+        return
+    if not isinstance(cond, Tensor | Sequence) or isinstance(cond, str):
+        raise TypeError(f"cond is a {type(cond).__name__}: give a tensor [N, ...], a list of N, or None")
+    if len(cond) != n:
+        raise ValueError(f"{len(cond)} conditions for {n} samples: give one each")

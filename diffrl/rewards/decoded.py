@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrl.rewards.workers import Reward
+from diffrl.rewards.calls import Reward
 
 __all__ = ["DecodedReward", "LatentDecoder"]
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffrl.rewards.calls import RewardError
-from diffrl.rewards.faulty import Faulty
-from diffrl.rewards.pixels import Brightness
-from diffrl.rewards.weighted_sum import WeightedSum, as_reward, nondeterminism
 from torch import Tensor
 
 from diffrl.rewards import cache as reward_cache
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
+from diffrl.rewards.faulty import Faulty
+from diffrl.rewards.pixels import Brightness
+from diffrl.rewards.weighted_sum import WeightedSum, as_reward, nondeterminism
 from tests.kit.oracles import randn
 
 
@@ -150,7 +150,7 @@ def test_no_samples_no_call() -> None:
         ({"workers": -1}, "workers is -1"),
         ({"retries": -1}, "retries -1"),
         ({"workers": 1, "backend": "fork"}, "backend is 'fork'"),
-        ({"timeout": 1.0}, "a worker that can be left"),
+        ({"timeout": 1.0}, "workers >= 1 to be timed"),
         ({"workers": 1, "timeout": 0.0}, "timeout is 0.0"),
         ({"on_failure": "zero"}, "on_failure is 'zero'"),
         ({"on_failure": math.nan}, "on_failure is nan"),
@@ -480,7 +480,9 @@ def test_rewards_that_no_process_can_hold() -> None:
     ):
         BlackBox(lambda x, c: mean(x), workers=1, backend="process")
     box = BlackBox(Unloadable(), workers=1, backend="process")
-    with pytest.raises(RewardError, match="reward 'Unloadable': it could not be loaded in a process"):
+    with pytest.raises(
+        RewardError, match="reward 'Unloadable' failed for sample 0 of 1: its worker process could not start"
+    ):
         box(points(1))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffrl.workers import Failure, run_tasks
 
+from diffrl.workers import Failure, run_tasks
 from tests.kit.paths import ROOT
 
 
@@ -84,7 +84,7 @@ def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
 
 def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
     program = (
-        "from tests.training.test_workers import work; from diffrl.workers import run_tasks\n"
+        "from tests.test_workers import work; from diffrl.workers import run_tasks\n"
         f"if __name__ == '__main__': list(run_tasks(work, [('wait', {str(tmp_path)!r})], workers=1))"
     )
     script = tmp_path / "parent.py"
