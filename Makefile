@@ -1,4 +1,4 @@
-# make train | test | lint | bench | docs | clean      (VENV=... another environment, PYTHON=... another interpreter)
+# make train | test | test-slow | lint | bench | docs | clean      (VENV=... another environment, PYTHON=... another interpreter)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Libraries that thread by themselves and test processes side by side slow each other down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test test-all lint bench docs clean
+.PHONY: train test test-slow test-all lint bench docs clean
 
 train: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_td_lambda.py $(ARGS)
@@ -17,7 +17,11 @@ train: $(VENV)/.installed-demo
 test: lint
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(ARGS)
 
-# the slow tests too
+# what takes longer; nothing is checked twice
+test-slow: $(VENV)/.installed-dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+# both in one go
 test-all: lint
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
 

@@ -9,12 +9,12 @@ from omegaconf import MISSING
 
 from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
-from diffrl.data.dataset_all import DATASETS
+from diffrl.data.registry import DATASETS
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks import NETWORKS
-from diffrl.diffusion.samplers.loop import SAMPLERS
-from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.starts import STARTS
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.finetuning.build import recipe_config
@@ -29,7 +29,7 @@ from diffrl.finetuning.recipe import Recipe, Regulariser
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
 from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates import UPDATES
-from diffrl.objectives.schemes import OBJECTIVES
+from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.registry import REWARDS
@@ -40,7 +40,10 @@ from diffrl.training.trainer import Average, Length, Target
 __all__ = ["FinetuneConfig", "TrainConfig", "register"]
 
 
-GROUPS: tuple[Registry, ...] = (*(MODELS, REWARDS, ROLLOUTS, PLACEMENTS, CREDITS, UPDATES, SURROGATES),)
+GROUPS: tuple[Registry, ...] = (
+    *(DATASETS, PROCESSES, NETWORKS, SAMPLERS, STARTS, OBJECTIVES),
+    *(MODELS, REWARDS, ROLLOUTS, PLACEMENTS, CREDITS, UPDATES, SURROGATES),
+)
 """Registries whose names are the options of a config group."""
 
 SINGLE: tuple[tuple[str, str, tuple[Callable[..., Any], ...], tuple[str, ...]], ...] = (
@@ -142,21 +145,6 @@ def register() -> None:
                 name=entry.name,
                 node=schema(entry.name, *entry.functions, omit=registry.omit),
             )
-    # transitional
-    for kind, d, omit in (
-        ("data", DATASETS, ()),
-        ("process", PROCESSES, ()),
-        ("network", NETWORKS, ("event_shape", "num_classes")),
-        ("sampler", SAMPLERS, ()),
-        ("starts", STARTS, ()),
-    ):
-        for option, function in d.items():
-            store.store(group=kind, name=option, node=schema(option, function, omit=omit))
-    drawn = ("denoiser", "process", "x0", "cond", "sigma", "noise", "fresh_noise", "generator")
-    for option, scheme in OBJECTIVES.items():
-        functions = [f for f in (scheme.loss, scheme.draw) if f is not None]
-        store.store(group="objective", name=option, node=schema(option, *functions, omit=drawn))
-    # end of transitional
     for option in REWARDS:
         node = schema(option, REWARDS[option], omit=REWARDS.omit)
         store.store(group="heldout_reward", name=option, node=node)

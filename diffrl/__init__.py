@@ -1,9 +1,13 @@
 """Denoising as reinforcement learning. The public names stand in `__init__.pyi`; each is imported on its first use."""
 
+import sys
+
 import gymnasium
 import lazy_loader
 
-__version__ = "0.1.0"
+from diffrl.moved import MovedModules
+
+__version__ = "0.2.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
@@ -27,3 +31,4 @@ def _register_environments() -> None:
 
 
 _register_environments()
+sys.meta_path.append(MovedModules())  # asked last

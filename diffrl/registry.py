@@ -259,6 +259,7 @@ def options_of(
         hints = {**get_type_hints(target), **get_type_hints(function)}
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(wrapper, name, getattr(function, name))
+        wrapper.options_from = source  # type: ignore[attr-defined]  # for documentation
         wrapper.__signature__ = inspect.Signature([*own, *taken])  # type: ignore[attr-defined]
         wrapper.__annotations__ = {name: hints[name] for name in (*known, "return") if name in hints}
         return wrapper  # type: ignore[return-value]

@@ -42,7 +42,7 @@ class Report:
         return not self.failed
 
     def __str__(self) -> str:
-        rows = [["check", "value", "at most", ""], []]
+        rows = [["check", "value", "at most", ""]]
         for c in self.checks:
             limit = "-" if math.isinf(c.limit) else f"{c.limit:.2g}"
             rows.append([c.name, f"{c.value:.2g}", limit, _verdict(c)])

@@ -282,6 +282,10 @@ class Finetuner(Loop):
                 f"checkpoint {path} is of another recipe: resume it as it was started, or choose another folder; "
                 f"it was\n{training['recipe']}"
             )
+        if "optimisers" not in training:
+            raise CheckpointError(
+                f"checkpoint {path} was written by diffrl 0.1: load it with diffrl.load_tuned; to go on, tune anew"
+            )
         load_policy_weights(self.policy, weights["policy"], path)
         for name, role in self.roles.items():
             if name != "policy":

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from diffrl.data.dataset_all import Data
+from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.registry import IMPORT, user_modules
 from diffrl.training.build import build_data, build_denoiser, build_sampler
@@ -25,6 +25,9 @@ from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load
 from diffrl.training.evaluation import draw_samples
 
 __all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions", "write_atomically"]
+
+GROUPS_SINCE_0_2 = {"rollouts": "chains", "updates": "steps"}
+"""Groups without a choice in diffrl 0.1, and the option that runs of then had."""
 
 
 class RunFolderError(RuntimeError):
@@ -120,6 +123,9 @@ class RunFolder:
         """The run's configuration."""
         config = OmegaConf.to_container(OmegaConf.load(self.config_file))
         assert isinstance(config, dict)
+        for group, only in GROUPS_SINCE_0_2.items():
+            if group in config:
+                config[group] = {"name": only, **config[group]}
         return {str(k): v for k, v in config.items()}
 
     def require_modules(self) -> None:
