@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from diffrl.workers import Failure, run_tasks
+from diffrl import registry
+from diffrl.rewards.registry import REWARDS
+from diffrl.workers import Failure, WorkerPool, run_tasks
 from tests.kit.paths import ROOT
 
 
@@ -105,3 +107,86 @@ def test_numbers_out_of_range(wrong: dict[str, int]) -> None:
 
 def test_no_tasks() -> None:
     assert list(run_tasks(work, [], workers=2)) == []
+
+
+# The pool
+
+
+def double_or_wait(task: float) -> float:
+    """Twice the number; a negative one takes a minute, and 0 raises."""
+    if task < 0:
+        time.sleep(60)
+    if task == 0:
+        raise ValueError("nothing to double")
+    return 2 * task
+
+
+def unsendable(task: Any) -> Any:
+    return lambda: task
+
+
+class Unloadable:
+    """Can be pickled, but not made again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+    def __call__(self, task: Any) -> Any:
+        return task
+
+
+def outcomes(pool: WorkerPool, tasks: list[Any]) -> list[Any]:
+    found = dict(pool.map(tasks))
+    return [found[i] for i in range(len(tasks))]
+
+
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_a_pool_stays_between_calls_and_replaces_what_is_too_slow(backend: Any) -> None:
+    pool = WorkerPool(double_or_wait, workers=2, backend=backend, timeout=1.0)
+    try:
+        assert outcomes(pool, [1, 2, 3]) == [2, 4, 6]
+        found = outcomes(pool, [1, -1, 0])
+        assert found[0] == 2 and found[1] == Failure("it took longer than 1 s")
+        assert found[2].message == "ValueError: nothing to double" and not found[2].hopeless
+        assert isinstance(found[2].cause, ValueError) == (backend == "thread")
+        assert outcomes(pool, [4]) == [8]
+    finally:
+        pool.close()
+    assert outcomes(pool, [5]) == [10]  # and a closed pool starts again
+    pool.close()
+
+
+def test_what_no_process_can_take_or_give_back() -> None:
+    with pytest.raises(ValueError, match="cannot be sent to a process .*backend='thread'"):
+        WorkerPool(lambda task: task, workers=1)
+    for function, message in (
+        (unsendable, "its result cannot be sent back"),
+        (Unloadable(), "could not start"),
+    ):
+        found = [reply for _, reply in run_tasks(function, [1, 2], workers=1)]
+        assert len(found) == 2 and all(message in reply.message and reply.hopeless for reply in found)
+
+
+def test_workers_know_the_methods_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that the parent imported by name is imported in each process before its first task."""
+    (tmp_path / "my_reward.py").write_text(
+        "from diffrl.rewards.registry import REWARDS\n\n\n"
+        "@REWARDS.register('sum')\n"
+        "class Sum:\n"
+        "    def __call__(self, x0, cond=None):\n"
+        "        return x0.flatten(1).sum(1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(registry, "_USERS", {})
+    monkeypatch.setattr(REWARDS, "_entries", {**{entry.name: entry for entry in REWARDS.entries()}})
+    assert "sum" not in REWARDS
+    registry.import_named("my_reward")
+    assert "sum" in REWARDS
+    assert list(run_tasks(reward_is_known, ["sum", "product"], workers=1)) == [(0, True), (1, False)]
+    monkeypatch.setattr(registry, "_USERS", {"no_such_module": None})
+    [(_, failure)] = run_tasks(reward_is_known, ["sum"], workers=1)
+    assert "could not start" in failure.message and "no_such_module" in failure.message
+
+
+def reward_is_known(name: str) -> bool:
+    return name in REWARDS

@@ -20,17 +20,17 @@ __all__ = ["BlackBox"]
 
 
 class BlackBox:
-    """A reward that is asked in batches without gradients, and whose answers are checked, counted and cached.
+    """A reward that is called in batches without gradients, and whose answers are checked, counted and cached.
 
     Called with (x0 [N, *E], cond), it gives float32 [N] on x0's device. `cond` is a tensor [N, ...], a list of
     N objects (prompts), or None. A sample fails where the reward gives NaN, infinity or None, raises, or takes
     too long, and where the sample itself is not finite (it is not shown to the reward then). An exception or a
     time-out fails its whole batch. A failed batch or sample is tried again `retries` times; then `on_failure`
-    says what becomes of it. An answer of a wrong shape or type always raises: it cannot be told which sample is
-    whose.
+    says what becomes of it. An answer of a wrong shape or type always raises, since nobody can tell which
+    number belongs to which sample.
 
-    Identical samples with identical conditions are scored once while the cache, of the latest `CACHE_SIZE`
-    (diffrl.rewards.cache), holds them: switch it off for a reward that is random.
+    Identical samples with identical conditions are scored once, as long as the cache remembers them (see
+    `diffrl.rewards.cache`). Switch it off for a reward that is random.
 
     Args:
         reward: (x0 [n, *E], cond) → n numbers. It gets copies, and may change them.
@@ -72,7 +72,7 @@ class BlackBox:
             raise ValueError(f"backend is {backend!r}: give 'thread' or 'process'")
         if timeout is not None and not (timeout > 0 and workers):
             raise ValueError(
-                f"timeout is {timeout} with workers={workers}: give seconds > 0, and workers >= 1 to be timed"
+                f"timeout is {timeout} with workers={workers}: give seconds > 0 and workers >= 1, which can be left"
             )
         if on_failure not in ("raise", "worst", "mean") and (
             isinstance(on_failure, str) or not math.isfinite(on_failure)
@@ -83,9 +83,9 @@ class BlackBox:
         self.name: str = _name_of(reward)
         """What errors and logs call it; may be set."""
         self.queries = 0
-        """Samples that the reward was asked to score; neither found in the cache, nor retries."""
+        """Samples that the reward was asked to score, not counting retries."""
         self.cache_hits = 0
-        """Samples whose reward was remembered, or equal to another's in the same call."""
+        """Samples whose reward was found in the cache, or that equalled another sample of the same call."""
         self.retried = 0
         """Samples that it was asked to score again after a failure."""
         self.failures = 0
@@ -133,7 +133,7 @@ class BlackBox:
         return self._completed(rewards, faults, x0)
 
     def score(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Rewards of samples, past the cache and not counted as queries: for `nondeterminism`.
+        """Rewards of samples without the cache, and not counted as queries: for `nondeterminism`.
 
         Args:
             x0: shape [N, *E].
@@ -149,7 +149,7 @@ class BlackBox:
     def _score(
         self, x0: Tensor, cond: Any, rows: Sequence[int], *, counted: bool
     ) -> tuple[dict[int, float], dict[int, Failure]]:
-        """Rewards of the rows asked for, and what is wrong with those that have none."""
+        """Rewards by row, and by row too what is wrong where there is none."""
         x0 = x0.detach()
         sound = x0.reshape(len(x0), math.prod(x0.shape[1:])).isfinite().all(1).tolist()
         values: dict[int, float] = {}
@@ -198,7 +198,7 @@ class BlackBox:
         return error
 
     def _completed(self, rewards: list[float], faults: dict[int, Failure], x0: Tensor) -> Tensor:
-        """Rewards with what `on_failure` says in place of NaN."""
+        """Rewards [N], with what `on_failure` says in place of NaN."""
         given = [r for r in rewards if not math.isnan(r)]
         self._worst = min([self._worst, *given])
         if faults:

@@ -1,4 +1,4 @@
-"""Rewards remembered by the exact bytes of their sample and its condition."""
+"""A cache of rewards: each is found again by the exact bytes of its sample and condition."""
 
 import hashlib
 import pickle
@@ -11,12 +11,12 @@ from torch import Tensor
 
 __all__ = ["CACHE_SIZE", "RewardCache", "cache_keys"]
 
-CACHE_SIZE = 100_000  # rewards that one cache holds: those used last
-KEY_BYTES = 16  # of the digest that a sample is known by
+CACHE_SIZE = 100_000  # rewards that one cache holds; the ones not used for longest are forgotten
+KEY_BYTES = 16  # length of the digest that stands for a sample and its condition
 
 
 def _row_bytes(x: Tensor) -> tuple[str, list[bytes]]:
-    """What the rows of a tensor have in common, and the bytes of each."""
+    """Dtype and shape of the rows of a tensor, as text, and the bytes of each row."""
     kind = f"{x.dtype}{tuple(x.shape[1:])}"
     if not x.numel():
         return kind, [b""] * len(x)
@@ -25,7 +25,7 @@ def _row_bytes(x: Tensor) -> tuple[str, list[bytes]]:
 
 
 def cache_keys(x0: Tensor, cond: Any) -> list[bytes]:
-    """A digest for each sample: equal where shape, dtype and bytes of sample and condition are.
+    """A digest for each sample; two are equal if shape, dtype and bytes of sample and condition are.
 
     Args:
         x0: samples, shape [N, *E].
@@ -47,20 +47,17 @@ def cache_keys(x0: Tensor, cond: Any) -> list[bytes]:
 
 
 class RewardCache:
-    """The latest `CACHE_SIZE` rewards."""
+    """The `CACHE_SIZE` rewards that were used last."""
 
     def __init__(self) -> None:
         self._rewards: OrderedDict[bytes, float] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._rewards)
-
     def find(self, keys: list[bytes]) -> dict[bytes, float]:
-        """Those of the keys that are known, with their rewards."""
+        """The known ones of these keys, with their rewards."""
         return {key: self._rewards[key] for key in keys if key in self._rewards}
 
     def remember(self, rewards: Mapping[bytes, float]) -> None:
-        """Enter rewards as the ones used last; what was not used for longest is forgotten."""
+        """Add rewards, or mark them as used; the ones not used for longest are forgotten."""
         for key, reward in rewards.items():
             self._rewards[key] = reward
             self._rewards.move_to_end(key)
@@ -68,7 +65,7 @@ class RewardCache:
             self._rewards.popitem(last=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Keys uint8 [M, 16] and rewards float64 [M], the ones used last at the end."""
+        """Keys uint8 [M, 16] and rewards float64 [M], in the order of their last use."""
         keys = torch.frombuffer(bytearray(b"".join(self._rewards) or b"\0" * KEY_BYTES), dtype=torch.uint8)
         rewards = torch.tensor(list(self._rewards.values()), dtype=torch.float64)
         return {"keys": keys.view(-1, KEY_BYTES)[: len(rewards)].clone(), "rewards": rewards}

@@ -23,9 +23,10 @@ def _labelled_digits() -> tuple[Tensor, Tensor]:
 @REWARDS.register("class_neighbours")
 @dataclass(frozen=True)
 class ClassNeighbours:
-    """Share of the k real digits nearest to an image that are of a class, in [0, 1]: a second opinion on digits.
+    """Share of a class among the k real digits nearest to an image, in [0, 1]: a second opinion on digits.
 
-    It has no weights that a policy could learn to please, so it tells a classifier that is fooled from a digit.
+    A policy can learn to fool a classifier with images that are no digits. This reward has no weights to fool: use it
+    to see whether that has happened.
 
     Args:
         target: the class, 0 to 9.
@@ -44,7 +45,7 @@ class ClassNeighbours:
             raise ValueError(f"target is {self.target} and k {self.k}: give a class in 0..9 and k >= 1")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Of images [N, 1, 8, 8] in [-1, 1]: floats [N]."""
+        """Rewards of images [N, 1, 8, 8] in [-1, 1]: floats [N]."""
         if x0.shape[1:] != (1, 8, 8):
             raise ValueError(f"samples have shape {tuple(x0.shape)}: this reward is for digits [N, 1, 8, 8]")
         real, labels = _labelled_digits()

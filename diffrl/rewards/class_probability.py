@@ -35,7 +35,7 @@ class ClassProbability:
             raise ValueError(f"target is {self.target}: classes are numbered from 0")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Of samples [N, *E]: floats [N]."""
+        """Rewards of samples [N, *E]: floats [N]."""
         if self.target is not None:
             y = torch.full((len(x0),), self.target, device=x0.device)
         elif (

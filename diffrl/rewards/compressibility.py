@@ -18,7 +18,7 @@ __all__ = ["JpegCompressibility", "ZlibCompressibility"]
 @REWARDS.register("zlib_compressibility")
 @dataclass(frozen=True)
 class ZlibCompressibility:
-    """Minus the size in bytes of an image's 8-bit pixels, compressed by zlib; weight it by -1 for the opposite.
+    """Minus the size in bytes of an image's 8-bit pixels, compressed by zlib; weight -1 asks for the opposite.
 
     Args:
         level: of zlib, 1 to 9.
@@ -34,14 +34,14 @@ class ZlibCompressibility:
             raise ValueError(f"level is {self.level}: zlib has levels 1 to 9")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> list[float]:
-        """Of images [N, C, H, W] in [-1, 1]: N floats."""
+        """Rewards of images [N, C, H, W] in [-1, 1]: N floats."""
         return [-float(len(zlib.compress(image.tobytes(), self.level))) for image in _bytes_of_images(x0)]
 
 
 @REWARDS.register("jpeg_compressibility")
 @dataclass(frozen=True)
 class JpegCompressibility:
-    """Minus the size in bytes of an image as JPEG; weight it by -1 for the opposite.
+    """Minus the size in bytes of an image as JPEG; weight -1 asks for the opposite.
 
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 5,
     https://arxiv.org/abs/2305.13301, in kB there.
@@ -62,7 +62,7 @@ class JpegCompressibility:
             raise ValueError(f"quality is {self.quality}: JPEG has 1 to 95")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> list[float]:
-        """Of images [N, 1 or 3, H, W] in [-1, 1]: N floats."""
+        """Rewards of images [N, 1 or 3, H, W] in [-1, 1]: N floats."""
         images = _bytes_of_images(x0)
         if images.shape[3] not in (1, 3):
             raise ValueError(f"images have {images.shape[3]} channels: JPEG takes 1 or 3")

@@ -1,4 +1,4 @@
-"""Rewards of decoded images and their prompts, as rewards of latents and prompt numbers."""
+"""Rewards of images and prompts, made into rewards of latents and prompt numbers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class LatentDecoder:
 
 
 class DecodedReward:
-    """A reward of images and prompts, as a reward of latents and prompt numbers: what a latent policy is tuned for.
+    """A reward of images and prompts, made into a reward of latents and prompt numbers, as a latent policy needs it.
 
     A `BlackBox` around it remembers rewards by the bytes of the latents, and counts each sample once.
 

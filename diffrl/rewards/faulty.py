@@ -15,13 +15,13 @@ __all__ = ["Faulty"]
 @REWARDS.register("faulty")
 @dataclass
 class Faulty:
-    """A reward that fails, to try what a run does then: the mean of each sample, but for one fault a call.
+    """A reward that fails on purpose: the mean of each sample, with one fault in each call.
 
     Args:
         kind: what is wrong: the first number is NaN ("nan"), infinite ("inf") or None ("none"), the numbers have
             shape [N, 1] ("shape"), an "exception" is raised, or the call takes `seconds` ("hang").
-        calls: the first so many calls fail, the others don't; None: all fail.
-        seconds: that "hang" takes.
+        calls: the first so many calls fail, the later ones do not; None: all fail.
+        seconds: how long "hang" takes.
 
     Raises:
         ValueError: an unknown kind.
@@ -38,7 +38,7 @@ class Faulty:
         self._count = 0
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Any:
-        """Of samples [N, *E]: N numbers, or what the kind says."""
+        """Rewards of samples [N, *E]: N numbers, or what the kind says."""
         self._count += 1
         numbers = x0.flatten(1).double().mean(1).tolist()
         if self.calls is not None and self._count > self.calls:

@@ -45,7 +45,7 @@ class ModeDistance:
         object.__setattr__(self, "_mu", torch.tensor([float(c) for c in mu], dtype=torch.float64))
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Of samples [N, *E]: floats [N]."""
+        """Rewards of samples [N, *E]: floats [N]."""
         mu = self._mu.to(x0)
         if mu.shape != (math.prod(x0.shape[1:]),):
             raise ValueError(

@@ -16,7 +16,7 @@ class Brightness:
     """Mean brightness of images: mean over pixels of (clamp(x, -1, 1) + 1)/2, in [0, 1]."""
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Of images [N, *E] in [-1, 1]: floats [N]."""
+        """Rewards of images [N, *E] in [-1, 1]: floats [N]."""
         return (x0.clamp(-1, 1).flatten(1).mean(1) + 1) / 2
 
 
@@ -39,7 +39,7 @@ class Ink:
             raise ValueError(f"threshold is {self.threshold}: pixels lie in [-1, 1], so give one in [-1, 1)")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Of images [N, *E] in [-1, 1]: float32 [N]."""
+        """Rewards of images [N, *E] in [-1, 1]: float32 [N]."""
         return (x0 > self.threshold).flatten(1).float().mean(1)
 
 
@@ -49,7 +49,7 @@ class Symmetry:
     """Minus the mean squared difference of an image, cut to [-1, 1], and its mirror image, left to right: ≤ 0."""
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Of images [N, C, H, W] in [-1, 1]: floats [N]."""
+        """Rewards of images [N, C, H, W] in [-1, 1]: floats [N]."""
         require_images(x0)
         x = x0.clamp(-1, 1)
         return -(x - x.flip(-1)).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""Weighted sums of rewards, and what is asked of any reward, sum or not."""
+"""Weighted sums of rewards; and two helpers for any reward, a sum or not."""
 
 import math
 from collections.abc import Mapping
@@ -14,20 +14,21 @@ __all__ = ["WeightedSum", "as_reward", "nondeterminism"]
 
 
 class WeightedSum:
-    """Several rewards as one, each standardised by itself if wished.
+    """Several rewards added up as one; each can be standardised first.
 
         R = Σⱼ wⱼ Rⱼ    or    R = Σⱼ wⱼ (Rⱼ - mⱼ)/(sⱼ + tol)
 
-    mⱼ and sⱼ (denominator n) are of all values that reward j has given to this object, those of the call
-    included: without them, the reward with the largest spread decides alone. A value then depends on what came
-    before, so a `BlackBox` with a cache may be a part of a running sum, but not wrap one.
+    mⱼ and sⱼ are mean and standard deviation (denominator n) of all values that reward j has given to this
+    object, those of the present call included. Without standardising, the reward with the largest spread decides
+    almost alone. With it, a value depends on what came before, so a `BlackBox` with a cache may be a part of such
+    a sum, but must not wrap one.
 
     Source: GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization (Liu et
     al., 2026), https://arxiv.org/abs/2601.05242, which standardises within a group.
 
     Args:
-        rewards: name → (reward, weight). Callables that are no `BlackBox` are made one; weight 0 only logs.
-        normalise: "none" or "running".
+        rewards: name → (reward, weight). A callable that is no `BlackBox` is made one. Weight 0: only logged.
+        normalise: "none", or "running" to standardise as above.
         tol: added to sⱼ.
 
     Raises:
@@ -79,7 +80,7 @@ class WeightedSum:
         return total.float()
 
     def score(self, x0: Tensor, cond: Any = None) -> Tensor:
-        """Weighted sums as they are, neither standardised nor cached nor counted: for evaluation.
+        """Weighted sums for evaluation: not standardised, not cached and not counted.
 
         Args:
             x0: samples, shape [N, *E].
@@ -89,7 +90,7 @@ class WeightedSum:
         return torch.stack(parts).sum(0).float()
 
     def _updated(self, name: str, r: Tensor) -> tuple[float, float]:
-        """Mean and standard deviation, with r [N] among the values."""
+        """Mean and standard deviation of all values of a reward so far, after adding r [N] to them."""
         count, mean, squares = self._moments[name]
         if n := len(r):
             shift = float(r.mean()) - mean
@@ -100,16 +101,16 @@ class WeightedSum:
 
     @property
     def queries(self) -> int:
-        """Samples that the rewards were asked to score, over all of them."""
+        """Samples that the rewards were asked to score, added up over all rewards."""
         return sum(part.queries for part in self.parts.values())
 
     @property
     def failures(self) -> int:
-        """Samples for which something stood in, over all of them."""
+        """Samples that got what `on_failure` says, over all rewards."""
         return sum(part.failures for part in self.parts.values())
 
     def metrics(self) -> dict[str, float]:
-        """Of each reward, for a log: mean and standard deviation in the last call, and its counts."""
+        """For a log: mean and standard deviation of each reward in the last call, and its counts."""
         log: dict[str, float] = {}
         for name, part in self.parts.items():
             if name in self.latest and len(self.latest[name]):
@@ -143,7 +144,8 @@ def as_reward(reward: Reward) -> BlackBox | WeightedSum:
 def nondeterminism(reward: Reward, x0: Tensor, cond: Any = None) -> float:
     """The largest difference between the rewards of the same samples, asked twice: 0 for a deterministic reward.
 
-    It looks past caches and is not counted in `queries`. Of a `WeightedSum`, the largest of its rewards'.
+    Caches are not used, and `queries` does not count these calls. For a `WeightedSum` it is the largest difference
+    of any of its rewards.
 
     Args:
         reward: the callable.

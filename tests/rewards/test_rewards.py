@@ -150,7 +150,7 @@ def test_no_samples_no_call() -> None:
         ({"workers": -1}, "workers is -1"),
         ({"retries": -1}, "retries -1"),
         ({"workers": 1, "backend": "fork"}, "backend is 'fork'"),
-        ({"timeout": 1.0}, "workers >= 1 to be timed"),
+        ({"timeout": 1.0}, "workers >= 1, which can be left"),
         ({"workers": 1, "timeout": 0.0}, "timeout is 0.0"),
         ({"on_failure": "zero"}, "on_failure is 'zero'"),
         ({"on_failure": math.nan}, "on_failure is nan"),
