@@ -75,25 +75,31 @@ def draw_chain(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TensorDict:
-    """`sample_chain` for a ready `Chain`, whose coefficients are then computed once.
+    """As `sample_chain`, for a `Chain` that exists already, so that its coefficients are computed once.
 
-    `start` is where each window begins, integers in [0, K - window], shape [B], instead of uniform draws.
+    Args:
+        chain: the levels and the coupling.
+        x0: clean data, floating dtype, shape [B, *E].
+        window: number of transitions to keep of each chain; None keeps whole chains.
+        start: where each window begins, integers in [0, K - window], shape [B]; None draws them uniformly.
+        cond: condition of each datum, shape [B, ...].
+        noise: standard normal numbers to use, as in `sample_chain`.
+        generator: source of randomness.
+
+    Returns:
+        TensorDict of batch size [B, K] or [B, window].
+
+    Raises:
+        TypeError: x0 holds integers.
+        ValueError: x0 has no batch dim, or an argument does not fit it.
     """
-    require_floating([("x0", x0)])
-    if x0.ndim < 2:
-        raise ValueError(
-            f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
-        )
+    _check_data(x0, cond, window)
     B, K, E = x0.shape[0], chain.num_transitions, x0.shape[1:]
-    if cond is not None and len(cond) != B:
-        raise ValueError(f"cond has {len(cond)} entries, but there are {B} data")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: keep at least one transition, or None for whole chains")
     whole = window is None or window >= K
     W = K if whole or window is None else window
     position, table = torch.arange(W + 1, device=x0.device), chain.table.to(x0)
     if whole:
-        num_noise, index = K, position  # the clean state has none
+        num_noise, index = K, position  # the clean state has no noise
     else:
         num_noise = W + 1
         if start is None:
@@ -101,31 +107,64 @@ def draw_chain(
         index = start.unsqueeze(1) + position
         table = table[:, index]
     table, index = table.view(len(table), -1, W + 1, 1), index.view(-1, W + 1, 1)
-
     if noise is None:
         noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
     elif noise.shape != (B, num_noise, *E):
         raise ValueError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
+    x, reward = _states_and_rewards(table, x0, noise)
+    return _transitions(chain, table, index, x, reward, x0, cond)
 
-    # in memory, states lie in the order of time: a step runs over the whole batch in one piece
+
+def _check_data(x0: Tensor, cond: Tensor | None, window: int | None) -> None:
+    require_floating([("x0", x0)])
+    if x0.ndim < 2:
+        raise ValueError(
+            f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
+        )
+    if cond is not None and len(cond) != len(x0):
+        raise ValueError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: keep at least one transition, or None for whole chains")
+
+
+def _states_and_rewards(table: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The states of a window and the rewards between them.
+
+    Args:
+        table: the columns of `Chain.table` at its states, shape [7, B or 1, W+1, 1].
+        x0: clean data, shape [B, *E].
+        noise: shape [B, W, *E] for a whole chain, whose last state is x0, else [B, W+1, *E].
+
+    Returns:
+        States [B, W+1, *E] and rewards [B, W, *E].
+    """
+    B, num_noise, *E = noise.shape
+    W = table.shape[2] - 1
+    # In memory, the states of one time lie side by side, so that a step runs over the whole batch in one piece.
     by_time = table.transpose(1, 2).reshape(len(table), W + 1, -1, *[1] * len(E))
-    _, A, kappa, alpha, sigma, rho, fresh = by_time.unbind()
+    _, A, kappa, alpha, sigma, kept, fresh = by_time.unbind()
     x, z = x0.new_empty(W + 1, B, *E), noise.transpose(0, 1)
     n = x[:num_noise]
     torch.mul(z, fresh[:num_noise], out=n)
     n[0] = z[0]  # wherever a window starts, its first state is a marginal draw
-    states, mixing = n.unbind(), rho.unbind()
-    for k in range(1, num_noise):  # n_s = ρ n_t + √(1-ρ²) z
+    states, mixing = n.unbind(), kept.unbind()
+    for k in range(1, num_noise):  # n_s = c n_t + √(1-c²) z
         states[k].addcmul_(mixing[k], states[k - 1])
     n.mul_(sigma[:num_noise]).addcmul_(alpha[:num_noise], x0)
-    if whole:
-        x[K] = x0
+    if num_noise == W:
+        x[W] = x0
     mu = (A * x0).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
-    x, reward = x.transpose(0, 1), (mu[:-1] - mu[1:]).transpose(0, 1)
+    return x.transpose(0, 1), (mu[:-1] - mu[1:]).transpose(0, 1)
 
+
+def _transitions(
+    chain: Chain, table: Tensor, index: Tensor, x: Tensor, reward: Tensor, x0: Tensor, cond: Tensor | None
+) -> TensorDict:
+    """The transitions between states x [B, W+1, *E] at positions `index` [B or 1, W+1, 1]: batch size [B, W]."""
+    B, W, *E = reward.shape
     columns = table[:3].expand(3, B, W + 1, 1)
-    terminated = index[:, 1:] == K
-    done = (position[1:] == W).unsqueeze(-1)  # the clean state ends the window that reaches it
+    terminated = index[:, 1:] == chain.num_transitions
+    done = (torch.arange(1, W + 1, device=x.device) == W).unsqueeze(-1)  # the clean state is the last one too
     truncated = done & ~terminated
     index = index.expand(B, W + 1, 1)
     state = (keys.T, keys.A, keys.KAPPA)

@@ -6,6 +6,7 @@ a target's mean is E[G | x_t] and not an average over states that share a level.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -101,41 +102,65 @@ def target_errors(
     if not lmbdas:
         raise ValueError("lmbdas is empty: the best λ is looked for among them")
 
-    def targets(*steps: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for lmbda in lmbdas:
-            yield f"lmbda={lmbda:g}", lambda_returns(*steps, lmbda=lmbda, gamma=gamma)
-        for n in n_steps:
-            yield f"n_steps={n}", n_step_returns(*steps, n_steps=n, gamma=gamma)
-        yield "monte_carlo", monte_carlo_returns(*steps, gamma=gamma)
-        yield "bellman_residual", n_step_returns(*steps, n_steps=1, gamma=gamma)
-
+    targets = _Targets(tuple(lmbdas), tuple(n_steps), gamma)
     grid = Chain(process, num_steps, coupling, **chain)
-    levels = []
-    for k in range(grid.num_transitions):
-        t, A = grid.t[k], grid.value_coefficients[0][k]
-        alpha, sigma = (float(c[k]) for c in grid.scales)
-        unit = float((A * scalings(process, t, "edm", sigma_data).c_out) ** 2)
-        size = max(1, NUMBERS // (draws * (grid.num_transitions - k) * x0[0].numel()))
-        parts: dict[str, list[Tensor]] = {}
-        for states in x0.split(size):
-            for name, values in _errors(denoiser, oracle, states, grid, k, targets, draws, generator):
-                parts.setdefault(name, []).append(values / unit)
-        found = {name: torch.cat(values) for name, values in parts.items()}
-        value_error, residual = found.pop("value_error"), found.pop("bellman_residual")[:, 0]
-        summary = {name: _summary(values) for name, values in found.items()}
-        levels.append(
-            {
-                "index": k,
-                "t": float(t),
-                "sigma": sigma / alpha if alpha > 0 else math.inf,
-                "value_error": float(value_error.mean()),
-                "bellman_residual": float(residual.mean()),
-                "bellman_residual_error": _standard_error(residual),
-                "best_lmbda": min(lmbdas, key=lambda lmbda: summary[f"lmbda={lmbda:g}"]["total"]),  # noqa: B023
-                "targets": summary,
-            }
-        )
+    levels = [
+        _level(denoiser, oracle, x0, grid, k, targets, sigma_data, draws, generator)
+        for k in range(grid.num_transitions)
+    ]
     return {"states": len(x0), "draws": draws, "levels": levels}
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """The targets to compare; called with rewards, next values and the flag of the end, it gives each by name."""
+
+    lmbdas: tuple[float, ...]
+    n_steps: tuple[int, ...]
+    gamma: float
+
+    def __call__(self, *steps: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for lmbda in self.lmbdas:
+            yield f"lmbda={lmbda:g}", lambda_returns(*steps, lmbda=lmbda, gamma=self.gamma)
+        for n in self.n_steps:
+            yield f"n_steps={n}", n_step_returns(*steps, n_steps=n, gamma=self.gamma)
+        yield "monte_carlo", monte_carlo_returns(*steps, gamma=self.gamma)
+        yield "bellman_residual", n_step_returns(*steps, n_steps=1, gamma=self.gamma)
+
+
+def _level(
+    denoiser: DenoiserFn,
+    oracle: Oracle,
+    x0: Tensor,
+    chain: Chain,
+    k: int,
+    targets: _Targets,
+    sigma_data: float,
+    draws: int,
+    generator: Generator | None,
+) -> dict[str, Any]:
+    """The entry of `target_errors` for the states at level k."""
+    t, A = chain.t[k], chain.value_coefficients[0][k]
+    alpha, sigma = (float(c[k]) for c in chain.scales)
+    unit = float((A * scalings(chain.process, t, "edm", sigma_data).c_out) ** 2)
+    size = max(1, NUMBERS // (draws * (chain.num_transitions - k) * x0[0].numel()))
+    parts: dict[str, list[Tensor]] = {}
+    for states in x0.split(size):
+        for name, values in _errors(denoiser, oracle, states, chain, k, targets, draws, generator):
+            parts.setdefault(name, []).append(values / unit)
+    found = {name: torch.cat(values) for name, values in parts.items()}
+    value_error, residual = found.pop("value_error"), found.pop("bellman_residual")[:, 0]
+    summary = {name: _summary(values) for name, values in found.items()}
+    return {
+        "index": k,
+        "t": float(t),
+        "sigma": sigma / alpha if alpha > 0 else math.inf,
+        "value_error": float(value_error.mean()),
+        "bellman_residual": float(residual.mean()),
+        "bellman_residual_error": _standard_error(residual),
+        "best_lmbda": min(targets.lmbdas, key=lambda lmbda: summary[f"lmbda={lmbda:g}"]["total"]),
+        "targets": summary,
+    }
 
 
 def _errors(
@@ -144,7 +169,7 @@ def _errors(
     x0: Tensor,
     chain: Chain,
     k: int,
-    targets: Callable[..., Iterator[tuple[str, Tensor]]],
+    targets: _Targets,
     draws: int,
     generator: Generator | None,
 ) -> Iterator[tuple[str, Tensor]]:

@@ -19,4 +19,6 @@ def samplers_with_law() -> list[str]:
         else inspect.signature(entry.make).return_annotation
         for entry in SAMPLERS.entries()
     }
-    return [name for name, kind in made.items() if inspect.isclass(kind) and issubclass(kind, GaussianSampler)]
+    return [
+        name for name, kind in made.items() if inspect.isclass(kind) and issubclass(kind, GaussianSampler)
+    ]
