@@ -78,7 +78,6 @@ MOVED = {
     "tuning_report": "experiments.reports.finetuning",
     "updates": "finetuning.updates",
     "vp_curves": "diffusion.schedules.curves",
-    "workers": "workers",
 }
 
 

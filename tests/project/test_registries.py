@@ -43,8 +43,6 @@ IDS = [f"{registry.kind}={name}" for registry, name in ENTRIES]
 def test_an_entry_says_what_it_is_and_what_its_options_mean(registry: Registry, name: str) -> None:
     entry = registry.entry(name)
     assert entry.module.startswith("diffrl.") and entry.summary.endswith((".", ":")), entry.summary
-        entry.summary
-    )
     sources = [getattr(function, "options_from", None) for function in entry.functions]
     described = "".join(inspect.getdoc(f) or "" for f in (*entry.functions, *filter(None, sources)))
     for function in entry.functions:

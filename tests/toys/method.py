@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import nn
 
 from diffrl import keys, recipes
@@ -19,10 +19,10 @@ class BetterLoss(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, samples: TensorDictBase) -> TensorDict:
+    def forward(self, samples: TensorDict) -> TensorDict:
         x_t, t, x0, adv = (samples.reshape(-1).get(key) for key in self.in_keys)
-        error = (self.denoiser(x_t, t.flatten(), None) - x0).square().flatten(1).mean(1)
-        return TensorDict({"loss_policy": (adv.flatten().clamp(min=0) * error).mean()})
+        error = (self.denoiser(x_t, t.flatten(), None) - x0).square()
+        return TensorDict({"loss_policy": (adv.clamp(min=0) * error).mean()})
 
 
 @SURROGATES.register("toy_surrogate")
