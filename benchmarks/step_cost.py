@@ -7,7 +7,6 @@ from functools import partial
 
 import by_hand
 import torch
-from diffrl.objectives.schemes import monte_carlo_loss
 from report import Row
 from tensordict import TensorDict
 from timing import Ratio, interleave
@@ -22,7 +21,8 @@ from diffrl.diffusion.networks.unet import UNet
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import SoftUpdate, ValueLoss, sample_td_edm_pairs, td_edm_loss
-from diffrl.training.build import Objective
+from diffrl.objectives.monte_carlo import monte_carlo_loss
+from diffrl.objectives.scheme import Objective
 from diffrl.training.ema import EMA
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from diffrl.data.dataset_all import Data
+from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.experiments.run import AUTOCAST, SHOWN, Job, as_tuples, check_settings, interruptible
-from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
-from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
+from diffrl.objectives.monte_carlo import is_monte_carlo
+from diffrl.objectives.scheme import build_objective
+from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
@@ -39,8 +40,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     """
     check_settings(config)
     data, main = build_data(config), config["objective"]["name"]
-    is_baseline = OBJECTIVES[main].loss is monte_carlo_loss
-    objectives = [main, "monte_carlo"] if config["compare"] and not is_baseline else [main]
+    objectives = [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
     for name in objectives:
         _Job(config, data, baseline=name != main).check()  # now, and not at the end of training
     folder = RunFolder.start(config)

@@ -1,7 +1,7 @@
 """Consistency training, plain (CT) and with a TD term (TD-CT), on pairs of states that share one noise."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ChainValue
 from diffrl.objectives.weights import WeightTerms, weight_function
+from diffrl.registry import options_of
 from diffrl.shapes import event_mean, expand_like
 
 __all__ = [
@@ -24,7 +27,7 @@ __all__ = [
     "td_ct_loss",
 ]
 
-PSEUDO_HUBER = 0.00054  # c per root of the event's size, of the improved consistency training
+PSEUDO_HUBER = 0.00054  # h/√dim(E) of the improved consistency training, where h is called c
 
 
 def l2(u: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ def l1(u: Tensor) -> Tensor:
 
 
 def pseudo_huber(u: Tensor) -> Tensor:
-    """(√(‖u‖² + c²) - c)/√dim(E) with c = 0.00054 √dim(E): as published, over the root of the event's size.
+    """(√(‖u‖² + h²) - h)/√dim(E) with h = 0.00054 √dim(E): as published, over the root of the event's size.
 
     Source: Improved Techniques for Training Consistency Models (Song & Dhariwal, 2024), section 3.3,
     https://arxiv.org/abs/2310.14189.
@@ -47,23 +50,23 @@ def pseudo_huber(u: Tensor) -> Tensor:
 
 
 METRICS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2, "l1": l1, "pseudo_huber": pseudo_huber}
-"""d(x, y) of u = x - y, [B, K, *E] → [B, K], in place of the paper's LPIPS, which is a network itself."""
+"""d, a distance of two predictions by their difference u: [B, K, *E] → [B, K]. The paper's is LPIPS, a network."""
 
 CT_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "uniform": lambda sigma, sigma_data: torch.ones_like(sigma),
-    "edm": lambda sigma, sigma_data: sigma**-2 + sigma_data**-2,
+    "karras": lambda sigma, sigma_data: sigma**-2 + sigma_data**-2,
 }
-"""λ(σ_t) of the consistency term."""
+"""w_CT(σ_t, σ_data), the weight of the consistency term; "karras" is named as in the code of Consistency Models."""
 
 
 class ConsistencyLoss(DenoiserLoss):
     """The loss of consistency training with a TD term, to be fed with `sample_consistency_pairs`.
 
-        L_CT = λ(σ_t) d(f(x_t), f⁻(x_t'))
+        L_CT = w_CT(σ_t) d(f(x_t), f⁻(x_t'))
         L_TD = w ‖δ‖²/dim(E),    δ = A_t (x0 - f(x_t)) - A_t' (x0 - f⁻(x_t'))
         L = mean( valid ? b L_TD + c L_CT : (b + c) L_CT )
 
-    b = 0, c = 1 is plain consistency training (`ct_loss`): with d = l2 and λ uniform, TD(0) of the 'clean'
+    b = 0, c = 1 is plain consistency training (`ct_loss`): with d = l2 and w_CT uniform, TD(0) of the 'clean'
     value under shared noise. b = 1, c = 0.5 is TD-CT (`td_ct_loss`). f⁻ carries no gradient and is evaluated
     once for both terms.
 
@@ -76,7 +79,7 @@ class ConsistencyLoss(DenoiserLoss):
         consistency_coef: c ≥ 0.
         td_weight: w, a name in `diffrl.objectives.weights.WEIGHTS`; the released code has "sum_sq" and "sum".
         metric: d, a name in `METRICS`.
-        ct_weight: λ, "uniform" or "edm" (σ⁻² + σd⁻²).
+        ct_weight: w_CT, "uniform" or "karras" (σ_t⁻² + σ_data⁻²).
         bootstrap: f⁻ is a "target" network that lags behind, or the network's "own" prediction.
 
     Raises:
@@ -103,6 +106,10 @@ class ConsistencyLoss(DenoiserLoss):
             )
         if not (td_coef >= 0 and consistency_coef >= 0 and td_coef + consistency_coef > 0):
             raise ValueError(f"td_coef is {td_coef} and consistency_coef {consistency_coef}: one must be > 0")
+        if ct_weight == "edm":
+            raise ValueError(
+                "ct_weight 'edm' is called 'karras' now: weight 'edm' is another one, of TD errors"
+            )
         for name, value, known in (("metric", metric, METRICS), ("ct_weight", ct_weight, CT_WEIGHTS)):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
@@ -154,40 +161,29 @@ class ConsistencyLoss(DenoiserLoss):
         )
 
 
-def ct_loss(
-    denoiser: Denoiser,
-    *,
-    metric: str = "pseudo_huber",
-    ct_weight: str = "uniform",
-    bootstrap: Literal["target", "own"] = "target",
-) -> ConsistencyLoss:
-    """Plain consistency training, L = L_CT; the arguments are those of `ConsistencyLoss`."""
-    return ConsistencyLoss(
-        denoiser,
-        td_coef=0.0,
-        consistency_coef=1.0,
-        metric=metric,
-        ct_weight=ct_weight,
-        bootstrap=bootstrap,
-    )
+@OBJECTIVES.register("ct", also=ConsistencyPairs, label="CT")
+@options_of(ConsistencyLoss, drop=("td_coef", "consistency_coef", "td_weight"))
+def ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
+    """Plain consistency training: neighbouring states of one noise get the same prediction.
+
+        L = w_CT(σ_t) d(f(x_t), f⁻(x_t'))
+
+    Args:
+        denoiser: f, of prediction_type "consistency"; trained in place.
+        options: those of `ConsistencyLoss` that its TD term does not use.
+    """
+    return ConsistencyLoss(denoiser, td_coef=0.0, consistency_coef=1.0, **options)
 
 
-def td_ct_loss(
-    denoiser: Denoiser,
-    *,
-    td_weight: str = "sum_sq",
-    consistency_coef: float = 0.5,
-    metric: str = "pseudo_huber",
-    ct_weight: str = "uniform",
-    bootstrap: Literal["target", "own"] = "target",
-) -> ConsistencyLoss:
-    """TD-CT, L = valid ? L_TD + c L_CT : (1 + c) L_CT; the arguments are those of `ConsistencyLoss`."""
-    return ConsistencyLoss(
-        denoiser,
-        td_coef=1.0,
-        consistency_coef=consistency_coef,
-        td_weight=td_weight,
-        metric=metric,
-        ct_weight=ct_weight,
-        bootstrap=bootstrap,
-    )
+@OBJECTIVES.register("td_ct", also=ConsistencyPairs, label="TD-CT")
+@options_of(ConsistencyLoss, drop=("td_coef",), consistency_coef=0.5)
+def td_ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
+    """TD-CT: consistency training with a TD term, which is left out where a pair ends at σ_min.
+
+        L = valid ? L_TD + c L_CT : (1 + c) L_CT
+
+    Args:
+        denoiser: f, of prediction_type "consistency"; trained in place.
+        options: those of `ConsistencyLoss` but td_coef, which is 1.
+    """
+    return ConsistencyLoss(denoiser, td_coef=1.0, **options)

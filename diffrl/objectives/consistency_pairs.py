@@ -9,16 +9,17 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.posterior import posterior
-from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.objectives.one_step import cut_pairs
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["ConsistencyPairs", "num_scales", "sample_consistency_pairs", "target_decay"]
 
 
 def num_scales(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150) -> int:
-    """N(j) = s(j) + 1 levels at gradient step j of K; from 2 to s_1 + 1.
+    """N(j) = s(j) + 1 levels at gradient step j of J; from 2 to s_1 + 1.
 
-        s(j) = max(1, ⌈√(j/K ((s_1 + 1)² - s_0²) + s_0²) - 1⌉)
+        s(j) = max(1, ⌈√(j/J ((s_1 + 1)² - s_0²) + s_0²) - 1⌉)
 
     Source: Consistency Models (Song et al., 2023), appendix C, https://arxiv.org/abs/2303.01469; the maximum:
     Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048.
@@ -28,9 +29,10 @@ def num_scales(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150) -> int:
 
 
 def target_decay(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150, mu_0: float = 0.9) -> float:
-    """μ(j) = exp(s_0 ln μ_0 / s(j)), the decay of the target network after gradient step j of K.
+    """exp(s_0 ln mu_0 / s(j)), the decay of the target network after gradient step j of J.
 
-    μ_0 where s(j) = s_0; with s_0 = 2 training begins below it, at s = 1 with μ_0². Source: as `num_scales`.
+    It is mu_0 where s(j) = s_0; with s_0 = 2 training begins below it, at s = 1 with mu_0². The papers write μ for
+    this decay. Source: as `num_scales`.
     """
     s = num_scales(step, grad_steps, s_0, s_1) - 1
     return math.exp(s_0 * math.log(mu_0) / s)
@@ -87,24 +89,17 @@ def sample_consistency_pairs(
     if noise is None:
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
 
-    def state(i: Tensor) -> dict[str, Tensor]:
-        t, s = process.time(i, N), process.time(i + stride, N)
-        A, kappa_, _ = posterior(process, t, s, 1.0 if kappa == "markov" else 0.0)
-        t, A, kappa_ = (c.to(x0.dtype).view(B, 1, 1) for c in (t, A, kappa_))
-        x_t = x0.unsqueeze(1) + expand_like(t, x0.unsqueeze(1)) * noise.unsqueeze(1)
-        return {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: kappa_, keys.INDEX: i.view(B, 1, 1)}
+    datum, n, eta = x0.unsqueeze(1), noise.unsqueeze(1), 1.0 if kappa == "markov" else 0.0
 
-    left, reached = state(index), state(index + 1)
-    datum, cut = x0.unsqueeze(1), torch.ones(B, 1, 1, dtype=torch.bool, device=x0.device)
-    mu, mu_next = (
-        expand_like(c[keys.A], datum) * datum + expand_like(c[keys.KAPPA], datum) * c[keys.X_T]
-        for c in (left, reached)
-    )
-    left |= {keys.X0: datum, keys.VALID: (index < N - 2).view(B, 1, 1)}
-    if cond is not None:
-        left[keys.COND] = cond.unsqueeze(1)
-    reached |= {keys.REWARD: mu - mu_next, keys.DONE: cut, keys.TRUNCATED: cut, keys.TERMINATED: ~cut}
-    return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, 1])}, [B, 1])
+    def state(i: Tensor) -> dict[str, Tensor]:
+        t = process.time(i, N)
+        A, kappa_t, _ = posterior(process, t, process.time(i + stride, N), eta)
+        t, A, kappa_t = (c.to(x0.dtype).view(B, 1, 1) for c in (t, A, kappa_t))
+        x_t = datum + expand_like(t, datum) * n
+        return {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: kappa_t, keys.INDEX: i.view(B, 1, 1)}
+
+    valid = (index < N - 2).view(B, 1, 1)
+    return cut_pairs(datum, state(index), state(index + 1), valid=valid, cond=cond)
 
 
 class ConsistencyPairs:
@@ -114,13 +109,13 @@ class ConsistencyPairs:
         process: EDM.
         s_0: s with which training begins (s + 1 levels), ≥ 1; see `num_scales`.
         s_1: s with which it ends, ≥ s_0.
-        mu_0: μ_0 ∈ (0, 1], see `target_decay`.
+        mu_0: decay of the target network where s = s_0, in (0, 1]; see `target_decay`.
         stride: Δ > 0.
         kappa: "markov", as published, or "shared".
 
     Attributes:
         num_scales: N at the present step.
-        target_decay: μ at the present step.
+        target_decay: decay of the target network after the present step.
 
     Raises:
         ValueError: an argument outside its range.

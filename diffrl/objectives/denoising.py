@@ -6,7 +6,10 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.posterior import marginal
-from diffrl.diffusion.schedules.all import Schedule
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.objectives.monte_carlo import monte_carlo_loss
+from diffrl.objectives.one_step import one_step_chains
+from diffrl.objectives.registry import OBJECTIVES
 from diffrl.shapes import require_floating
 
 __all__ = ["sample_log_normal_states", "sample_uniform_states"]
@@ -26,7 +29,7 @@ def sample_log_normal_states(
 
         ln(σ_t/α_t) ~ N(P_mean, P_std²),    x_t = α_t x0 + σ_t ε
 
-    In a flow, t = s(ln(σ_t/α_t)), s the logistic function, so this is its logit-normal law too, with mean
+    In a flow t is the logistic function of ln(σ_t/α_t), so this is its logit-normal law too, with mean
     P_mean and scale P_std. With an EDM process and one generator the σ_t are those of `sample_td_edm_pairs`,
     and so is ε under its shared coupling.
 
@@ -108,18 +111,12 @@ def _states(
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
     x_t = marginal(process, x0, t, noise).unsqueeze(1)
     datum, t = x0.unsqueeze(1), t.view(-1, 1, 1)
-    yes, one, zero = torch.ones_like(t, dtype=torch.bool), torch.ones_like(t), torch.zeros_like(t)
-    left = {keys.X_T: x_t, keys.T: t, keys.A: one, keys.KAPPA: zero, keys.X0: datum}
-    if cond is not None:
-        left[keys.COND] = cond.unsqueeze(1)
-    reached = {
-        keys.X_T: datum,
-        keys.T: torch.full_like(t, process.t_clean),
-        keys.A: zero,
-        keys.KAPPA: zero,
-        keys.REWARD: datum,
-        keys.TERMINATED: yes,
-        keys.TRUNCATED: ~yes,
-        keys.DONE: yes,
-    }
-    return TensorDict({**left, keys.NEXT: TensorDict(reached, [len(x0), 1])}, [len(x0), 1])
+    zero = torch.zeros_like(t)
+    left = {keys.X_T: x_t, keys.T: t, keys.A: torch.ones_like(t), keys.KAPPA: zero}
+    clean = torch.full_like(t, process.t_clean)
+    reached = {keys.X_T: datum, keys.T: clean, keys.A: zero, keys.KAPPA: zero}
+    return one_step_chains(datum, left, reached, reward=datum, terminated=True, cond=cond)
+
+
+OBJECTIVES.register("edm", also=sample_log_normal_states, label="EDM")(monte_carlo_loss)
+OBJECTIVES.register("denoising", also=sample_uniform_states, label="Denoising")(monte_carlo_loss)

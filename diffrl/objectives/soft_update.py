@@ -10,15 +10,15 @@ __all__ = ["SoftUpdate"]
 
 
 class SoftUpdate(torchrl.objectives.SoftUpdate):
-    """θ⁻ ← ε θ⁻ + (1 - ε) θ, to be called after every step of the optimiser.
+    """θ⁻ ← eps θ⁻ + (1 - eps) θ, to be called after every step of the optimiser.
 
     Interchangeable with TorchRL's class of this name, which takes each tensor on its own: for a small network
     that costs a quarter of a forward pass.
 
     Args:
         loss: TorchRL loss with target parameters; they start as copies of the parameters.
-        eps: ε ∈ [0, 1], give this or
-        tau: 1 - ε.
+        eps: what the target keeps of itself, in [0, 1]; give this or tau.
+        tau: 1 - eps, what it takes over.
     """
 
     def __init__(self, loss: Any, *, eps: float | None = None, tau: float | None = None) -> None:  # noqa: ANN401

@@ -1,6 +1,7 @@
 """TD-EDM, the paper's objective: pairs of noise levels, a target network, denoising off the grid."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -9,44 +10,14 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.posterior import coupling_eta, posterior
-from diffrl.diffusion.schedules.all import EDM
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.objectives.one_step import cut_pairs
+from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
+from diffrl.registry import options_of
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["sample_td_edm_pairs", "td_edm_loss"]
-
-
-def td_edm_loss(
-    denoiser: Denoiser,
-    *,
-    weight: str = "edm",
-    weight_options: Mapping[str, float] | None = None,
-    denoising_coef: float = 0.5,
-) -> ValueLoss:
-    """The loss of TD-EDM, to be fed with `sample_td_edm_pairs`.
-
-        L = mean( valid ? w ‖δ‖² + c L_den : (1 + c) L_den ),    δ = A_t (x0 - D(x_t)) - A_t' (x0 - D⁻(x_t'))
-
-    It is `ValueLoss` with n = 1 and a target network, which the caller moves: the released command uses
-    ``SoftUpdate(loss, tau=0.001)`` after every step, the code's own default is a hard copy every 100 steps.
-
-    Source: Temporal Difference Learning for Diffusion Models (2026) and its released command,
-    https://arxiv.org/abs/2606.15048.
-
-    Args:
-        denoiser: D, on an EDM process.
-        weight: w; "edm" is the released code's, "pairwise" the text's.
-        weight_options: numbers of that weight.
-        denoising_coef: c.
-    """
-    return ValueLoss(
-        denoiser,
-        n_steps=1,
-        bootstrap="target",
-        weight=weight,
-        weight_options=weight_options,
-        denoising_coef=denoising_coef,
-    )
 
 
 def sample_td_edm_pairs(
@@ -101,55 +72,79 @@ def sample_td_edm_pairs(
         TypeError: x0 holds integers.
         ValueError: another process or coupling, span or stride not positive, or a tensor of another shape.
     """
-    require_floating([("x0", x0)])
     eta = coupling_eta(coupling)
-    if not isinstance(process, EDM):
-        raise ValueError(f"the process is {type(process).__name__}: TD-EDM is defined for EDM")
-    if eta not in (0.0, 1.0):
-        raise ValueError(f"coupling is {coupling!r}: TD-EDM is defined for 'markov' and 'shared'")
-    if not (span > 0 and stride > 0):
-        raise ValueError(f"span is {span} and stride {stride}: both must be > 0")
-    if x0.ndim < 2:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data")
-    B = len(x0)
-    if cond is not None and len(cond) != B:
-        raise ValueError(f"cond has {len(cond)} entries, but there are {B} data")
-    for name, given, shape in (
-        ("sigma", sigma, (B,)),
-        ("noise", noise, x0.shape),
-        ("fresh_noise", fresh_noise, x0.shape),
-    ):
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(shape)}")
+    given = {
+        "sigma": (sigma, x0.shape[:1]),
+        "noise": (noise, x0.shape),
+        "fresh_noise": (fresh_noise, x0.shape),
+    }
+    _check(process, x0, coupling, span, stride, cond, given)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
 
     if sigma is None:
-        sigma = (P_mean + P_std * randn(B)).exp()
+        sigma = (P_mean + P_std * randn(len(x0))).exp()
     levels, valid = _levels(process, sigma.double(), num_steps, eta, span, stride)
-    t, t_next, added, A, A_next = (c.to(x0.dtype).view(B, 1, 1) for c in levels)
+    t, t_next, added, A, A_next = (level.to(x0.dtype).view(-1, 1, 1) for level in levels)
     n = randn(*x0.shape) if noise is None else noise
-    x0, n = x0.unsqueeze(1), n.unsqueeze(1)
-    x_next = x0 + expand_like(t_next, x0) * n
+    datum, n = x0.unsqueeze(1), n.unsqueeze(1)
+    x_next = datum + expand_like(t_next, datum) * n
     if eta == 1:
-        n_add = randn(*x0.shape) if fresh_noise is None else fresh_noise.unsqueeze(1)
-        x_t = x_next + expand_like(added, x0) * n_add
+        n_add = (randn(*x0.shape) if fresh_noise is None else fresh_noise).unsqueeze(1)
+        x_t = x_next + expand_like(added, datum) * n_add
     else:
-        x_t = x0 + expand_like(t, x0) * n
+        x_t = datum + expand_like(t, datum) * n
+    left = {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: 1 - A}
+    reached = {keys.X_T: x_next, keys.T: t_next, keys.A: A_next, keys.KAPPA: 1 - A_next}
+    return cut_pairs(datum, left, reached, valid=valid, cond=cond)
 
-    def state(x: Tensor, time: Tensor, A: Tensor) -> dict[str, Tensor]:
-        return {keys.X_T: x, keys.T: time, keys.A: A, keys.KAPPA: 1 - A}
 
-    A_x, A_x_next = expand_like(A, x0), expand_like(A_next, x0)
-    mu, mu_next = A_x * x0 + (1 - A_x) * x_t, A_x_next * x0 + (1 - A_x_next) * x_next
-    yes = torch.ones_like(valid)
-    flags = {keys.DONE: yes, keys.TRUNCATED: yes.clone(), keys.TERMINATED: ~yes}
-    reached = {**state(x_next, t_next, A_next), keys.REWARD: mu - mu_next, **flags}
-    left = {**state(x_t, t, A), keys.X0: x0, keys.VALID: valid}
-    if cond is not None:
-        left[keys.COND] = cond.unsqueeze(1)
-    return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, 1])}, [B, 1])
+@OBJECTIVES.register("td_edm", also=sample_td_edm_pairs, label="TD-EDM")
+@options_of(ValueLoss, drop=("lmbda", "n_steps", "gamma", "bootstrap"), denoising_coef=0.5)
+def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
+    """The loss of TD-EDM, to be fed with `sample_td_edm_pairs`.
+
+        L = mean( valid ? w ‖δ‖² + c L_den : (1 + c) L_den ),    δ = A_t (x0 - D(x_t)) - A_t' (x0 - D⁻(x_t'))
+
+    It is `ValueLoss` with n = 1 and a target network, which the caller moves: the released command uses
+    ``SoftUpdate(loss, tau=0.001)`` after every step, the code's own default is a hard copy every 100 steps.
+
+    Source: Temporal Difference Learning for Diffusion Models (2026) and its released command,
+    https://arxiv.org/abs/2606.15048.
+
+    Args:
+        denoiser: D, on an EDM process; trained in place.
+        options: those of `ValueLoss` that do not choose a target: w by its name (weight "edm" is the released
+            code's, "pairwise" the text's) with its numbers, and c (denoising_coef).
+    """
+    return ValueLoss(denoiser, n_steps=1, bootstrap="target", **options)
+
+
+def _check(
+    process: object,
+    x0: Tensor,
+    coupling: float | str,
+    span: float,
+    stride: float,
+    cond: Tensor | None,
+    given: Mapping[str, tuple[Tensor | None, torch.Size]],
+) -> None:
+    """Refuse what TD-EDM is not defined for; `given` are tensors, each with the shape that it must have."""
+    require_floating([("x0", x0)])
+    if not isinstance(process, EDM):
+        raise ValueError(f"the process is {type(process).__name__}: TD-EDM is defined for EDM")
+    if coupling_eta(coupling) not in (0.0, 1.0):
+        raise ValueError(f"coupling is {coupling!r}: TD-EDM is defined for 'markov' and 'shared'")
+    if not (span > 0 and stride > 0):
+        raise ValueError(f"span is {span} and stride {stride}: both must be > 0")
+    if x0.ndim < 2:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data")
+    if cond is not None and len(cond) != len(x0):
+        raise ValueError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
+    for name, (tensor, shape) in given.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def _levels(

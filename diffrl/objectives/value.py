@@ -17,15 +17,22 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.lambda_schedule import LambdaSchedule
+from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
 
-__all__ = ["ChainValue", "ValueLoss"]
+__all__ = ["DEFAULT_LMBDA", "ChainValue", "ValueLoss", "state_value"]
+
+DEFAULT_LMBDA = 0.9  # a weak bootstrap: little bias where the network is small for its data
 
 
-DEFAULT_LMBDA = 0.9  # of a weak bootstrap: little bias where the network is small for its data
+def _label(options: Mapping[str, Any]) -> str:
+    n, lmbda = options["n_steps"], options["lmbda"]
+    if n == 1 or (n is None and lmbda == 0):
+        return "TD(0)"
+    return f"{n}-step TD" if n is not None else f"TD(λ={DEFAULT_LMBDA if lmbda is None else lmbda:g})"
 
 
 class ChainValue(nn.Module):
@@ -47,10 +54,11 @@ class ChainValue(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, A: Tensor, kappa: Tensor, cond: Tensor | None = None) -> Tensor:
         """V, shape [*b, *E]; the arguments are the chain's entries of the same names."""
-        D_x = self.denoise(x_t, t, cond)
-        return expand_like(A, x_t) * D_x + expand_like(kappa, x_t) * x_t
+        states = {keys.X_T: x_t, keys.A: A, keys.KAPPA: kappa}
+        return state_value(states, self.denoise(x_t, t, cond))
 
 
+@OBJECTIVES.register("td", label=_label)
 class ValueLoss(DenoiserLoss):
     """Squared TD error of a denoiser on chains; the choice of target is the choice of training method.
 
@@ -115,7 +123,10 @@ class ValueLoss(DenoiserLoss):
         if not denoising_coef >= 0:
             raise ValueError(f"denoising_coef is {denoising_coef}: it is a weight >= 0")
         if lmbda is not None and n_steps is not None:
-            raise ValueError("give lmbda or n_steps, not both: they are two families of targets")
+            raise ValueError(
+                f"lmbda is {lmbda} and n_steps is {n_steps}: give lmbda or n_steps, not both, since they are two "
+                "families of targets; in a configuration set one of them to null"
+            )
         inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
         super().__init__(network, target=bootstrap == "target")
@@ -232,15 +243,15 @@ class ValueLoss(DenoiserLoss):
             A, A_next = expand_like(chain[keys.A], D_x), expand_like(reached[keys.A], D_x)
             gamma = estimator.gamma
             # 0 where terminated: A = κ = 0
-            reward = None if gamma == 1 else (gamma - 1) * _value(reached, x0)
+            reward = None if gamma == 1 else (gamma - 1) * state_value(reached, x0)
             e_next = A_next * (D_next - x0)
             return estimator.returns(reward, e_next, terminated, done, reached) + A * (x0 - D_x)
-        V_next = _value(reached, D_next)
+        V_next = state_value(reached, D_next)
         if isinstance(estimator, VectorEstimator):
             G = estimator.returns(reached[k.reward], V_next, terminated, done, reached)
         else:
             G = self._torchrl_returns(reached, V_next)
-        return G - _value(chain, D_x)
+        return G - state_value(chain, D_x)
 
     def _own_next(self, chain: TensorDictBase, D_x: Tensor) -> Tensor:
         """D⁻ at the states reached, by the predictions at hand; anything finite where they are clean."""
@@ -286,8 +297,8 @@ class ValueLoss(DenoiserLoss):
         return G if self.bootstrap == "residual" else G.detach()
 
 
-def _value(states: TensorDictBase, D_x: Tensor) -> Tensor:
-    """V = A D + κ x."""
+def state_value(states: TensorDictBase | Mapping[str, Tensor], D_x: Tensor) -> Tensor:
+    """V = A D + κ x, for predictions D_x of the shape of x; with the datum for D it is the potential Φ."""
     A, kappa, x_t = states[keys.A], states[keys.KAPPA], states[keys.X_T]
     return expand_like(A, x_t) * D_x + expand_like(kappa, x_t) * x_t
 

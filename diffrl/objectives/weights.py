@@ -80,7 +80,7 @@ def sum_(w: WeightTerms) -> Tensor:
 
 
 def none(w: WeightTerms) -> Tensor:
-    """1: an ablation."""
+    """1 on δ²: no weight, to see what weights are good for."""
     return torch.ones_like(w.A)
 
 
@@ -129,7 +129,7 @@ def trunc_snr(w: WeightTerms) -> Tensor:
 
 
 def min_snr(w: WeightTerms, gamma: float = 5.0) -> Tensor:
-    """min(SNR, γ) on ‖x0 - D‖²; min(SNR, γ)/SNR on ‖ε - ε̂‖².
+    """min(SNR, g) on ‖x0 - D‖²; min(SNR, g)/SNR on ‖ε - ε̂‖². g is the option `gamma`, by the paper's letter.
 
     Source: Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023),
     https://arxiv.org/abs/2303.09556.
@@ -138,7 +138,7 @@ def min_snr(w: WeightTerms, gamma: float = 5.0) -> Tensor:
 
 
 def p2(w: WeightTerms, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """1/(k + SNR)^γ on ‖ε - ε̂‖²; γ = 0 is `eps`, and 0.5 was published too.
+    """1/(k + SNR)^g on ‖ε - ε̂‖². g is the option `gamma`, by the paper's letter: 0 is `eps`, 0.5 was published too.
 
     Source: Perception Prioritized Training of Diffusion Models (Choi et al., 2022),
     https://arxiv.org/abs/2204.00227.
@@ -169,7 +169,7 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "p2": p2,
     "debias": debias,
 }
-"""Name → function of `WeightTerms` and of the weight's own numbers; "snr" is "eps" by its other name.
+"""Name → function of `WeightTerms` and of the weight's own numbers; "snr" is another name of "eps".
 
 On a command line: ``objective.weight=p2 'objective.weight_options={gamma: 0.5}'``.
 """

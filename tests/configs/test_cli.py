@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from diffrl.objectives.schemes import OBJECTIVES
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from PIL import Image
@@ -29,7 +28,9 @@ from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.training.build import build_data, build_denoiser, build_objective, build_oracle, build_sampler
+from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.scheme import build_objective
+from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolderError
@@ -131,8 +132,7 @@ def test_every_group_of_the_configuration_has_options() -> None:
 def constructors() -> list[tuple[str, str, Callable[..., Any]]]:
     registries = {"data": DATASETS, "process": PROCESSES, "network": NETWORKS, "sampler": SAMPLERS}
     found = [(g, name, f) for g, registry in registries.items() for name, f in registry.items()]
-    for name, scheme in OBJECTIVES.items():
-        found += [("objective", name, f) for f in (scheme.loss, scheme.draw) if f is not None]
+    found += [("objective", entry.name, f) for entry in OBJECTIVES.entries() for f in entry.functions]
     singles = {"chain": ChainSampler, "denoiser": Denoiser, "optim": Optim, "ema": Average, "target": Target}
     singles |= {"trainer": Length, "eval": Evaluation}
     return found + [(g, "default", f) for g, f in singles.items()] + [("chain", "default", Chain)]

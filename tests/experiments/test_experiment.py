@@ -25,8 +25,9 @@ from diffrl.experiments import train as experiment
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import MissingExtra
+from diffrl.objectives.scheme import Objective, build_objective
 from diffrl.objectives.td_edm import sample_td_edm_pairs
-from diffrl.training.build import Objective, build_data, build_denoiser, build_objective
+from diffrl.training.build import build_data, build_denoiser
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
 from diffrl.training.optim import NonFiniteLoss

@@ -29,9 +29,9 @@ from diffrl.objectives.consistency_pairs import (
     sample_consistency_pairs,
     target_decay,
 )
+from diffrl.objectives.scheme import Objective
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.value import ValueLoss
-from diffrl.training.build import Objective
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
 from tests.kit.oracles import generator, randn
@@ -219,11 +219,11 @@ def parted(loss: ConsistencyLoss | ValueLoss) -> Denoiser:
     "options",
     [
         {"td": False, "metric": "l2"},
-        {"td": False, "metric": "l1", "ct_weight": "edm"},
+        {"td": False, "metric": "l1", "ct_weight": "karras"},
         {"td": False, "metric": "pseudo_huber"},
         {"td": True, "metric": "l2"},
         {"td": True, "metric": "pseudo_huber", "td_weight": "sum", "c": 1.0},
-        {"td": True, "metric": "l1", "kappa": "shared", "ct_weight": "edm"},
+        {"td": True, "metric": "l1", "kappa": "shared", "ct_weight": "karras"},
         {"td": True, "metric": "l2", "stride": 1.0, "c": 0.0},
         {"td": True, "metric": "l2", "stride": 2.5},  # one-step means beyond the grid are the datum
     ],
@@ -591,6 +591,7 @@ def test_trainer_takes_the_decay_from_the_objective() -> None:
             "metric is 'lpips': give one of l2, l1, pseudo_huber",
         ),
         (lambda: ct_loss(consistency(), ct_weight="snr"), "ct_weight is 'snr'"),
+        (lambda: ct_loss(consistency(), ct_weight="edm"), "'edm' is called 'karras' now"),
         (lambda: ct_loss(consistency(), bootstrap="residual"), "bootstrap is 'residual'"),  # type: ignore[arg-type]
         (lambda: td_ct_loss(consistency(), consistency_coef=-1), "consistency_coef -1"),
         (lambda: td_ct_loss(consistency(), td_weight="mean"), "weight is 'mean'"),

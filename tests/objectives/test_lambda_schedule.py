@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffrl.objectives.schemes import OBJECTIVES, td_lambda_schedule_loss
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
@@ -21,6 +20,8 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.lambda_schedule import LambdaSchedule
+from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.td_lambda_schedule import td_lambda_schedule_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.rl.estimators import TDLambda
 from diffrl.rl.returns import lambda_returns
@@ -160,7 +161,7 @@ def test_a_loss_with_a_schedule_can_be_copied_and_changed() -> None:
 
 
 def test_the_objective_of_that_name() -> None:
-    assert OBJECTIVES["td_lambda_schedule"].loss is td_lambda_schedule_loss
+    assert OBJECTIVES["td_lambda_schedule"] is td_lambda_schedule_loss
     denoiser, chain = denoiser_of(EDM()), chain_of(EDM())
     named = td_lambda_schedule_loss(denoiser, low_noise=0.3, high_noise=0.8, nsr_low=0.5, nsr_high=2.0)
     theirs, _ = loss_of(denoiser, chain, lmbda=LambdaSchedule(0.3, 0.8, 0.5, 2.0))

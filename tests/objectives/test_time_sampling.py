@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffrl.objectives.schemes import OBJECTIVES, monte_carlo_loss
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives import SoftUpdate
@@ -26,9 +25,11 @@ from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.starts import STARTS, CurriculumStarts, LossAwareStarts, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler, draw_chain, sample_chain
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.objectives.monte_carlo import monte_carlo_loss
+from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
-from diffrl.training.build import Adaptive, Objective
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
 from tests.kit.oracles import CONTINUOUS, DISCRETE, generator, randn
@@ -393,8 +394,8 @@ def test_starts_serve_every_target(options: dict[str, Any]) -> None:
 
 def test_the_registries() -> None:
     assert STARTS == {"uniform": UniformStarts, "loss_aware": LossAwareStarts, "curriculum": CurriculumStarts}
-    assert OBJECTIVES["edm"].draw is sample_log_normal_states
-    assert OBJECTIVES["denoising"].draw is sample_uniform_states
+    assert OBJECTIVES.entry("edm").also is sample_log_normal_states
+    assert OBJECTIVES.entry("denoising").also is sample_uniform_states
 
 
 @pytest.mark.parametrize(

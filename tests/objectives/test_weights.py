@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffrl.objectives.schemes import OBJECTIVES
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
+from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.objectives.weights import WEIGHTS, WeightTerms, weight_function
 from tests.kit.oracles import generator, randn
@@ -245,8 +245,8 @@ def test_an_unknown_name_or_number_is_named() -> None:
     "objective", ["td", "td_lambda_schedule", "monte_carlo", "edm", "denoising", "td_edm"]
 )
 def test_a_config_gives_a_weight_its_numbers(objective: str) -> None:
-    scheme = OBJECTIVES[objective]
-    node = OmegaConf.structured(schema(objective, scheme.loss, omit=("denoiser",)))
+    make = OBJECTIVES[objective]
+    node = OmegaConf.structured(schema(objective, make, omit=("denoiser",)))
     given = {"weight": "p2", "weight_options": {"gamma": 0.5}}
     config = OmegaConf.to_container(OmegaConf.merge(node, given))
     assert config["weight_options"] == {"gamma": 0.5} and config.pop("name") == objective
@@ -254,5 +254,5 @@ def test_a_config_gives_a_weight_its_numbers(objective: str) -> None:
         config["lmbda"] = 0.5
     denoiser = Denoiser(network(), EDM())
     one = torch.ones(1, 1)
-    weight = scheme.loss(denoiser, **config)._weight(WeightTerms(one, one, one, one, 3 * one))
+    weight = make(denoiser, **config)._weight(WeightTerms(one, one, one, one, 3 * one))
     assert float(weight) == pytest.approx(3 * 4**-0.5)

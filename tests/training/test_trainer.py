@@ -19,7 +19,7 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
-from diffrl.training.build import Objective
+from diffrl.objectives.scheme import Objective
 from diffrl.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import NonFiniteLoss, Optim

@@ -1,10 +1,11 @@
 """What a run found, from its results.json: names for people, and one table."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
-from diffrl.objectives.value import DEFAULT_LMBDA
-from diffrl.training.table import aligned
+from diffrl.objectives.registry import OBJECTIVES
+from diffrl.text_tables import text_table
 
 __all__ = ["distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
 
@@ -14,32 +15,21 @@ DISTANCES = {
     "mmd": "squared MMD",
     "fd_digits_cnn": "Fréchet distance (digits_cnn)",
 }
-OBJECTIVES = {
-    "monte_carlo": "Monte Carlo",
-    "td_edm": "TD-EDM",
-    "ct": "CT",
-    "td_ct": "TD-CT",
-    "edm": "EDM",
-    "denoising": "Denoising",
-}
 
 
 def objective_label(name: str, config: Mapping[str, Any]) -> str:
-    """Name of an objective for people, such as "TD(λ=0.5)".
+    """Name of an objective for people, such as "TD(λ=0.5)"; its key if no objective of that name is known here.
 
     Args:
         name: its key in ``results["objectives"]``.
-        config: the run's configuration.
+        config: the run's configuration; options that it lacks are taken to have the defaults of today.
     """
-    if name in OBJECTIVES:
-        return OBJECTIVES[name]
-    options = config["objective"]
-    if name == "td_lambda_schedule":
-        return f"TD(λ={options['low_noise']:g}…{options['high_noise']:g})"
-    if options["n_steps"] is not None:
-        return "TD(0)" if options["n_steps"] == 1 else f"{options['n_steps']}-step TD"
-    lmbda = DEFAULT_LMBDA if options["lmbda"] is None else options["lmbda"]
-    return "TD(0)" if lmbda == 0 else f"TD(λ={lmbda:g})"
+    if name not in OBJECTIVES:
+        return name
+    entry = OBJECTIVES.entry(name)
+    parameters = [p for function in entry.functions for p in signature(function).parameters.values()]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return entry.label_for({**defaults, **config.get("objective", {})})
 
 
 def distance_label(metric: str) -> str:
@@ -70,7 +60,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     objectives = results["objectives"]
     labels = [objective_label(name, results["config"]) for name in objectives]
     found = list(objectives.values())
-    rows = [["", *labels], []]
+    rows = [["", *labels]]
     two = len(found) == 2
     if two:
         rows[0].append("ratio")
@@ -90,4 +80,4 @@ def summary_table(results: Mapping[str, Any]) -> str:
     rows.append([])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
     add("seconds of training", [f["seconds"] for f in found], ".1f")
-    return f"{title(results)}\n\n{aligned(rows)}"
+    return f"{title(results)}\n\n{text_table(rows)}"
