@@ -1,4 +1,4 @@
-"""Hydra's config groups and the command line over them; recipes are the YAML files beside this one."""
+"""Hydra's config groups, and the commands that read them."""
 
 if __name__ != "diffrl.configs":
     raise ImportError("import this package as diffrl.configs")

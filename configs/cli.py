@@ -17,7 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from diffrl.configs.groups import register
 from diffrl.experiments.run import Interrupted
 from diffrl.extras import MissingExtra
-from diffrl.finetuning.checks import CheckFailed
+from diffrl.finetuning.check_report import CheckFailed
 from diffrl.registry import IMPORT, import_named
 from diffrl.rewards.calls import RewardError
 from diffrl.training.checkpoints import CheckpointError
@@ -134,7 +134,7 @@ def explain(error: BaseException) -> str:
 
 
 def _paths(config: DictConfig, key: str) -> list[str]:
-    """Where a key stands that was looked for at the top."""
+    """Full names of a key that stands within a group and was given without it."""
     return [
         f"{group!s}.{key}"
         for group, options in config.items_ex(resolve=False)

@@ -25,7 +25,6 @@ from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import WeightedSum, as_reward
-from diffrl.training.build import named
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
@@ -104,7 +103,7 @@ class _Job(Job):
         return self.judge(self.policy)
 
     def finished(self, row: dict[str, float]) -> str | None:
-        """What the early stop says."""
+        """Ask the early stop."""
         self.judged.append(row)
         return self.stop.reason(self.judged)
 
@@ -132,7 +131,7 @@ def _model(config: Config) -> Tunable:
 
 
 def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
-    sampler = named(SAMPLERS, config["sampler"])
+    sampler = SAMPLERS.build(config["sampler"])
     if not isinstance(sampler, GaussianSampler):
         known = ", ".join(samplers_with_law())
         raise ValueError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
@@ -140,7 +139,7 @@ def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
 
 
 def _shipped(config: Config) -> Reward:
-    """The reward of a configuration."""
+    """Build the reward that a configuration names."""
     if config["name"].startswith(OWN):
         name = config["name"].removeprefix(OWN)
         raise ValueError(
@@ -151,7 +150,7 @@ def _shipped(config: Config) -> Reward:
 
 
 def _called(reward: Reward, calls: Config) -> BlackBox | WeightedSum:
-    """The reward, called as the configuration says; what is checked and counted already says so itself."""
+    """Wrap a reward in a `BlackBox` as the configuration says, unless it is one already."""
     if isinstance(reward, BlackBox | WeightedSum):
         return reward
     return BlackBox(reward, **calls)

@@ -45,7 +45,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Of metrics.csv."""
+        """Names of the columns of metrics.csv."""
 
     @property
     def tag(self) -> dict[str, str]:
@@ -54,14 +54,14 @@ class Job(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Figures of what was made so far."""
+        """Evaluate what the loop has made so far; its figures."""
 
     def finished(self, row: dict[str, float]) -> str | None:
         """Why to end the loop early, after a row with an evaluation; None to go on."""
         return None
 
     def table(self, folder: RunFolder) -> Table:
-        """metrics.csv."""
+        """The run's metrics.csv."""
         return Table(folder.path / "metrics.csv", self.columns)
 
     def resume(self, folder: RunFolder) -> None:
@@ -102,7 +102,7 @@ class Job(ABC):
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
-    """Refuse what no schema knows to be wrong."""
+    """Refuse settings that are of the right type, but cannot work."""
     for key, known in (("dtype", tuple(AUTOCAST)), ("logger", LOGGERS)):
         if config[key] not in known:
             raise ValueError(f"{key} is {config[key]!r}: give {', '.join(known)}")
@@ -115,7 +115,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
 
 
 def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists, as a configuration file has them, as the tuples that constructors take."""
+    """Turn the lists of a configuration into the tuples that constructors take."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 

@@ -33,12 +33,12 @@ class Report:
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """Those that did not pass."""
+        """The checks that did not pass."""
         return tuple(c for c in self.checks if not c.passed)
 
     @property
     def passed(self) -> bool:
-        """Whether all did."""
+        """Whether all checks passed."""
         return not self.failed
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Report:
         return "\n".join([text_table(rows), *(f"{c.name}: {c.cause}" for c in self.checks if c.cause)])
 
     def raise_if_failed(self) -> None:
-        """Stop where a check failed.
+        """Raise one error that names every failed check.
 
         Raises:
             CheckFailed: its message names each failed check and the likely cause.

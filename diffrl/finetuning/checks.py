@@ -97,7 +97,7 @@ def _refuse(rollout: TensorDictBase, batch_rows: int | None, centred: str | None
 
 @contextmanager
 def _untouched(policies: Sequence[DenoisingPolicy | None], device: torch.device | None) -> Iterator[None]:
-    """Random numbers, counts and buffers (as of batch norms) afterwards as before."""
+    """Restore random numbers, counts and buffers (such as those of batch norms) afterwards."""
     counted = [p for p in policies if p is not None]
     nfe, buffers = [p.nfe for p in counted], [(b, b.clone()) for p in counted for b in p.buffers()]
     python, numpy = random.getstate(), np.random.get_state()  # rewards may use them
@@ -116,7 +116,7 @@ def _untouched(policies: Sequence[DenoisingPolicy | None], device: torch.device 
 
 
 class _Run:
-    """What several checks need: the parts of a rollout that are looked at, the precision, the limit of a ratio."""
+    """What the checks share: the states that they look at, the precision, and how far a ratio may be off."""
 
     def __init__(
         self,
@@ -157,12 +157,12 @@ class _Run:
         return torch.autocast(self.states.get(keys.X_T).device.type, self.autocast)
 
     def column(self, k: int) -> tuple[TensorDictBase, ...]:
-        """All chains at a step, in the parts that they were forwarded in."""
+        """All chains at one step, in batches of the size that the rollout had."""
         return self.rollout[:, k].split(self.rollout_rows)
 
     @torch.no_grad()
     def log_ratio(self, states: TensorDictBase) -> Tensor:
-        """Of the policy over the stored one: log π - log π_old, of the stochastic ones among states [N]."""
+        """log π - log π_old of the stochastic states among [N]: the policy now, against what was stored."""
         with self.precision():
             _, log_p, mask = trainable_law(self.policy, states)
         return log_p - states.get(keys.ACTION_LOG_PROB)[mask]
@@ -208,7 +208,7 @@ def _on_grid(policy: DenoisingPolicy, rollout: TensorDictBase) -> bool:
 
 @torch.no_grad()
 def _stored(run: _Run) -> Check:
-    """All rows at one step, as they were forwarded when they were collected: the first step and the last."""
+    """Compare all rows at the first and at the last step, in the batches in which they were collected."""
     parts = [part for k in sorted({run.steps[0], run.steps[-1]}) for part in run.column(k)]
     value = _largest(*(run.log_ratio(part) for part in parts))
     passed = value <= run.limit
@@ -238,7 +238,7 @@ def _repeats(run: _Run, states: TensorDictBase) -> bool:
 
 @torch.no_grad()
 def _why(run: _Run, states: TensorDictBase) -> str:
-    """The likely cause why stored log-probabilities are not those of the policy, by what else does not fit."""
+    """Why stored log-probabilities are probably not those of the policy, judged by what else does not fit."""
     policy, stored = run.policy, states.get(keys.ACTION_LOG_PROB)
     if not _repeats(run, states):
         return DROPOUT
@@ -303,7 +303,7 @@ def _advantages(adv: Tensor, group: Tensor, centred: str | None) -> Check:
 
 
 def _gradient(run: _Run, states: TensorDictBase) -> list[Tensor]:
-    """Of the loss, all that begins with "loss_", with respect to the parameters of the policy that it reaches."""
+    """Gradient of the sum of all entries "loss_...", for the parameters of the policy that it reaches."""
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the policy requires a gradient")

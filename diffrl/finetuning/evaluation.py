@@ -148,7 +148,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """When to end a run before it over-optimises; all by choice.
+    """When to end a run before it over-optimises; by default never.
 
     Args:
         patience: evaluations without a new best of the held-out reward (without one: of the reward on held-out

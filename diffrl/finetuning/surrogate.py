@@ -1,4 +1,4 @@
-"""What an update descends: a surrogate makes the losses of a run, and names the networks that they train."""
+"""A surrogate makes the loss that an update descends, and names the networks that it trains."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -77,7 +77,7 @@ class Surrogate(Piece, ABC):
         return {"policy": Role(setting.policy.denoiser, self.loss(setting))}
 
     def conflict(self, recipe: "Recipe") -> str | None:
-        """Rollouts without pairs, several updates of an on-policy loss, a KL term it has not, the wrong updates."""
+        """Refuse rollouts without pairs, several updates of an on-policy loss, a missing KL term, the wrong updates."""
         name, u = type(self).__name__, recipe.updates
         if self.needs_pairs and not recipe.rollouts.pairs:
             return f"{name} compares the two trajectories of a pair: set rollouts.pairs=true"

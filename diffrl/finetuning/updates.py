@@ -66,11 +66,11 @@ class UpdatePlan(Piece, ABC):
         """
 
     def weight(self, part: TensorDictBase) -> int:
-        """States of a part [n, k] that its loss is a mean over."""
+        """How many states of a part [n, k] its loss averages over."""
         return part.numel()
 
     def conflict(self, recipe: "Recipe") -> str | None:
-        """More minibatches than trajectories or pairs."""
+        """Refuse more minibatches than there are trajectories or pairs."""
         r = recipe.rollouts
         if r.trajectories // r.rows_together < self.minibatches:
             return (
@@ -150,7 +150,7 @@ class Updates(UpdatePlan):
         return k * min(n, max(1, self.micro_batch // (k * group_size)) * group_size)
 
     def refuses(self, policy: DenoisingPolicy) -> str | None:
-        """A policy without a stochastic step."""
+        """Refuse a policy without a stochastic step."""
         if policy.stochastic_steps:
             return None
         return (
@@ -238,7 +238,7 @@ class SampleUpdates(UpdatePlan):
             raise ValueError(f"updates.draws is {self.draws}: it must be at least 1")
 
     def conflict(self, recipe: "Recipe") -> str | None:
-        """Rewards of single steps, which no sample has."""
+        """Refuse rewards of single steps, which no sample has."""
         if recipe.placement.dense:
             return (
                 "updates of samples take one advantage a trajectory, not one a step: take placement terminal"

@@ -239,7 +239,7 @@ def _read_file(path: Path, entry: dict[str, Any] | None) -> bytes:
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a damaged checkpoint, having looked which older one is sound."""
+    """What to do about a damaged checkpoint; older ones are read to see which is sound."""
     older = [known for known in list_checkpoints(path.parent) if _step(known) < _step(path)]
     damaged = [path.name]
     for known in reversed(older):

@@ -45,7 +45,7 @@ class Evaluation:
             raise ValueError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
 
     def check(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> None:
-        """Raise at the start what evaluating would raise at the end, asking with few points.
+        """Evaluate a few points now, so that what cannot be evaluated is said at the start.
 
         Raises:
             ValueError: a noise level out of reach, a distance that is unknown or does not fit the data.

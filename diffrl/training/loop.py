@@ -113,7 +113,11 @@ class Loop(ABC):
 
     @abstractmethod
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Take what `_state` gave; raises CheckpointError where it is of something else."""
+        """Take what `_state` gave.
+
+        Raises:
+            CheckpointError: it was given by something else.
+        """
 
     @abstractmethod
     def _set_mode(self) -> None:

@@ -1,12 +1,12 @@
-"""Tables: `metrics.csv`, written row by row while a run goes on, and aligned text for a terminal."""
+"""The table of a run, `metrics.csv`: a row is written whenever figures are taken."""
 
 import csv
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Table", "aligned", "markdown_table"]
+__all__ = ["Table"]
 
 
 class Table:
@@ -53,28 +53,3 @@ class Table:
             os.replace(kept.path, self.path)
         else:
             self.path.unlink(missing_ok=True)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns: the first flush left, the others flush right. An empty row is a rule.
-
-    >>> print(aligned([["", "TD", "MC"], [], ["seconds", "1.84", "12"]]))
-               TD  MC
-    -----------------
-    seconds  1.84  12
-    """
-    widths = [max(map(len, column)) for column in zip(*(row for row in rows if row), strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        if row
-        else "-" * (sum(widths) + 2 * (len(widths) - 1))
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first row is its head."""
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    lines = [f"| {' | '.join(row)} |" for row in escaped]
-    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], ""])

@@ -16,7 +16,7 @@ __all__ = ["Credit"]
 
 
 class Credit(Piece, ABC):
-    """Advantages of steps. What it remembers over rollouts is saved with the run.
+    """Gives every step an advantage. What it remembers over rollouts is saved with the run.
 
     A subclass sets the class variables that differ for it, and `raw_std` at every call.
     """
@@ -48,7 +48,7 @@ class Credit(Piece, ABC):
         return None
 
     def conflict(self, recipe: "Recipe") -> str | None:
-        """Groups that are too small, and dense rewards that would only be summed."""
+        """Refuse groups that are too small, and dense rewards that would only be summed."""
         if recipe.rollouts.rows_of_a_group < self.min_group:
             return (
                 f"{type(self).__name__} compares trajectories of one group, at least {self.min_group}: "

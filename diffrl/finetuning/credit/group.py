@@ -48,7 +48,7 @@ class GroupRelative(Credit):
 
     @property
     def takes_dense(self) -> bool:
-        """Where steps are compared with steps."""
+        """Yes, if steps are compared with steps."""
         return self.of == "step"
 
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
@@ -60,5 +60,5 @@ class GroupRelative(Credit):
         return adv[..., None] if self.of == "step" else adv[:, None, None].expand_as(reward)
 
     def centred_over(self, *, one_condition: bool) -> Literal["group"]:
-        """The group."""
+        """Each group has mean 0."""
         return "group"

@@ -19,7 +19,7 @@ ROLLOUTS_KEPT = 4
 
 
 def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
-    """What the statistics are kept apart by: integers [B], or None for one buffer."""
+    """The prompt of each row, by which statistics are kept apart: integers [B], or None for one buffer."""
     cond = trajectory_condition(rollout)
     if per == "batch" or cond is None:
         return None
@@ -59,12 +59,12 @@ class _Fifo(Credit):
         return self.statistics(values, prompt)
 
     def centred_over(self, *, one_condition: bool) -> Literal["batch"] | None:
-        """The batch, where one buffer holds just that."""
+        """The batch has mean 0 if one buffer holds all of it."""
         whole = self.buffer is None and (one_condition or self.per == "batch")
         return "batch" if whole else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The buffers."""
+        """Values that are kept."""
         s = self.statistics
         return {} if s is None else {"size": s.buffer, **s.state_dict()}
 
@@ -108,7 +108,7 @@ class Standardised(_Fifo):
 @CREDITS.register("rewards_to_go")
 @dataclass
 class RewardsToGo(_Fifo):
-    """Each step gets what is still to come, standardised by the latest values of its prompt *and step*.
+    """Each step gets the rewards from it on, standardised by the latest values of its prompt *and step*.
 
         G_i = r_i + γ G_{i+1},    adv_i = (G_i - mean_i)/(std_i + 1e-6)
 

@@ -66,7 +66,7 @@ class Dense(Placement):
         return dense_queries(self.mode, num_steps)
 
     def refuses(self, policy: DenoisingPolicy) -> str | None:
-        """A policy of one step, whose reward would not depend on what it does."""
+        """Refuse a policy of one step, whose reward would not depend on what it does."""
         if self.timing == "state" and policy.num_steps == 1:
             return (
                 "with one step, a reward of the state it starts from says nothing of the step: give "
