@@ -1,15 +1,11 @@
 """The denoising chain as Gymnasium environments in which the agent denoises, single and vector."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.error import ResetNeeded
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,14 +23,13 @@ from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, RewardPlacement
 from diffrl.envs.gymnasium_common import (
     Array,
+    Chains,
     Info,
     Observation,
-    Streams,
+    SingleChainEnv,
+    VectorChainEnv,
     copied,
-    first,
-    known_options,
     named,
-    reset_mask,
 )
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
@@ -43,7 +38,7 @@ from diffrl.shapes import require_floating
 __all__ = ["DiffusionMDPEnv", "DiffusionMDPVectorEnv"]
 
 
-class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
+class DiffusionMDPEnv(SingleChainEnv[Array]):
     """One denoising chain: the agent chooses each next latent, and is paid for the clean sample it ends at.
 
         x_0 ~ N(0, σ² I) at the noisiest level;    x_{i+1} = c a_i;    r = R(x_K) on reaching clean data, else 0
@@ -97,7 +92,8 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
         ValueError: an argument is outside its range.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    options = ("x_t", "index", "cond")
+    _chains: "_Chains"
 
     def __init__(
         self,
@@ -146,17 +142,7 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
         self.action_scale, self.noise = action_scale, noise
         self.denoiser = _exact(law, schedule) if denoiser is None else denoiser
         self._chains = _Chains(d, 1, noise, action_scale, self.denoiser)
-        bound, times = d.largest_latent(action_scale), d.grid.float()
-        seen: dict[str, spaces.Space[Any]] = {
-            keys.X_T: spaces.Box(-bound, bound, d.event_shape, np.float32),
-            keys.T: spaces.Box(float(times.min()), float(times.max()), (1,), np.float32),
-        }
-        if d.num_classes:
-            seen[keys.COND] = spaces.Discrete(d.num_classes)
-        elif d.conditions is not None:
-            c = d.conditions.numpy()
-            seen[keys.COND] = spaces.Box(c.min(0), c.max(0), dtype=c.dtype.type)
-        self.observation_space = spaces.Dict(seen)  # type: ignore[assignment]
+        self.observation_space = _observation_space(d, d.largest_latent(action_scale))  # type: ignore[assignment]
         self.action_space = spaces.Box(-1, 1, d.event_shape, np.float32)
 
     def pretrained_action(self) -> Array:
@@ -166,18 +152,6 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
             ValueError: no denoiser is known.
         """
         return self._chains.pretrained_action()[0]
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, Info]:
-        """Start a chain, as the options "x_t" [*E], "index" and "cond" say."""
-        super().reset(seed=seed)
-        if seed is not None or not self._chains.streams.generators:
-            self._chains.streams.seed([self.np_random])
-        given = {k: np.asarray(v)[None] for k, v in known_options(options, "x_t", "index", "cond").items()}
-        self._chains.reset(np.ones(1, bool), **given)
-        observation, info = self._chains.seen()
-        return first(observation), first(info)
 
     def step(self, action: Array) -> tuple[Observation, float, bool, bool, Info]:
         """Go to the next latent.
@@ -189,11 +163,13 @@ class DiffusionMDPEnv(gymnasium.Env[Observation, Array]):
             ValueError: an action of another shape, or one with NaN or infinity.
             ResetNeeded: the chain has ended.
         """
-        observation, reward, terminated, truncated, info = self._chains.step(np.asarray(action)[None])
-        return first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), first(info)
+        observation, reward, terminated, truncated, info = self._stepped(
+            self._chains.step(np.asarray(action)[None])
+        )
+        return observation, float(reward), terminated, truncated, info
 
 
-class DiffusionMDPVectorEnv(VectorEnv[Observation, Array, Array]):
+class DiffusionMDPVectorEnv(VectorChainEnv):
     """Many denoising chains at once; everything has a leading dim of `num_envs`, infos too.
 
     A chain that has ended waits for ``reset(options={"reset_mask": mask})``, mask a bool array [num_envs]:
@@ -212,18 +188,10 @@ class DiffusionMDPVectorEnv(VectorEnv[Observation, Array, Array]):
         ValueError: an argument is outside its range.
     """
 
+    _chains: "_Chains"
+
     def __init__(self, num_envs: int = 1, *, max_episode_steps: int | None = None, **variant: Any) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}: give at least one")
-        cut: dict[str, Any] = {} if max_episode_steps is None else {"max_steps": max_episode_steps}
-        single = DiffusionMDPEnv(**cut, **variant)
-        self.num_envs = num_envs
-        self.autoreset_mode = AutoresetMode.DISABLED
-        self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = single.observation_space
-        self.single_action_space = single.action_space
-        self.observation_space = batch_space(single.observation_space, num_envs)
-        self.action_space = batch_space(single.action_space, num_envs)
+        single = self._adopt(DiffusionMDPEnv, num_envs, max_episode_steps, variant)
         self.decision_process, self.denoiser = single.decision_process, single.denoiser
         self.action_scale = single.action_scale
         self._chains = _Chains(
@@ -233,30 +201,6 @@ class DiffusionMDPVectorEnv(VectorEnv[Observation, Array, Array]):
     def pretrained_action(self) -> Array:
         """What the pretrained sampler does at the present latents, [num_envs, *E]; see `DiffusionMDPEnv`."""
         return self._chains.pretrained_action()
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, Info]:
-        """Start all chains, or some of them.
-
-        Args:
-            seed: one number, or one for each chain.
-            options: "reset_mask", bool [num_envs]: which; "x_t", [num_envs, *E], at these latents, with their
-                positions "index" and conditions "cond", [num_envs, ...].
-
-        Returns:
-            Observations and infos of all chains.
-        """
-        if isinstance(seed, Sequence):
-            self._chains.streams.seed_each(seed)
-        else:
-            super().reset(seed=seed)
-            if seed is not None or not self._chains.streams.generators:
-                self._chains.streams.seed([self.np_random])
-        options = known_options(options, "x_t", "index", "cond", "reset_mask")
-        given = {k: np.asarray(v) for k, v in options.items()}
-        self._chains.reset(reset_mask(given.pop("reset_mask", None), self.num_envs), **given)
-        return self._chains.seen()
 
     def step(self, actions: Array) -> tuple[Observation, Array, Array, Array, Info]:
         """One step of every chain; actions [num_envs, *E] as in `DiffusionMDPEnv`.
@@ -268,8 +212,8 @@ class DiffusionMDPVectorEnv(VectorEnv[Observation, Array, Array]):
         return self._chains.step(np.asarray(actions))
 
 
-class _Chains:
-    """n chains of one decision process, kept as tensors; arrays that leave it are fresh."""
+class _Chains(Chains):
+    """Chains of one decision process."""
 
     def __init__(
         self,
@@ -279,21 +223,15 @@ class _Chains:
         scale: float,
         denoiser: DenoiserFn | None,
     ) -> None:
-        d = decision_process
-        self.decision_process, self.streams, self.rows = d, Streams(n, noise), torch.arange(n)
+        super().__init__(n, noise)
+        self.decision_process = d = decision_process
         self.scale, self.denoiser = scale, denoiser
         start = torch.zeros(n, *d.event_shape)
         self.latents = d.latents(torch.zeros_like(self.rows), start)
         self.cond = None if d.conditions is None else d.conditions[torch.zeros_like(self.rows)]
-        self.over = np.ones(n, bool)
 
-    def reset(
-        self,
-        mask: NDArray[np.bool_],
-        x_t: Array | None = None,
-        index: Array | None = None,
-        cond: Array | None = None,
-    ) -> None:
+    def reset(self, mask: NDArray[np.bool_], given: Mapping[str, Array]) -> None:
+        x_t, index, cond = (given.get(name) for name in DiffusionMDPEnv.options)
         d, rows = self.decision_process, self.rows[torch.from_numpy(mask)]
         if len(rows) == 0:
             return
@@ -315,7 +253,7 @@ class _Chains:
 
     def step(self, action: Array) -> tuple[Observation, Array, Array, Array, Info]:
         chosen = self.scale * self._checked(action, "action")
-        self._require_running()
+        self.require_running()
         self.latents, reward, terminated, truncated = self.decision_process.step(
             self.latents,
             chosen,
@@ -329,7 +267,7 @@ class _Chains:
 
     @torch.no_grad()
     def pretrained_action(self) -> Array:
-        self._require_running()
+        self.require_running()
         d, here = self.decision_process, self.latents
         if self.denoiser is None:
             raise ValueError("the exact denoiser of these data is not known: give denoiser=")
@@ -339,7 +277,6 @@ class _Chains:
         return copied(D_x / self.scale)
 
     def seen(self) -> tuple[Observation, Info]:
-        """Observations and infos."""
         observation = {keys.X_T: copied(self.latents.x), keys.T: copied(self.latents.t)[:, None]}
         if self.cond is not None:
             observation[keys.COND] = copied(self.cond)
@@ -347,11 +284,6 @@ class _Chains:
 
     def _noise(self, x: Tensor) -> Tensor:
         return self.streams.noise(x, self.rows)
-
-    def _require_running(self) -> None:
-        if self.over.any():
-            ended = np.flatnonzero(self.over).tolist()
-            raise ResetNeeded(f"chains {ended} of {len(self.over)} are not running: call reset() first")
 
     def _checked(self, given: Array, what: str) -> Tensor:
         x, shape = torch.tensor(given), self.latents.x.shape
@@ -386,6 +318,21 @@ class _Chains:
             parts = [(1, generators[row]) for row in rows.tolist()]
         drawn = [d.draw_conditions(n, g) for n, g in parts]
         return torch.cat([c for c in drawn if c is not None])
+
+
+def _observation_space(d: DecisionProcess, bound: float) -> spaces.Dict:
+    """The latent, whose numbers lie within ±bound, its time, and the condition where there is one."""
+    times = d.grid.float()
+    seen: dict[str, spaces.Space[Any]] = {
+        keys.X_T: spaces.Box(-bound, bound, d.event_shape, np.float32),
+        keys.T: spaces.Box(float(times.min()), float(times.max()), (1,), np.float32),
+    }
+    if d.num_classes:
+        seen[keys.COND] = spaces.Discrete(d.num_classes)
+    elif d.conditions is not None:
+        c = d.conditions.numpy()
+        seen[keys.COND] = spaces.Box(c.min(0), c.max(0), dtype=c.dtype.type)
+    return spaces.Dict(seen)
 
 
 def _exact(data: Data, process: Schedule) -> DenoiserFn | None:

@@ -1,14 +1,11 @@
 """The denoising chain as Gymnasium environments, single and vector: the torch core, NumPy at the edge."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.error import ResetNeeded
-from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,21 +17,20 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.envs.gymnasium_common import (
     Array,
+    Chains,
     Info,
     Observation,
-    Streams,
+    SingleChainEnv,
+    VectorChainEnv,
     copied,
-    first,
-    known_options,
     named,
-    reset_mask,
 )
 from diffrl.envs.reward_process import RewardProcess
 
 __all__ = ["DiffusionMRPEnv", "DiffusionMRPVectorEnv"]
 
 
-class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
+class DiffusionMRPEnv(SingleChainEnv[int]):
     """One denoising chain: nothing to decide (`Discrete(1)`), each step pays the drift of the posterior mean.
 
         x_s ~ N(A x0 + κ x_t, std²),    r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i
@@ -76,7 +72,8 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
         ValueError: an argument is outside its range.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    options = ("x0", "cond")
+    _chains: "_Chains"
 
     def __init__(
         self,
@@ -120,18 +117,6 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
             self.reward_space = spaces.Box(-np.inf, np.inf, shape, dtype.type)
             self.reward_dim = event.numel()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, Info]:
-        """Start a chain, at ``options["x0"]`` [*E] if given."""
-        super().reset(seed=seed)
-        if seed is not None or not self._chains.streams.generators:
-            self._chains.streams.seed([self.np_random])
-        given = {k: np.asarray(v)[None] for k, v in known_options(options, "x0", "cond").items()}
-        self._chains.reset(np.ones(1, bool), **given)
-        observation, info = self._chains.seen()
-        return first(observation), first(info)
-
     def step(self, action: int) -> tuple[Observation, Any, bool, bool, Info]:
         """Wait for one step; the action is 0.
 
@@ -139,12 +124,19 @@ class DiffusionMRPEnv(gymnasium.Env[Observation, int]):
             ValueError: another action.
             ResetNeeded: the chain has ended.
         """
-        observation, reward, terminated, truncated, info = self._chains.step(action, self.reward_mode)
-        paid = float(reward[0]) if self.reward_mode == "sum" else reward[0]
-        return first(observation), paid, bool(terminated[0]), bool(truncated[0]), first(info)
+        observation, reward, terminated, truncated, info = self._stepped(
+            self._chains.step(action, self.reward_mode)
+        )
+        return (
+            observation,
+            float(reward) if self.reward_mode == "sum" else reward,
+            terminated,
+            truncated,
+            info,
+        )
 
 
-class DiffusionMRPVectorEnv(VectorEnv[Observation, Array, Array]):
+class DiffusionMRPVectorEnv(VectorChainEnv):
     """Many denoising chains at once; everything has a leading dim of `num_envs`, infos too.
 
     A chain that has ended waits for ``reset(options={"reset_mask": mask})``, mask a bool array [num_envs]:
@@ -163,46 +155,15 @@ class DiffusionMRPVectorEnv(VectorEnv[Observation, Array, Array]):
         ValueError: an argument is outside its range.
     """
 
+    _chains: "_Chains"
+
     def __init__(self, num_envs: int = 1, *, max_episode_steps: int | None = None, **variant: Any) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}: give at least one")
-        cut: dict[str, Any] = {} if max_episode_steps is None else {"max_steps": max_episode_steps}
-        single = DiffusionMRPEnv(**cut, **variant)
-        self.num_envs = num_envs
-        self.autoreset_mode = AutoresetMode.DISABLED
-        self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = single.observation_space
-        self.single_action_space = single.action_space
-        self.observation_space = batch_space(single.observation_space, num_envs)
-        self.action_space = batch_space(single.action_space, num_envs)
+        single = self._adopt(DiffusionMRPEnv, num_envs, max_episode_steps, variant)
         self.reward_process, self.reward_mode = single.reward_process, single.reward_mode
         if self.reward_mode != "sum":
             self.single_reward_space, self.reward_dim = single.reward_space, single.reward_dim
             self.reward_space = batch_space(single.reward_space, num_envs)
         self._chains = _Chains(self.reward_process, num_envs, single.noise)
-
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, Info]:
-        """Start all chains, or some of them.
-
-        Args:
-            seed: one number, or one for each chain.
-            options: "reset_mask", bool [num_envs]: which; "x0", [num_envs, *E]: at these data, with their
-                labels "cond" if the data have any.
-
-        Returns:
-            Observations and infos of all chains.
-        """
-        if isinstance(seed, Sequence):
-            self._chains.streams.seed_each(seed)
-        else:
-            super().reset(seed=seed)
-            if seed is not None or not self._chains.streams.generators:
-                self._chains.streams.seed([self.np_random])
-        given = {k: np.asarray(v) for k, v in known_options(options, "x0", "cond", "reset_mask").items()}
-        self._chains.reset(reset_mask(given.pop("reset_mask", None), self.num_envs), **given)
-        return self._chains.seen()
 
     def step(self, actions: Array) -> tuple[Observation, Array, Array, Array, Info]:
         """One step of every chain; all actions are 0.
@@ -214,19 +175,20 @@ class DiffusionMRPVectorEnv(VectorEnv[Observation, Array, Array]):
         return self._chains.step(actions, self.reward_mode)
 
 
-class _Chains:
-    """n chains of one reward process, kept as tensors; arrays that leave it are fresh."""
+class _Chains(Chains):
+    """Chains of one reward process."""
 
     def __init__(
         self, reward_process: RewardProcess, n: int, noise: Callable[[Tensor], Tensor] | None
     ) -> None:
-        self.reward_process, self.streams, self.rows = reward_process, Streams(n, noise), torch.arange(n)
+        super().__init__(n, noise)
+        self.reward_process = reward_process
         self.x0 = torch.zeros(n, *reward_process.event_shape, dtype=reward_process.dtype)
         self.cond = torch.zeros_like(self.rows) if reward_process.num_classes else None
         self.states = reward_process.states(torch.zeros_like(self.rows), self.x0)
-        self.over = np.ones(n, bool)
 
-    def reset(self, mask: NDArray[np.bool_], x0: Array | None = None, cond: Array | None = None) -> None:
+    def reset(self, mask: NDArray[np.bool_], given: Mapping[str, Array]) -> None:
+        x0, cond = (given.get(name) for name in DiffusionMRPEnv.options)
         r, rows = self.reward_process, self.rows[torch.from_numpy(mask)]
         if len(rows) == 0:
             return
@@ -249,9 +211,7 @@ class _Chains:
     def step(self, action: int | Array, reward_mode: str) -> tuple[Observation, Array, Array, Array, Info]:
         if np.any(np.asarray(action) != 0):
             raise ValueError(f"action is {action}: the only one is 0, to wait")
-        if self.over.any():
-            ended = np.flatnonzero(self.over).tolist()
-            raise ResetNeeded(f"chains {ended} of {len(self.over)} are not running: call reset() first")
+        self.require_running()
         noise = self.streams.noise(self.states.x, self.rows)
         self.states, r, terminated, truncated = self.reward_process.step(self.states, self.x0, noise)
         self.over = (terminated | truncated).numpy()
@@ -266,7 +226,6 @@ class _Chains:
         return observation, reward, terminated.numpy(), truncated.numpy(), info
 
     def seen(self) -> tuple[Observation, Info]:
-        """Observations and infos."""
         s = self.states
         observation = {keys.X_T: copied(s.x), keys.T: copied(s.t)[:, None]}
         info = {

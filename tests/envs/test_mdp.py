@@ -45,6 +45,7 @@ from diffrl.diffusion.schedules.vp import VP
 from diffrl.envs import DiffusionMDP, DiffusionMDPEnv, DiffusionMDPVectorEnv
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.methods.sdpo import SDPOLoss
+from diffrl.finetuning.placement.terminal import Terminal
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
@@ -271,18 +272,16 @@ def test_a_collected_rollout_equals_that_of_the_environment(options: dict[str, A
         stepped = env.rollout(9, policy)
     groups = {k: v for k, v in options.items() if k != "conditions"}
     cond = stepped[keys.COND][:: env.group_size, 0] if "conditions" in options else None
-    collected = collect_rollout(
-        policy, (2,), batch_size=8, cond=cond, reward=reward, generator=generator(3), **groups
-    )
+    collected = collect_rollout(policy, (2,), batch_size=8, cond=cond, generator=generator(3), **groups)
+    assert keys.REWARD not in collected["next"].keys()
+    collected["next", keys.REWARD] = Terminal()(collected, reward)
     assert collected.shape == stepped.shape == (8, 6)
     assert collected.names == stepped.names
     assert set(collected.keys(True, True)) == set(stepped.keys(True, True))
     for key in stepped.keys(True, True):
         assert torch.equal(collected[key], stepped[key]), key
         assert collected[key].dtype == stepped[key].dtype
-    assert (keys.REWARD in collected["next"].keys()) and not collected.requires_grad
-    bare = collect_rollout(policy, (2,), batch_size=8, cond=cond, generator=generator(3), **groups)
-    assert keys.REWARD not in bare["next"].keys()
+    assert not collected.requires_grad
 
 
 def test_collecting_on_images_and_devices() -> None:
@@ -579,15 +578,15 @@ def test_ppo_loss_of_torchrl() -> None:
     theirs.backward()
     for parameter, gradient in zip(ppo.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
-    before = collect_rollout(policy, (2,), batch_size=512, reward=env.reward, generator=generator(5))
+    before = collect_rollout(policy, (2,), batch_size=512, generator=generator(5))
     for _ in range(25):
         td = collect()
         for _ in range(2):
             optimiser.zero_grad()
             ppo(td)["loss_objective"].backward()
             optimiser.step()
-    after = collect_rollout(policy, (2,), batch_size=512, reward=env.reward, generator=generator(6))
-    rewards = [t["next", keys.REWARD][:, -1] for t in (before, after)]
+    after = collect_rollout(policy, (2,), batch_size=512, generator=generator(6))
+    rewards = [env.reward(t["next", keys.X_T][:, -1], None) for t in (before, after)]
     error = sum(float(r.var()) for r in rewards) ** 0.5 / 512**0.5
     assert float(rewards[1].mean() - rewards[0].mean()) > 4 * error
 
