@@ -102,8 +102,5 @@ def _draw(entry: Entry, options: Config, config: Config, denoiser: Denoiser) -> 
         return ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
     if not isinstance(starts, UniformStarts):
         raise ValueError(f"objective {entry.name} draws its states without a chain: set starts=uniform")
-    own = accepted(entry.also, options)
-    if inspect.isclass(entry.also):
-        draw: Draw = entry.also(denoiser.process, **own)
-        return draw
-    return partial(entry.also, denoiser.process, **own)
+    make = partial(entry.also, denoiser.process, **accepted(entry.also, options))
+    return make() if inspect.isclass(entry.also) else make

@@ -1,0 +1,138 @@
+"""Objectives by name: their options, what draws their states, what is Monte Carlo, and what people call them."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import pytest
+from omegaconf import OmegaConf
+
+from diffrl.configs.schema import schema
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.experiments.reports.run_table import objective_label
+from diffrl.objectives.consistency_pairs import ConsistencyPairs
+from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.objectives.monte_carlo import is_monte_carlo
+from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.objectives.value import DEFAULT_LMBDA
+from diffrl.registry import Entry
+
+WEIGHT = {"weight": (str, "edm"), "weight_options": (Any | None, None)}
+TD = {
+    **{"gamma": (float, 1.0), "bootstrap": (str, "own"), **WEIGHT},
+    "denoising_coef": (float, 0.0),
+}
+CT = {
+    **{"metric": (str, "pseudo_huber"), "ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
+    **{
+        "s_0": (int, 2),
+        "s_1": (int, 150),
+        "mu_0": (float, 0.9),
+        "stride": (float, 0.25),
+        "kappa": (str, "markov"),
+    },
+}
+NOISE_LAW = {"P_mean": (float, -1.2), "P_std": (float, 1.2)}
+OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "td": {"lmbda": (float | None, None), "n_steps": (int | None, None), **TD},
+    "td_lambda_schedule": {
+        **{"low_noise": (float, 0.0), "high_noise": (float, 1.0)},
+        **{"nsr_low": (float, 0.1), "nsr_high": (float, 10.0), **TD},
+    },
+    "monte_carlo": WEIGHT,
+    "edm": {**WEIGHT, **NOISE_LAW},
+    "denoising": {**WEIGHT, "num_steps": (int, 1000)},
+    "td_edm": {
+        **{**WEIGHT, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
+        **{"num_steps": (int, 18), "span": (float, 3.0), "stride": (float, 0.2), **NOISE_LAW},
+    },
+    "ct": CT,
+    "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
+}
+"""Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name: str) -> None:
+    entry = OBJECTIVES.entry(name)
+    node = schema(name, *entry.functions, omit=OBJECTIVES.omit)
+    types, defaults = get_type_hints(node), OmegaConf.to_container(OmegaConf.structured(node))
+    assert isinstance(defaults, dict)
+    found = {f.name: (types[f.name], defaults[f.name]) for f in fields(node)}
+    assert found.pop("name") == (str, name)
+    assert found == OPTIONS[name]
+
+
+def test_every_objective_is_in_the_table() -> None:
+    assert {name for name in OBJECTIVES if OBJECTIVES.entry(name).module.startswith("diffrl.")} == set(
+        OPTIONS
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_option_passes_unseen(name: str) -> None:
+    consistency = "consistency" if name in ("ct", "td_ct") else "edm"
+    denoiser = Denoiser(MLP((2,), hidden=4, depth=1), EDM(), prediction_type=consistency)
+    with pytest.raises(TypeError, match="lmda"):
+        OBJECTIVES[name](denoiser, lmda=0.5)
+
+
+def test_what_draws_the_states() -> None:
+    own = {entry.name: entry.also for entry in OBJECTIVES.entries() if entry.name in OPTIONS and entry.also}
+    assert own == {
+        "edm": sample_log_normal_states,
+        "denoising": sample_uniform_states,
+        "td_edm": sample_td_edm_pairs,
+        "ct": ConsistencyPairs,
+        "td_ct": ConsistencyPairs,
+    }
+
+
+def test_which_are_monte_carlo() -> None:
+    assert {name for name in OPTIONS if is_monte_carlo(name)} == {"monte_carlo", "edm", "denoising"}
+    with pytest.raises(ValueError, match="objective is 'tdd': give one of .*td_edm"):
+        is_monte_carlo("tdd")
+
+
+# Labels
+
+
+@pytest.fixture
+def mine() -> Iterator[None]:
+    OBJECTIVES.register("mine", label=lambda options: f"Mine({options['mix']:g})")(lambda D, *, mix=0.5: D)
+    yield
+    del OBJECTIVES._entries["mine"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "label"),
+    [
+        ("td", {}, f"TD(λ={DEFAULT_LMBDA:g})"),
+        ("td", {"lmbda": 0.25}, "TD(λ=0.25)"),
+        ("td", {"n_steps": 2, "lmbda": None}, "2-step TD"),
+        ("td_lambda_schedule", {}, "TD(λ=0…1)"),
+        ("td_lambda_schedule", {"low_noise": 0.3}, "TD(λ=0.3…1)"),
+        ("ct", {"name": "ct"}, "CT"),
+        ("monte_carlo", {"name": "td", "lmbda": 0.5}, "Monte Carlo"),
+        ("of_another_version", {"name": "of_another_version"}, "of_another_version"),
+    ],
+)
+def test_labels_need_no_option(name: str, options: dict[str, Any], label: str) -> None:
+    assert objective_label(name, {"objective": options}) == label
+
+
+def test_a_configuration_without_an_objective_has_labels() -> None:
+    assert objective_label("td", {}) == f"TD(λ={DEFAULT_LMBDA:g})"
+
+
+@pytest.mark.usefixtures("mine")
+def test_the_label_of_a_method_of_ones_own() -> None:
+    assert objective_label("mine", {"objective": {"mix": 0.25}}) == "Mine(0.25)"
+    assert objective_label("mine", {}) == "Mine(0.5)"
+
+
+def test_a_label_that_is_not_given_is_the_name() -> None:
+    assert Entry("mine", dict).label_for({}) == "mine"
