@@ -1,4 +1,4 @@
-"""States for consistency training: pairs of neighbouring levels that share one noise, on grids that grow."""
+"""States for consistency training: pairs at neighbouring noise levels that share one noise, on grids that grow."""
 
 import math
 from typing import Literal
@@ -17,8 +17,9 @@ __all__ = ["ConsistencyPairs", "num_scales", "sample_consistency_pairs", "target
 
 
 def num_scales(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150) -> int:
-    """N(j) = s(j) + 1 levels at gradient step j of J; from 2 to s_1 + 1.
+    """How many noise levels the grid has at gradient step j of J: from 2 to s_1 + 1.
 
+        N(j) = s(j) + 1
         s(j) = max(1, ⌈√(j/J ((s_1 + 1)² - s_0²) + s_0²) - 1⌉)
 
     Source: Consistency Models (Song et al., 2023), appendix C, https://arxiv.org/abs/2303.01469; the maximum:
@@ -29,7 +30,7 @@ def num_scales(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150) -> int:
 
 
 def target_decay(step: int, grad_steps: int, s_0: int = 2, s_1: int = 150, mu_0: float = 0.9) -> float:
-    """exp(s_0 ln mu_0 / s(j)), the decay of the target network after gradient step j of J.
+    """Decay of the target network after gradient step j of J: exp(s_0 ln mu_0 / s(j)).
 
     It is mu_0 where s(j) = s_0; with s_0 = 2 training begins below it, at s = 1 with mu_0². The papers write μ for
     this decay. Source: as `num_scales`.
@@ -50,9 +51,9 @@ def sample_consistency_pairs(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TensorDict:
-    """Pairs (x_t, x_t') of one datum each with one noise, at neighbouring levels of a grid.
+    """Pairs of states (x_t, x_t') at neighbouring levels of a grid, with one datum and one noise.
 
-        i ~ U{0, …, N-2},    x_t = x0 + σ_i n,    x_t' = x0 + σ_{i+1} n
+        i ~ U{0, …, N-2},    x_t = x0 + σ_i ε,    x_t' = x0 + σ_{i+1} ε
         valid: i < N-2; else x_t' lies at σ_min, where a consistency model is the identity
 
     A and κ are those of the steps i → i+Δ and i+1 → i+1+Δ. The published TD term has the Markov posterior's
@@ -66,11 +67,11 @@ def sample_consistency_pairs(
         x0: clean data, floating dtype, shape [B, *E].
         num_scales: N ≥ 2.
         stride: Δ > 0, in index units.
-        kappa: whose coefficients the value has.
+        kappa: coupling whose coefficients A and κ the value has.
         cond: condition, shape [B, ...].
         index: i to use, integers, shape [B].
-        noise: n to use, of x0's shape.
-        generator: source of randomness; drawn in the order i, n.
+        noise: ε to use, of x0's shape.
+        generator: source of randomness; drawn in the order i, ε.
 
     Returns:
         TensorDict of batch size [B, 1], with the entry ``valid`` beside those of a chain.
@@ -89,13 +90,13 @@ def sample_consistency_pairs(
     if noise is None:
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
 
-    datum, n, eta = x0.unsqueeze(1), noise.unsqueeze(1), 1.0 if kappa == "markov" else 0.0
+    datum, noise, eta = x0.unsqueeze(1), noise.unsqueeze(1), 1.0 if kappa == "markov" else 0.0
 
     def state(i: Tensor) -> dict[str, Tensor]:
         t = process.time(i, N)
         A, kappa_t, _ = posterior(process, t, process.time(i + stride, N), eta)
         t, A, kappa_t = (c.to(x0.dtype).view(B, 1, 1) for c in (t, A, kappa_t))
-        x_t = datum + expand_like(t, datum) * n
+        x_t = datum + expand_like(t, datum) * noise
         return {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: kappa_t, keys.INDEX: i.view(B, 1, 1)}
 
     valid = (index < N - 2).view(B, 1, 1)

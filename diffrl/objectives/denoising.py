@@ -1,4 +1,4 @@
-"""Standard denoising: states at independent noise levels, each a chain of one step to its clean end."""
+"""Standard denoising on single states: their noise levels are drawn one by one, and no chain is."""
 
 import torch
 from tensordict import TensorDict
@@ -25,7 +25,7 @@ def sample_log_normal_states(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TensorDict:
-    """One state of each datum, at a log-normal ratio of noise to signal: EDM's law of noise levels.
+    """One noisy state of each datum, at a log-normal ratio of noise to signal: EDM's law of noise levels.
 
         ln(σ_t/α_t) ~ N(P_mean, P_std²),    x_t = α_t x0 + σ_t ε
 
@@ -71,7 +71,7 @@ def sample_uniform_states(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TensorDict:
-    """One state of each datum, at an index drawn uniformly from a grid: the law of DDPM and of flow matching.
+    """One noisy state of each datum, at an index drawn uniformly from a grid: the law of DDPM and flow matching.
 
         i ~ U(0, N-1), a whole number where times are discrete,    t = t_i,    x_t = α_t x0 + σ_t ε
 

@@ -1,4 +1,4 @@
-"""TD-EDM, the paper's objective: pairs of noise levels, a target network, denoising off the grid."""
+"""TD-EDM, as published: pairs of noise levels, a target network, and plain denoising where no pair fits the grid."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,11 +36,11 @@ def sample_td_edm_pairs(
     fresh_noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> TensorDict:
-    """Pairs (x_t, x_t') of one datum each at a log-normal noise level and `span` index units below it.
+    """Pairs of states of one datum: at a log-normal noise level, and `span` index units below it.
 
         ln σ_t ~ N(P_mean, P_std²),    i = index of σ_t on the ρ-grid,    σ_t' = σ_{i+k}
-        Markov:  x_t' = x0 + σ_t' n,   x_t = x_t' + √max(σ_t² - σ_t'², 0) n_add
-        shared:  x_t = x0 + σ_t n,     x_t' = x0 + σ_t' n
+        Markov:  x_t' = x0 + σ_t' ε,   x_t = x_t' + √max(σ_t² - σ_t'², 0) ε_add
+        shared:  x_t = x0 + σ_t ε,     x_t' = x0 + σ_t' ε
         valid:   σ_min ≤ σ_t ≤ σ_max and i ≤ (N-1) - (k+Δ)
 
     Indices are clamped to the grid, so the clean state is never reached. The defaults are the released
@@ -61,9 +61,9 @@ def sample_td_edm_pairs(
         P_std: standard deviation of ln σ_t.
         cond: condition, shape [B, ...].
         sigma: σ_t to use, shape [B].
-        noise: n to use, of x0's shape.
-        fresh_noise: n_add to use, of x0's shape (Markov only).
-        generator: source of randomness; drawn in the order σ_t, n, n_add.
+        noise: ε to use, of x0's shape.
+        fresh_noise: ε_add to use, of x0's shape (Markov only).
+        generator: source of randomness; drawn in the order σ_t, ε, ε_add.
 
     Returns:
         TensorDict of batch size [B, 1], with the entry ``valid`` beside those of a chain.
@@ -72,13 +72,13 @@ def sample_td_edm_pairs(
         TypeError: x0 holds integers.
         ValueError: another process or coupling, span or stride not positive, or a tensor of another shape.
     """
-    eta = coupling_eta(coupling)
     given = {
         "sigma": (sigma, x0.shape[:1]),
         "noise": (noise, x0.shape),
         "fresh_noise": (fresh_noise, x0.shape),
     }
     _check(process, x0, coupling, span, stride, cond, given)
+    eta = coupling_eta(coupling)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=x0.dtype, device=x0.device)
@@ -87,14 +87,14 @@ def sample_td_edm_pairs(
         sigma = (P_mean + P_std * randn(len(x0))).exp()
     levels, valid = _levels(process, sigma.double(), num_steps, eta, span, stride)
     t, t_next, added, A, A_next = (level.to(x0.dtype).view(-1, 1, 1) for level in levels)
-    n = randn(*x0.shape) if noise is None else noise
-    datum, n = x0.unsqueeze(1), n.unsqueeze(1)
-    x_next = datum + expand_like(t_next, datum) * n
+    noise = randn(*x0.shape) if noise is None else noise
+    datum, noise = x0.unsqueeze(1), noise.unsqueeze(1)
+    x_next = datum + expand_like(t_next, datum) * noise
     if eta == 1:
-        n_add = (randn(*x0.shape) if fresh_noise is None else fresh_noise).unsqueeze(1)
-        x_t = x_next + expand_like(added, datum) * n_add
+        fresh_noise = randn(*x0.shape) if fresh_noise is None else fresh_noise
+        x_t = x_next + expand_like(added, datum) * fresh_noise.unsqueeze(1)
     else:
-        x_t = datum + expand_like(t, datum) * n
+        x_t = datum + expand_like(t, datum) * noise
     left = {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: 1 - A}
     reached = {keys.X_T: x_next, keys.T: t_next, keys.A: A_next, keys.KAPPA: 1 - A_next}
     return cut_pairs(datum, left, reached, valid=valid, cond=cond)
@@ -103,7 +103,7 @@ def sample_td_edm_pairs(
 @OBJECTIVES.register("td_edm", also=sample_td_edm_pairs, label="TD-EDM")
 @options_of(ValueLoss, drop=("lmbda", "n_steps", "gamma", "bootstrap"), denoising_coef=0.5)
 def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
-    """The loss of TD-EDM, to be fed with `sample_td_edm_pairs`.
+    """TD(0) on pairs of states with a target network, plus denoising; to be fed with `sample_td_edm_pairs`.
 
         L = mean( valid ? w ‖δ‖² + c L_den : (1 + c) L_den ),    δ = A_t (x0 - D(x_t)) - A_t' (x0 - D⁻(x_t'))
 

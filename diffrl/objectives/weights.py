@@ -1,4 +1,4 @@
-"""Weights on the squared TD error δ², one function per name, all of the same few quantities."""
+"""Weights on the squared TD error δ²: one function for each name, all of the same few quantities."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -52,30 +52,36 @@ class ChainTerms:
         return (process.alpha(self._t) / process.sigma(self._t)).square()
 
 
-# Of TD learning. Source: Temporal Difference Learning for Diffusion Models (2026), eq. of the TD loss and its
+# Made for TD. Source: Temporal Difference Learning for Diffusion Models (2026), eq. of the TD loss and its
 # released code, https://arxiv.org/abs/2606.15048.
 
 
 def pairwise(w: WeightTerms) -> Tensor:
-    """1/(A_t² c_out(t)² + A_t'² c_out(t')²): δ's variance in units of network output (the paper's text)."""
+    (
+        """1/(A_t² c_out(t)² + A_t'² c_out(t')²), the paper's text: it measures δ in units of the network's output.
+
+    Those of both states, as if their errors were independent.
+    """
+        ""
+    )
     return 1 / ((w.A * w.c_out) ** 2 + (w.A_next * w.c_out_next) ** 2)
 
 
 def edm(w: WeightTerms) -> Tensor:
-    """1/max(A_t² c_out(t)², 1e-8): δ in units of network output (the released EDM code).
+    """1/max(A_t² c_out(t)², 1e-8), the released EDM code: it measures δ in units of the network's output.
 
-    With standard denoising it is the plain loss of whatever the network predicts: EDM's F, ε, v, a velocity.
+    In standard denoising that is the plain squared error of what the network predicts: EDM's F, ε, v, a velocity.
     """
     return 1 / ((w.A * w.c_out) ** 2).clamp(min=1e-8)
 
 
 def sum_sq(w: WeightTerms) -> Tensor:
-    """1/max(A_t² + A_t'², 0.01) (the released consistency code, torch)."""
+    """1/max(A_t² + A_t'², 0.01), the released code of TD-CT in torch."""
     return 1 / (w.A**2 + w.A_next**2).clamp(min=0.01)
 
 
 def sum_(w: WeightTerms) -> Tensor:
-    """1/max(A_t + A_t', 0.01) (the released consistency code, jax)."""
+    """1/max(A_t + A_t', 0.01), the released code of TD-CT in jax."""
     return 1 / (w.A + w.A_next).clamp(min=0.01)
 
 
@@ -84,12 +90,13 @@ def none(w: WeightTerms) -> Tensor:
     return torch.ones_like(w.A)
 
 
-# Of denoising, published for ‖ε - ε̂‖² or ‖x0 - D‖². In a variance-preserving process ‖ε - ε̂‖² = SNR ‖x0 - D‖²
-# and ‖v - v̂‖² = (SNR + 1) ‖x0 - D‖²; any other process is one, but for a factor on x_t that D does not see.
+# Made for standard denoising, and published for ‖ε - ε̂‖² or ‖x0 - D‖². In a variance-preserving process
+# ‖ε - ε̂‖² = SNR ‖x0 - D‖² and ‖v - v̂‖² = (SNR + 1) ‖x0 - D‖²; any other process is one, but for a factor on x_t
+# that D does not see.
 
 
 def _per_x0(w: WeightTerms, w_x0: Tensor) -> Tensor:
-    """The weight on δ² that is w_x0 on ‖x0 - D‖², as δ = A (x0 - D) in Monte Carlo: w_x0/max(A², 1e-12).
+    """The weight on δ² = A² ‖x0 - D‖² of standard denoising that is w_x0 on ‖x0 - D‖²: w_x0/max(A², 1e-12).
 
     Pure noise gets w_x0 = 1: it has to be trained too, and weights made for ε give it 0 or nothing. The floor
     binds for A < 1e-6, where the value hardly depends on D.
@@ -98,12 +105,12 @@ def _per_x0(w: WeightTerms, w_x0: Tensor) -> Tensor:
 
 
 def x0(w: WeightTerms) -> Tensor:
-    """1 on ‖x0 - D‖²."""
+    """1 on the error of the clean estimate, ‖x0 - D‖²."""
     return _per_x0(w, torch.ones_like(w.snr))
 
 
 def eps(w: WeightTerms) -> Tensor:
-    """1 on ‖ε - ε̂‖², 'simple'; SNR on ‖x0 - D‖².
+    """1 on the error of the noise, ‖ε - ε̂‖², called the simple loss; SNR on ‖x0 - D‖².
 
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 14, https://arxiv.org/abs/2006.11239.
     """
@@ -111,7 +118,7 @@ def eps(w: WeightTerms) -> Tensor:
 
 
 def v(w: WeightTerms) -> Tensor:
-    """1 on ‖v - v̂‖²; SNR + 1 on ‖x0 - D‖².
+    """1 on the error of v, ‖v - v̂‖²; SNR + 1 on ‖x0 - D‖².
 
     Source: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), section 4,
     https://arxiv.org/abs/2202.00512.
