@@ -1,7 +1,10 @@
-"""Honest summaries of a few seeds: interquartile mean, bootstrap intervals, probability of improvement.
+"""Summaries of a few seeds: interquartile mean, bootstrap intervals, probability of improvement.
 
 Source of all three: Deep Reinforcement Learning at the Edge of the Statistical Precipice (Agarwal et al.,
 2021), https://arxiv.org/abs/2108.13264. Scores are arrays [seeds] or [seeds, tasks].
+
+For one task these are scipy's `trim_mean` and percentile `bootstrap`, and tests hold them equal. They stand here
+because scipy does not resample each task on its own, and because runs are summarised without that extra, too.
 """
 
 from collections.abc import Callable

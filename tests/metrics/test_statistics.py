@@ -67,6 +67,20 @@ def test_interval_of_one_task_is_scipys_percentile_bootstrap(level: float) -> No
     assert low < x.mean() < high
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 25])
+def test_interval_of_one_task_is_scipys_to_the_last_digit_for_one_generator(n: int) -> None:
+    x = RNG.gamma(2.0, size=n)
+    witness = stats.bootstrap(
+        (x,),
+        lambda y, axis: stats.trim_mean(y, 0.25, axis=axis),
+        confidence_level=0.95,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    np.testing.assert_allclose(bootstrap_interval(x), witness, rtol=1e-13)
+
+
 def test_resampling_is_stratified_by_task() -> None:
     # tasks far apart, no spread within: only draws across tasks could move the mean
     x = np.tile([0.0, 100.0], (6, 1))
