@@ -57,13 +57,10 @@ class ChainTerms:
 
 
 def pairwise(w: WeightTerms) -> Tensor:
-    (
-        """1/(A_t² c_out(t)² + A_t'² c_out(t')²), the paper's text: it measures δ in units of the network's output.
+    """1/(A_t² c_out(t)² + A_t'² c_out(t')²), the paper's text: it measures δ in units of the network's output.
 
     Those of both states, as if their errors were independent.
     """
-        ""
-    )
     return 1 / ((w.A * w.c_out) ** 2 + (w.A_next * w.c_out_next) ** 2)
 
 
