@@ -1,6 +1,6 @@
-"""Names of the entries of a chain's TensorDict; design and shapes: docs/mathematics.md.
+"""Names of the entries of a chain's TensorDict, with their shapes; docs/mathematics.md has their meaning.
 
-Root entries describe the state left, those under `next` the state reached.
+Root entries describe the state before a step, those under `next` the state that the step reaches.
 """
 
 from typing import Final
@@ -13,8 +13,10 @@ X0: Final = "x0"  # the datum the environment drew, hidden from the denoiser, [B
 INDEX: Final = "index"  # position along the chain: 0 is the noisiest state, [B, K, 1]
 VALID: Final = "valid"  # whether a pair lies on the grid (TD-EDM), [B, K, 1]
 COND: Final = "cond"  # condition (label, embedding), [B, K, ...]
-IMPORTANCE: Final = "importance"  # weight that undoes an uneven law of starts, [B, K, 1]; absent: 1
-LOSS: Final = "loss"  # what a loss found for the state, before importance; no gradient, [B, K, 1]
+IMPORTANCE: Final = "importance"  # weight that corrects for starts drawn unevenly, [B, K, 1]; absent: 1
+LOSS: Final = (
+    "loss"  # loss of each state before it is multiplied by `importance`, without gradient, [B, K, 1]
+)
 GROUP: Final = "group"  # index of prompt or pair, [B, K, 1]
 
 NEXT: Final = "next"
@@ -24,12 +26,9 @@ TRUNCATED: Final = "truncated"  # window cut, [B, K, 1]
 DONE: Final = "done"  # either, [B, K, 1]
 
 STATE_VALUE: Final = "state_value"  # A·D(x_t) + κ·x_t, [B, K, *E]
-VALUE_TARGET: Final = "value_target"  # the same units
-TD_ERROR: Final = "td_error"  # target - value
 ADVANTAGE: Final = "advantage"
 
 ACTION: Final = "action"
 ACTION_LOG_PROB: Final = "action_log_prob"
-REF_LOG_PROB: Final = "ref_log_prob"
-X0_HAT: Final = "x0_hat"  # clean estimate made at the state left, [B, K, *E]
+X0_HAT: Final = "x0_hat"  # clean estimate of the state before the step, [B, K, *E]
 TRAINABLE: Final = "trainable"  # whether the step is stochastic, so that it has a log-probability, [B, K, 1]

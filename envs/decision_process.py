@@ -1,4 +1,4 @@
-"""The Markov decision process of a denoising chain, on tensors: the core that TorchRL and Gymnasium wrap."""
+"""The Markov decision process of a denoising chain, on tensors; the TorchRL and Gymnasium environments wrap it."""
 
 import itertools
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ LARGEST_NOISE = 9.0  # torch's standard normal numbers are smaller: √(2·53 ln
 
 @dataclass
 class Latents:
-    """Where chains are."""
+    """The present latents of a batch of chains."""
 
     index: Tensor
     """Position, int64, shape [*b]; K is clean data."""
@@ -34,7 +34,7 @@ class Latents:
 
 
 class Decision(NamedTuple):
-    """What one step leads to."""
+    """The outcome of one step."""
 
     latents: Latents
     reward: Tensor
@@ -46,10 +46,10 @@ class Decision(NamedTuple):
 
 
 class DecisionProcess:
-    """Chains from noise to data in which an agent chooses each next latent, for a reward of what comes out.
+    """Chains from noise to data: an agent chooses each next latent, and is rewarded for the clean sample.
 
         x_{i+1} = a_i                            action "next_latent"
-        x_{i+1} ~ kernel(x_i, x̂_0 = a_i)         action "x0_hat"
+        x_{i+1} ~ sampler's law at x_i with x̂_0 = a_i    action "x0_hat"
         r_i = R(x_K, c) where x_{i+1} is clean, else 0      placement "terminal"
         r_i = R(x̂_0 of step i, c)                            placement "dense"
 
@@ -61,14 +61,14 @@ class DecisionProcess:
 
     Args:
         process: noise schedule.
-        reward: R, called in batches without gradients; what is no `BlackBox` is made one, which
-            refuses NaN and wrong shapes, counts queries and remembers rewards.
+        reward: R, called in batches without gradients. A plain function is wrapped in a `BlackBox`, which refuses NaN
+            and wrong shapes, counts queries and remembers rewards.
         event_shape: *E of a latent.
         num_steps: K = N ≥ 1, the steps of a chain.
-        sampler: gives the grid, and the kernel for the action "x0_hat"; None: the process's grid.
+        sampler: gives the grid, and the law of the next latent for the action "x0_hat"; None: the process's grid.
         action: "next_latent" or "x0_hat".
         reward_placement: "terminal" or "dense".
-        conditions: what c is drawn from, one a row, [M, ...]; None: no condition.
+        conditions: the M conditions that c is drawn from, [M, ...]; None: no condition.
         max_steps: cut chains at this position, > 0; None lets them run to clean data.
 
     Raises:
@@ -113,18 +113,18 @@ class DecisionProcess:
         self.grid = process.time_grid(num_steps) if sampler is None else sampler.grid(process, num_steps)
         """Times of the latents, the clean one last: float64, shape [K+1]."""
         self.last = min(num_steps, max_steps or num_steps)
-        """Position at which a chain is over."""
+        """Position at which a chain ends."""
 
     @property
     def num_classes(self) -> int:
-        """Conditions that are labels 0..C-1: C; other conditions, or none: 0."""
+        """C if the conditions are labels 0..C-1; 0 for other conditions, or none."""
         c = self.conditions
         if c is None or c.ndim != 1 or c.is_floating_point() or int(c.min()) < 0:
             return 0
         return int(c.max()) + 1
 
     def largest_latent(self, largest_action: float) -> float:
-        """A bound on the numbers of a latent, for actions whose numbers are not above this."""
+        """A bound on the numbers of a latent, if the numbers of actions lie within ± `largest_action`."""
         largest = bound = LARGEST_NOISE * float(self.process.sigma(self.grid[0]))
         if self.action == "next_latent":
             return max(largest, largest_action)
@@ -138,14 +138,14 @@ class DecisionProcess:
         return largest
 
     def draw_conditions(self, n: int, generator: Generator | None) -> Tensor | None:
-        """Conditions [n, ...], each drawn uniformly, by a generator of the CPU."""
+        """Draw n conditions [n, ...] uniformly, with a generator of the CPU; None if there are none."""
         if self.conditions is None:
             return None
         rows = torch.randint(len(self.conditions), (n,), generator=generator)
         return self.conditions[rows.to(self.conditions.device)]
 
     def start(self, noise: Tensor) -> Latents:
-        """The noisiest latents σ_0 ε of ε [*b, *E]."""
+        """The noisiest latents σ_0 ε, for standard normal numbers ε [*b, *E]."""
         b = noise.shape[: noise.ndim - len(self.event_shape)]
         x = self.process.sigma(self.grid[0]) * noise
         return self.latents(torch.zeros(b, dtype=torch.int64, device=noise.device), x)
@@ -166,12 +166,15 @@ class DecisionProcess:
         """One transition of each chain; a clean latent stays as it is, at reward 0.
 
         Args:
-            latents: those left.
+            latents: the present ones.
             action: the agent's, shape [*b, *E].
             cond: c of each chain, shape [*b, ...], or None.
-            x0_hat: the clean estimates that the actions were made of, shape [*b, *E]: for the dense reward of the
-                action "next_latent", else unused.
-            noise: standard normal numbers of a tensor's shape; asked for only by the action "x0_hat".
+            x0_hat: the clean estimates that the actions were made from, shape [*b, *E]. Only a dense reward of the
+                action "next_latent" uses them.
+            noise: gives standard normal numbers of a tensor's shape; only the action "x0_hat" uses it.
+
+        Raises:
+            ValueError: dense rewards without x0_hat.
         """
         K, E = self.num_steps, self.event_shape
         left = latents.index
@@ -195,10 +198,10 @@ class DecisionProcess:
         return Decision(after, reward, terminated, (after.index >= self.last) & ~terminated)
 
     def denoise(self, latents: Latents, x0_hat: Tensor, noise: NoiseFn) -> Tensor:
-        """Next latents [*b, *E], drawn from the sampler's kernel for clean estimates [*b, *E].
+        """Draw next latents [*b, *E] by the sampler, for clean estimates [*b, *E].
 
-        Noise is asked for in deterministic steps too, so that the numbers of one chain do not depend on where the
-        others stand.
+        Deterministic steps take noise too, so that the numbers of one chain do not depend on the positions of the
+        others.
         """
         assert self.sampler is not None
         E, x = self.event_shape, latents.x
@@ -208,7 +211,7 @@ class DecisionProcess:
         return mean.view(x.shape) + (column(std, mean) * noise(x).view(mean.shape)).view(x.shape)
 
     def _rewards(self, x0: Tensor, cond: Tensor | None, paid: Tensor) -> Tensor:
-        """R of the rows that are paid, 0 for the others, float32 [N]."""
+        """R of the rows in `paid`, 0 for the others, float32 [N]."""
         rewards = torch.zeros(len(x0), dtype=self.dtype, device=x0.device)
         if bool(paid.any()):
             c = None if cond is None else cond[paid]

@@ -43,15 +43,15 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
 
         x_0 ~ N(0, σ² I) at the noisiest level;    x_{i+1} = c a_i;    r = R(x_K) on reaching clean data, else 0
 
-    The agent sees `Dict(x_t, t)`, and `cond` where there are conditions. Actions are arrays of the event's shape, in
-    units of `action_scale`, c: the box is [-1, 1], though what lies outside is not clipped. With action "x0_hat" the
-    agent gives the clean estimate, and the environment draws the next latent from the sampler's kernel.
+    The agent sees `Dict(x_t, t)`, and `cond` if there are conditions. Actions are arrays of the event's shape, in
+    units of `action_scale`, c: their space is [-1, 1], but numbers outside are not clipped. With action "x0_hat" the
+    agent gives the clean estimate, and the environment draws the next latent from the sampler's law.
     `info` holds the position `index`.
 
-    Beside the agent stands a pretrained denoiser, by default the exact one of the data: `pretrained_action()` is what
-    its sampler would do at the present latent, so that an agent that always does this draws the sampler's samples.
+    The environment has a pretrained denoiser, by default the exact one of the data: `pretrained_action()` is the action
+    of its sampler at the present latent. An agent that always takes it draws the sampler's samples.
 
-    `reset(options={"x_t": array})` starts at this latent, with "index" at that position, with "cond" for this
+    `reset(options={"x_t": array, "index": 3})` starts at this latent and position (default 0); "cond" sets the
     condition.
 
     >>> import diffrl, gymnasium
@@ -67,7 +67,8 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
 
     Args:
         process: name in `diffrl.diffusion.schedules.PROCESSES` ("flow", "edm", "ddpm", "vp"), or a schedule.
-        data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), or a data set: what latents look like.
+        data: name in `diffrl.data.DATASETS` ("rings", "gmm", "digits", …), or a data set: it gives the shape of
+            latents and the default denoiser.
         num_steps: K = N ≥ 1, the noise levels and the steps of a chain.
         action: "next_latent", or "x0_hat".
         reward: name in `diffrl.rewards.REWARDS`, or any callable (x0 [N, *E], cond) → N numbers. Without
@@ -146,7 +147,7 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
         self.action_space = spaces.Box(-1, 1, d.event_shape, np.float32)
 
     def pretrained_action(self) -> Array:
-        """What the pretrained sampler does at the present latent, drawn anew at each call.
+        """The action of the pretrained sampler at the present latent, drawn anew at each call.
 
         Raises:
             ValueError: no denoiser is known.
@@ -199,7 +200,7 @@ class DiffusionMDPVectorEnv(VectorChainEnv):
         )
 
     def pretrained_action(self) -> Array:
-        """What the pretrained sampler does at the present latents, [num_envs, *E]; see `DiffusionMDPEnv`."""
+        """The actions of the pretrained sampler at the present latents, [num_envs, *E]; see `DiffusionMDPEnv`."""
         return self._chains.pretrained_action()
 
     def step(self, actions: Array) -> tuple[Observation, Array, Array, Array, Info]:

@@ -1,4 +1,4 @@
-"""The denoising chain as Gymnasium environments, single and vector: the torch core, NumPy at the edge."""
+"""The reward process of a denoising chain as Gymnasium environments, single and vector."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -31,16 +31,16 @@ __all__ = ["DiffusionMRPEnv", "DiffusionMRPVectorEnv"]
 
 
 class DiffusionMRPEnv(SingleChainEnv[int]):
-    """One denoising chain: nothing to decide (`Discrete(1)`), each step pays the drift of the posterior mean.
+    """One denoising chain without decisions (`Discrete(1)`): each step pays how far the posterior mean moved.
 
         x_s ~ N(A x0 + κ x_t, std²),    r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i
 
     The agent sees `Dict(x_t, t)`. The reward is an array of the event's shape, described by `reward_space`
     and `reward_dim` as in MO-Gymnasium. `info` holds `A` and `kappa` of the value A E[x0 | x_t] + κ x_t, the
     position `index`, the label `cond` where there are labels, and the datum `x0`, which is the chain's hidden
-    state: an agent that reads it cheats.
+    state: an agent must not read it.
 
-    `reset(options={"x0": array})` starts a chain at this datum; labelled data want its "cond" beside it.
+    `reset(options={"x0": array})` starts a chain at this datum; for labelled data, give its label as "cond" too.
 
     >>> import diffrl, gymnasium
     >>> env = gymnasium.make("DiffusionMRP-v0", process="flow", data="rings", num_steps=8, coupling="shared")
@@ -59,7 +59,7 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
         span: k ≥ 1, levels between successive states; K = ⌈N/k⌉ steps reach clean data.
         stride: Δ > 0, levels of the step whose posterior mean is the value.
         value: "posterior_mean", or "clean": A = 1, κ = 0, and only the last step pays.
-        reward_mode: "vector"; "flat", the same as one axis, which MO-Gymnasium's wrappers want of images; or
+        reward_mode: "vector"; "flat", the same with one axis, which MO-Gymnasium's wrappers need for images; or
             "sum" over the event as a float, with the array in `info["vector_reward"]`.
         max_steps: cut the chain at this position: truncated; None lets it run to clean data.
         process_kwargs: arguments of the process named, e.g. {"sigma_max": 20.0}.

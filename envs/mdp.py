@@ -50,22 +50,22 @@ class DiffusionMDP(ChainEnv):
         reward: R, any callable (x0 [N, *E], cond) → N numbers; see `diffrl.rewards`.
         event_shape: *E of a latent.
         num_steps: K = N ≥ 1, the noise levels and the steps of a chain.
-        sampler: where the policy's sampler has a grid of its own, that one; and what makes the next latent of the
-            action "x0_hat".
+        sampler: draws the next latent for the action "x0_hat". Give the policy's sampler too if it has a grid of its
+            own.
         batch_size: the chains, e.g. [64]; [] is a single one.
         action: "next_latent", or "x0_hat": the agent gives the clean estimate, and the environment draws the next
-            latent from the sampler's kernel.
-        reward_placement: "terminal", or "dense": every step pays R of the clean estimate it was made of, which the
-            action "next_latent" must bring along as `x0_hat`.
-        group_size: G ≥ 1, rows of one group; each is a multiple of G rows, in order.
+            latent from the sampler's law.
+        reward_placement: "terminal", or "dense": every step pays R of the clean estimate that it was made from. With
+            the action "next_latent", the policy must write that estimate as `x0_hat`.
+        group_size: G ≥ 1, the number of neighbouring rows in one group; the batch is a multiple of it.
         pairs: groups are pairs, and rows 2p and 2p+1 share their first latent.
-        conditions: what each group's condition is drawn from, [M, ...], on the CPU; None: no condition.
+        conditions: the M conditions that each group's is drawn from, [M, ...], on the CPU; None: no condition.
         device: where states live.
         max_steps: cut chains at this position: truncated; None lets them run to clean data.
         noise: standard normal numbers for a tensor of the wanted shape, as `Noise` gives: called once at
             each reset (for pairs, with one row a pair), and once at each step with the action "x0_hat"; None draws
             from the environment's own generator.
-        seed: of its generator; None takes one from torch's global state.
+        seed: seed of its generator; None draws one from torch's global generator.
 
     Raises:
         TypeError: process is no schedule, the reward is not callable, or the sampler's step is not one Gaussian.
@@ -122,7 +122,7 @@ class DiffusionMDP(ChainEnv):
 
     @property
     def reward(self) -> Reward:
-        """R, which counts its queries."""
+        """R, with its count of queries."""
         return self.decision_process.reward
 
     def _make_specs(self) -> None:
@@ -166,7 +166,7 @@ class DiffusionMDP(ChainEnv):
         tensordict: TensorDictBase | None = None,
         *,
         set_state: bool = False,
-        **_: Any,  # TorchRL passes on what the caller gave to reset
+        **_: Any,  # TorchRL passes on further keywords of reset
     ) -> TensorDict:
         b, d, G = self.batch_size, self.decision_process, self.group_size
         td = TensorDict({}, b) if tensordict is None else tensordict
@@ -200,7 +200,7 @@ class DiffusionMDP(ChainEnv):
         return eps.repeat_interleave(2, 0) if self.pairs else eps
 
     def _given(self, x: Tensor, index: Tensor | None) -> Latents:
-        """Latents that a TensorDict sets, checked."""
+        """The latents that the caller sets, after checks."""
         b, d = self.batch_size, self.decision_process
         require_floating([("x_t", x)])
         if x.shape != (*b, *d.event_shape):

@@ -18,14 +18,14 @@ __all__ = ["DiffusionMRP"]
 
 
 class DiffusionMRP(ChainEnv):
-    """A batch of denoising chains: nothing to decide, each step pays the drift of the posterior mean.
+    """A batch of denoising chains without decisions: each step pays how far the posterior mean moved.
 
     A chain starts at the noisiest level of a datum x0 that only the environment knows, and ends at x0 itself:
 
         x_s ~ N(A x0 + κ x_t, std²),    r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i
 
-    `rollout(K)` equals `diffrl.sample_chain` in law, and in number given the same noise: training takes the
-    latter, which is faster. The action has width zero. All of the state travels in the TensorDict, so
+    `rollout(K)` draws from the same law as `diffrl.sample_chain`, and gives the same numbers for the same noise;
+    training uses the latter, which is faster. The action has width zero. All of the state travels in the TensorDict, so
     `step` may be given any state; past the clean one nothing changes and nothing is paid.
 
     `reset(td, set_state=True)` starts at the x0 of td (and its `cond`); with an `index` too, at that
@@ -52,7 +52,7 @@ class DiffusionMRP(ChainEnv):
         max_steps: cut chains at this position: truncated; None lets them run to clean data.
         noise: standard normal numbers for a tensor of the wanted shape, as `Noise` gives: called
             once at each reset and each step; None draws from the environment's own generator.
-        seed: of its generator; None takes one from torch's global state.
+        seed: seed of its generator; None draws one from torch's global generator.
 
     Raises:
         TypeError: process is no schedule, or data holds integers or is something else.
@@ -147,7 +147,7 @@ class DiffusionMRP(ChainEnv):
         return self._observe(r.start(index, x0, self._draw_noise(x0)), x0, cond)
 
     def _given(self, td: TensorDictBase, index: Tensor) -> tuple[States, Tensor, Tensor | None]:
-        """States, x0 and labels that a TensorDict sets; what it does not hold is drawn."""
+        """States, x0 and labels that the caller sets; the noise of a state that is not given is drawn."""
         r = self.reward_process
         x0, x, at = (td.get(key, None) for key in (keys.X0, keys.X_T, keys.INDEX))
         if x0 is None or (x is not None and at is None):

@@ -1,4 +1,4 @@
-"""The Markov reward process of a denoising chain, on tensors: the core that TorchRL and Gymnasium wrap."""
+"""The Markov reward process of a denoising chain, on tensors; the TorchRL and Gymnasium environments wrap it."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ __all__ = ["RewardProcess", "States", "Transition"]
 
 @dataclass
 class States:
-    """Where chains are; their coefficients are those of the value A E[x0 | x] + κ x."""
+    """The present states of a batch of chains, with the coefficients of their values A E[x0 | x] + κ x."""
 
     index: Tensor
     """Position, int64, shape [*b]."""
@@ -36,7 +36,7 @@ class States:
 
 
 class Transition(NamedTuple):
-    """What one step leads to."""
+    """The outcome of one step."""
 
     states: States
     reward: Tensor
@@ -48,7 +48,7 @@ class Transition(NamedTuple):
 
 
 class RewardProcess:
-    """Chains of a process over data: every step pays the drift of the posterior mean, the last what is left.
+    """Chains from noise to data: every step pays how far the posterior mean moved, the last step pays the rest.
 
         r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i,    μ = 0 at clean data
 
@@ -97,11 +97,11 @@ class RewardProcess:
         self.event_shape, self.dtype = points.shape[1:], points.dtype
         self.num_classes = data.num_classes if isinstance(data, Data) else 0
         self.last = min(self.chain.num_transitions, max_steps or self.chain.num_transitions)
-        """Position at which a chain is over."""
+        """Position at which a chain ends."""
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def draw(self, n: int, generator: Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Data of n chains, x0 [n, *E] and labels [n] or None, by a generator of the CPU."""
+        """Draw the data of n chains with a generator of the CPU: x0 [n, *E], and labels [n] or None."""
         if isinstance(self.data, Data):
             x0, labels = self.data.batch(n, generator)
             return x0.to(self.dtype), labels
@@ -109,7 +109,7 @@ class RewardProcess:
         return self.data[rows.to(self.data.device)], None
 
     def start(self, index: Tensor, x0: Tensor, noise: Tensor) -> States:
-        """States x = α x0 + σ ε.
+        """The states x = α x0 + σ ε at given positions.
 
         Args:
             index: position in [0, K], int64, shape [*b].
@@ -128,9 +128,9 @@ class RewardProcess:
         """One transition of each chain; a clean state stays as it is, at reward 0.
 
         Args:
-            states: the states left.
+            states: the present ones.
             x0: the datum, shape [*b, *E].
-            noise: standard normal, of x0's shape; without effect in a deterministic step, as the last one is.
+            noise: standard normal numbers of x0's shape; deterministic steps, such as the last, ignore them.
         """
         K = self.chain.num_transitions
         x_s = self.chain.step(states.index.clamp(max=K - 1), x0, states.x, noise)
@@ -140,7 +140,7 @@ class RewardProcess:
         return Transition(reached, reward, terminated, (reached.index >= self.last) & ~terminated)
 
     def given(self, x0: Tensor, cond: Tensor | None, batch: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """Data that a caller sets instead of drawing them, checked: x0 [*batch, *E] and its labels [*batch].
+        """Check data that the caller gives instead of drawing them: x0 [*batch, *E] and its labels [*batch].
 
         Raises:
             TypeError: x0 holds integers.

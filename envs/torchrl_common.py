@@ -1,4 +1,4 @@
-"""What the TorchRL environments share: random streams that follow the device, and the flags of a step."""
+"""What the TorchRL environments share: their generators, and the flags of a step."""
 
 from typing import Any, Self
 
@@ -15,12 +15,12 @@ __all__ = ["ChainEnv"]
 
 
 class ChainEnv(EnvBase):
-    """A batch of chains with a stream of random numbers; the rules of the chain are the subclass's.
+    """A batch of chains with generators of its own; the subclass says how chains start and step.
 
     Args:
-        batch_size: the chains.
-        device: where they live.
-        noise: standard normal numbers for a tensor, in place of the stream's.
+        batch_size: shape of the batch of chains.
+        device: where their states live.
+        noise: gives standard normal numbers for a tensor, in place of the generator.
     """
 
     def __init__(self, *, batch_size: torch.Size, device: torch.device, noise: NoiseFn | None) -> None:
@@ -60,7 +60,7 @@ class ChainEnv(EnvBase):
 
     @staticmethod
     def _paid(reached: TensorDict, reward: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
-        """The states reached, with the reward and the flags [*b] of the step there."""
+        """Write the reward and the flags [*b] of a step into the states that it reached."""
         reached.set(keys.REWARD, reward)
         reached.set(keys.TERMINATED, terminated.unsqueeze(-1))
         reached.set(keys.TRUNCATED, truncated.unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""Clean data, with its law where that is known."""
+"""Data sets of clean samples, with their exact law where it is known."""
 
 import lazy_loader
 

@@ -20,21 +20,22 @@ SIGMA_SEED = 3_812_015_801
 class Data:
     """A data set: points to evaluate on, and batches to train on.
 
-    Batches come from `train` (rows drawn uniformly with replacement), else from `mixture`, else from `draw`
-    (both fresh at each call). All tensors are float32 on the CPU.
+    Batches come from `train`, whose rows are drawn uniformly with replacement. If that is None, they are fresh
+    points of `mixture`, or of `draw`. All tensors are float32 on the CPU.
 
     Args:
-        name: what to call it in results.
+        name: name of the set in results.
         test: points to evaluate on, never trained on, shape [M, *E]; images lie in [-1, 1].
         test_labels: their classes, int64 [M].
         train: points to train on, [N, *E]; None if batches are fresh draws.
         train_labels: their classes, int64 [N].
-        num_classes: C of labels in 0..C-1; 0 is unconditional.
+        num_classes: C, for labels in 0..C-1; 0 if there are no labels.
         mixture: the exact law, where it is known.
         draw: `draw(n, generator)` gives n fresh points.
 
     Raises:
-        DataError: nothing to draw from, shapes or labels that do not fit, NaN or infinity, constant data.
+        DataError: there is nothing to draw from, shapes or labels do not fit, or the data hold NaN or infinity, or
+            one single value.
     """
 
     name: str

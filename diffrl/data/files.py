@@ -27,13 +27,13 @@ Part = tuple[Tensor, Tensor | None]  # samples [N, *E], and their labels [N] if 
 def digits(conditional: bool = False) -> Data:
     """The 1,797 handwritten digits of scikit-learn, images of shape (1, 8, 8) in [-1, 1], 10 classes.
 
-    Every fifth image of each class, in scikit-learn's order, is test (355), the others train (1,442). (Every
-    fifth of all would be no fair split: the order has a pattern, and it holds 52 threes but 21 ones.)
+    Every fifth image of each class, in scikit-learn's order, is test (355), the others train (1,442). Taking every
+    fifth image of all would be uneven, as the order has a pattern: 52 threes, but only 21 ones.
 
     Source: Optical Recognition of Handwritten Digits (Alpaydin & Kaynak, 1998), https://doi.org/10.24432/C50P49.
 
     Args:
-        conditional: give labels; False makes the set unconditional.
+        conditional: whether the set has labels.
 
     Raises:
         MissingExtra: scikit-learn is not installed.
@@ -53,7 +53,7 @@ def idx(
     test_labels: str | None = None,
     test_fraction: float = 0.1,
 ) -> Data:
-    """Images of idx files (MNIST and its like), gzipped or not.
+    """Images of idx files, the format of MNIST, gzipped or not.
 
     Without `test_path`, the last round(test_fraction·N) samples are test.
 

@@ -1,4 +1,4 @@
-"""Readers of data files: idx, npz and npy arrays, folders and zips of images; a fault is one `DataError`."""
+"""Readers of data files: idx, npz and npy arrays, folders and zips of images. Every fault is a `DataError`."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 GRAY_MODES = {"1", "L", "LA"}
 COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-# what readers raise on damaged, cut or encrypted files
+# exceptions that readers raise for damaged, truncated or encrypted files
 UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
@@ -251,9 +251,9 @@ def read_image_folder(
 ) -> tuple[NDArray[np.uint8], list[str] | None]:
     """Images of a folder or zip, in the order of their names, and the class of each.
 
-    Images lie at the top (no classes) or in one folder for each class; a single folder around all is looked
-    through. Files that are no images by their suffix, and hidden ones, are ignored. Gray images stay one
-    channel unless colour ones are among them; palettes and CMYK become RGB; transparency is dropped.
+    Images lie at the top (no classes) or in one folder for each class. If one single folder holds all of this, as in
+    many zips, its contents are taken. Hidden files, and files without the suffix of an image, are ignored. Gray
+    images keep one channel unless there are colour images too; palettes and CMYK become RGB; transparency is dropped.
 
     Args:
         path: folder or zip file.

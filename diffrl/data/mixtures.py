@@ -1,4 +1,4 @@
-"""Gaussian mixtures: data whose law, and so whose posterior mean, is known."""
+"""Gaussian mixtures: data whose law is known, and with it the exact denoiser."""
 
 from dataclasses import dataclass
 

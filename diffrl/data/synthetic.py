@@ -27,14 +27,16 @@ def gmm(
     mixture_seed: int = 0,
     test_size: int = 4000,
 ) -> Data:
-    """Random mixture with a known law: μ_c ~ spread·N(0, I), s_c = std, w = softmax(N(0, I)).
+    """Gaussian mixture with random means and weights, whose law is known.
+
+        μ_c ~ spread·N(0, I),    s_c = std,    w = softmax(N(0, I))
 
     Args:
-        dim: D.
-        components: C.
+        dim: D ≥ 1, the number of dims.
+        components: C ≥ 1.
         std: width of each component, in units of the data.
         spread: scale of the means.
-        mixture_seed: picks the mixture; independent of the seed of a run.
+        mixture_seed: chooses the mixture; it is independent of the seed of a run.
         test_size: points to evaluate on; batches are fresh draws.
     """
     if dim < 1 or components < 1:

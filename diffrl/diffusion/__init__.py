@@ -1,4 +1,4 @@
-"""No RL word: schedules, posteriors, chains, denoisers (exact ones too), networks, samplers, pipelines."""
+"""Diffusion: noise schedules, chains, denoisers, their networks, samplers, and diffusers pipelines."""
 
 import lazy_loader
 

@@ -10,5 +10,7 @@ from .exact import MixtureDenoiser as MixtureDenoiser
 from .guidance import GuidedDenoiser as GuidedDenoiser
 from .laws import Gaussian as Gaussian
 from .laws import Law as Law
+from .predictions import from_x0 as from_x0
+from .predictions import to_x0 as to_x0
 from .trajectories import ChainSampler as ChainSampler
 from .trajectories import sample_chain as sample_chain

@@ -1,6 +1,6 @@
-"""A chain: the levels that a process is walked down, and what one step between them is.
+"""A chain: the noise levels that it visits, and the step from each level to the next.
 
-`Chain` is the whole specification shared by `sample_chain`, the environments and the tests.
+`sample_chain`, the environments and the tests all work from one `Chain`.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Chain:
     """States at index 0, k, 2k, … of a grid of N noise levels, then the clean state: K = ⌈N/k⌉ transitions.
 
     The value of state i is V(x_i) = A_i E[x0 | x_i] + κ_i x_i with A_i, κ_i of the step i → i+Δ. Past N-1
-    that step lands on the clean state: A = 1, κ = 0. At the clean state itself A = κ = 0: nothing is left.
+    that step lands on the clean state: A = 1, κ = 0. The clean state itself has value 0: A = κ = 0.
 
     Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
     couplings between 0 and 1 and the 'clean' value are ours.
@@ -35,9 +35,9 @@ class Chain:
         stride: Δ > 0, index units of the step whose posterior mean is the value; may be a fraction where the
             process has continuous times.
         value: "posterior_mean", or "clean": V = E[x0 | x] itself (A = 1, κ = 0 everywhere), which is Δ = ∞.
-        offset: shift of the whole grid in index units, in (-1, 1); with a positive one the last level
-            passes N-1 and is clean already.
-        t_max: levels of a later time are left out.
+        offset: shift of the whole grid in index units, in (-1, 1). A positive one moves the last level past
+            N-1, so that it is the clean state already.
+        t_max: levels with a time above this are left out; None keeps all.
 
     Raises:
         ValueError: an argument outside its range.
@@ -115,11 +115,11 @@ class Chain:
 
     @cached_property
     def noise_mixing(self) -> tuple[Tensor, Tensor]:
-        """ρ and √(1-ρ²) of the step into each state, n_s = ρ n_t + √(1-ρ²) z: float64, shape [K+1] each.
+        """How the noise of each state is mixed, n_s = c n_t + √(1-c²) z: c and √(1-c²), float64, shape [K+1] each.
 
-            ρ = κ σ_t/σ_s,    √(1-ρ²) = std/σ_s
+            c = κ σ_t/σ_s,    √(1-c²) = std/σ_s
 
-        The first state is drawn: (0, 1). The clean one has no noise: (0, 0).
+        The noise of the first state is all fresh: (0, 1). The clean state has none: (0, 0).
         """
         _, kappa, std = (c[:-1] for c in self.step_coefficients)
         sigma_t, sigma_s = self.scales[1][:-2], self.scales[1][1:-1]
@@ -128,7 +128,7 @@ class Chain:
 
     @cached_property
     def table(self) -> Tensor:
-        """Rows t, A, κ, α, σ, ρ, √(1-ρ²), a column for each state: float64, shape [7, K+1]."""
+        """Rows t, A, κ, α, σ, c and √(1-c²) of `noise_mixing`, one column for each state: float64, shape [7, K+1]."""
         return torch.stack([self.t, *self.value_coefficients, *self.scales, *self.noise_mixing])
 
     def step(self, index: Tensor, x0: Tensor, x: Tensor, noise: Tensor) -> Tensor:

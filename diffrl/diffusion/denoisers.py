@@ -19,7 +19,7 @@ DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Denoiser(nn.Module):
-    """A network between preconditioning: D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise, cond).
+    """A network with preconditioning: D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise, cond).
 
     Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), eq. 7,
     https://arxiv.org/abs/2206.00364.
@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
         process: noise schedule.
         sigma_data: σd, standard deviation of the data.
         prediction_type: what F predicts, see `diffrl.diffusion.predictions.scalings`; or "consistency", the form of
-            consistency models, which is x at σ_min, see `diffrl.diffusion.predictions.boundary_scalings`.
+            consistency models, for which D(x, σ_min) = x, see `diffrl.diffusion.predictions.boundary_scalings`.
         time_input: what the network is told of t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
             want it), "c_noise_x1000" (250 ln σ, as consistency models were published, for networks that embed
             timesteps up to 1000), or "t" itself.
@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
             raise ValueError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input = prediction_type, time_input
-        self.scalings(process.time_grid(1)[:1])  # refuses an unknown type here, and not in training
+        self.scalings(process.time_grid(1)[:1])  # refuses an unknown type now, not later in training
 
     def scalings(self, t: Tensor) -> Scalings:
         """c_skip, c_out and c_in at times t."""
@@ -79,7 +79,9 @@ class Denoiser(nn.Module):
         require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         c_noise = t
-        if self.time_input != "t":  # float32 at least: half precision would merge noise levels
+        if (
+            self.time_input != "t"
+        ):  # float32 at least: in half precision, different noise levels would become one
             c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
             if self.time_input == "c_noise_x1000":
                 c_noise = 1000 * c_noise
@@ -89,7 +91,12 @@ class Denoiser(nn.Module):
 
 
 def require_states(x_t: Tensor, t: Tensor) -> None:
-    """Refuse states that hold integers, and anything but one time per state."""
+    """Check the arguments of a denoiser: states x_t [N, *E] and their times t [N].
+
+    Raises:
+        TypeError: x_t holds integers.
+        ValueError: t is not one time for each state.
+    """
     require_floating([("x_t", x_t)])
     if t.shape != x_t.shape[:1]:
         raise ValueError(

@@ -35,7 +35,12 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("axes", axes)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Posterior mean of states [N, D] at times [N], of x_t's dtype; cond is not looked at."""
+        """Posterior mean of states [N, D] at times [N], of x_t's dtype; cond is ignored.
+
+        Raises:
+            TypeError: x_t holds integers.
+            ValueError: t is not one time for each state.
+        """
         require_states(x_t, t)
         alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
         gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
@@ -52,7 +57,7 @@ class GaussianDenoiser(nn.Module):
         Args:
             x_t: states, shape [N, D].
             t: times, shape [N].
-            draws: how many for each state.
+            draws: number of draws for each state.
             generator: source of randomness.
 
         Returns:
@@ -79,11 +84,11 @@ class MixtureDenoiser(nn.Module):
         process: noise schedule.
         means: m_c, shape [C, *E].
         stds: s_c ≥ 0, shape [C].
-        weights: w_c ≥ 0, shape [C]; normalised here.
-        batch_size: states handled at once, which bounds memory at batch_size × C distances.
+        weights: w_c ≥ 0, shape [C]; they are divided by their sum.
+        batch_size: number of states handled at once; memory holds batch_size × C distances.
 
     Raises:
-        ValueError: another number of means than of stds or weights.
+        ValueError: the numbers of means, stds and weights differ.
     """
 
     means: Tensor
@@ -124,7 +129,7 @@ class MixtureDenoiser(nn.Module):
         return D_x.view_as(x_t).to(x_t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Posterior mean of states [N, *E] at times [N], of x_t's dtype; cond is not looked at.
+        """Posterior mean of states [N, *E] at times [N], of x_t's dtype; cond is ignored.
 
         Raises:
             TypeError: x_t holds integers.
@@ -141,14 +146,14 @@ class MixtureDenoiser(nn.Module):
     def sample_posterior(
         self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draws of x0 given x_t: a component by its responsibility, then a Gaussian of its own.
+        """Draws of x0 given x_t: first a component by its posterior probability, then a point of its Gaussian.
 
             x0 | x_t, c ~ N(m_c + α s_c²/v_c (x_t - α m_c), s_c² σ²/v_c I)
 
         Args:
             x_t: states, shape [N, *E].
             t: times, shape [N].
-            draws: how many for each state.
+            draws: number of draws for each state.
             generator: source of randomness.
 
         Returns:
@@ -178,7 +183,7 @@ def EmpiricalDenoiser(  # noqa: N802 (used like the classes beside it)
 
         E[x0 | x_t] = Σ_j softmax_j(-|x_t - α x_j|²/(2σ²)) x_j
 
-    It is the value function that training on these points converges to, real images too.
+    A denoiser that is trained on these points, images or others, converges to it.
 
     Args:
         process: noise schedule.

@@ -1,4 +1,4 @@
-"""Guidance: a denoiser that leans on the condition more than its training did."""
+"""Classifier-free guidance, which strengthens the influence of a condition on a denoiser."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class GuidedDenoiser(nn.Module):
     Args:
         denoiser: conditional denoiser that takes null labels.
         null_label: the label that stands for no condition; num_classes for `diffrl.networks`.
-        guidance_scale: w; 1 is off.
+        guidance_scale: w; 1 is without guidance, 0 without a condition.
     """
 
     def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
@@ -25,11 +25,11 @@ class GuidedDenoiser(nn.Module):
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
         self.process = denoiser.process
         self.evaluations = 1 if guidance_scale in (0, 1) else 2
-        """Network evaluations a state."""
+        """Network evaluations for each state."""
 
     @property
     def sigma_data(self) -> float:
-        """Of the denoiser."""
+        """σd of the denoiser, the standard deviation of the data."""
         return self.denoiser.sigma_data
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -72,7 +72,7 @@ class Gaussian(NamedTuple):
 
             log p = Σ_E [ -(x - mean)²/(2 std²) - log std - ½ log 2π ]
 
-        The mean over dims is not a log-density: it is smaller by the factor dim(E).
+        The mean over dims is not a log-density: it is the log-density divided by dim(E).
 
         Args:
             x: states, shape [N, *E].

@@ -1,7 +1,8 @@
-"""The process x_t = α_t x0 + σ_t ε: its marginals, its one-step posteriors for every coupling, densities.
+"""The process x_t = α_t x0 + σ_t ε: its marginals, its transitions, and its one-step posteriors.
 
 A coupling η ∈ [0, 1] says how successive states share their noise: η = 1 is the Markov (ancestral) process,
-η = 0 the deterministic one whose states share one noise. The marginals are the same, the joint law is not.
+η = 0 the deterministic one, whose states share one noise. The marginals are the same for every η, the joint law
+of several states is not.
 """
 
 from typing import NamedTuple
@@ -42,17 +43,17 @@ def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:
         A = α_s - α_t κ
         std = η (σ_s/σ_t) √(σ_t² - α_ts² σ_s²)
 
-    Towards clean data κ = 0 and A = 1; with s = t it is κ = 1, A = 0. This form does not cancel where
-    κ² = (σ_s² - η² ṽ)/σ_t² does; it is evaluated in float64 all the same.
+    A step onto clean data has κ = 0 and A = 1; a step with s = t has κ = 1 and A = 0. The usual form,
+    κ² = (σ_s² - std²)/σ_t², subtracts numbers that are nearly equal; this one does not. It is evaluated in float64.
 
-    Source: Denoising Diffusion Implicit Models (Song et al., 2021), eq. 7 (our η σ̃ is their σ),
+    Source: Denoising Diffusion Implicit Models (Song et al., 2021), eq. 7 (our std is their σ),
     https://arxiv.org/abs/2010.02502; η = 1 for EDM: Temporal Difference Learning for Diffusion Models (2026),
     https://arxiv.org/abs/2606.15048.
 
     Args:
         process: noise schedule.
-        t: times left, not clean, any shape.
-        s: times reached, not noisier than t, broadcastable against t.
+        t: times of x_t, not clean, any shape.
+        s: times of x_s, not noisier than t, broadcastable against t.
         eta: coupling η ∈ [0, 1].
 
     Returns:
@@ -79,12 +80,12 @@ def _alpha_ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
 
 
 def transition(process: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Markov noising: x_t | x_s ~ N(α_ts x_s, std² I), std² = σ_t² - α_ts² σ_s².
+    """Adding noise to a state, Markov coupling: x_t | x_s ~ N(α_ts x_s, std² I), std² = σ_t² - α_ts² σ_s².
 
     Args:
         process: noise schedule.
-        s: times left, any shape.
-        t: times reached, not less noisy than s, broadcastable against s.
+        s: times of x_s, any shape.
+        t: times of x_t, not less noisy than s, broadcastable against s.
 
     Returns:
         α_ts and std, float64.

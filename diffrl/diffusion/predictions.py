@@ -1,6 +1,6 @@
-"""What a network predicts, as affine maps to the clean estimate: D = c_skip x_t + c_out F.
+"""What a network's output F means: the coefficients of the clean estimate D = c_skip x_t + c_out F.
 
-The conversions between x0, eps, v, velocity and score are the same maps read both ways.
+`to_x0` and `from_x0` convert x0, eps, v, velocity and score into each other by these coefficients.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -36,7 +36,7 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
         edm       D = (α σd² x + σ σd √s F)/s,         s = σ² + α² σd²
         c_in = 1/√(σ² + α² σd²): the input has unit variance
 
-    With α = 1 the last line is EDM's c_skip, c_out.
+    With α = 1, `edm` gives EDM's own c_skip and c_out.
 
     Sources: v: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022),
     appendix D, https://arxiv.org/abs/2202.00512; edm: Elucidating the Design Space of Diffusion-Based
@@ -44,7 +44,7 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
 
     Args:
         process: noise schedule.
-        t: times, any shape, not clean; where α = 0, eps and score say nothing of x0: c_skip is infinite.
+        t: times, any shape, not clean. Where α = 0, eps and score do not determine x0: c_skip is infinite.
         prediction_type: what F is.
         sigma_data: σd, the standard deviation of the data.
 
@@ -82,7 +82,7 @@ def boundary_scalings(process: Schedule, t: Tensor, sigma_data: float) -> Scalin
 
         c_skip = σd²/((σ - σ_min)² + σd²),    c_out = (σ - σ_min) σd/√(σ² + σd²),    c_in = 1/√(σ² + σd²)
 
-    No conversion like the others: at σ_min the output does not depend on F.
+    F cannot be recovered from D at σ_min, where D does not depend on it.
 
     Source: Consistency Models (Song et al., 2023), appendix C, https://arxiv.org/abs/2303.01469; c_in:
     Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), Table 1,

@@ -1,4 +1,4 @@
-"""Where a window of a chain begins: uniformly, where the loss is large, or from easy to hard noise levels."""
+"""Where windows of chains begin: anywhere, where the loss is large, or at easy noise levels before hard ones."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,19 +15,19 @@ STARTS = Registry("starts", "diffrl.diffusion.starts")
 
 
 class Starts(ABC):
-    """A law of starts that may learn from the losses of the windows that it began.
+    """Draws where windows begin, and may learn from the losses of those windows.
 
-    A start is counted along the chain: 0 is the noisiest state. Where the grid shifts from batch to batch,
-    each count stands for a range of noise levels.
+    A start is a position along the chain: 0 is the noisiest state. If the grid is shifted from batch to batch,
+    each position stands for a range of noise levels.
     """
 
     @abstractmethod
     def draw(self, batch: int, num_starts: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Starts of a batch of windows.
+        """Draw the starts of a batch of windows.
 
         Args:
             batch: B.
-            num_starts: how many starts this chain has.
+            num_starts: number of positions that a window of this chain can begin at.
             generator: source of randomness.
 
         Returns:
@@ -36,10 +36,15 @@ class Starts(ABC):
         """
 
     def update(self, index: Tensor, losses: Tensor) -> None:  # noqa: B027
-        """Learn from a batch: starts [B], and the mean loss of each window [B], without its importance."""
+        """Learn from a batch.
+
+        Args:
+            index: the starts, integers, shape [B].
+            losses: the mean loss of each window before it is multiplied by its importance, shape [B].
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was learnt: tensors and numbers."""
+        """What was learnt, as tensors and numbers for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
@@ -48,7 +53,7 @@ class Starts(ABC):
 
 @STARTS.register("uniform")
 class UniformStarts(Starts):
-    """Every start alike."""
+    """Every start is equally likely."""
 
     def draw(self, batch: int, num_starts: int, generator: torch.Generator) -> tuple[Tensor, None]:
         return torch.randint(num_starts, (batch,), generator=generator, device=generator.device), None
@@ -56,17 +61,17 @@ class UniformStarts(Starts):
 
 @STARTS.register("loss_aware")
 class LossAwareStarts(Starts):
-    """Starts in proportion to the root mean square of their last losses; the loss stays unbiased.
+    """Starts are drawn in proportion to the root mean square of their last losses; the loss stays unbiased.
 
         p_i = (1-u) w_i/Σw + u/T,    w_i = √(mean of the last losses²),    importance 1/(T p_i)
 
-    Uniform until every start has as many losses as are remembered.
+    They are uniform until `history` losses of every start are known.
 
     Source: Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), section 3.3 and code,
     https://arxiv.org/abs/2102.09672.
 
     Args:
-        history: how many losses of each start are remembered, ≥ 1.
+        history: number of losses to remember of each start, ≥ 1.
         uniform: u ∈ [0, 1], the share drawn uniformly.
 
     Raises:
@@ -79,7 +84,9 @@ class LossAwareStarts(Starts):
         if not 0 <= uniform <= 1:
             raise ValueError(f"uniform is {uniform}: it is a share in [0, 1]")
         self.history, self.uniform = history, uniform
-        self._losses = torch.zeros(0, history, dtype=torch.float64)  # one row a start, written in a ring
+        self._losses = torch.zeros(
+            0, history, dtype=torch.float64
+        )  # one row for each start; a new loss takes the place of the oldest
         self._counts = torch.zeros(0, dtype=torch.long)
 
     def _grow(self, num_starts: int) -> None:
@@ -108,7 +115,9 @@ class LossAwareStarts(Starts):
         new = index.bincount(minlength=len(self._counts))
         rank = torch.arange(len(index)) - (new.cumsum(0) - new)[index]  # among the losses of the same start
         slot = (self._counts[index] + rank) % self.history
-        kept = rank >= new[index] - self.history  # else a later one takes its place
+        kept = (
+            rank >= new[index] - self.history
+        )  # a loss that a later one of this batch would overwrite is left out
         self._losses[index[kept], slot[kept]] = losses[kept]
         self._counts += new
 
@@ -121,7 +130,7 @@ class LossAwareStarts(Starts):
 
 @STARTS.register("curriculum")
 class CurriculumStarts(Starts):
-    """From easy to hard: one more cluster of neighbouring noise levels whenever the loss has stopped falling.
+    """Easy noise levels first: whenever the loss stops falling, a further group of levels joins.
 
     At stage j of N the starts are uniform in the first j of N equal parts of the chain. The loss is averaged
     over `every` batches; when the average has not been below its best for `patience` averages in a row, the
@@ -134,7 +143,7 @@ class CurriculumStarts(Starts):
         clusters: N ≥ 1.
         patience: averages without improvement, ≥ 1.
         every: batches to an average, ≥ 1.
-        order: "high_to_low" begins at the noisy end, which is easier; "low_to_high" at the clean one.
+        order: "high_to_low" begins at the noisy end, which is easier; "low_to_high" at the clean end.
 
     Raises:
         ValueError: an argument outside its range.
@@ -154,7 +163,7 @@ class CurriculumStarts(Starts):
             raise ValueError(f"order is {order!r}: give 'high_to_low' or 'low_to_high'")
         self.clusters, self.patience, self.every, self.order = clusters, patience, every, order
         self.stage = 1
-        """From 1 to N."""
+        """The present stage, from 1 to N."""
         self._best, self._waited, self._sum, self._count = math.inf, 0, 0.0, 0
 
     def draw(self, batch: int, num_starts: int, generator: torch.Generator) -> tuple[Tensor, None]:

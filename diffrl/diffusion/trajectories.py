@@ -1,4 +1,4 @@
-"""Chains as TensorDicts: the one place that knows their keys, order (noise → data) and shapes."""
+"""Chains as TensorDicts: drawn whole, with the keys of `diffrl.keys`, in the order from noise to data."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +29,7 @@ def sample_chain(
 ) -> TensorDict:
     """Draw whole chains of the reward process, or windows of them, from clean data.
 
-    Equal in law to stepping `diffrl.envs.DiffusionMRP`, and equal in number given the same noise.
+    Stepping `diffrl.envs.DiffusionMRP` draws from the same law, and gives the same numbers for the same noise.
 
     >>> import diffrl, torch
     >>> chain = diffrl.sample_chain(diffrl.EDM(), torch.randn(4, 2), num_steps=18)
@@ -41,8 +41,8 @@ def sample_chain(
         x0: clean data, floating dtype, shape [B, *E].
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0).
         chain: num_steps, and optionally span, stride, value, offset, t_max, of `diffrl.diffusion.chains.Chain`.
-        window: keep this many transitions of each chain, from a place of its own drawn uniformly; 1 gives
-            decorrelated single transitions. None keeps whole chains.
+        window: keep this many transitions of each chain, ≥ 1; where they begin is drawn uniformly for each
+            chain. 1 gives single transitions that are independent of each other. None keeps whole chains.
         cond: condition of each datum, shape [B, ...].
         noise: standard normal numbers to use, shape [B, K, *E] (a window: [B, window+1, *E]): entry 0 makes
             the first state, entry k is the fresh noise of the step into state k.
@@ -190,18 +190,18 @@ def _transitions(
 
 @dataclass(frozen=True)
 class ChainSampler:
-    """Draws the chains that a run trains on.
+    """Draws the chains that training learns from.
 
     Args:
         chain: the levels.
         window: transitions kept of each chain; None keeps whole chains.
-        jitter: shift the grid by one uniform draw from (-½, ½) a batch, so that all noise levels are trained.
-            A positive shift makes the last level clean already, and the chain one shorter where the span
-            visits it. None: where the process has continuous times.
+        jitter: shift the grid of each batch by a uniform draw from (-½, ½), so that all noise levels are
+            trained. A positive shift makes the last level clean, so that a chain that visits it is one step
+            shorter. None: shift if the process has continuous times.
         starts: where windows begin, see `diffrl.diffusion.starts`.
 
     Raises:
-        ValueError: starts are chosen, but chains are whole.
+        ValueError: starts other than uniform ones are given, but chains are whole.
     """
 
     chain: Chain
@@ -232,13 +232,13 @@ class ChainSampler:
         return drawn
 
     def update(self, states: TensorDict) -> None:
-        """Let the starts learn from chains that were drawn here and that a loss has left its losses in."""
+        """Let the starts learn from the losses that training wrote into chains drawn here, under `diffrl.keys.LOSS`."""
         if isinstance(self.starts, UniformStarts):
             return
         self.starts.update(states[keys.INDEX][:, 0, 0], states[keys.LOSS].mean((1, 2)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the starts have learnt."""
+        """The state of the starts, for a checkpoint."""
         return self.starts.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How good a denoiser, a sample, a target, a handful of seeds is."""
+"""Measures of denoisers, of samples, of training targets, and of results over several seeds."""
 
 import lazy_loader
 

@@ -1,4 +1,6 @@
 from . import diagnostics as diagnostics
+from .diagnostics import gradient_variance as gradient_variance
+from .diagnostics import target_errors as target_errors
 from .distances import SAMPLE_DISTANCES as SAMPLE_DISTANCES
 from .distances import digits_features as digits_features
 from .distances import evaluation_noise as evaluation_noise

@@ -1,7 +1,7 @@
-"""Targets of TD learning against the truth: bias and variance, Bellman residual, noise of gradients.
+"""How good training targets are: their bias and variance, the Bellman residual, the noise of gradients.
 
-Everything is conditional on the state: chains go on from it with x0 drawn from its exact posterior, so that
-a target's mean is E[G | x_t] and not an average over states that share a level.
+Bias and variance are those given one state: many chains continue from it, each with x0 drawn from the exact posterior,
+so that the mean of a target is E[G | x_t], and not an average over all states of a noise level.
 """
 
 import math
@@ -22,7 +22,7 @@ from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_return
 
 __all__ = ["Oracle", "gradient_variance", "target_errors"]
 
-NUMBERS = 2**23  # held at once, in float64
+NUMBERS = 2**23  # how many float64 numbers a part of the batch may hold
 
 
 class Oracle(Protocol):
@@ -56,7 +56,7 @@ def target_errors(
     generator: Generator | None = None,
     **chain: Any,
 ) -> dict[str, Any]:
-    """Bias and variance of every target, bootstrapped from a denoiser, against the exact value.
+    """Bias and variance of every target that is bootstrapped from a denoiser, compared with the exact value.
 
         bias² = ‖E[G | x_t] - V*(x_t)‖²,    variance = E‖G - E[G | x_t]‖²,    total = bias² + variance
         value error = ‖V(x_t) - V*(x_t)‖²,    Bellman residual = ‖E[G | x_t] - V(x_t)‖² with G of TD(0)
@@ -72,18 +72,18 @@ def target_errors(
     (6, ['bias_sq', 'bias_sq_error', 'total', 'variance'])
 
     Args:
-        denoiser: D, whose predictions the targets bootstrap from; asked without condition. Put a network in
-            eval mode first.
+        denoiser: D, whose predictions the targets bootstrap from; it gets no condition. Put a network in eval
+            mode first.
         oracle: exact denoiser of the data's law; `EmpiricalDenoiser(process, points)` for your own points.
-        x0: data whose noisy states are looked at, shape [S, *E]; D is asked in its dtype.
+        x0: clean data to make the states from, shape [S, *E]; D gets states of its dtype.
         process: noise schedule.
         num_steps: N of the chain.
-        coupling: of the chain.
+        coupling: η ∈ [0, 1], or "markov" (1), "shared" (0).
         lmbdas: the λ of TD(λ) to try.
         n_steps: the n of n-step TD to try.
         gamma: discount γ.
         sigma_data: σd of c_out.
-        draws: M ≥ 2, how often the chain goes on from each state.
+        draws: M ≥ 2, the number of chains that continue from each state.
         generator: source of randomness, of x0's device.
         chain: span, stride, value, offset, t_max of `diffrl.diffusion.chains.Chain`.
 
@@ -100,7 +100,7 @@ def target_errors(
     if draws < 2:
         raise ValueError(f"draws is {draws}: a variance needs at least two")
     if not lmbdas:
-        raise ValueError("lmbdas is empty: the best λ is looked for among them")
+        raise ValueError("lmbdas is empty: the best λ is chosen among them")
 
     targets = _Targets(tuple(lmbdas), tuple(n_steps), gamma)
     grid = Chain(process, num_steps, coupling, **chain)
@@ -200,7 +200,7 @@ def _continue(
     dtype: torch.dtype,
     generator: Generator | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk from level k to the datum: rewards and next values [R, K-k, *E], and the flag of the end."""
+    """Continue from level k to clean data: rewards and next values [R, K-k, *E], and where chains terminate."""
     K, R = chain.num_transitions, len(x)
     A, kappa = (c.to(x) for c in chain.value_coefficients)
     mu, rewards, values = A[k] * x0 + kappa[k] * x, [], []
@@ -221,7 +221,7 @@ def _continue(
 
 
 def _squares(G: Tensor, truth: Tensor) -> Tensor:
-    """‖E[G] - truth‖² without the bias of a mean of M draws, and the variance: G [S, M, D] → [S, 2]."""
+    """Unbiased estimates of ‖E[G] - truth‖² and of the variance, from M draws: G [S, M, D] → [S, 2]."""
     variance = G.var(1).sum(1)
     bias_sq = (G.mean(1) - truth.flatten(1)).square().sum(1) - variance / G.shape[1]
     return torch.stack([bias_sq, variance], 1)
@@ -248,19 +248,20 @@ def gradient_variance(
     batches: int = 32,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """How noisy the gradient of each loss is, from batch to batch; every loss sees the same batches.
+    """How much the gradient of each loss varies from batch to batch; every loss gets the same batches.
 
         variance = tr Cov(g),    mean_sq = ‖E g‖² (free of its own variance),    relative = variance/mean_sq
 
     Args:
-        losses: TorchRL losses of this library by name, of one denoiser or several; nothing is trained.
-        draw: states to train on from a generator, e.g.
+        losses: losses of this library by name, such as `diffrl.objectives.ValueLoss`; nothing is trained.
+        draw: makes a batch of states from a generator, such as
             ``lambda g: sample_chain(process, data.batch(32, g)[0], num_steps=18, generator=g)``.
-        batches: ≥ 2.
-        seed: of the generator.
+        batches: number of batches, ≥ 2.
+        seed: seed of the generator.
 
     Returns:
-        For each loss ``variance``, ``mean_sq`` and ``relative``, infinite where the mean is lost in noise.
+        For each loss ``variance``, ``mean_sq`` and ``relative``, which is infinite if the estimate of ‖E g‖²
+        is not above 0.
 
     Raises:
         ValueError: fewer than two batches.

@@ -1,4 +1,4 @@
-"""How good a denoiser is against the exact one, and how far samples are from data."""
+"""The error of a denoiser against the exact one, and distances between samples and data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def evaluation_noise(x0: Tensor, seed: int, first: int = 0) -> Tensor:
     Args:
         x0: samples whose shape, dtype and device the noise gets.
         seed: ≥ 0.
-        first: number of the first sample.
+        first: number of the first sample in the whole set.
     """
     shape = x0.shape[1:]
     streams = (np.random.Philox(key=[seed, first + i]) for i in range(x0.shape[0]))
@@ -50,7 +50,7 @@ def _time_at(process: Schedule, sigma: float) -> Tensor:
         raise ValueError(f"sigma is {sigma}: the value error needs noise, so give sigma > 0")
     t = process.t_from_log_snr(torch.tensor(-2 * math.log(sigma), dtype=torch.float64))
     reached = float(process.sigma(t) / process.alpha(t))
-    if abs(reached / sigma - 1) > 0.1:  # discrete times: the nearest one has to do
+    if abs(reached / sigma - 1) > 0.1:  # in discrete time, the nearest timestep is used
         raise ValueError(f"sigma is {sigma:g}, but the nearest noise level of {process} is {reached:g}")
     return t
 
@@ -85,9 +85,9 @@ def value_error(
         process: noise schedule.
         sigmas: noise-to-signal ratios σ/α > 0 (EDM's σ); a discrete process takes its nearest time.
         sigma_data: σd, standard deviation of the data.
-        seed: of the evaluation noise.
+        seed: seed of the evaluation noise.
         cond: condition of each point for both denoisers, shape [M, ...], or None.
-        batch_size: points handled at once.
+        batch_size: number of points handled at once.
 
     Returns:
         The error at each level, by the key ``f"{sigma:g}"``.
@@ -127,7 +127,7 @@ def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def w2(x: Tensor, y: Tensor) -> float:
     """Exact 2-Wasserstein distance of two point clouds: √(min over couplings of E|x - y|²).
 
-    Time grows faster than n m: 2,000 points take seconds. For few points in many dims it says little.
+    2,000 points take seconds; the time grows faster than n m. For few points in many dims the distance says little.
 
     Args:
         x: [n, *E].
@@ -158,7 +158,7 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 500, seed: int = 0) ->
         x: [n, *E].
         y: [m, *E].
         projections: number of directions.
-        seed: of the directions; part of the figure's definition, so keep it.
+        seed: seed of the directions; distances with different seeds cannot be compared.
 
     Raises:
         ValueError: shapes do not fit, NaN or infinity.
@@ -180,8 +180,8 @@ def frechet_distance(fx: Tensor, fy: Tensor) -> float:
 
         |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^{1/2})
 
-    With C_x = AᵀA and C_y = BᵀB the last trace is the sum of the singular values of A Bᵀ, which needs no
-    root of a matrix that may be singular: fewer samples than dims are no trouble.
+    With C_x = UᵀU and C_y = VᵀV the last trace is the sum of the singular values of U Vᵀ. This needs no root of a
+    matrix that may be singular, so that there may be fewer samples than dims.
 
     Source: GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al.,
     2017), eq. 6, https://arxiv.org/abs/1706.08500.
@@ -196,9 +196,9 @@ def frechet_distance(fx: Tensor, fy: Tensor) -> float:
     fx, fy = _clouds(fx, fy)
     if len(fx) < 2 or len(fy) < 2:
         raise ValueError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
-    A, B = (torch.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r").R for f in (fx, fy))
-    cross = torch.linalg.svdvals(A @ B.T).sum()
-    distance = (fx.mean(0) - fy.mean(0)).square().sum() + A.square().sum() + B.square().sum() - 2 * cross
+    U, V = (torch.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r").R for f in (fx, fy))
+    cross = torch.linalg.svdvals(U @ V.T).sum()
+    distance = (fx.mean(0) - fy.mean(0)).square().sum() + U.square().sum() + V.square().sum() - 2 * cross
     return max(float(distance), 0.0)
 
 
@@ -261,7 +261,7 @@ def _fd_digits_cnn(x: Tensor, y: Tensor) -> float:
 def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
     """Distance between samples and data by name; report it as ``f"{name}@{len(x)}"``.
 
-    A distance of samples falls with their number, even at perfection, so compare figures of one number only.
+    Even for perfect samples the distance falls as their number grows, so compare equal numbers of samples only.
 
     Args:
         name: "w2", "sliced_w2", "mmd" or "fd_digits_cnn" (Fréchet distance of `digits_features`).
@@ -269,7 +269,7 @@ def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
         y: data, never trained on, shape [m, *E].
 
     Raises:
-        ValueError: an unknown name, or whatever the distance refuses.
+        ValueError: an unknown name, or samples that the distance refuses.
         MissingExtra: the distance needs a package that is not installed.
     """
     if name not in SAMPLE_DISTANCES:

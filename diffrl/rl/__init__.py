@@ -1,4 +1,4 @@
-"""No diffusion word: returns, estimators, advantages."""
+"""Reinforcement learning on tensors: returns, value estimators for TorchRL, and advantages."""
 
 import lazy_loader
 

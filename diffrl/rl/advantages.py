@@ -1,6 +1,6 @@
-"""Credit for fine-tuning: statistics to standardise rewards by, rewards-to-go, and a learned critic's advantages.
+"""Advantages of actions: standardised rewards, rewards-to-go, and advantages over a learned critic.
 
-Functions of tensors along chains, ignorant of diffusion. Rows are trajectories, columns are denoising steps.
+Rows are trajectories, columns are steps.
 """
 
 from collections import deque
@@ -15,21 +15,25 @@ __all__ = ["FifoStatistics", "critic_advantages", "group_advantages", "rewards_t
 
 
 class FifoStatistics:
-    """Standardises values by the latest ones of the same key: of a prompt, or of a prompt and a step.
+    """Standardises values by the latest values of the same key, and of the same step where there are steps.
 
-        push the values first;   A = (v - mean)/(std + tol),   std with denominator n
+        adv = (v - mean)/(std + tol),    std with denominator n
 
-    mean and std are those of a key's buffer if it holds `min_count` values, else of the whole batch (in that
-    column, where there are columns). The buffer persists over batches, and holds the batch itself.
+    Every key has a buffer that persists over batches; a batch enters it before it is standardised. mean and std are
+    those of the buffer if it holds `min_count` values, else those of the whole batch (in that column, if there are
+    columns).
 
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2 and its code's
     per-prompt statistics, https://arxiv.org/abs/2305.13301; by step: Aligning Few-Step Diffusion Models with Dense
     Reward Difference Learning (Zhang et al., 2024), https://arxiv.org/abs/2411.11727.
 
     Args:
-        buffer: values kept of each key.
-        min_count: values that a key needs before its own statistics are used.
+        buffer: number of values to keep of each key.
+        min_count: number of values of a key from which on its own statistics are used, in 1..buffer.
         tol: added to the standard deviation.
+
+    Raises:
+        ValueError: min_count outside 1..buffer.
     """
 
     def __init__(self, buffer: int = 32, min_count: int = 16, tol: float = 1e-6) -> None:
@@ -41,14 +45,17 @@ class FifoStatistics:
         self._values: dict[tuple[int, int], deque[float]] = {}
 
     def __call__(self, values: Tensor, key: Tensor | None = None) -> Tensor:
-        """Advantages of values.
+        """Standardise a batch of values.
 
         Args:
             values: shape [B], or [B, K] to keep the statistics of each step apart.
-            key: the prompt of each row, integers, shape [B]; None: one for all.
+            key: key of each row, such as the number of a prompt, integers, shape [B]; None: one for all.
 
         Returns:
-            Of the shape of `values`.
+            Advantages, of the shape of `values`.
+
+        Raises:
+            ValueError: the number of keys is not that of the rows.
         """
         table = values.detach().cpu().double().reshape(len(values), -1)
         keys = [0] * len(values) if key is None else key.flatten().tolist()
@@ -71,11 +78,11 @@ class FifoStatistics:
         return ((table - mean) / (std + self.tol)).to(values).view_as(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """The buffers, for a checkpoint."""
+        """The buffers of all keys, for a checkpoint."""
         return {"values": [[name, k, list(kept)] for (name, k), kept in self._values.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the buffers of a checkpoint."""
+        """Continue with the buffers of a checkpoint."""
         self._values = {(name, k): deque(kept, maxlen=self.buffer) for name, k, kept in state["values"]}
 
 
@@ -84,7 +91,7 @@ def group_advantages(
 ) -> Tensor:
     """Values minus the mean of their group, over a standard deviation.
 
-        A_i = (v_i - mean_group)/(std + tol)
+        adv_i = (v_i - mean_group)/(std + tol)
 
     Source: DeepSeekMath (Shao et al., 2024), section 4.1.1, https://arxiv.org/abs/2402.03300; with the standard
     deviation of all rewards: Flow-GRPO (Liu et al., 2025), https://arxiv.org/abs/2505.05470.
@@ -92,8 +99,14 @@ def group_advantages(
     Args:
         values: shape [B] or [B, K].
         group: group of each row, integers, shape [B].
-        std: of the group, of the whole batch, or none (A is centred only).
-        tol: added to it.
+        std: of the "group", or of the whole batch ("global"); "none" does not divide.
+        tol: added to the standard deviation.
+
+    Returns:
+        Advantages, of the shape of `values`.
+
+    Raises:
+        ValueError: another std.
     """
     if std not in ("group", "global", "none"):
         raise ValueError(f"std is {std!r}: give 'group', 'global' or 'none'")
@@ -112,11 +125,14 @@ def group_advantages(
 
 
 def rewards_to_go(reward: Tensor, *, gamma: float) -> Tensor:
-    """G_i = R_i + γ G_{i+1}, G_K = 0: what is still to come, a step's own reward included.
+    """Discounted sum of the rewards from each step on, its own included: G_i = r_i + γ G_{i+1}, G_K = 0.
 
     Args:
-        reward: R, shape [B, K, 1].
-        gamma: γ ∈ [0, 1].
+        reward: r, shape [B, K, 1].
+        gamma: discount γ ∈ [0, 1].
+
+    Returns:
+        G, shape [B, K, 1].
     """
     terminated = torch.zeros_like(reward, dtype=torch.bool)
     terminated[:, -1] = True
@@ -126,23 +142,23 @@ def rewards_to_go(reward: Tensor, *, gamma: float) -> Tensor:
 def critic_advantages(
     reward: Tensor, value: Tensor, *, lmbda: float, gamma: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Advantages over a learned critic, and the targets to train it on: TD(λ) over denoising steps.
+    """Advantages over a learned critic, and the targets to train it on: TD(λ) along each trajectory.
 
-        G_i = R_i + γ [(1-λ) V_{i+1} + λ G_{i+1}],    V_K = 0,    A_i = G_i - V_i
+        G_i = r_i + γ [(1-λ) V_{i+1} + λ G_{i+1}],    V_K = 0,    adv_i = G_i - V_i
 
-    It is generalised advantage estimation; λ = 1 is reward-to-go with V as baseline, λ = 0 the one-step error.
+    This is generalised advantage estimation. λ = 1 is the reward-to-go minus V, λ = 0 is the one-step TD error.
 
     Source: High-Dimensional Continuous Control Using Generalized Advantage Estimation (Schulman et al., 2016),
     eq. 16, https://arxiv.org/abs/1506.02438.
 
     Args:
-        reward: R, shape [B, K, 1].
-        value: V at the states left, shape [B, K, 1], no gradient taken.
+        reward: r, shape [B, K, 1].
+        value: V of the state before each step, shape [B, K, 1]; it gets no gradient.
         lmbda: λ ∈ [0, 1].
         gamma: γ ∈ [0, 1].
 
     Returns:
-        A and G, shape [B, K, 1] each.
+        adv and G, shape [B, K, 1] each.
     """
     value = value.detach()
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)

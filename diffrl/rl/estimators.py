@@ -1,9 +1,10 @@
 """TorchRL value estimators over `diffrl.returns`: values of any shape, chosen by name in TorchRL's losses.
 
 `loss.make_value_estimator("td_lambda", lmbda=0.5)`, `("n_step", n_steps=3)` (n = 1 is TD(0)) and
-`("monte_carlo")`. TorchRL's own names ("td0", "td1", "tdlambda", "gae", ...) keep their meaning. Unlike its
-estimators, these take `done` [*B, K, 1] beside a reward of any shape, take λ = 0 and γ = 0, and are exact in
-float64; γ defaults to 1, the target carries no gradient by default, and no parameter is frozen or unfrozen.
+`("monte_carlo")`. TorchRL's own names ("td0", "td1", "tdlambda", "gae", ...) keep their meaning. Unlike TorchRL's
+estimators, these accept `done` [*B, K, 1] beside a reward of any shape, accept λ = 0 and γ = 0, and compute in
+float64 without rounding to float32. γ is 1 by default, the target has no gradient by default, and no parameter's
+`requires_grad` is changed.
 """
 
 import math
@@ -35,7 +36,7 @@ __all__ = ["ESTIMATORS", "MonteCarlo", "NStep", "TDLambda", "VectorEstimator", "
 
 
 class VectorEstimators(StrEnum):
-    """The names, for `make_value_estimator` and for the estimators that a loss supports."""
+    """Names of the estimators, for `make_value_estimator` and for the list of those that a loss supports."""
 
     TD_LAMBDA = "td_lambda"
     N_STEP = "n_step"
@@ -45,13 +46,13 @@ class VectorEstimators(StrEnum):
 class VectorEstimator(ValueEstimatorBase):
     """Target of a value of any shape, from a TensorDict of batch size [*B, K] whose last dim is time.
 
-    Read are ("next", reward) [*B, K, *E], ("next", done) and ("next", terminated), bool [*B, K, 1], and what
-    the value network needs in "next"; `set_keys` renames them.
+    It reads ("next", reward) [*B, K, *E], ("next", done) and ("next", terminated), bool [*B, K, 1], and the
+    inputs of the value network in "next"; `set_keys` renames the entries.
 
     Args:
-        value_network: module that writes the value; None if ("next", value) stands in the TensorDict.
+        value_network: module that writes the value; None if the TensorDict has ("next", value) already.
         gamma: discount γ in [0, 1].
-        differentiable: let gradients flow into the target (the full residual gradient).
+        differentiable: whether the target has a gradient, as the full residual gradient needs.
         device: accepted because TorchRL's losses pass it; nothing here has a device of its own.
         deactivate_vmap: accepted because TorchRL's losses pass it; nothing here uses vmap.
     """
@@ -83,11 +84,19 @@ class VectorEstimator(ValueEstimatorBase):
         done: Tensor,
         reached: TensorDictBase | None = None,
     ) -> Tensor:
-        """Targets [B, K, *E]; the arguments are those of `diffrl.returns`, and the states reached, [B, K]."""
+        """Targets [B, K, *E].
+
+        Args:
+            reward: as in `diffrl.returns`, and so are the next three.
+            next_value: values of the states that the steps reach.
+            terminated: where chains end.
+            done: where chains end or are cut.
+            reached: the states that the steps reach, a TensorDict [B, K].
+        """
 
     @abstractmethod
     def is_monte_carlo(self, num_steps: int) -> bool:
-        """Whether a window of that many steps is summed to its end: no value but that of a cut is read."""
+        """Whether a window of so many steps is summed to its end, so that values are read only where it is cut."""
 
     def value_estimate(
         self,
@@ -97,13 +106,12 @@ class VectorEstimator(ValueEstimatorBase):
     ) -> Tensor:
         """Target of every state.
 
-        The value network is not called if `next_value` is given, nor for Monte Carlo if every chain ends
-        terminated.
+        The value network is not called if `next_value` is given, nor for Monte Carlo if every chain terminates.
 
         Args:
             tensordict: batch size [*B, K]; entries as in the class docstring.
-            target_params: parameters for the value network; its own ones if not given.
-            next_value: values of the states reached, [*B, K, *E].
+            target_params: parameters for the value network; its own if not given.
+            next_value: values of the states that the steps reach, [*B, K, *E].
 
         Returns:
             Targets, [*B, K, *E].
@@ -143,7 +151,7 @@ class VectorEstimator(ValueEstimatorBase):
         params: TensorDictBase | None = None,
         target_params: TensorDictBase | None = None,
     ) -> TensorDictBase:
-        """Write "value_target", and "advantage": the target minus the value of the state left.
+        """Write "value_target" and "advantage", which is the target minus the value of the state before the step.
 
         Args:
             tensordict: batch size [*B, K]; entries as in the class docstring.
@@ -169,7 +177,7 @@ class VectorEstimator(ValueEstimatorBase):
             return network(inputs)[self.tensor_keys.value]
 
     def _grad_mode(self) -> AbstractContextManager[Any]:
-        # Not TorchRL's hold_out_net: on leaving, it makes every parameter require a gradient.
+        # TorchRL's hold_out_net would make every parameter require a gradient afterwards.
         return nullcontext() if self.differentiable else torch.no_grad()
 
 
@@ -179,8 +187,8 @@ class TDLambda(VectorEstimator):
         Gₖ = rₖ + γ [(1 - λₖ) Vₖ₊₁ + λₖ Gₖ₊₁]
 
     Args:
-        lmbda: λ in [0, 1]; or one per step, a tensor of shape [1, K, 1] or [B, K, 1]; or a function from the
-            states reached, a TensorDict [B, K], to such a tensor.
+        lmbda: λ in [0, 1]; or one for each step, a tensor of shape [1, K, 1] or [B, K, 1]; or a function that makes
+            such a tensor from the states that the steps reach, a TensorDict [B, K].
         **options: those of `VectorEstimator`.
     """
 
@@ -211,7 +219,7 @@ class TDLambda(VectorEstimator):
         return lambda_returns(reward, next_value, terminated, done, lmbda=lmbda, gamma=self.gamma)
 
     def is_monte_carlo(self, num_steps: int) -> bool:
-        """For the number λ = 1."""
+        """True for the number λ = 1."""
         return isinstance(self.lmbda, float | int) and self.lmbda == 1
 
 
@@ -242,12 +250,12 @@ class NStep(VectorEstimator):
         return n_step_returns(reward, next_value, terminated, done, n_steps=self.n_steps, gamma=self.gamma)
 
     def is_monte_carlo(self, num_steps: int) -> bool:
-        """For n of at least the length of the window."""
+        """True if n is at least the length of the window."""
         return self.n_steps >= num_steps
 
 
 class MonteCarlo(VectorEstimator):
-    """All rewards up to where the chain stops as target; a chain that is cut bootstraps there.
+    """Monte Carlo returns as targets: all rewards until the chain stops; a chain that is cut bootstraps there.
 
     Gₖ = rₖ + γ Gₖ₊₁
 
@@ -266,7 +274,7 @@ class MonteCarlo(VectorEstimator):
         return monte_carlo_returns(reward, next_value, terminated, done, gamma=self.gamma)
 
     def is_monte_carlo(self, num_steps: int) -> bool:
-        """Always."""
+        """True for every window."""
         return True
 
 

@@ -1,8 +1,8 @@
-"""Returns along chains of K steps: functions of tensors, ignorant of networks and of diffusion.
+"""Returns along chains of K steps, as functions of tensors.
 
-Row k of every argument belongs to the step from x_k to x_{k+1}: rₖ is its reward, Vₖ₊₁ (`next_value[:, k]`)
-the value of the state reached, `terminated[:, k]` and `done[:, k]` say whether the chain stops there. The
-three returns are one recursion and differ in X, the estimate of what follows:
+Row k of every argument belongs to the step from state k to state k+1: rₖ is its reward, Vₖ₊₁ (`next_value[:, k]`)
+is the value of the state that it reaches, and `terminated[:, k]` and `done[:, k]` say whether the chain stops there.
+The three returns share one recursion and differ in X, the estimate of what follows:
 
     Gₖ = rₖ + γ Xₖ₊₁,    Xₖ₊₁ = 0 where terminatedₖ,    Xₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
 
@@ -33,8 +33,8 @@ def lambda_returns(
 
         Gₖ = rₖ + γ (1 - terminatedₖ) [(1 - λₖ) Vₖ₊₁ + λₖ Gₖ₊₁],    Gₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
 
-    λ = 0 is TD(0), λ = 1 is Monte Carlo. A tensor holds one λ per step: λₖ, in the row of rₖ, weighs the two
-    estimates of the state that step k reaches, as in TorchRL's loop version (the source calls it λₖ₊₁).
+    λ = 0 is TD(0), λ = 1 is Monte Carlo. A tensor holds one λ for each step: λₖ, in the row of rₖ, weighs the two
+    estimates of the state that step k reaches, as TorchRL's loop version has it; the source calls it λₖ₊₁.
 
     Args:
         reward: rₖ, shape [B, K, *E]; None if no step pays anything.
@@ -43,7 +43,7 @@ def lambda_returns(
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
             stands for it if it is not given.
         lmbda: λ in [0, 1], a number or a tensor of shape [B, K, 1] or [1, K, 1].
-        gamma: discount γ in [0, 1]; 1 on a denoising chain.
+        gamma: discount γ in [0, 1].
 
     Returns:
         Gₖ, shape [B, K, *E].
@@ -97,7 +97,7 @@ def n_step_returns(
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
             stands for it if it is not given.
         n_steps: n ≥ 1, the number of rewards in the sum.
-        gamma: discount γ in [0, 1]; 1 on a denoising chain.
+        gamma: discount γ in [0, 1].
 
     Returns:
         Gₖ, shape [B, K, *E].
@@ -143,7 +143,7 @@ def monte_carlo_returns(
 
         Gₖ = rₖ + γ Gₖ₊₁,    Gₖ₊₁ = 0 where terminatedₖ,    Gₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
 
-    The values of the states that are not cut off are not read.
+    Values are read only where a chain is cut.
 
     Args:
         reward: rₖ, shape [B, K, *E]; None if no step pays anything.
@@ -152,7 +152,7 @@ def monte_carlo_returns(
         terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
             stands for it if it is not given.
-        gamma: discount γ in [0, 1]; 1 on a denoising chain.
+        gamma: discount γ in [0, 1].
 
     Returns:
         Gₖ, shape [B, K, *E].
@@ -184,9 +184,9 @@ def monte_carlo_returns(
 
 
 def is_truncated(terminated: Tensor, done: Tensor | None = None) -> bool:
-    """Whether any chain is cut, inside the window or by its end, before it has terminated.
+    """Whether a chain is cut before it has terminated, inside the window or at its end.
 
-    If none is, a Monte Carlo return needs no value at all.
+    If none is, Monte Carlo returns need no values.
 
     Args:
         terminated: bool, shape [B, K, 1].
@@ -211,12 +211,12 @@ def check_n_steps(n_steps: int) -> None:
 def _steps(
     reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None, gamma: float
 ) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor | None]]:
-    """Per step: the reward, the value (0 where terminated), and where chains are cut (None: nowhere)."""
+    """For each step the reward, the value (0 where terminated), and where chains stop (None: nowhere)."""
     check_unit_interval("gamma", gamma)
     _check_chain(reward, next_value, terminated, done)
     ended = terminated if done is None else terminated | done
     K = ended.shape[1]
-    # Most steps end no chain: one look at the flags spares a mask over [B, *E] at each of them.
+    # Most steps end no chain. Reading the flags once saves a mask over [B, *E] at each of those steps.
     somewhere = [True] * K if torch.compiler.is_compiling() else ended.squeeze(-1).any(0).tolist()
     r: Sequence[Tensor | None] = [None] * K if reward is None else reward.unbind(1)
     V = list(next_value.unbind(1))
@@ -229,17 +229,17 @@ def _steps(
 
 
 def _restart(X: Tensor, V: Tensor, cut: Tensor | None) -> Tensor:
-    """What follows a step: X, or V where the chain is cut."""
+    """The estimate of what follows a step: X, or V where the chain stops."""
     return X if cut is None else torch.where(cut, V, X)
 
 
 def _paid(r: Tensor | None, gamma: float, X: Tensor, out: Tensor | None = None) -> Tensor:
-    """R + γ X."""
+    """The return r + γ X."""
     return torch.mul(X, gamma, out=out) if r is None else torch.add(r, X, alpha=gamma, out=out)
 
 
 def _slots(V: Tensor, *others: float | Tensor | None) -> tuple[Tensor | None, list[Any]]:
-    """An output [B, K, *E] and its K rows to write into; no output where a graph is to be recorded."""
+    """An output [B, K, *E] and its K rows to write into; no output if gradients or a compiler record the steps."""
     inputs = [x for x in (V, *others) if isinstance(x, Tensor)]
     graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if graph or torch.compiler.is_compiling():
@@ -249,7 +249,7 @@ def _slots(V: Tensor, *others: float | Tensor | None) -> tuple[Tensor | None, li
 
 
 def _lambdas(lmbda: float | Tensor, V: Tensor) -> tuple[Any, ...]:
-    """λₖ for every step, a number or a tensor that broadcasts against [B, *E]."""
+    """λₖ of every step: a number, or a tensor that broadcasts against [B, *E]."""
     B, K = V.shape[:2]
     if not isinstance(lmbda, Tensor):
         return (lmbda,) * K

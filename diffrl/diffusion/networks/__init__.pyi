@@ -1,4 +1,4 @@
-from .auto import auto as auto
+from .automatic import auto as auto
 from .digits_cnn import DigitsCNN as DigitsCNN
 from .digits_cnn import digits_cnn as digits_cnn
 from .digits_cnn import load_digits_cnn as load_digits_cnn

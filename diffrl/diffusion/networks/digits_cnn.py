@@ -50,7 +50,7 @@ class DigitsCNN(nn.Module):
 def load_digits_cnn(path: str | Path = DIGITS_CNN_FILE) -> DigitsCNN:
     """The trained classifier that comes with the library, in evaluation mode, its weights frozen.
 
-    It is trained on the training part of `diffrl.data.digits` by examples/train_digits_features.py.
+    It was trained on the training part of `diffrl.data.digits` by examples/train_digits_features.py.
 
     Raises:
         FileNotFoundError: the weights are missing.
@@ -65,7 +65,7 @@ def load_digits_cnn(path: str | Path = DIGITS_CNN_FILE) -> DigitsCNN:
 
 @cache
 def digits_cnn(device: torch.device) -> DigitsCNN:
-    """The trained classifier on a device: one copy, which all share, so leave it as it is.
+    """The trained classifier on a device. There is one copy, which every caller shares: do not change it.
 
     Raises:
         FileNotFoundError: the weights are missing.

@@ -1,4 +1,4 @@
-"""Vectors for the scalars and labels that a network is told: random Fourier features and a label table."""
+"""How scalars and labels enter a network: random Fourier features, and a table of label vectors."""
 
 import math
 
@@ -70,7 +70,7 @@ class LabelEmbedding(nn.Module):
         """Vectors [N, features] of integer labels cond [N]; None gives the null label's, [1, features].
 
         Raises:
-            ValueError: a label outside 0..num_classes, on a CPU; a GPU reports it in its own way, later.
+            ValueError: a label outside 0..num_classes, on a CPU. A GPU reports it later, as an error of its own.
         """
         if cond is None:
             return self.weight[self.num_classes :]

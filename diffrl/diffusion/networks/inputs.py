@@ -1,4 +1,4 @@
-"""What every network accepts: the event shape it is built for and the arguments of its `forward`."""
+"""Checks of what a network is built for, and of the arguments of its `forward`."""
 
 from torch import Tensor
 

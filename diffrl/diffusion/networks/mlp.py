@@ -26,14 +26,14 @@ class MLP(nn.Module):
         num_classes: number of labels; 0 builds no label table, and `cond` must then be None.
         hidden: units of a hidden layer.
         depth: number of hidden layers, at least 1.
-        x_features: number of Fourier features of x, even; 0 = none, x itself enters in any case.
+        x_features: number of Fourier features of x, even; 0 is none. x itself enters in any case.
         noise_features: number of Fourier features of c_noise, even.
         x_scale: standard deviation in radians of the phases of x, for x of unit variance, as preconditioning
             leaves it. 2 to 4 resolves finer detail in 2-D, and errs more on 16-D mixtures.
         noise_scale: the same per unit of c_noise; EDM's c_noise = ln(σ)/4 spans 2.6 units from 0.002 to 80.
 
     Raises:
-        ValueError: a size out of range, named.
+        ValueError: a size outside its range.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 class _Block(nn.Module):
-    """Residual block, told the noise level and the label by a scale and a shift of its second norm.
+    """Residual block; noise level and label scale and shift the output of its second norm.
 
     h = conv(SiLU(norm(x))),    x ← skip(x) + conv₀(SiLU((1 + a) norm(h) + b)),    [a, b] = W e
     """
@@ -67,7 +67,7 @@ class UNet(nn.Module):
     """F_θ(x, c_noise, cond) of an image: residual blocks at several resolutions, each half the one before.
 
     Down: `blocks` blocks at each resolution, each leaving a skip connection, then means over 2x2 pixels. At
-    the lowest resolution one more block, and attention by choice. Up: as many blocks as down, each fed one
+    the lowest resolution one more block, and attention if asked for. Up: as many blocks as down, each fed one
     skip connection, then every pixel doubled. The last convolution is 0 at the start, so that F is 0, as in
     EDM. Parameters and frequencies are drawn from torch's global generator: seed it before building.
 
@@ -77,12 +77,12 @@ class UNet(nn.Module):
         channels: width of the first resolution, a multiple of 4.
         multipliers: width of each resolution over `channels`; (1, 2) goes 28 → 14, (1, 2, 2) 28 → 14 → 7.
         blocks: residual blocks at each resolution on the way down, and again on the way up.
-        attention: self-attention at the lowest resolution.
+        attention: add self-attention at the lowest resolution.
         noise_features: number of Fourier features of c_noise, even.
         noise_scale: standard deviation of their phases in radians per unit of c_noise, as in `MLP`.
 
     Raises:
-        ValueError: an event shape that this UNet cannot halve, or a size out of range, named.
+        ValueError: an event shape that cannot be halved so often, or a size outside its range.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList(_Block(a, b, embedding) for a, b in pairwise([channels, *widths]))
         self.middle = _Block(widths[-1], widths[-1], embedding)
         self.attention = _Attention(widths[-1]) if attention else nn.Identity()
-        # a comes from below and b by the skip connection: the widths of the way down, backwards
+        # a channels come from below, and b by the skip connection; the widths are those of the way down, reversed
         self.up = nn.ModuleList(_Block(a + b, b, embedding) for a, b in pairwise([widths[-1], *widths[::-1]]))
         self.norm = _norm(widths[0])
         self.last = _zero(nn.Conv2d(widths[0], self.event_shape[0], 3, padding=1))

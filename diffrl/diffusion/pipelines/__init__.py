@@ -1,4 +1,4 @@
-"""Diffusers pipelines as denoisers, with adapters."""
+"""Networks of diffusers pipelines as denoisers, with low-rank adapters to train."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a denoiser of latents: what reward fine-tuning makes a policy of."""
+"""The network of a diffusers pipeline as a denoiser of latents, so that it can be tuned for a reward."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,13 +31,13 @@ class PipelineDenoiser(nn.Module):
 
         F = F_∅ + w (F_c - F_∅),    D = c_skip x_t + c_out F
 
-    `cond` numbers the prompts, which are encoded once: rollouts carry integers. Guidance (w > 1) costs two evaluations
-    a state, made in one batch; the same guided estimate acts in rollouts and is trained. Latents, D and all arithmetic
-    around the network are in float32 whatever its dtype. The network stays in eval mode: dropout would make
-    log-probabilities unrepeatable.
+    The prompts are encoded once; `cond` holds their numbers, so that rollouts carry integers. Guidance (w > 1) costs
+    two evaluations for each state, made in one batch; rollouts and training use the same guided estimate. Latents, D
+    and all arithmetic around the network are in float32, whatever its dtype. The network stays in eval mode, as with
+    dropout a log-probability could not be computed twice.
 
-    Fine-tuning uses `reference`, `trainable_state` and `load_trainable_state`. Trained is every parameter, until
-    `diffrl.diffusion.pipelines.lora.add_lora` leaves only adapters.
+    Fine-tuning uses `reference`, `trainable_state` and `load_trainable_state`. Every parameter is trained, or only
+    the adapters after `diffrl.diffusion.pipelines.lora.add_lora`.
 
     Source: Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), eq. 6 (w here is their 1 + w),
     https://arxiv.org/abs/2207.12598. Models with an embedded guidance scale: On Distillation of Guided Diffusion Models
@@ -46,14 +46,14 @@ class PipelineDenoiser(nn.Module):
 
     Args:
         network: a diffusers `UNet2DConditionModel` or `SD3Transformer2DModel`.
-        process: what it was trained on: DDPM, told the timestep, or Flow, told 1000 t.
+        process: the process that it was trained on: DDPM, whose time input is the timestep, or Flow, with 1000 t.
         prompts: P strings.
-        embeddings: keyword of the network → [P+1, ...], one row a prompt, then the negative prompt's.
+        embeddings: keyword of the network → [P+1, ...], one row for each prompt, then one for the negative prompt.
         prediction_type: what the network predicts.
         guidance_scale: w ≥ 1; 1 is off.
-        guided: whether w acts as above; False where the network is told of it, by a row of `embeddings`.
+        guided: whether w acts as above; False if w is an input of the network, as a row of `embeddings`.
         timestep_scaling: k of c_skip = σd²/(k² t² + σd²), c_out = k t/√(k² t² + σd²), of latent consistency models,
-            whose D is c_skip x_t + c_out D; None: none.
+            whose D is c_skip x_t + c_out D; None: other models.
 
     Raises:
         ValueError: no prompts, embeddings of another number, or guidance_scale < 1.
@@ -100,17 +100,17 @@ class PipelineDenoiser(nn.Module):
         negative_prompt: str = "",
         max_sequence_length: int = 256,
     ) -> "PipelineDenoiser":
-        """The denoiser of a loaded pipeline; afterwards its text encoders may be deleted.
+        """Make the denoiser of a loaded pipeline; afterwards its text encoders may be deleted.
 
         Stable Diffusion 1.x, 2.x, Turbo and latent consistency models, and Stable Diffusion 3.x. The encoded prompts
         lie beside the network: for SD 1.x 0.1 MB each in half precision, for SD 3.x 2.7 MB.
 
         Args:
             pipe: the pipeline; its network is shared, so that the pipeline draws from what is trained.
-            prompts: what conditions number.
+            prompts: the strings that conditions count, from 0.
             guidance_scale: w ≥ 1; 1 is off.
-            negative_prompt: what guidance leads away from.
-            max_sequence_length: tokens of the T5 encoder of SD 3.x.
+            negative_prompt: the prompt that guidance moves away from.
+            max_sequence_length: number of tokens that the T5 encoder of SD 3.x reads.
 
         Raises:
             ValueError: a pipeline of another kind or with conditions other than prompts (SDXL's sizes, inpainting's
@@ -143,7 +143,7 @@ class PipelineDenoiser(nn.Module):
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
-        """[C, h, w] of the latents that the network was made for; it takes others too."""
+        """[C, h, w] of the latents that the network was made for; it accepts other sizes too."""
         config: Any = self.network.config
         size = config.sample_size
         h, w = (size, size) if isinstance(size, int) else size
@@ -151,11 +151,11 @@ class PipelineDenoiser(nn.Module):
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations a state: 2 with guidance."""
+        """Network evaluations for each state: 2 with guidance, else 1."""
         return 2 if self.guided else 1
 
     def train(self, mode: bool = True) -> "PipelineDenoiser":
-        """Stays in eval mode, which gradients do not mind."""
+        """Do nothing: the network stays in eval mode, in which gradients work as well."""
         return super().train(False)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -175,7 +175,7 @@ class PipelineDenoiser(nn.Module):
 
         Raises:
             TypeError: x_t holds integers, or cond does not.
-            ValueError: prompt numbers that are missing, not one a state, or unknown.
+            ValueError: prompt numbers are missing, unknown, or not one for each state.
         """
         require_floating([("x_t", x_t)])
         rows = self._rows(cond, x_t)
@@ -193,10 +193,12 @@ class PipelineDenoiser(nn.Module):
         return (sigma_data**2 * x_t / (kt**2 + sigma_data**2)) + kt * D_x / (kt**2 + sigma_data**2).sqrt()
 
     def _predicted(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
-        """F of states under rows of the embeddings, in x_t's dtype."""
+        """F of states, conditioned on these rows of the embeddings, in x_t's dtype."""
         given = {keyword: self.get_buffer(f"prompt_{keyword}")[rows] for keyword in self._keywords}
         timestep = 1000 * t if isinstance(self.process, Flow) else t.round().long()
-        dtype = self.get_buffer(f"prompt_{self._keywords[0]}").dtype  # the network's; adapters have another
+        dtype = self.get_buffer(
+            f"prompt_{self._keywords[0]}"
+        ).dtype  # that of the network; adapters have another
         F_x: Tensor = self.network(x_t.to(dtype), timestep=timestep, return_dict=False, **given)[0]
         return F_x.to(x_t.dtype)
 
@@ -216,9 +218,10 @@ class PipelineDenoiser(nn.Module):
         return rows
 
     def reference(self) -> nn.Module:
-        """The denoiser as it is without training: the base under the adapters, whose weights it shares.
+        """The denoiser as it was before training, without gradients.
 
-        Without adapters a frozen copy of the network as it is now.
+        With adapters it is the network with its adapters switched off, which costs no memory; without adapters it
+        is a frozen copy of the network as it is now.
         """
         if has_lora(self.network):
             return _Base(self)
@@ -226,15 +229,15 @@ class PipelineDenoiser(nn.Module):
         return copy.deepcopy(self, shared).requires_grad_(False)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Copies of the parameters that are trained, on the CPU: adapters only, where there are any."""
+        """Copies on the CPU of the parameters that are trained: the adapters, if there are any, else all."""
         return {name: p.detach().cpu().clone() for name, p in self._trained()}
 
     @torch.no_grad()
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the parameters of `trainable_state`.
+        """Load the parameters of a `trainable_state`.
 
         Raises:
-            ValueError: they are not those that are trained here, or have other shapes.
+            ValueError: other parameters than those that are trained here, or other shapes.
         """
         trained = dict(self._trained())
         if trained.keys() != state.keys():

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft on a pipeline's network: only they are trained, and the base without them is kept."""
+"""Low-rank adapters on a pipeline's network, by peft: they are trained, and the network itself stays as it is."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from diffrl.extras import require
 
 __all__ = ["ADAPTER", "adapters_disabled", "add_lora", "has_lora", "save_lora"]
 
-ADAPTER = "diffrl"  # what peft calls the adapter
+ADAPTER = "diffrl"  # the name that peft keeps the adapter under
 
 
 def has_lora(network: nn.Module) -> bool:
@@ -30,17 +30,17 @@ def add_lora(
 ) -> None:
     """Freeze the network of a denoiser, and give its attention layers adapters in float32 that are trained instead.
 
-        W x  becomes  W x + (alpha/rank) B A x,    B = 0 at first
+        W x  becomes  W x + (alpha/rank) U V x,    U = 0 at first (the paper writes B for U, and A for V)
 
     Source: LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2022), section 4.1,
     https://arxiv.org/abs/2106.09685.
 
     Args:
         denoiser: a `diffrl.diffusion.pipelines.denoiser.PipelineDenoiser`; changed in place.
-        rank: of A and B, ≥ 1.
+        rank: of U and V, ≥ 1.
         alpha: scale > 0; None: the rank, so that the scale is 1.
-        target_modules: ends of the names of the linear layers that get adapters.
-        generator: A is drawn from it; None: torch's global one. Processes of one run need the same A.
+        target_modules: linear layers whose names end in one of these get adapters.
+        generator: source of V; None: torch's global one. All processes of one run need the same V.
 
     Raises:
         MissingExtra: peft is not installed.
@@ -68,22 +68,22 @@ def add_lora(
         r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(target_modules)
     )
     devices = {p.device for p in network.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):  # what peft draws is drawn anew below
-        network.add_adapter(config, adapter_name=ADAPTER)  # which freezes all the rest
+    with torch.random.fork_rng(devices=list(devices)):  # peft's own draws are replaced below
+        network.add_adapter(config, adapter_name=ADAPTER)  # this freezes all other parameters
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             if ".lora_A." in name:
-                A = torch.empty(parameter.shape, device="cpu" if generator is None else generator.device)
-                parameter.data.copy_(nn.init.kaiming_uniform_(A, a=5**0.5, generator=generator))
+                V = torch.empty(parameter.shape, device="cpu" if generator is None else generator.device)
+                parameter.data.copy_(nn.init.kaiming_uniform_(V, a=5**0.5, generator=generator))
 
 
 @contextmanager
 def adapters_disabled(network: nn.Module) -> Iterator[None]:
-    """Within it the network is its base; afterwards every parameter requires a gradient as it did before."""
+    """Context in which the adapters are switched off; afterwards the same parameters are trained as before."""
     layer_type = require("peft.tuners.tuners_utils", "lora").BaseTunerLayer
     layers = [module for module in network.modules() if isinstance(module, layer_type)]
-    trained = [p for p in network.parameters() if p.requires_grad]  # peft switches it off and on
+    trained = [p for p in network.parameters() if p.requires_grad]  # peft changes requires_grad on the way
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -1,4 +1,4 @@
-"""What a diffusers pipeline is made of: loading it, its process, its network, its prompts in encoded form."""
+"""Parts of a diffusers pipeline: loading it, its process, its network, and its prompts in encoded form."""
 
 import os
 import warnings
@@ -29,13 +29,13 @@ def load_pipeline(
     variant: str | None = None,
     download: bool = False,
 ) -> Any:
-    """A diffusers pipeline from safetensors files on this machine.
+    """Load a diffusers pipeline from safetensors files on this machine.
 
     Args:
         path: folder of a pipeline, or a name that is in the cache of the hub.
         dtype: of all weights. bfloat16 goes well with adapters, which stay in float32; float32 to train all weights.
-        device: where they go.
-        variant: of the files, e.g. "fp16".
+        device: where the weights go.
+        variant: variant of the files to load, such as "fp16".
         download: let diffusers fetch what is missing. Without it nothing touches the network.
 
     Raises:
@@ -59,7 +59,7 @@ def load_pipeline(
         raise FileNotFoundError(
             f"{source!r} is no folder, and no whole pipeline of that name is cached: give a folder, or download=True"
         ) from error
-    if pipe.dtype != dtype:  # a release of diffusers that does not know the keyword
+    if pipe.dtype != dtype:  # some releases of diffusers ignore the keyword
         pipe.to(dtype)
     return pipe.to(device)
 
@@ -67,13 +67,14 @@ def load_pipeline(
 def process_of(scheduler: Any) -> Schedule:
     """The process that a diffusers scheduler's model was trained on, with its betas or its shift.
 
-    Of a DDPM scheduler only these are taken over. The levels of few steps are the trailing ones, whatever the
-    scheduler's own spacing: leading ones start below pure noise, which few steps show. The chain ends at clean data,
-    ᾱ = 1, and not at ᾱ_0 as with ``set_alpha_to_one=False``: its last step is deterministic under DDIM. It starts at
-    σ_{T-1} ε, where diffusers' pipelines start at ε (Stable Diffusion: σ = 0.998). A flow has its scheduler's levels.
+    Only the betas of a DDPM scheduler are used. A chain of few steps takes the trailing timesteps, whatever the
+    scheduler's own spacing: leading ones start below pure noise, which shows in few steps. The chain ends at clean
+    data, ᾱ = 1, and not at ᾱ_0 as with ``set_alpha_to_one=False``: its last step is deterministic under DDIM. It
+    starts at σ_{T-1} ε, where diffusers' pipelines start at ε (Stable Diffusion has σ = 0.998). A flow has the levels
+    of its scheduler.
 
     Raises:
-        ValueError: a scheduler whose process is none of these, or whose samples are clipped.
+        ValueError: the scheduler's process is neither DDPM nor Flow, or it clips samples.
     """
     config, name = scheduler.config, type(scheduler).__name__
     T = config.get("num_train_timesteps")
@@ -118,7 +119,11 @@ def prediction_of(scheduler: Any) -> PredictionType:
 
 
 def network_of(pipe: Any) -> Any:
-    """The UNet or transformer, if prompts are all that it is conditioned on."""
+    """The UNet or transformer of a pipeline.
+
+    Raises:
+        ValueError: another network, or one with conditions other than prompts.
+    """
     diffusers, name = require("diffusers", "diffusers"), type(pipe).__name__
     network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if isinstance(network, diffusers.SD3Transformer2DModel):
@@ -139,7 +144,7 @@ def network_of(pipe: Any) -> Any:
 
 
 def warn_of_truncation(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> None:
-    """Say which prompts are longer than what an encoder reads."""
+    """Warn of prompts that are longer than a text encoder reads."""
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         if (tokenizer := getattr(pipe, name, None)) is None:
             continue
@@ -155,7 +160,16 @@ def warn_of_truncation(pipe: Any, prompts: Sequence[str], max_sequence_length: i
 
 @torch.no_grad()
 def encoded(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> dict[str, Tensor]:
-    """Keyword of the network → [P+1, ...], by the pipeline's own encoders."""
+    """Encode prompts by the pipeline's own text encoders.
+
+    Args:
+        pipe: the pipeline.
+        prompts: P+1 strings, the negative prompt last.
+        max_sequence_length: number of tokens that the T5 encoder of SD 3.x reads.
+
+    Returns:
+        Keyword of the network → [P+1, ...].
+    """
     three = getattr(pipe, "transformer", None) is not None
     device = next(pipe.text_encoder.parameters()).device
     more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": max_sequence_length} if three else {}

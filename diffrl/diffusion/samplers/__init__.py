@@ -1,4 +1,4 @@
-"""Reverse samplers: one step of each, and the loop that walks them."""
+"""Reverse samplers: the step of each, and the loop that repeats it from noise to data."""
 
 import lazy_loader
 

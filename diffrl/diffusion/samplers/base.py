@@ -1,4 +1,4 @@
-"""What one step of a reverse sampler is: the denoiser it asks, the law it draws from, the noise it uses."""
+"""What every reverse sampler is made of: the denoiser that it calls, its step, and the noise that it uses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ __all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "column", 
 
 
 class Noise:
-    """Standard normal numbers for a batch, from one generator or from one per sample.
+    """Standard normal numbers for a batch, from one generator or from one for each sample.
 
-    With one seed per sample each sample is the same whatever batch it is drawn in.
+    With a seed for each sample, a sample does not depend on the batch that it is drawn in.
 
     Args:
-        generators: one generator for all, or one per sample.
+        generators: one for all samples, or one for each; None: torch's global one.
     """
 
     def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None) -> None:
@@ -28,14 +28,14 @@ class Noise:
 
     @classmethod
     def per_sample(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
-        """One generator per sample, seeded by its number."""
+        """One generator for each sample, with these seeds."""
         return cls([torch.Generator(device).manual_seed(int(s)) for s in seeds])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of x's shape [N, *E], dtype and device.
 
         Raises:
-            ValueError: there are generators for another number of samples.
+            ValueError: the number of generators is not that of the samples.
         """
         if self.generators is None or isinstance(self.generators, torch.Generator):
             return torch.randn(x.shape, generator=self.generators, dtype=x.dtype, device=x.device)
@@ -48,12 +48,12 @@ class Noise:
 
 
 class Model:
-    """A denoiser bound to its process, condition and grid, which counts its own calls.
+    """A denoiser with its process, its condition and the length of its grid; it counts its calls.
 
     Args:
         denoiser: D.
         process: noise schedule.
-        num_steps: N, the levels of the grid that is walked.
+        num_steps: N, the number of noise levels in the grid.
         cond: condition of each sample, shape [N, ...], or None.
     """
 
@@ -62,12 +62,12 @@ class Model:
     ) -> None:
         self.denoiser, self.process, self.num_steps, self.cond = denoiser, process, num_steps, cond
         self.nfe = 0
-        """Network evaluations per sample so far; guidance counts as one call here."""
+        """Calls of the denoiser so far; a guided one counts once, though it evaluates its network twice."""
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """D(x, t) for one time t shared by the batch, or one per state, shape [N]."""
         self.nfe += 1
-        # float32 at least: bfloat16 has no 999
+        # float32 at least: bfloat16 cannot hold a timestep such as 999
         t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
         return self.denoiser(x, t.expand(len(x)), self.cond)
 
@@ -91,24 +91,35 @@ def velocity(process: Schedule, x: Tensor, D_x: Tensor, t: Tensor) -> Tensor:
 
 
 def column(c: Tensor, x: Tensor) -> Tensor:
-    """A float64 number, or one per state, such that it multiplies states x [N, *E] of another dtype."""
+    """A float64 number, or one for each state, in the dtype of the states x [N, *E] and ready to multiply them."""
     return expand_like(c.to(x), x)
 
 
 class Sampler(ABC):
-    """One reverse step; `sample` is the loop."""
+    """One step of a reverse sampler; `diffrl.sample` repeats it from noise to data."""
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
-        """Times that are walked, the clean one last: float64, shape [N+1]."""
+        """Times that a chain of N levels visits, the clean one last: float64, shape [N+1]."""
         return process.time_grid(num_steps)
 
     @abstractmethod
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
-        """The state at time s from the state x [N, *E] at time t (float64 scalars)."""
+        """The state at time s, made from the state x at time t.
+
+        Args:
+            model: the denoiser, with its process and condition.
+            x: state at time t, shape [N, *E].
+            t: time of x, a float64 scalar.
+            s: time to reach, a float64 scalar.
+            noise: source of standard normal numbers.
+        """
 
 
 class GaussianSampler(Sampler):
-    """A sampler whose step is a Gaussian made from one evaluation, so that it has a log-probability."""
+    """A sampler whose step is one Gaussian, made from one evaluation of the denoiser.
+
+    It makes a policy: the step has a log-probability wherever its std is not 0.
+    """
 
     @abstractmethod
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
@@ -118,14 +129,17 @@ class GaussianSampler(Sampler):
             process: noise schedule.
             x: state at time t, shape [N, *E].
             D_x: its clean estimate, of x's shape.
-            t: time left, float64, a scalar or one a state, shape [N].
-            s: time reached, of t's shape.
+            t: time of x, float64, a scalar or one for each state, shape [N].
+            s: time to reach, of t's shape.
         """
 
     def kernel(self, model: Model, x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        """`law` with the model's own clean estimate."""
+        """The `law` for the model's clean estimate of x.
+
+        The `log_prob` of a deterministic law of scalar times raises a ValueError.
+        """
         return self.law(model.process, x, model(x, t), t, s)
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
-        """A draw from the kernel."""
+        """A draw from the law of the step."""
         return self.kernel(model, x, t, s).sample(noise)

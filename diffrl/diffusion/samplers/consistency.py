@@ -1,4 +1,4 @@
-"""Sampling of consistency models, latent ones too: in one jump, or in a few with fresh noise between them."""
+"""Sampling of consistency models, latent ones too: one jump to clean data, or several with fresh noise between."""
 
 from dataclasses import dataclass
 
@@ -18,24 +18,24 @@ __all__ = ["LCM", "Multistep"]
 @SAMPLERS.register("consistency")
 @dataclass(frozen=True)
 class Multistep(GaussianSampler):
-    """Sampling of consistency models: jump to clean data, noise up to a lower level, jump again.
+    """Sampling of consistency models: jump to clean data, add noise up to a lower level, jump again.
 
         x0 = f(x_T, σ_max),    then for each lower level σ:    x = x0 + √(σ² - σ_min²) z,    x0 = f(x, σ)
 
-    Each of the N levels costs one evaluation: num_steps = NFE, and num_steps = 1 is the one-step generator.
+    Each of the N levels costs one network evaluation; num_steps = 1 generates in one step.
 
     Source: Consistency Models (Song et al., 2023), Algorithm 1, https://arxiv.org/abs/2303.01469.
 
     Args:
         levels: σ below σ_max, in falling order, of which a chain of N levels takes the first N - 1; the paper
-            searches for good ones by sample quality. None: those of the process's grid of N + 1 levels, but
-            for its last, σ_min, where f does nothing.
+            searches for good ones by sample quality. None: those of the process's grid of N + 1 levels
+            without its last, σ_min, where f returns its input.
     """
 
     levels: tuple[float, ...] | None = None
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
-        """σ_max, the lower levels, then clean data: float64, shape [N+1].
+        """The grid: σ_max, the lower levels, then clean data: float64, shape [N+1].
 
         Raises:
             ValueError: the process is not EDM, num_steps < 1, or `levels` are too few or do not fall from
@@ -63,7 +63,7 @@ class Multistep(GaussianSampler):
         return grid
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        """N(f, σ_s² - σ_min²); a point where s is clean."""
+        """N(f, σ_s² - σ_min²); deterministic where s is clean."""
         assert isinstance(process, EDM)
         return Gaussian(D_x, (s**2 - process.sigma_min**2).clamp(min=0).sqrt())
 
@@ -71,18 +71,18 @@ class Multistep(GaussianSampler):
 @SAMPLERS.register("lcm")
 @dataclass(frozen=True)
 class LCM(GaussianSampler):
-    """Sampling of latent consistency models on a discrete chain: jump to clean data, noise up, jump again.
+    """Sampling of latent consistency models on a discrete chain: jump to clean data, add noise, jump again.
 
         x_s = α_s D + σ_s z
 
-    This is CPS(η = 1) on a grid of its own: these models know only the timesteps that they were distilled on,
-    (j+1) T/M - 1 for j = 0..M-1, of which a chain of N levels takes those of place ⌊i M/N⌋ from the noisiest.
+    This is CPS(eta=1) on a grid of its own: these models know only the M timesteps that they were distilled on,
+    (j+1) T/M - 1 for j = 0..M-1. A chain of N levels takes the ⌊i M/N⌋-th of them, counted from the noisiest.
 
     Sources: Latent Consistency Models (Luo et al., 2023), Algorithm 3, https://arxiv.org/abs/2310.04378; as a policy:
     RL for Consistency Models (Oertell et al., 2024), section 4, https://arxiv.org/abs/2404.03673.
 
     Args:
-        solver_steps: M, timesteps of the distillation.
+        solver_steps: M ≥ 1, the number of timesteps in the distillation.
 
     Raises:
         ValueError: solver_steps < 1.
@@ -95,7 +95,7 @@ class LCM(GaussianSampler):
             raise ValueError(f"solver_steps is {self.solver_steps}: give at least 1")
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
-        """The timesteps that are walked, then clean data: float64, shape [N+1].
+        """The timesteps of the chain, then clean data: float64, shape [N+1].
 
         Raises:
             ValueError: the process is not DDPM, or num_steps lies outside 1..M, or M outside 1..T.
@@ -114,5 +114,5 @@ class LCM(GaussianSampler):
         return torch.cat([t.double(), torch.tensor([process.t_clean], dtype=torch.float64)])
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
-        """N(α_s D, σ_s²); a point where s is clean."""
+        """N(α_s D, σ_s²); deterministic where s is clean."""
         return Gaussian(column(process.alpha(s), x) * D_x, process.sigma(s))

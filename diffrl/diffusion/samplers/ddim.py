@@ -16,14 +16,14 @@ __all__ = ["DDIM", "Ancestral"]
 @SAMPLERS.register("ddim")
 @dataclass(frozen=True)
 class DDIM(GaussianSampler):
-    """x_s = A D + κ x_t + std z: the posterior of coupling η with the clean estimate in place of x0.
+    """x_s = A D + κ x_t + std z: the posterior of the coupling η_s, with the clean estimate D in place of x0.
 
-    η = 0 is deterministic, η = 1 ancestral. Works for every process, discrete ones too.
+    η_s = 0 is deterministic, η_s = 1 is ancestral sampling. It works for every process, discrete ones too.
 
     Source: Denoising Diffusion Implicit Models (Song et al., 2021), eqs. 12, 16, https://arxiv.org/abs/2010.02502.
 
     Args:
-        eta: η ∈ [0, 1].
+        eta: η_s ∈ [0, 1].
 
     Raises:
         ValueError: eta outside [0, 1].
@@ -43,7 +43,7 @@ class DDIM(GaussianSampler):
 
 @SAMPLERS.register("ancestral")
 def Ancestral() -> DDIM:  # noqa: N802 (used like the classes beside it)
-    """DDIM(η = 1): DDPM's sampler with the posterior variance.
+    """DDIM(eta=1): DDPM's sampler with the posterior variance.
 
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eqs. 6-7, https://arxiv.org/abs/2006.11239.
     """

@@ -16,10 +16,10 @@ __all__ = ["EDMStochastic"]
 @SAMPLERS.register("edm_stochastic")
 @dataclass(frozen=True)
 class EDMStochastic(Sampler):
-    """EDM's sampler: fresh noise before each Heun step.
+    """EDM's stochastic sampler: fresh noise before each Heun step; the paper writes γ for the churn.
 
-        γ = min(S_churn/N, √2 - 1) where S_min ≤ t ≤ S_max, else 0
-        t̂ = t + γ t,    x̂ = x + √(t̂² - t²) S_noise z,    then Heun from t̂ to s
+        churn = min(S_churn/N, √2 - 1) where S_min ≤ t ≤ S_max, else 0
+        t̂ = t + churn t,    x̂ = x + √(t̂² - t²) S_noise z,    then Heun from t̂ to s
 
     S_churn = 0 is `Heun`.
 
@@ -30,7 +30,7 @@ class EDMStochastic(Sampler):
         S_churn: amount of fresh noise over the whole chain of N steps.
         S_min: lowest noise level at which it is added.
         S_max: highest such level.
-        S_noise: factor on the added noise.
+        S_noise: factor on the added noise, slightly above 1 to make up for what the denoiser removes too much.
     """
 
     S_churn: float = 40.0
@@ -39,7 +39,7 @@ class EDMStochastic(Sampler):
     S_noise: float = 1.003
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
-        """Noise up from t to t̂, then Heun down to s.
+        """Add noise from t up to t̂, then take a Heun step down to s.
 
         Raises:
             ValueError: the process is not EDM.
@@ -47,8 +47,8 @@ class EDMStochastic(Sampler):
         if not isinstance(model.process, EDM):
             name = type(model.process).__name__
             raise ValueError(f"EDMStochastic works on the EDM process, not on {name}: use DDIM(eta)")
-        gamma = min(self.S_churn / model.num_steps, 2**0.5 - 1) if self.S_min <= t <= self.S_max else 0.0
-        t_hat = t + gamma * t
-        if gamma > 0:
+        churn = min(self.S_churn / model.num_steps, 2**0.5 - 1) if self.S_min <= t <= self.S_max else 0.0
+        t_hat = t + churn * t
+        if churn > 0:
             x = x + (t_hat**2 - t**2).sqrt() * self.S_noise * noise(x)
         return Heun().step(model, x, t_hat, s, noise)

@@ -29,7 +29,7 @@ def sample(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw samples: start from σ ε at the noisiest level, walk the grid down to clean data.
+    """Draw samples: start from σ ε at the noisiest level and step down the grid to clean data.
 
     >>> import diffrl, torch
     >>> exact = diffrl.GaussianDenoiser(diffrl.EDM(), torch.zeros(2), torch.eye(2))
@@ -37,15 +37,15 @@ def sample(
     torch.Size([3, 2])
 
     Args:
-        denoiser: D; put a network in eval mode first.
+        denoiser: D. Put a network in eval mode first.
         shape: shape of the result, [N, *E].
-        sampler: one of `SAMPLERS`.
-        num_steps: N noise levels; the network evaluations, which `Model.nfe` counts, may be more.
+        sampler: the reverse step, such as `diffrl.Heun()`; `diffrl.diffusion.samplers.SAMPLERS` has all.
+        num_steps: N ≥ 1, the number of noise levels. A sampler of second order evaluates the network more often.
         process: noise schedule; taken from ``denoiser.process`` if None.
         cond: condition of each sample, shape [N, ...].
-        seed: sample j is drawn from its own generator, seeded by seed + j, so that it does not depend on the
-            others. Give this or `noise`.
-        noise: another source of noise.
+        seed: sample j comes from a generator of its own with seed + j, so that it does not depend on the
+            other samples. Give this or `noise`.
+        noise: another source of standard normal numbers.
         device: where the samples are drawn.
         dtype: of the samples, floating.
 
@@ -69,13 +69,13 @@ def sample(
 
 
 def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: NoiseFn) -> Iterator[Tensor]:
-    """The N+1 states of one reverse chain: the start σ ε, then one per step; the last is clean.
+    """The N+1 states of a batch of reverse chains, each [N, *E]: the start σ ε, then one for each step.
 
     Args:
-        model: denoiser bound to process and grid.
+        model: the denoiser, with its process and grid.
         sampler: the reverse step.
         like: any tensor of the wanted shape [N, *E], dtype and device; its values are not read.
-        noise: source of noise, the start's too.
+        noise: source of standard normal numbers, for the start too.
     """
     grid = sampler.grid(model.process, model.num_steps)
     x = model.process.sigma(grid[0]) * noise(like)

@@ -1,4 +1,4 @@
-"""Stochastic samplers made for policies: the flow SDE and its coefficient-preserving successor."""
+"""Stochastic samplers made for fine-tuning: the flow SDE, and coefficient-preserving sampling."""
 
 import math
 from dataclasses import dataclass
@@ -23,14 +23,17 @@ class FlowSDE(GaussianSampler):
         sd = a √(t/(1-t)),    h = s - t < 0,    v = (x - D)/t
         mean = x (1 + sd² h/(2t)) + v (1 + sd² (1-t)/(2t)) h,    std = sd √(-h)
 
-    At pure noise, t = 1, it would be infinite: there sd = a √(t/(1-s)), so that std = a. The step onto clean data has
-    std > 0 too. The coefficient of x0 is exact, but more noise is left than s.
+    At pure noise, t = 1, sd would be infinite: there sd = a √(t/(1-s)), so that std = a. The last step, onto clean
+    data, has std > 0 too. States have the exact coefficient of x0, but more noise than the time s stands for.
 
     Source: Flow-GRPO: Training Flow Matching Models via Online RL (Liu et al., 2025), eq. 9 and its code,
     https://arxiv.org/abs/2505.05470.
 
     Args:
-        a: amount of noise, ≥ 0; 0 is Euler.
+        a: amount of noise, ≥ 0; 0 is `Euler`.
+
+    Raises:
+        ValueError: a < 0.
     """
 
     a: float = 0.7
@@ -62,18 +65,21 @@ class FlowSDE(GaussianSampler):
 class CPS(GaussianSampler):
     """Coefficient-preserving sampling: part of the noise is drawn afresh, and the marginal's coefficients stay exact.
 
-        std = σ_s sin(½π η),    mean = α_s D + √(σ_s² - std²) ε̂,    ε̂ = (x - α_t D)/σ_t
+        std = σ_s sin(½π η_s),    mean = α_s D + √(σ_s² - std²) ε̂,    ε̂ = (x - α_t D)/σ_t
 
-    η = 0 is DDIM(0). Works for every process. Exact are the coefficients, not the law: fresh noise is a share of what
-    is left, however short the step, so that samples spread less than data (a Gaussian loses 28 % of its variance at
-    η = 0.7, even in 150 steps), and a small η less so. The published objective scores actions by -|x' - mean|² without
-    1/(2 std²); `Gaussian.log_prob` gives the true log-density.
+    η_s = 0 is DDIM(0). It works for every process. The coefficients are exact, but the law is not: however short the
+    step, a fixed share of its noise is fresh, so that samples spread less than the data do. A Gaussian loses 28 % of
+    its variance at η_s = 0.7, even in 150 steps, and less at a smaller η_s. The published objective scores actions by
+    -|x' - mean|² without the factor 1/(2 std²); `Gaussian.log_prob` gives the true log-density.
 
     Source: Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching (2025), and its code,
     https://arxiv.org/abs/2509.05952.
 
     Args:
-        eta: η ∈ [0, 1].
+        eta: η_s ∈ [0, 1].
+
+    Raises:
+        ValueError: eta outside [0, 1].
     """
 
     eta: float = 0.7

@@ -1,4 +1,4 @@
-"""Noise processes: α_t, σ_t and the grids of times that samplers and chains walk."""
+"""Noise schedules: α_t and σ_t, and the grids of times that chains and samplers visit."""
 
 import lazy_loader
 

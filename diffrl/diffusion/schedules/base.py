@@ -15,7 +15,10 @@ __all__ = ["Schedule"]
 
 
 class Schedule(ABC):
-    """t → (α_t, σ_t), and the grid of N levels that a chain walks down."""
+    """The map from a time t to (α_t, σ_t), and the grid of N noise levels that a chain visits.
+
+    A discrete process has integer times, and no derivatives.
+    """
 
     t_clean: ClassVar[float] = 0.0
     """The time of clean data: α = 1, σ = 0."""
@@ -63,7 +66,7 @@ class Schedule(ABC):
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def c_noise(self, t: Tensor) -> Tensor:
-        """What a network is told of t: ln(σ_t/α_t)/4, kept in [-10, 10] to be finite at both ends.
+        """The input by which a network knows t: ln(σ_t/α_t)/4, clamped to [-10, 10] so that it is always finite.
 
         Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
         Table 1, https://arxiv.org/abs/2206.00364.

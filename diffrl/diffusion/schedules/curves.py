@@ -27,7 +27,7 @@ class Curve(ABC):
 
     @abstractmethod
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
-        """Where log(α²/σ²) is that."""
+        """The time at which log(α²/σ²) has this value."""
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         """dσ/dt, from α² + σ² = 1."""
@@ -160,7 +160,7 @@ class Sigmoid(Curve):
         g = torch.sigmoid(log_snr) * self._height  # s(e) - s(u)
         t = (torch.log1p(q / _s(b)) - torch.log1p(-q / _s(-b))) / (e - b)
         rest = (torch.log1p(g / _s(-e)) - torch.log1p(-g / _s(e))) / (e - b)
-        return torch.where(log_snr > 0, t, 1 - rest)  # each from the end that it is near
+        return torch.where(log_snr > 0, t, 1 - rest)  # from the nearer end, which keeps full precision
 
 
 @dataclass(frozen=True)

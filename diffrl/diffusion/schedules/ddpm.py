@@ -20,7 +20,7 @@ class DDPM(Schedule):
     """Discrete variance-preserving chain: α_t = √ᾱ_t, σ_t = √(1-ᾱ_t), t ∈ {T-1, …, 0}; clean data is t = -1.
 
     Kinds: see `discrete_alphas_cumprod`. Stable Diffusion's is scaled_linear, β from 0.00085 to 0.012.
-    A chain of N < T steps takes the timesteps round((N-i) T/N) - 1 ('trailing': the noisiest is T-1).
+    A chain of N ≤ T steps takes the timesteps round((N-i) T/N) - 1, of which the noisiest is T-1 ("trailing").
 
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4, https://arxiv.org/abs/2006.11239.
 

@@ -25,9 +25,9 @@ class VP(Schedule):
         sigmoid:  α_t² = (s(end/τ) - s(u)) / (s(end/τ) - s(start/τ)),    u = (start + t (end - start))/τ
 
     Levels are spaced evenly from t_max to t_min. Cosine and sigmoid have α = 0 at t = 1: keep t_max below it
-    where a log-SNR or a prediction of noise is wanted. An `input_scale` b shifts the log-SNR by 2 log b: it
-    is for α_t b x0 + σ_t ε divided by its standard deviation, which has the same posterior but ends at x0.
-    Simple diffusion's shift is that too, b = (resolution the curve was made for)/(resolution of the data).
+    if a log-SNR or a prediction of noise is needed. An `input_scale` b shifts the log-SNR by 2 log b: the state
+    is then α_t b x0 + σ_t ε divided by its standard deviation, which has the same posterior but ends at x0.
+    Simple diffusion's shift is the same, with b = (resolution the curve was made for)/(resolution of the data).
     Sources: see `diffrl.diffusion.schedules.curves`.
 
     Args:
@@ -39,8 +39,8 @@ class VP(Schedule):
         start, end: of the piece of the logistic curve, start < end (sigmoid).
         tau: τ > 0 (sigmoid).
         input_scale: b > 0.
-        log_snr_max: if given, t_min and t_max are where the log-SNR, before a shift, is this and minus this;
-            the cosine with 15 is simple diffusion's.
+        log_snr_max: if given, the levels run between the times at which the log-SNR, before a shift, is plus and
+            minus this; t_min and t_max are then unused. Simple diffusion has the cosine with 15.
 
     Raises:
         ValueError: an argument outside its range.
@@ -79,7 +79,7 @@ class VP(Schedule):
     @cached_property
     def _ends(self) -> tuple[float, float]:
         """Times of the least noisy and of the noisiest level."""
-        curve = self._curve  # which checks its numbers
+        curve = self._curve  # making it checks its numbers
         if self.log_snr_max is None:
             return self.t_min, self.t_max
         ends = torch.tensor([self.log_snr_max, -self.log_snr_max], dtype=torch.float64)
@@ -104,7 +104,7 @@ class VP(Schedule):
     def _level(self, index: Tensor, num_steps: int) -> Tensor:
         t_min, t_max = self._ends
         t = t_max + index / max(num_steps - 1, 1) * (t_min - t_max)
-        return t.clamp(max=1)  # the process ends there
+        return t.clamp(max=1)  # rounding must not pass the end of the process
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:
         t_min, t_max = self._ends

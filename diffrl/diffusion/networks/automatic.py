@@ -1,4 +1,4 @@
-"""The network that is built where none is named."""
+"""The network `auto`, which is chosen by the shape of the data."""
 
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.networks.registry import NETWORKS
@@ -11,7 +11,7 @@ __all__ = ["auto"]
 def auto(
     event_shape: tuple[int, ...], num_classes: int = 0, channels: int = 16, hidden: int = 128
 ) -> MLP | UNet:
-    """A small network that fits the data: a UNet for images (C, H, W), an MLP for all else.
+    """A small network that fits the data: a UNet for images (C, H, W), an MLP for everything else.
 
     Args:
         event_shape: *E, the shape of one event.
