@@ -163,7 +163,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 
 def test_what_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="give a callable"):
-        BlackBox(3.0)  # type: ignore[arg-type]
+        BlackBox(3.0)
 
 
 def test_names() -> None:

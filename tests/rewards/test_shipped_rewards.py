@@ -247,6 +247,6 @@ def test_faulty() -> None:
     start = time.monotonic()
     assert Faulty("hang", seconds=0.05)(x0) == numbers and time.monotonic() - start >= 0.05
     with pytest.raises(ValueError, match="kind is 'zero'"):
-        Faulty("zero")  # type: ignore[arg-type]
+        Faulty("zero")
     with pytest.raises(RewardError, match="longer than 0.05 s"):
         BlackBox(Faulty("hang", seconds=0.5), workers=1, timeout=0.05)(x0)
