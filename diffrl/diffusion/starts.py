@@ -84,9 +84,8 @@ class LossAwareStarts(Starts):
         if not 0 <= uniform <= 1:
             raise ValueError(f"uniform is {uniform}: it is a share in [0, 1]")
         self.history, self.uniform = history, uniform
-        self._losses = torch.zeros(
-            0, history, dtype=torch.float64
-        )  # one row for each start; a new loss takes the place of the oldest
+        # one row for each start, in which a new loss takes the place of the oldest
+        self._losses = torch.zeros(0, history, dtype=torch.float64)
         self._counts = torch.zeros(0, dtype=torch.long)
 
     def _grow(self, num_starts: int) -> None:
