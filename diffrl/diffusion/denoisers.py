@@ -79,9 +79,8 @@ class Denoiser(nn.Module):
         require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         c_noise = t
-        if (
-            self.time_input != "t"
-        ):  # float32 at least: in half precision, different noise levels would become one
+        if self.time_input != "t":
+            # float32 at least: in half precision, different noise levels would become one
             c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
             if self.time_input == "c_noise_x1000":
                 c_noise = 1000 * c_noise

@@ -114,9 +114,8 @@ class LossAwareStarts(Starts):
         new = index.bincount(minlength=len(self._counts))
         rank = torch.arange(len(index)) - (new.cumsum(0) - new)[index]  # among the losses of the same start
         slot = (self._counts[index] + rank) % self.history
-        kept = (
-            rank >= new[index] - self.history
-        )  # a loss that a later one of this batch would overwrite is left out
+        # a loss that a later one of this batch would overwrite is left out
+        kept = rank >= new[index] - self.history
         self._losses[index[kept], slot[kept]] = losses[kept]
         self._counts += new
 
