@@ -1,0 +1,102 @@
+"""docs/adding_a_scheme.md is true: its files are written as they stand there, and its commands run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffrl
+from diffrl import registry
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.value import ValueLoss
+from tests.kit.configs import TINY
+from tests.kit.paths import ROOT
+
+PAGE = (ROOT / "docs" / "adding_a_scheme.md").read_text()
+FILES = dict(re.findall(r"`(\w+)\.py`[^`]*?```python\n(.*?)```", PAGE, re.DOTALL))
+COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the page's files define; what they register is forgotten afterwards."""
+    monkeypatch.setattr(OBJECTIVES, "_entries", {e.name: e for e in OBJECTIVES.entries()})
+    monkeypatch.setattr(registry, "_USERS", {})
+    names: dict[str, Any] = {}
+    for name, text in FILES.items():
+        defined: dict[str, Any] = {"__name__": name}
+        exec(compile(text, f"{name}.py", "exec"), defined)
+        names |= defined
+    return names
+
+
+def test_the_page_has_both_files() -> None:
+    assert list(FILES) == ["mean_target", "log_uniform"]
+
+
+def test_the_mean_of_equal_targets_is_each_of_them(page: dict[str, Any]) -> None:
+    process = diffrl.EDM()
+    denoiser = diffrl.Denoiser(MLP((2,), hidden=8, depth=1), process, sigma_data=0.5)
+    x0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    chain = diffrl.sample_chain(
+        process, x0, num_steps=6, coupling="markov", generator=torch.Generator().manual_seed(1)
+    )
+
+    def loss(**options: Any) -> torch.Tensor:
+        return page["mean_target_loss"](denoiser, **options)(chain)["loss_value"]
+
+    td0 = ValueLoss(denoiser, n_steps=1)(chain)["loss_value"]
+    torch.testing.assert_close(loss(n_steps=1), td0)
+    assert not torch.isclose(loss(), td0, rtol=1e-3)
+    label = OBJECTIVES.entry("mean_target").label_for({"n_steps": 4})
+    assert label == "mean of 1 and 4 steps"
+    with pytest.raises(ValueError, match="objective.n_steps is 0"):
+        loss(n_steps=0)
+
+
+def test_the_noise_levels_are_log_uniform(page: dict[str, Any]) -> None:
+    states = page["log_uniform_states"](
+        diffrl.EDM(), torch.zeros(10_000, 2), low=0.1, high=10.0, generator=torch.Generator().manual_seed(0)
+    )
+    u = states["t"].flatten().log10()
+    assert -1 <= u.min() < -0.99 and 0.99 < u.max() <= 1
+    assert abs(float(u.mean())) < 0.03 and float(u.std()) == pytest.approx(2 / 12**0.5, rel=0.03)
+
+
+def test_registries_and_files_of_the_table_exist() -> None:
+    rows = re.findall(r"\| `(diffrl\.\S+)\.([A-Z]+)` \| `(\S+)` \|", PAGE)
+    assert len(rows) == PAGE.count("| `diffrl.")
+    for module, name, file in rows:
+        place = Path(str(import_module(module).__file__))
+        assert isinstance(getattr(import_module(module), name), registry.Registry)
+        assert f"{name}.register(" in (place.parent / file).read_text(), file
+
+
+@pytest.mark.slow
+def test_commands(tmp_path: Path) -> None:
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shown = []
+    for line in COMMANDS:
+        python, *words = shlex.split(line)
+        assert python == "python"
+        words += {"train": TINY, "compare": ["--cfg", "job"]}.get(words[2], [])
+        ran = subprocess.run(
+            [sys.executable, "-W", "ignore", *words],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        shown.append(ran.stdout)
+    trained, _, uniform, compared = shown
+    assert "mean of 1 and 4 steps and Monte Carlo on gmm" in trained
+    assert "Log-uniform denoising on gmm" in uniform
+    assert "objective=mean_target" in compared and (tmp_path / "my_run" / "results.json").exists()
