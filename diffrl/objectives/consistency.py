@@ -60,7 +60,7 @@ CT_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class ConsistencyLoss(DenoiserLoss):
-    """The loss of consistency training with a TD term, to be fed with `sample_consistency_pairs`.
+    """Consistency training with a TD term, to be fed with `sample_consistency_pairs`.
 
         L_CT = w_CT(σ_t) d(f(x_t), f⁻(x_t'))
         L_TD = w ‖δ‖²/dim(E),    δ = A_t (x0 - f(x_t)) - A_t' (x0 - f⁻(x_t'))
@@ -180,7 +180,7 @@ def ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
 def td_ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
     """TD-CT: consistency training with a TD term, which is left out where a pair ends at σ_min.
 
-        L = valid ? L_TD + c L_CT : (1 + c) L_CT
+        L = valid ? L_TD + c L_CT : (1 + c) L_CT,    with L_TD and L_CT of `ConsistencyLoss`
 
     Args:
         denoiser: f, of prediction_type "consistency"; trained in place.

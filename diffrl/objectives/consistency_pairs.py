@@ -104,7 +104,7 @@ def sample_consistency_pairs(
 
 
 class ConsistencyPairs:
-    """Draws the pairs that a run trains on, on grids that grow with it; see `sample_consistency_pairs`.
+    """Pairs for a whole run, on a grid that gets finer as it goes on; see `sample_consistency_pairs`.
 
     Args:
         process: EDM.

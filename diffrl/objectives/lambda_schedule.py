@@ -1,4 +1,4 @@
-"""λ that depends on the noise level: TD(λ) with one mix of bootstrapping and data for each state."""
+"""λ as a function of the noise level: how much TD(λ) trusts the denoiser, and how much the data, at each state."""
 
 import math
 from collections.abc import Callable
@@ -22,8 +22,8 @@ class LambdaSchedule:
 
         λ = low + u (high - low),    u = ln(nsr/nsr_low) / ln(nsr_high/nsr_low), kept in [0, 1]
 
-    The row of rₖ in λ-returns holds λ of the state reached, x_{k+1}: it weighs V(x_{k+1}) against G_{k+1}.
-    So a small λ at a state means that earlier states trust the denoiser there. Equal ends are a constant λ.
+    A λ-return weighs the value V of a state reached against the return G from there on, by the λ of that state. So a
+    small λ at a state means that earlier states trust the denoiser there. Equal ends are a constant λ.
 
     Source: state-dependent λ: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), §12.8,
     http://incompleteideas.net/book/the-book-2nd.html; this schedule is ours.
