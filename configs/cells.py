@@ -1,26 +1,31 @@
-"""From a plan to the cells of a comparison, each with the configuration that Hydra composes for it."""
+"""From words of a command line to the cells of a comparison, each with the configuration that Hydra composes."""
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.configs.cli import explain
 from diffrl.configs.groups import register
-from diffrl.experiments.comparison import PLACE, Cell, Comparison, Study, grid_scheme
+from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
+from diffrl.experiments.studies import Comparison, Study, grid_scheme, study_cell
 
-__all__ = ["plan_comparison"]
+__all__ = ["base_run", "plan_comparison", "plan_finetuning"]
+
+OF_THE_COMMAND = {"out": "cell", "compare": [], "methods": {}, "seeds": [], "workers": 0, "pretrain": []}
+"""Settings of the command `finetune` that say what is run and not what a run is, with their value in a cell."""
 
 
 def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
@@ -32,94 +37,172 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
     Raises:
         ValueError: a name or an override that is not known, with the study, case and scheme it stands in.
     """
-    register()  # a launcher's worker process has but copies of the schemas, which do not compose
     studies, cells = [], []
     for name, given in plan["studies"].items():
-        schemes = dict(given["schemes"])
-        axes: dict[str, tuple[str, ...]] = {}
-        if given["axes"]:
-            keys, axes = _axes(name, given["axes"])
-            for values in itertools.product(*axes.values()):
-                scheme = grid_scheme(dict(zip(axes, values, strict=True)))
-                schemes[scheme] = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+        schemes, axes = _schemes(name, given)
         cases, seeds = tuple(given["cases"]), tuple(given["seeds"])
-        study = Study(
-            name, given["title"], given["baseline"], given["matched"], cases, tuple(schemes), seeds, axes
+        studies.append(
+            Study(
+                name, given["title"], given["baseline"], given["matched"], cases, tuple(schemes), seeds, axes
+            )
         )
-        studies.append(study)
         for case, (scheme, overrides) in itertools.product(cases, schemes.items()):
-            where = f"study {name}, case {case}, scheme {scheme}"
             if case not in plan["cases"]:
                 raise ValueError(
                     f"study {name}: no case {case!r} in the plan: there are {', '.join(plan['cases'])}"
                 )
             words = [*plan["cases"][case], *given["overrides"], *overrides]
             words = [w.replace("{seed}", "${seed}").replace("{data_dir}", plan["data_dir"]) for w in words]
-            for seed, identity, config in _configs(where, words, seeds):
-                cells.append(Cell(name, case, scheme, seed, identity, config))
+            with _told_where(f"study {name}, case {case}, scheme {scheme}"):
+                config = _composed("train", [*words, "compare=false"])
+                cells += [study_cell(name, case, scheme, *found) for found in _by_seed(config, seeds)]
     sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
     return Comparison(plan["name"], sigmas, tuple(studies), tuple(cells))
 
 
-def _axes(study: str, axes: Mapping[str, str]) -> tuple[list[str], dict[str, tuple[str, ...]]]:
-    """Keys of the axes, and values by their labels."""
-    keys, values = [], {}
-    for label, words in axes.items():
+def plan_finetuning(config: Mapping[str, Any], words: Sequence[str], base: str) -> list[Cell]:
+    """A cell for every method in ``config["compare"]`` and seed in ``config["seeds"]``.
+
+    Args:
+        config: what Hydra composed for the command `finetune`.
+        words: the command line's overrides, which hold for every method.
+        base: path of what is tuned.
+
+    Raises:
+        ValueError: a method that is not known, or a word of it that is no setting, with the method's name.
+    """
+    cells = []
+    for method in config["compare"]:
+        if method not in config["methods"]:
+            raise ValueError(f"compare: no method {method!r}: there are {', '.join(config['methods'])}")
+        own = config["methods"][method]
+        chosen = {*map(_key, own)}  # each is set once: by the method, else by the command line
+        shared = [word for word in words if _key(word) not in chosen and not _is_of_the_command(word)]
+        with _told_where(f"compare, {method}"):
+            composed = _composed("finetune", [*shared, *own, f"model.path='{base}'"])
+            for key, value in OF_THE_COMMAND.items():
+                composed[key] = value
+            for identity, cell in _by_seed(composed, config["seeds"]):
+                where = {"method": method, "seed": cell["seed"]}
+                cells.append(Cell("finetune", where, (method,), identity, cell))
+    return cells
+
+
+def base_run(pretrain: Sequence[str], root: Path, *, progress: bool = True) -> Path:
+    """The folder of the training run that the words describe: it is trained now unless that was done before.
+
+    Args:
+        pretrain: words for the command line of `train`.
+        root: where such runs lie, each in a folder named by its words.
+        progress: whether to show the training's bar.
+
+    Raises:
+        ValueError: a word that is no setting.
+        Interrupted: the training was stopped, and is saved.
+    """
+    path = root / f"base_{_digest(chr(10).join(pretrain))}"
+    with _told_where("pretrain"):
+        config = _plain(_composed("train", [*pretrain, "compare=false"]))
+    if not cell_figures(path):
+        run_in_folder("train", config, path, progress=progress)
+    return path
+
+
+def _schemes(study: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
+    """Overrides of each scheme, those of the grid among them, and the values of the grid's axes by their labels."""
+    keys, axes = [], {}
+    for label, words in (given["axes"] or {}).items():
         key, equals, listed = words.partition("=")
         if not equals or not all(listed.split(",")):
             raise ValueError(f"study {study}: axis {label} is {words!r}: write key=value,value,...")
         keys.append(key)
-        values[label] = tuple(value.strip() for value in listed.split(","))
-    return keys, values
+        axes[label] = tuple(value.strip() for value in listed.split(","))
+    schemes = dict(given["schemes"])
+    for values in itertools.product(*axes.values()) if axes else ():
+        scheme = grid_scheme(dict(zip(axes, values, strict=True)))
+        schemes[scheme] = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+    return schemes, axes
 
 
-def _configs(
-    where: str, overrides: Sequence[str], seeds: Sequence[int]
-) -> list[tuple[int, str, dict[str, Any]]]:
-    """Seed, identity and configuration of each seed."""
+@contextmanager
+def _told_where(where: str) -> Iterator[None]:
+    """Turn an error in the words of a cell into one line that says where they stand."""
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
-            raise ValueError(f"{where}: {swept[0]} has several values: write a scheme for each, or an axis")
-        values = [o for o in parsed if "." in o.key_or_group and o.type == OverrideType.CHANGE]
-        config = _compose(tuple(str(o.input_line) for o in parsed if o not in values)).copy()
-        for override in values:
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
-        found = []
-        for seed in seeds:
-            config.seed = seed
-            plain = OmegaConf.to_container(config, resolve=True)
-            assert isinstance(plain, dict)
-            deviations = json.dumps(_deviations(config), sort_keys=True)
-            identity = hashlib.sha256(deviations.encode()).hexdigest()[:10]
-            found.append((seed, identity, {str(k): v for k, v in plain.items() if k not in PLACE}))
-        return found
-    except (HydraException, OmegaConfBaseException) as error:
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{where}: {explain(error)}") from error
 
 
+def _key(word: str) -> str:
+    """What an override sets."""
+    return word.lstrip("+").partition("=")[0]
+
+
+def _is_of_the_command(word: str) -> bool:
+    """Whether an override is about what is run, and not about what a run is."""
+    return _key(word).partition(".")[0] in (*OF_THE_COMMAND, *PLACE, "seed")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _composed(name: str, words: Sequence[str]) -> DictConfig:
+    """The configuration `name` with overrides; choices of groups are composed once for all that share them."""
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
+        raise ValueError(f"{swept[0]} has several values: write a scheme for each, or an axis")
+    values = [o for o in parsed if _is_value(o)]
+    config = _compose(name, tuple(str(o.input_line) for o in parsed if not _is_value(o))).copy()
+    for override in values:
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    return config
+
+
+def _is_value(override: Override) -> bool:
+    """Whether it changes a value within a group, and not the choice of a group."""
+    return "." in override.key_or_group and override.type == OverrideType.CHANGE
+
+
 @cache
-def _compose(overrides: tuple[str, ...]) -> DictConfig:
-    """The `train` configuration of a choice of groups, which takes a tenth of a second."""
+def _compose(name: str, words: tuple[str, ...]) -> DictConfig:
+    """What Hydra composes, which takes a tenth of a second."""
+    register()  # a launcher's worker process has but copies of the schemas, which do not compose
     # in a job, the job's own search path serves: it has the user's --config-dir too
     in_job = GlobalHydra.instance().is_initialized()
     with nullcontext() if in_job else initialize_config_module("diffrl.configs", version_base="1.3"):
-        return compose("train", [*overrides, "compare=false", "run_dir=cell"])
+        return compose(name, [*words])
+
+
+def _by_seed(config: DictConfig, seeds: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The configuration with each seed, after the letters and digits that identify it."""
+    for seed in seeds:
+        config.seed = seed
+        yield _digest(json.dumps(_deviations(config), sort_keys=True)), _plain(config)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """The whole configuration, but for where the run lies."""
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key not in PLACE}
 
 
 def _deviations(config: DictConfig) -> dict[str, Any]:
     """What differs from the code's defaults: an option that the code gains later changes nothing here."""
-    default = OmegaConf.structured(OmegaConf.get_type(config))
-    found = {}
-    for key in config:
-        if key in PLACE:
-            continue
-        value, usual = config[key], default._get_node(key)
-        if isinstance(value, DictConfig):
-            usual = OmegaConf.structured(OmegaConf.get_type(value))
-            value, usual = (OmegaConf.to_container(c, resolve=True) for c in (value, usual))
-            assert isinstance(value, dict) and isinstance(usual, dict)
-            found[str(key)] = {k: v for k, v in value.items() if k == "name" or v != usual.get(k)}
-        elif usual is None or value != usual._value():
-            found[str(key)] = value
+    usual, found = _defaults(config), {}
+    for key, value in _plain(config).items():
+        is_group = OmegaConf.is_dict(config[key]) and OmegaConf.get_type(config, key) is not dict
+        if is_group:
+            defaults = _defaults(config[key])
+            found[key] = {k: v for k, v in value.items() if k == "name" or v != defaults.get(k)}
+        elif key not in usual or value != usual[key]:
+            found[key] = value
     return found
+
+
+def _defaults(config: DictConfig) -> dict[Any, Any]:
+    """The defaults of the schema that a configuration follows."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(config)))
+    assert isinstance(defaults, dict)
+    return defaults

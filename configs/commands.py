@@ -8,22 +8,21 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from diffrl.configs.cells import plan_comparison
+from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning
 from diffrl.configs.cli import command, one_line
-from diffrl.configs.tuning import base_run, plan_tuning
-from diffrl.experiments.comparison import run_comparison
+from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
-from diffrl.experiments.reports.finetuning import tuning_table, write_tuning_report
+from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import objective_label, summary_table
 from diffrl.experiments.reports.training import write_report
+from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
-from diffrl.experiments.tuning_comparison import run_tuning_comparison
 from diffrl.extras import require_installed
+from diffrl.text_tables import text_table
 from diffrl.training.build import build_sampler
 from diffrl.training.evaluation import grid_for
 from diffrl.training.runs import load
-from diffrl.training.table import aligned
 
 __all__ = ["COMMANDS"]
 
@@ -54,15 +53,15 @@ def finetune(config: dict[str, Any]) -> None:
         found = folder.results()["finetuning"]
         names = [name for name in found["final"] if name in found["base"]]
         rows = [[n, f"{found['base'][n]:.3g}", f"{found['final'][n]:.3g}"] for n in names]
-        print(aligned([["", "base", "tuned"], [], *rows]))
+        print(text_table([["", "base", "tuned"], *rows]))
         print(f"\nrun folder  {folder.path}")
         return
     if path is None:
         sys.exit("error: model.path is null: give what is to be tuned")
-    cells = plan_tuning(config, HydraConfig.get().overrides.task, str(path))
-    done = run_tuning_comparison(cells, out, workers=config["workers"])
+    cells = plan_finetuning(config, HydraConfig.get().overrides.task, str(path))
+    done = run_cells(cells, out, workers=config["workers"])
     if done.finished:
-        print(f"{tuning_table(out)}\n\nreport  {write_tuning_report(out)}")
+        print(f"{methods_table(out)}\n\nreport  {write_methods_report(out)}")
     _end(done)
 
 
@@ -80,7 +79,7 @@ def compare(config: dict[str, Any]) -> None:
     _end(done)
 
 
-def _end(done: Any) -> None:
+def _end(done: Execution) -> None:
     """Say what failed or was interrupted, and exit accordingly."""
     for cell, error in done.failed.items():
         print(f"failed  {cell}: {error}")

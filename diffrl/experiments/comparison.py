@@ -1,148 +1,104 @@
-"""A comparison: studies of schemes on cases over seeds; its cells run once each, or from where they stopped.
+"""Many runs as one comparison: each is a cell, runs once, continues where it stopped, and may fail alone.
 
-    out/
-      index.json    studies, cells and their folders, the commands that were run
-      cells/…       one run folder a cell; ``error.txt`` in one that failed
-
-A *cell* is one training run: a scheme on a case with a seed. Cells that several studies share are run once.
+out/
+index.json    the cells and their folders, the commands that were run
+cells/…       one run folder a cell; ``error.txt`` in one that failed
 """
 
 import json
 import re
-import shlex
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from diffrl.experiments.train import Interrupted, run_experiment
+from diffrl.experiments.finetune import run_finetuning
+from diffrl.experiments.run import Interrupted
+from diffrl.experiments.train import run_experiment
+from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions, write_atomically
 from diffrl.workers import Failure, run_tasks
-from diffrl.training.runs import RunFolder, RunFolderError, versions, write_atomically
 
 __all__ = [
+    "JOBS",
+    "PLACE",
     "Cell",
-    "Comparison",
     "Execution",
-    "Study",
     "cell_error",
-    "command_record",
-    "grid_scheme",
+    "cell_figures",
     "read_index",
-    "run_comparison",
+    "run_cells",
+    "run_in_folder",
 ]
 
-MATCHED = ("grad_steps", "network_evaluations", "seconds")
+Config = Mapping[str, Any]
+
+PLACE = ("run_dir", "resume")  # settings that say where a run lies, and not what it is
 ASCII = str.maketrans({"λ": "lambda", "η": "eta", "γ": "gamma", "τ": "tau", "σ": "sigma", "δ": "delta"})
-PLACE = ("run_dir", "resume")  # where a cell lies is no part of what it is
 
 
-@dataclass(frozen=True)
-class Study:
-    """One question: schemes against a baseline.
+class Job(NamedTuple):
+    """A kind of run that a cell can be."""
 
-    Args:
-        name: of the study.
-        title: the question, in words.
-        baseline: the scheme that the others are measured by.
-        matched: what all schemes have in common: "grad_steps", "network_evaluations" or "seconds".
-        cases: names, in the order of the report.
-        schemes: names, in the order of the report.
-        seeds: of every cell.
-        axes: where schemes form a grid, the values of each axis by its label.
+    run: Callable[..., Any]
+    """Takes a configuration and ``progress``; raises `Interrupted` when it is stopped."""
+    steps: Callable[[Config], int]
+    """How many steps a run has, for the progress bar."""
 
-    Raises:
-        ValueError: the baseline is none of the schemes, or `matched` is unknown.
-    """
 
-    name: str
-    title: str
-    baseline: str
-    matched: str
-    cases: tuple[str, ...]
-    schemes: tuple[str, ...]
-    seeds: tuple[int, ...]
-    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.baseline not in self.schemes:
-            known = "; ".join(self.schemes)
-            raise ValueError(
-                f"study {self.name}: the baseline {self.baseline!r} is none of its schemes: {known}"
-            )
-        if self.matched not in MATCHED:
-            raise ValueError(
-                f"study {self.name}: matched is {self.matched!r}: give one of {', '.join(MATCHED)}"
-            )
-        for what, values in (("case", self.cases), ("seed", self.seeds)):
-            if not values:
-                raise ValueError(f"study {self.name} has no {what}")
+JOBS = {
+    "train": Job(run_experiment, lambda config: int(config["trainer"]["grad_steps"])),
+    "finetune": Job(run_finetuning, lambda config: int(config["loop"]["iterations"])),
+}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run.
+    """One run of a comparison.
 
     Args:
-        study: name of the study.
-        case: name of the case.
-        scheme: name of the scheme.
-        seed: of the run.
-        identity: letters that differ where the configurations do.
-        config: what `run_experiment` takes, but for `run_dir`.
+        job: what runs it, a name in `JOBS`.
+        where: its place in the comparison, such as ``{"study": ..., "case": ..., "scheme": ..., "seed": ...}``.
+        names: for people and for its folder, such as ``(case, scheme)``.
+        identity: letters and digits that differ where configurations differ.
+        config: what the job takes, but for ``run_dir`` and ``resume``.
     """
 
-    study: str
-    case: str
-    scheme: str
-    seed: int
+    job: str
+    where: Mapping[str, Any]
+    names: tuple[str, ...]
     identity: str
-    config: Mapping[str, Any]
+    config: Config
 
     @property
     def label(self) -> str:
-        """Name for people."""
-        return f"{self.case}, {self.scheme}, seed {self.seed}"
+        """Its name for people."""
+        return ", ".join([*self.names, f"seed {self.config['seed']}"])
 
     @property
     def folder(self) -> str:
-        """Name of its folder if it is the first to have this configuration."""
-        words = (
-            re.sub(r"[^\w.=]+", "-", w.translate(ASCII), flags=re.ASCII) for w in (self.case, self.scheme)
-        )
-        return "_".join([*(w.strip("-")[:60] for w in words), f"s{self.seed}", self.identity])
+        """Name of its folder if it is the first cell with this configuration."""
+        words = (re.sub(r"[^\w.=]+", "-", w.translate(ASCII), flags=re.ASCII) for w in self.names)
+        return "_".join([*(w.strip("-")[:60] for w in words), f"s{self.config['seed']}", self.identity])
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """Studies and their cells.
-
-    Args:
-        name: of the plan.
-        score_sigmas: noise levels, as keys of ``value_error``, whose errors make the score.
-        studies: what is asked.
-        cells: all of them.
-    """
-
-    name: str
-    score_sigmas: tuple[str, ...]
-    studies: tuple[Study, ...]
-    cells: tuple[Cell, ...]
+    @property
+    def steps(self) -> int:
+        """How long it is on the progress bar."""
+        return JOBS[self.job].steps(self.config)
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What a call of `run_comparison` came to.
+    """What a call of `run_cells` came to.
 
     Args:
-        finished: cells that are finished now, whenever they ran.
-        total: cells that were to run.
-        failed: error of each cell that failed, by its label.
+        finished: how many cells are finished now, whenever they ran.
+        total: how many cells were to run.
+        failed: the error of each cell that failed, by its label.
         interrupted: whether it was stopped.
     """
 
@@ -152,133 +108,117 @@ class Execution:
     interrupted: bool
 
 
-def grid_scheme(axes: Mapping[str, str]) -> str:
-    """Name of the scheme at a point of a grid, such as "λ=0.5, η=1.0", from the value of each axis."""
-    return ", ".join(f"{label}={value}" for label, value in axes.items())
-
-
-def run_comparison(
-    comparison: Comparison,
+def run_cells(
+    cells: Sequence[Cell],
     out: Path,
     *,
-    studies: Sequence[str] = (),
+    only: Sequence[Cell] | None = None,
+    about: Mapping[str, Any] | None = None,
     workers: int = 2,
     progress: bool = True,
 ) -> Execution:
-    """Run every cell that is not finished yet, continuing those that were begun.
+    """Run every cell that is not finished yet; those that were begun continue where they stopped.
+
+    Cells of one identity are one run.
 
     Args:
-        comparison: what to run.
+        cells: of the whole comparison: the index lists them all.
         out: folder of the comparison.
-        studies: run only these; all if empty.
-        workers: processes, with one thread each; 0 runs in this one.
-        progress: whether to show one bar, in gradient steps, for the whole grid.
+        only: those of them that are run now; None: all.
+        about: what else the index tells of the comparison.
+        workers: processes, with one thread each; 0 runs the cells in this process.
+        progress: whether to show one bar, in steps, for all of them.
 
     Raises:
-        RunFolderError: a cell's folder holds a run with another configuration.
-        ValueError: no study of that name.
+        RunFolderError: the folder of a cell holds a run with another configuration, or `out` another kind of
+            comparison.
     """
-    names = [study.name for study in comparison.studies]
-    if unknown := [s for s in studies if s not in names]:
-        raise ValueError(f"no study {unknown[0]!r} in plan {comparison.name}: there are {', '.join(names)}")
-    folders = _folders(comparison.cells, out / "cells")
+    commands = _past_commands(out, cells)
+    folders = _folders(cells, out / "cells")
     wanted: dict[Path, Cell] = {}
-    for cell in comparison.cells:
-        if not studies or cell.study in studies:
-            wanted.setdefault(folders[cell.identity], cell)
-    _refuse_changed(wanted)
-    commands = json.loads(index.read_text())["commands"] if (index := out / "index.json").exists() else []
-    begun = time.perf_counter()
-    record = command_record()
-    _write_index(comparison, folders, out, [*commands, record])
+    for cell in cells if only is None else only:
+        wanted.setdefault(folders[cell.identity], cell)
+    for path, cell in wanted.items():
+        _refuse_other_configuration(path, cell)
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    command: dict[str, Any] = {"command": command_line(), "started": started, "versions": versions()}
+    entries = [{**cell.where, "folder": folders[cell.identity].name} for cell in cells]
+    index = {**(about or {}), "commands": [*commands, command], "cells": entries}
+    _write_index(index, out)
 
-    todo = {path: cell for path, cell in wanted.items() if not _is_finished(path)}
+    begun = time.perf_counter()
+    todo = {path: cell for path, cell in wanted.items() if not cell_figures(path)}
     failed, interrupted = _run_all(todo, [*wanted.values()], workers, progress)
-    finished = sum(map(_is_finished, wanted))
-    record |= {
-        "seconds": round(time.perf_counter() - begun, 1),
-        "cells": len(todo) - (len(wanted) - finished),
-    }
-    _write_index(comparison, folders, out, [*commands, record])
+    finished = sum(bool(cell_figures(path)) for path in wanted)
+    seconds = round(time.perf_counter() - begun, 1)
+    command |= {"seconds": seconds, "cells": finished - (len(wanted) - len(todo))}
+    _write_index(index, out)
     return Execution(finished, len(wanted), failed, interrupted)
 
 
-def command_record() -> dict[str, Any]:
-    """What an index tells of the command that runs now, at its start."""
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
+def run_in_folder(job: str, config: Config, folder: Path, *, progress: bool = False) -> None:
+    """Run a job in a folder: from where it stopped if it was begun, as it was begun.
 
-
-def read_index(out: Path) -> dict[str, Any]:
-    """The index of a comparison.
+    Args:
+        job: a name in `JOBS`.
+        config: what the job takes, but for ``run_dir`` and ``resume``.
+        folder: where the run lies.
+        progress: whether the job shows its own bars.
 
     Raises:
-        RunFolderError: there is no comparison in the folder.
+        Interrupted: it was stopped, and is saved.
+    """
+    (folder / "error.txt").unlink(missing_ok=True)
+    if (folder / "config.yaml").exists():
+        config = {**RunFolder.open(folder).config(), "resume": str(folder)}
+    else:
+        config = {**config, "resume": None, "run_dir": str(folder)}
+    JOBS[job].run(config, progress=progress)
+
+
+def cell_figures(folder: Path) -> Mapping[str, Any]:
+    """What the run in a folder measured, from its results.json; empty until the run is finished."""
+    results = RunFolder(folder).results()
+    found: list[Mapping[str, Any]] = [*results.get("objectives", {}).values(), results.get("finetuning", {})]
+    return found[0]
+
+
+def cell_error(folder: Path) -> str | None:
+    """One line on why the run in a folder failed; None if it did not."""
+    file = folder / "error.txt"
+    return file.read_text().splitlines()[0] if file.exists() else None
+
+
+def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """The index of a comparison.
+
+    Args:
+        out: folder of the comparison.
+        keys: what places a cell in this kind of comparison, such as study, case, scheme and seed.
+
+    Raises:
+        RunFolderError: there is no comparison in the folder, or one of another kind.
     """
     file = out / "index.json"
     if not file.is_file():
         raise RunFolderError(f"{out} holds no comparison: there is no {file.name} in it")
     index: dict[str, Any] = json.loads(file.read_text())
+    for cell in index["cells"]:
+        if set(cell) != {*keys, "folder"}:
+            found, wanted = ", ".join(key for key in cell if key != "folder"), ", ".join(keys)
+            raise RunFolderError(
+                f"{out} holds another kind of comparison, with one run for each {found} and not for each {wanted}: "
+                "choose another out"
+            )
     return index
 
 
-def cell_error(folder: Path) -> str | None:
-    """One line on why a cell failed; None if it did not."""
-    file = folder / "error.txt"
-    return file.read_text().splitlines()[0] if file.exists() else None
-
-
-def _run_all(
-    todo: Mapping[Path, Cell], wanted: Sequence[Cell], workers: int, progress: bool
-) -> tuple[dict[str, str], bool]:
-    """Run cells; returns errors by label, and whether it was interrupted."""
-    cells, failed, ended = list(todo.values()), {}, 0
-    tasks = [(str(path), dict(cell.config)) for path, cell in todo.items()]
-    total, left = (sum(cell.config["trainer"]["grad_steps"] for cell in group) for group in (wanted, cells))
-    bar = tqdm(total=total, initial=total - left, unit="step", unit_scale=True, disable=not progress)
-    bar.set_description(f"{len(wanted) - len(cells)}/{len(wanted)} cells")
-    try:
-        with closing(run_tasks(_run_cell, tasks, workers=workers)) as outcomes:
-            for i, outcome in outcomes:
-                cell = cells[i]
-                if isinstance(outcome, Failure):
-                    failed[cell.label] = outcome.message
-                    folder = Path(tasks[i][0])
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_atomically(folder / "error.txt", f"{outcome.message}\n\n{outcome.details}")
-                    bar.write(f"failed: {cell.label}: {outcome.message}")
-                elif outcome is None and workers == 0:
-                    return failed, True
-                ended += 1
-                bar.set_description(f"{len(wanted) - len(cells) + ended}/{len(wanted)} cells", refresh=False)
-                took = f" {outcome:.1f} s" if isinstance(outcome, float) else ""
-                bar.set_postfix_str(f"last: {cell.label}{took}", refresh=False)
-                bar.update(cell.config["trainer"]["grad_steps"])
-    except KeyboardInterrupt:
-        return failed, True
-    finally:
-        bar.close()
-    return failed, False
-
-
-def _run_cell(task: tuple[str, dict[str, Any]]) -> float | None:
-    """Train and evaluate a cell, from where it stopped; returns the seconds, or None if interrupted."""
-    place, config = task
-    path = Path(place)
-    begun = time.perf_counter()
-    (path / "error.txt").unlink(missing_ok=True)
-    if (path / "config.yaml").exists():
-        config = {**RunFolder.open(path).config(), "resume": place}
-    else:
-        config = {**config, "resume": None, "run_dir": place}
-    try:
-        run_experiment(config, progress=False)
-    except Interrupted:
-        return None
-    return time.perf_counter() - begun
+def _past_commands(out: Path, cells: Sequence[Cell]) -> list[Any]:
+    """The commands that this comparison was run with before."""
+    if not cells or not (out / "index.json").exists():
+        return []
+    commands: list[Any] = read_index(out, tuple(cells[0].where))["commands"]
+    return commands
 
 
 def _folders(cells: Sequence[Cell], root: Path) -> dict[str, Path]:
@@ -289,48 +229,75 @@ def _folders(cells: Sequence[Cell], root: Path) -> dict[str, Path]:
     return there
 
 
-def _is_finished(path: Path) -> bool:
-    return bool(RunFolder(path).results().get("objectives"))
+def _refuse_other_configuration(path: Path, cell: Cell) -> None:
+    """The run in a folder must have the cell's configuration, in all settings that both know."""
+    if not (path / "config.yaml").exists():
+        return
+    stored, asked = _flat(RunFolder.open(path).config()), _flat(cell.config)
+    for key in sorted((stored.keys() & asked.keys()) - {*PLACE}):
+        if stored[key] != asked[key]:
+            raise RunFolderError(
+                f"{path} was run with {key}={stored[key]}, but now it is {asked[key]}: "
+                "delete that folder to run the cell again, or choose another out"
+            )
 
 
-def _refuse_changed(cells: Mapping[Path, Cell]) -> None:
-    """A folder's run must have the cell's configuration, in all keys that both know."""
-    for path, cell in cells.items():
-        if not (path / "config.yaml").exists():
-            continue
-        stored = _flat({k: v for k, v in RunFolder.open(path).config().items() if k not in PLACE})
-        asked = _flat(cell.config)
-        for key in sorted(stored.keys() & asked.keys()):
-            if stored[key] != asked[key]:
-                raise RunFolderError(
-                    f"{path} was run with {key}={stored[key]}, but now it is {asked[key]}: "
-                    "delete that folder to run the cell again, or choose another out"
-                )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    """A configuration without nesting: value by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
-def _write_index(
-    comparison: Comparison, folders: Mapping[str, Path], out: Path, commands: Sequence[Mapping[str, Any]]
-) -> None:
+def _write_index(index: Mapping[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    cells = [
-        {
-            **{k: getattr(c, k) for k in ("study", "case", "scheme", "seed")},
-            "folder": folders[c.identity].name,
-        }
-        for c in comparison.cells
-    ]
-    index = {
-        "plan": comparison.name,
-        "score_sigmas": comparison.score_sigmas,
-        "studies": [asdict(study) for study in comparison.studies],
-        "commands": commands,
-        "cells": cells,
-    }
     write_atomically(out / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
+
+
+def _run_all(
+    todo: Mapping[Path, Cell], wanted: Sequence[Cell], workers: int, progress: bool
+) -> tuple[dict[str, str], bool]:
+    """Run cells; returns the errors by label, and whether it was interrupted."""
+    cells, failed, done = list(todo.values()), {}, len(wanted) - len(todo)
+    tasks = [(str(path), cell.job, dict(cell.config)) for path, cell in todo.items()]
+    total, left = (sum(cell.steps for cell in group) for group in (wanted, cells))
+    bar = tqdm(total=total, initial=total - left, unit="step", unit_scale=True, disable=not progress)
+    bar.set_description(f"{done}/{len(wanted)} cells")
+    try:
+        with closing(run_tasks(_run_cell, tasks, workers=workers)) as outcomes:
+            for i, outcome in outcomes:
+                cell, took = cells[i], ""
+                if isinstance(outcome, Failure):
+                    failed[cell.label] = outcome.message
+                    _write_error(Path(tasks[i][0]), outcome)
+                    bar.write(f"failed: {cell.label}: {outcome.message}")
+                elif outcome is not None:
+                    took = f" {outcome:.1f} s"
+                elif workers == 0:
+                    return failed, True
+                done += 1
+                bar.set_description(f"{done}/{len(wanted)} cells", refresh=False)
+                bar.set_postfix_str(f"last: {cell.label}{took}", refresh=False)
+                bar.update(cell.steps)
+    except KeyboardInterrupt:
+        return failed, True
+    finally:
+        bar.close()
+    return failed, False
+
+
+def _run_cell(task: tuple[str, str, dict[str, Any]]) -> float | None:
+    """Run a cell in its folder; returns the seconds that it took, or None if it was interrupted."""
+    folder, job, config = task
+    begun = time.perf_counter()
+    try:
+        run_in_folder(job, config, Path(folder))
+    except Interrupted:
+        return None
+    return time.perf_counter() - begun
+
+
+def _write_error(folder: Path, failure: Failure) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "error.txt", f"{failure.message}\n\n{failure.details}")

@@ -14,9 +14,9 @@ from scipy.stats import spearmanr
 
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.experiments.comparison import run_comparison
-from diffrl.experiments.findings import Findings
 from diffrl.experiments.reports.agreement import draw_agreement, rank_correlation, target_outcomes
+from diffrl.experiments.studies import run_comparison
+from diffrl.experiments.study_findings import StudyFindings
 from diffrl.metrics.diagnostics import target_errors
 from diffrl.training.build import build_oracle
 from diffrl.training.runs import load
@@ -52,7 +52,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shares_are_of_the_baselines_target_at_its_network(out: Path) -> None:
-    found = target_outcomes(Findings(out), states=20, draws=16)
+    found = target_outcomes(StudyFindings(out), states=20, draws=16)
     assert found["seeds"] == [0, 1] and len(found["cells"]) == 6
     assert json.loads(json.dumps(found)) == found
     [markov] = [cell for cell in found["cells"] if (cell["λ"], cell["η"]) == (1, 1)]
@@ -62,9 +62,7 @@ def test_shares_are_of_the_baselines_target_at_its_network(out: Path) -> None:
         assert sums == pytest.approx(np.array(cell["target_error"]))
 
     # TD(0) at η = 0.5 and seed 1, by hand
-    [baseline] = [c for c in Findings(out).cells if (c.scheme, c.seed, c.case) == ("λ=1, η=1", 1, "gmm16")][
-        :1
-    ]
+    baseline = StudyFindings(out).finished(scheme="λ=1, η=1", seed=1, case="gmm16")[0]
     run = load(baseline.path)
     oracle = build_oracle(run.data, run.denoiser.process)
     assert oracle is not None
@@ -95,7 +93,7 @@ def test_shares_are_of_the_baselines_target_at_its_network(out: Path) -> None:
 
 
 def test_value_errors_are_those_of_the_result_files(out: Path) -> None:
-    found = target_outcomes(Findings(out), states=4, draws=2)
+    found = target_outcomes(StudyFindings(out), states=4, draws=2)
 
     def errors(scheme: str, seed: int) -> NDArray[np.float64]:
         [file] = (out / "cells").glob(f"gmm16_{scheme}_s{seed}_*/results.json")
@@ -117,7 +115,7 @@ def test_seeds_are_those_at_which_all_is_finished(out: Path) -> None:
     [file] = (out / "cells").glob("gmm16_lambda=0-eta=0.5_s0_*/results.json")
     kept = file.rename(file.with_suffix(".away"))
     try:
-        found = target_outcomes(Findings(out), states=4, draws=2)
+        found = target_outcomes(StudyFindings(out), states=4, draws=2)
     finally:
         kept.rename(file)
     assert found["seeds"] == [1] and len(found["cells"]) == 6
@@ -141,7 +139,7 @@ def test_rank_correlation_at_its_ends() -> None:
 )
 def test_what_cannot_be_is_named(out: Path, study: str, case: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        target_outcomes(Findings(out), study=study, case=case)
+        target_outcomes(StudyFindings(out), study=study, case=case)
 
 
 def test_the_command_writes_numbers_and_figure(
@@ -159,7 +157,7 @@ def test_the_command_writes_numbers_and_figure(
 
 
 def test_one_seed_is_drawn_without_intervals(out: Path, tmp_path: Path) -> None:
-    found = target_outcomes(Findings(out), states=4, draws=2)
+    found = target_outcomes(StudyFindings(out), states=4, draws=2)
     one = {**found, "seeds": [0]}
     one["rank_correlation"] = {
         which: {part: by_seed[:1] for part, by_seed in parts.items()}

@@ -14,11 +14,12 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-import diffrl.experiments.comparison
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.experiments.comparison import Cell, Comparison, Study, run_comparison
-from diffrl.experiments.train import Interrupted
+from diffrl.experiments.comparison import JOBS, Cell, Execution, Job, run_cells
+from diffrl.experiments.method_findings import MethodFindings
+from diffrl.experiments.run import Interrupted
+from diffrl.experiments.studies import Comparison, Study, run_comparison, study_cell
 from diffrl.training.runs import RunFolderError
 from tests.kit.configs import MC, TD, TINY
 from tests.kit.paths import ROOT
@@ -64,7 +65,7 @@ def results(out: Path) -> dict[str, Any]:
 
 def test_cells_are_the_product_and_follow_the_seed() -> None:
     cells = plan_comparison(plan(a=study())).cells
-    assert [(c.case, c.scheme, c.seed) for c in cells] == [
+    assert [(*c.names, c.where["seed"]) for c in cells] == [
         ("tiny", "MC", 0), ("tiny", "MC", 1), ("tiny", "TD", 0), ("tiny", "TD", 1),
     ]  # fmt: skip
     assert [c.config["data"]["mixture_seed"] for c in cells] == [100, 101, 100, 101]
@@ -153,7 +154,7 @@ def test_cells_run_once_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (done.finished, done.total, dict(done.failed), done.interrupted) == (2, 2, {}, False)
     done = run_comparison(both, tmp_path, workers=0, progress=False)
     assert (done.finished, done.total) == (4, 4) and len(results(tmp_path)) == 4
-    monkeypatch.setattr(diffrl.experiments.comparison, "run_experiment", None)  # nothing is left to run
+    monkeypatch.setitem(JOBS, "train", Job(lambda *_, **__: pytest.fail("it was run"), JOBS["train"].steps))
     assert run_comparison(both, tmp_path, workers=0, progress=False).finished == 4
 
     index = json.loads((tmp_path / "index.json").read_text())
@@ -189,12 +190,12 @@ def test_an_interrupted_cell_continues_to_the_same_figures(
 ) -> None:
     made = plan_comparison(plan(a=study()))
     run_comparison(made, tmp_path / "whole", workers=0, progress=False)
-    run = diffrl.experiments.comparison.run_experiment
+    job = JOBS["train"]
 
     def stopped(config: dict[str, Any], *, progress: bool) -> None:
         from diffrl.training.trainer import Trainer
 
-        step = Trainer._step
+        step = Trainer._advance
 
         def step_and_stop(self: Trainer) -> Any:
             if self.step == 3:
@@ -202,12 +203,12 @@ def test_an_interrupted_cell_continues_to_the_same_figures(
             return step(self)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Trainer, "_step", step_and_stop)
+            patch.setattr(Trainer, "_advance", step_and_stop)
             with pytest.raises(Interrupted):
-                run(config, progress=progress)
+                job.run(config, progress=progress)
         raise Interrupted
 
-    monkeypatch.setattr(diffrl.experiments.comparison, "run_experiment", stopped)
+    monkeypatch.setitem(JOBS, "train", Job(stopped, job.steps))
     done = run_comparison(made, tmp_path / "stopped", workers=0, progress=False)
     assert done.interrupted and done.finished == 0 and not results(tmp_path / "stopped")
     assert list((tmp_path / "stopped" / "cells").glob("*/checkpoints/*/step_*"))
@@ -227,9 +228,36 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     assert run_comparison(made, tmp_path, workers=0, progress=False).finished == 2
 
 
+def test_another_kind_of_comparison_is_refused(tmp_path: Path) -> None:
+    made = plan_comparison(plan(a=study(seeds=[0], schemes={"MC": MC})))
+    run_comparison(made, tmp_path, workers=0, progress=False)
+    before = (tmp_path / "index.json").read_bytes()
+    tuned = Cell(
+        "finetune", {"method": "m", "seed": 0}, ("m",), "abc", {"seed": 0, "loop": {"iterations": 1}}
+    )
+    said = "another kind of comparison, with one run for each study, case, scheme, seed and not for each method, seed"
+    with pytest.raises(RunFolderError, match=said):
+        run_cells([tuned], tmp_path, workers=0, progress=False)
+    assert (tmp_path / "index.json").read_bytes() == before
+    with pytest.raises(RunFolderError, match=said):
+        MethodFindings(tmp_path)
+
+
+def test_no_cell_is_no_run(tmp_path: Path) -> None:
+    assert run_cells([], tmp_path, workers=1, progress=False) == Execution(0, 0, {}, False)
+
+
+def test_identities_of_training_cells_stay() -> None:
+    """Folders that users have must be found again: a change here makes all their cells run anew."""
+    cells = plan_comparison(plan(a=study())).cells
+    assert [cell.folder for cell in cells] == [
+        "tiny_MC_s0_2ac10fe8e0", "tiny_MC_s1_aa052642d9", "tiny_TD_s0_2315a4e585", "tiny_TD_s1_72dceae3ca",
+    ]  # fmt: skip
+
+
 def test_cells_can_be_made_by_hand() -> None:
     one = Study("a", "which", "MC", "grad_steps", ("tiny",), ("MC",), (0,))
-    cell = Cell("a", "tiny", "MC (λ=1)", 0, "abc", {})
+    cell = study_cell("a", "tiny", "MC (λ=1)", "abc", {"seed": 0})
     assert cell.folder == "tiny_MC-lambda=1_s0_abc" and cell.label == "tiny, MC (λ=1), seed 0"
     assert Comparison("p", ("0.1",), (one,), (cell,)).studies[0].axes == {}
 

@@ -11,7 +11,8 @@ import torch
 from matplotlib import image
 from torch import Tensor
 
-from diffrl.experiments.reports.run_figure import _plane, _tile, draw_samples, draw_summary
+from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
+from diffrl.experiments.reports.style import image_sheet, plane_of
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -102,26 +103,26 @@ def test_samples_of_every_shape(event: tuple[int, ...], count: int, tmp_path: Pa
 
 def test_tiles() -> None:
     x = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 2, 4).numpy()
-    sheet = _tile(x, 3)
+    sheet = image_sheet(x, 3)
     assert sheet.shape == (2 + 1 + 2, 4 + 1 + 4 + 1 + 4, 3)
     np.testing.assert_allclose(sheet[:2, :4], 0.0)
     np.testing.assert_allclose(sheet[:2, 5:9], 0.25)
     np.testing.assert_allclose(sheet[3:, 5:9], 1.0)
     np.testing.assert_allclose(sheet[2], 1.0)
-    np.testing.assert_allclose(_tile(10 * x, 3)[3:, :4], 1.0)  # beyond [-1, 1] is clipped
+    np.testing.assert_allclose(image_sheet(10 * x, 3)[3:, :4], 1.0)  # beyond [-1, 1] is clipped
 
 
 def test_plane_is_that_of_greatest_variance() -> None:
     g = torch.Generator().manual_seed(0)
     scales = torch.tensor([0.1, 3.0, 0.1, 1.0])
     points = (scales * torch.randn(4000, 4, generator=g) + 5).numpy()
-    plane, labels = _plane(points)
+    plane, labels = plane_of(points)
     seen = plane(points)
     np.testing.assert_allclose(seen.std(0), [3, 1], rtol=0.05)
     np.testing.assert_allclose(seen.mean(0), 0, atol=1e-4)
     assert abs(np.corrcoef(seen[:, 0], points[:, 1])[0, 1] - 1) < 1e-3  # and the sign is fixed
     assert labels == ("first principal axis", "second principal axis")
-    flat, labels = _plane(points[:, :2])
+    flat, labels = plane_of(points[:, :2])
     assert np.array_equal(flat(points[:3, :2]), points[:3, :2]) and labels == ("x₁", "x₂")
 
 

@@ -1,8 +1,10 @@
 """Fine-tuning runs from configurations: folders, resuming, comparing, the command line, pipelines, bad input."""
 
 import json
+import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import diffrl
+from diffrl.configs.cells import base_run, plan_finetuning
 from diffrl.configs.cli import settings
-from diffrl.configs.tuning import base_run, plan_tuning
+from diffrl.experiments.comparison import run_cells
 from diffrl.experiments.finetune import run_finetuning
-from diffrl.experiments.reports.finetuning import write_tuning_report
+from diffrl.experiments.method_findings import MethodFindings
+from diffrl.experiments.reports.finetuning import write_methods_report
 from diffrl.experiments.train import run_experiment
-from diffrl.experiments.tuning_comparison import run_tuning_comparison
-from diffrl.experiments.tuning_findings import Tuning
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.rewards.calls import RewardError
@@ -172,18 +174,18 @@ def words(base: Path) -> list[str]:
 def cells(base: Path, *more: str) -> list[Any]:
     given = [*words(base), *more]
     config = settings(composed(*given, name="finetune"), [])
-    return plan_tuning(config, given, str(base))
+    return plan_finetuning(config, given, str(base))
 
 
 def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -> None:
-    done = run_tuning_comparison(cells(base), tmp_path, workers=0, progress=False)
+    done = run_cells(cells(base), tmp_path, workers=0, progress=False)
     assert (done.finished, done.total, done.failed, done.interrupted) == (6, 6, {}, False)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("cells/*/results.json")}
-    assert run_tuning_comparison(cells(base), tmp_path, workers=0, progress=False).finished == 6
+    assert run_cells(cells(base), tmp_path, workers=0, progress=False).finished == 6
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("cells/*/results.json")}
 
-    report = write_tuning_report(tmp_path).read_text()
-    tuning = Tuning(tmp_path)
+    report = re.sub(" +", " ", write_methods_report(tmp_path).read_text())
+    tuning = MethodFindings(tmp_path)
     assert [m.name for m in tuning.methods] == ["DDPO-SF", "DDPO-IS", "SDPO"]
     assert tuning.common("trajectories") == 32 and tuning.common("queries") == 32
     assert tuning.common("updates") == 2  # of DDPO-SF
@@ -202,39 +204,39 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
 
 
 def test_a_method_more_keeps_what_was_run(base: Path, tmp_path: Path) -> None:
-    run_tuning_comparison(cells(base, "compare=[DDPO-SF]"), tmp_path, workers=0, progress=False)
+    run_cells(cells(base, "compare=[DDPO-SF]"), tmp_path, workers=0, progress=False)
     more = cells(base, "compare=[DDPO-SF,mine]", "+methods.mine=['recipe=ddpo_is']")
-    assert run_tuning_comparison(more, tmp_path, workers=0, progress=False).finished == 4
+    assert run_cells(more, tmp_path, workers=0, progress=False).finished == 4
 
 
 def test_workers_may_have_workers_for_the_reward(base: Path, tmp_path: Path) -> None:
     some = cells(base, "compare=[DDPO-SF]", "reward_calls.workers=1", "reward_calls.backend=process")[:1]
-    done = run_tuning_comparison(some, tmp_path, workers=1, progress=False)
+    done = run_cells(some, tmp_path, workers=1, progress=False)
     assert done.failed == {} and done.finished == 1
 
 
 def test_a_failed_run_is_listed_and_runs_again(base: Path, tmp_path: Path) -> None:
-    bad = [cell for cell in cells(base, "compare=[SDPO]") if cell.seed == 0]
+    bad = [cell for cell in cells(base, "compare=[SDPO]") if cell.where["seed"] == 0]
     broken = {
         **bad[0].config,
         "reward": {"name": "faulty", "kind": "exception", "calls": None, "seconds": 1.0},
     }
-    from diffrl.experiments.tuning_comparison import TuningCell
-
-    done = run_tuning_comparison([TuningCell("SDPO", 0, broken)], tmp_path, workers=0, progress=False)
+    done = run_cells([replace(bad[0], config=broken)], tmp_path, workers=0, progress=False)
     assert done.finished == 0 and "this reward is faulty" in done.failed["SDPO, seed 0"]
     with pytest.raises(RunFolderError, match="no run is finished"):
-        write_tuning_report(tmp_path)
-    assert Tuning(tmp_path).unfinished[0][0] == "SDPO_s0"
-    assert run_tuning_comparison(bad, tmp_path, workers=0, progress=False).finished == 1
+        write_methods_report(tmp_path)
+    assert MethodFindings(tmp_path).unfinished()[0].where == {"method": "SDPO", "seed": 0}
+    assert run_cells(bad, tmp_path, workers=0, progress=False).finished == 1
 
 
-def test_another_configuration_in_a_cells_folder_is_refused(base: Path, tmp_path: Path) -> None:
-    run_tuning_comparison(cells(base, "compare=[DDPO-SF]")[:1], tmp_path, workers=0, progress=False)
-    with pytest.raises(RunFolderError, match="other settings of optim"):
-        run_tuning_comparison(
-            cells(base, "compare=[DDPO-SF]", "optim.lr=1")[:1], tmp_path, workers=0, progress=False
-        )
+def test_another_configuration_is_another_cell(base: Path, tmp_path: Path) -> None:
+    one, other = (cells(base, "compare=[DDPO-SF]", f"optim.lr={lr}")[0] for lr in (1e-3, 2e-3))
+    [same] = [cell for cell in cells(base, "compare=[DDPO-SF]", "optim.lr=1e-3", "seeds=[0]", "workers=5")]
+    assert one.identity == same.identity != other.identity
+    for cell in (one, other, same):
+        assert run_cells([cell], tmp_path, workers=0, progress=False).finished == 1
+    assert len(list(tmp_path.glob("cells/*/results.json"))) == 2
+    assert [command["cells"] for command in MethodFindings(tmp_path).commands] == [1, 1, 0]
 
 
 def test_what_is_tuned_is_trained_once(tmp_path: Path) -> None:
@@ -345,7 +347,7 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     assert summed.results()["finetuning"]["queries"] == 16 and {shape[0] for shape, _ in seen} == {3}
 
     run = diffrl.load_tuned(folder.path)
-    assert all("lora" in name for name in run.policy.denoiser.trainable_state())  # type: ignore[operator]
+    assert all("lora" in name for name in run.policy.denoiser.trainable_state())
     assert run.sample(2).shape[0] == 2
 
 

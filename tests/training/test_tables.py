@@ -1,10 +1,10 @@
-"""The metrics table as a file, and aligned text."""
+"""The metrics table as a file."""
 
 from pathlib import Path
 
 import pytest
 
-from diffrl.training.table import Table, aligned
+from diffrl.training.table import Table
 
 
 def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
@@ -49,13 +49,3 @@ def test_a_row_cut_short_does_not_count(tmp_path: Path) -> None:
     assert [row["step"] for row in table.rows()] == ["1"]
     table.keep(lambda row: True)
     assert table.path.read_text().splitlines() == ["step,loss", "1,2"]
-
-
-def test_aligned() -> None:
-    text = aligned([["", "TD", "MC"], [], ["σ = 0.1", "0.62", "1"], ["seconds", "1.84", ""]])
-    assert text.splitlines() == [
-        "           TD  MC",
-        "-----------------",
-        "σ = 0.1  0.62   1",
-        "seconds  1.84",
-    ]

@@ -1,4 +1,4 @@
-"""The report of a fine-tuning comparison: rewards over trajectories, queries and updates, by seed, with intervals.
+"""The report of fine-tuning methods, from the folder alone: rewards over each cost, with intervals over seeds.
 
 out/
   report.md       tables and figures, for people
@@ -6,25 +6,25 @@ out/
   figures/        PNG and PDF
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffrl.experiments.findings import Interval, interval
+from diffrl.experiments.method_findings import AXES, MethodFindings
 from diffrl.experiments.reports.finetuning_figures import draw_curves, draw_pictures
-from diffrl.experiments.tuning_findings import AXES, Tuning
+from diffrl.experiments.reports.parts import commands_table, write_summary
+from diffrl.metrics.intervals import interval
+from diffrl.text_tables import markdown_table, text_table
 from diffrl.training.runs import RunFolderError, write_atomically
-from diffrl.training.table import aligned, markdown_table
 
-__all__ = ["tuning_table", "write_tuning_report"]
+__all__ = ["methods_table", "write_methods_report"]
 
 EARLY = 10
 
 
-def write_tuning_report(out: Path) -> Path:
+def write_methods_report(out: Path) -> Path:
     """Write the report anew from the runs that are finished; the others are listed.
 
     Args:
@@ -37,104 +37,102 @@ def write_tuning_report(out: Path) -> Path:
         RunFolderError: there is no comparison in the folder, or none of its runs is finished.
         MissingExtra: matplotlib is not installed.
     """
-    tuning = Tuning(out)
-    if not tuning.methods:
+    found = MethodFindings(out)
+    if not found.methods:
         raise RunFolderError(f"{out}: no run is finished; the same command continues")
-    write_atomically(out / "summary.json", json.dumps(_summary(tuning), indent=1, ensure_ascii=False))
-    figures = [*draw_curves(tuning, out / "figures"), draw_pictures(tuning, out / "figures")]
-    config, method = tuning.config, tuning.methods[0]
+    write_summary(out, _summary(found))
+    figures = [*draw_curves(found, out / "figures"), draw_pictures(found, out / "figures")]
+    config, method = found.config, found.methods[0]
     policy = config["policy"]
     lines = [
         "# Fine-tuning methods compared\n",
         f"Reward: {_options(config['reward'])}. Held-out reward, never trained on: "
         f"{_options(config['heldout_reward'])}. Policy: {config['sampler']['name']}, {policy['num_steps']} steps, "
         f"std_floor {policy['std_floor']:g}. Seeds {', '.join(map(str, method.seeds))}.\n",
-        markdown_table([["command", "started", "wall time"], *map(_command, tuning.commands)]),
+        commands_table(found.commands),
         "Figures are interquartile means over seeds with 95 % bootstrap intervals, on noise that no training saw; "
         "*rises* is the share of seeds whose reward ends above the base's. Of distance and KL less is nearer "
         "to the base; docs/metrics.md defines every name.\n",
         "## At the end\n",
-        markdown_table(_end_rows(tuning)),
+        markdown_table(_end_rows(found)),
         "## Reward where one cost is the same for all\n",
-        markdown_table(_matched_rows(tuning)),
+        markdown_table(_matched_rows(found)),
         "## Variance of the advantages, before they are scaled\n",
         "In units of the reward squared; where steps are paid for estimates, of their sum.\n",
-        markdown_table(_spread_rows(tuning)),
+        markdown_table(_spread_rows(found)),
         "## What a run spent\n",
-        markdown_table(_cost_rows(tuning)),
+        markdown_table(_cost_rows(found)),
         *(f"![{title}](figures/{path.name})\n" for title, path in figures),
     ]
-    if tuning.unfinished:
-        lines += [
-            "## Runs without a result\n",
-            markdown_table([["run", "why"], *map(list, tuning.unfinished)]),
-        ]
+    if unfinished := found.unfinished():
+        rows = [[cell.path.name, cell.error or "not finished"] for cell in unfinished]
+        lines += ["## Runs without a result\n", markdown_table([["run", "why"], *rows])]
     write_atomically(out / "report.md", "\n".join(lines))
     return out / "report.md"
 
 
-def tuning_table(out: Path) -> str:
-    """The report's main tables for a terminal."""
-    tuning = Tuning(out)
-    end, matched = _end_rows(tuning), _matched_rows(tuning)
-    return f"{aligned([end[0], [], *end[1:]])}\n\n{aligned([matched[0], [], *matched[1:]])}"
+def methods_table(out: Path) -> str:
+    """The two main tables of the report, for a terminal."""
+    found = MethodFindings(out)
+    end, matched = _end_rows(found), _matched_rows(found)
+    return f"{text_table(end)}\n\n{text_table(matched)}"
 
 
-def _end_rows(tuning: Tuning) -> list[list[str]]:
-    names = tuning.figures
+def _end_rows(found: MethodFindings) -> list[list[str]]:
+    names = found.figures
     rows = [["method", *names.values(), "rises"]]
-    first = tuning.methods[0]
+    first = found.methods[0]
     rows.append(["base", *(f"{interval(first.first(name)).iqm:.3g}" for name in names), ""])
-    for m in tuning.methods:
+    for m in found.methods:
         rises = float((m.last("eval_reward") > m.first("eval_reward")).mean())
-        rows.append([m.name, *(_text(interval(m.last(name))) for name in names), f"{rises:.2f}"])
+        rows.append([m.name, *(f"{interval(m.last(name)):.3g}" for name in names), f"{rises:.2f}"])
     return rows
 
 
-def _matched_rows(tuning: Tuning) -> list[list[str]]:
-    places = {axis: tuning.common(axis) for axis in AXES}
+def _matched_rows(found: MethodFindings) -> list[list[str]]:
+    places = {axis: found.common(axis) for axis in AXES}
     rows = [["method", *(f"{x:,.0f} {AXES[axis]}" for axis, x in places.items())]]
-    for m in tuning.methods:
-        rows.append([m.name, *(_text(interval(m.at("eval_reward", a, x))) for a, x in places.items())])
+    for m in found.methods:
+        rows.append([m.name, *(f"{interval(m.at('eval_reward', a, x)):.3g}" for a, x in places.items())])
     return rows
 
 
-def _spread_rows(tuning: Tuning) -> list[list[str]]:
+def _spread_rows(found: MethodFindings) -> list[list[str]]:
     """Early, where all policies are near the base, and over the whole run."""
     rows = [["method", f"first {EARLY} iterations", "all iterations"]]
-    for m in tuning.methods:
+    for m in found.methods:
         squares = [np.square(spread) for spread in m.spread]
         means = [[float(s[:EARLY].mean()) for s in squares], [float(s.mean()) for s in squares]]
-        rows.append([m.name, *(_text(interval(mean)) for mean in means)])
+        rows.append([m.name, *(f"{interval(mean):.3g}" for mean in means)])
     return rows
 
 
-def _cost_rows(tuning: Tuning) -> list[list[str]]:
+def _cost_rows(found: MethodFindings) -> list[list[str]]:
     names = [*AXES, "network_evaluations", "seconds"]
     rows = [["method", *(name.replace("_", " ") for name in names)]]
-    for m in tuning.methods:
+    for m in found.methods:
         rows.append([m.name, *(f"{np.mean([c[name] for c in m.costs]):,.0f}" for name in names)])
     return rows
 
 
-def _summary(tuning: Tuning) -> dict[str, Any]:
+def _summary(found: MethodFindings) -> dict[str, Any]:
     """Every number of the report."""
     methods = {}
-    for m in tuning.methods:
+    for m in found.methods:
         curves = {}
         for axis in AXES:
-            for name in tuning.figures:
+            for name in found.figures:
                 x, y = m.curve(name, axis)
                 curves[f"{name} by {axis}"] = {"x": x.tolist(), "seeds": y.tolist()}
         methods[m.name] = {
             "seeds": list(m.seeds),
-            "base": {name: m.first(name).tolist() for name in tuning.figures},
-            "final": {name: m.last(name).tolist() for name in tuning.figures},
-            "final_interval": {name: interval(m.last(name))._asdict() for name in tuning.figures},
+            "base": {name: m.first(name).tolist() for name in found.figures},
+            "final": {name: m.last(name).tolist() for name in found.figures},
+            "final_interval": {name: interval(m.last(name))._asdict() for name in found.figures},
             "reward_at_common": {
                 axis: {
-                    "at": tuning.common(axis),
-                    **interval(m.at("eval_reward", axis, tuning.common(axis)))._asdict(),
+                    "at": found.common(axis),
+                    **interval(m.at("eval_reward", axis, found.common(axis)))._asdict(),
                 }
                 for axis in AXES
             },
@@ -143,21 +141,9 @@ def _summary(tuning: Tuning) -> dict[str, Any]:
             "stopped_early": [c["stopped_early"] for c in m.costs],
             "curves": curves,
         }
-    return {"commands": tuning.commands, "config": tuning.config, "methods": methods}
+    return {"commands": found.commands, "config": found.config, "methods": methods}
 
 
 def _options(config: Mapping[str, Any]) -> str:
     options = ", ".join(f"{k}={v}" for k, v in config.items() if k != "name" and v is not None)
     return f"{config['name']}({options})"
-
-
-def _command(command: Mapping[str, Any]) -> list[str]:
-    seconds = command.get("seconds")
-    took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
-    return [f"`{command['command']}`", command["started"], took]
-
-
-def _text(found: Interval) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.iqm:.3g}"
-    return f"{found.iqm:.3g} [{found.low:.3g}, {found.high:.3g}]"

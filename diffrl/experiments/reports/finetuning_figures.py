@@ -1,25 +1,33 @@
-"""Figures of a fine-tuning comparison: reward by each cost, what it costs in likeness, samples before and after."""
+"""Figures of fine-tuning methods: reward by each cost, what it costs in likeness, samples before and after."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from diffrl.experiments.findings import interval
-from diffrl.experiments.reports.run_figure import REAL, STYLE, show_images, show_points
-from diffrl.experiments.reports.training_figures import STYLES
-from diffrl.experiments.tuning_findings import AXES, Method, Tuning
-from diffrl.extras import require
+from diffrl.experiments.method_findings import AXES, Method, MethodFindings
+from diffrl.experiments.reports.style import (
+    GREY,
+    PALETTE,
+    draw_band,
+    drawing,
+    save_figure,
+    show_images,
+    show_points,
+)
+from diffrl.metrics.intervals import interval
 from diffrl.training.runs import RunFolder
 
 __all__ = ["draw_curves", "draw_pictures"]
 
+REWARDS = ("eval_reward", "heldout_reward")
+LIKENESS = ("diversity", "distance_to_base", "kl_to_base")
 
-def draw_curves(tuning: Tuning, folder: Path) -> list[tuple[str, Path]]:
-    """Reward over trajectories, queries and updates, a figure each; and likeness to the base beside reward.
+
+def draw_curves(found: MethodFindings, folder: Path) -> list[tuple[str, Path]]:
+    """Draw reward over each cost, a figure each, and likeness to the base over reward.
 
     Args:
-        tuning: the comparison.
+        found: the comparison.
         folder: for PNG and PDF; made if missing.
 
     Returns:
@@ -28,98 +36,95 @@ def draw_curves(tuning: Tuning, folder: Path) -> list[tuple[str, Path]]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    names = tuning.figures
-    heldout = "heldout_reward" in names
+    rewards = [name for name in REWARDS if name in found.figures]
     drawn = []
     for axis, words in AXES.items():
         title = f"Reward by {words}"
-        figure, panels = _figure(1 + heldout, f"{title}: the same for all is {words}; the others differ")
-        for panel, name in zip(panels, ["eval_reward", "heldout_reward"], strict=False):
-            _lines(panel, tuning, name, axis)
-            panel.set(xlabel=words, ylabel=names[name])
-            panel.axvline(tuning.common(axis), color=REAL, linewidth=0.8, linestyle=":")
-        _legend(figure, panels[0])
-        drawn.append((title, _save(figure, folder, f"reward_by_{axis}")))
+        with drawing() as figure:
+            panels = _panels(figure, len(rewards), f"{title}: the same for all is {words}; the others differ")
+            for panel, name in zip(panels, rewards, strict=True):
+                _draw_reward(panel, found, name, axis)
+            _legend(figure, panels[0])
+            drawn.append((title, save_figure(figure, folder / f"reward_by_{axis}")))
     title = "What the reward costs: diversity and distance to the base"
-    others = [name for name in ("diversity", "distance_to_base", "kl_to_base") if name in names]
-    figure, panels = _figure(len(others), title)
-    for panel, name in zip(panels, others, strict=True):
-        for method, (colour, marker) in zip(tuning.methods, STYLES, strict=False):
-            x = np.array([interval(y).iqm for y in method.curve("eval_reward", "trajectories")[1].T])
-            y = np.array([interval(y).iqm for y in method.curve(name, "trajectories")[1].T])
-            panel.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=method.name)
-        panel.set(xlabel=names["eval_reward"], ylabel=names[name])
-    _legend(figure, panels[0])
-    return [*drawn, (title, _save(figure, folder, "likeness_by_reward"))]
+    likeness = [name for name in LIKENESS if name in found.figures]
+    with drawing() as figure:
+        panels = _panels(figure, len(likeness), title)
+        for panel, name in zip(panels, likeness, strict=True):
+            _draw_likeness(panel, found, name)
+        _legend(figure, panels[0])
+        return [*drawn, (title, save_figure(figure, folder / "likeness_by_reward"))]
 
 
-def draw_pictures(tuning: Tuning, folder: Path) -> tuple[str, Path]:
-    """Samples of the base and of each method's first seed, from the same noise.
+def draw_pictures(found: MethodFindings, folder: Path) -> tuple[str, Path]:
+    """Draw samples of the base and of each method's first seed, all from the same noise.
 
     Args:
-        tuning: the comparison.
+        found: the comparison.
         folder: for PNG and PDF; made if missing.
 
     Returns:
         Title and PNG.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
     """
-    base = next(iter(RunFolder(tuning.methods[0].folders[0]).samples()["base"].values()))
-    parts = [("base", base, REAL)]
-    for method, (colour, _) in zip(tuning.methods, STYLES, strict=False):
+    base = next(iter(RunFolder(found.methods[0].folders[0]).samples()["base"].values()))
+    parts = [("base", base, GREY)]
+    for method, (colour, _) in zip(found.methods, cycle(PALETTE), strict=False):
         tuned = next(iter(RunFolder(method.folders[0]).samples()["tuned"].values()))
         parts.append((f"{method.name}, seed {method.seeds[0]}", tuned, colour))
     title = "Samples before and after, from the same noise"
-    figure, panels = _figure(len(parts), title, width=2.8, columns=4)
-    for panel, (name, x, colour) in zip(panels, parts, strict=True):
-        if x.ndim == 4:
-            show_images(panel, x, columns=8)
-        else:
-            show_points(panel, x, base, colour)
-        panel.set_title(name, color=colour)
-    return title, _save(figure, folder, "before_and_after")
+    with drawing() as figure:
+        panels = _panels(figure, len(parts), title, width=2.8, columns=4)
+        for panel, (name, x, colour) in zip(panels, parts, strict=True):
+            if x.ndim == 4:
+                show_images(panel, x, columns=8)
+            else:
+                show_points(panel, x, base, colour)
+            panel.set_title(name, color=colour)
+        return title, save_figure(figure, folder / "before_and_after")
 
 
-def _lines(panel: Any, tuning: Tuning, name: str, axis: str) -> None:
-    """The interquartile mean over seeds of each method, in its 95 % interval."""
-    for method, (colour, marker) in zip(tuning.methods, STYLES, strict=False):
-        x, y = method.curve(name, axis)
-        found = [interval(column) for column in y.T]
-        mean = [f.iqm for f in found]
-        panel.plot(x, mean, color=colour, marker=marker, markersize=3, linewidth=1.5, label=_label(method))
-        if len(method.seeds) > 1:
-            low, high = ([getattr(f, end) for f in found] for end in ("low", "high"))
-            panel.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+def _draw_reward(panel: Any, found: MethodFindings, name: str, axis: str) -> None:
+    """A reward of each method over one cost; a dotted line shows how far all runs went."""
+    for method, (colour, marker) in zip(found.methods, cycle(PALETTE), strict=False):
+        x, by_seed = method.curve(name, axis)
+        points = [interval(values) for values in by_seed.T]
+        style = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.5}
+        draw_band(panel, x, points, label=_label(method), **style)
+    panel.set(xlabel=AXES[axis], ylabel=found.figures[name])
+    panel.axvline(found.common(axis), color=GREY, linewidth=0.8, linestyle=":")
+
+
+def _draw_likeness(panel: Any, found: MethodFindings, name: str) -> None:
+    """How like the base each method's samples are, over the reward that they have at the same evaluation."""
+    for method, (colour, marker) in zip(found.methods, cycle(PALETTE), strict=False):
+        x, y = (
+            [interval(values).iqm for values in method.curve(figure, "trajectories")[1].T]
+            for figure in ("eval_reward", name)
+        )
+        panel.plot(x, y, color=colour, marker=marker, markersize=3, linewidth=1, label=method.name)
+    panel.set(xlabel=found.figures["eval_reward"], ylabel=found.figures[name])
 
 
 def _label(method: Method) -> str:
     return f"{method.name}, {len(method.seeds)} seed{'s' if len(method.seeds) > 1 else ''}"
 
 
-def _figure(panels: int, title: str, width: float = 4.2, columns: int = 9) -> tuple[Any, list[Any]]:
-    """A figure of so many panels, in rows of at most `columns`."""
-    matplotlib = require("matplotlib", "plot")
-    across = min(panels, columns)
-    down = -(-panels // across)
-    with matplotlib.rc_context(STYLE):
-        size = (width * across, 0.4 + (width if down > 1 else 3.4) * down)
-        figure = require("matplotlib.figure", "plot").Figure(figsize=size, layout="constrained")
-        grid = list(figure.subplots(down, across, squeeze=False).flat)
-        for empty in grid[panels:]:
-            empty.set_axis_off()
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-    return figure, grid[:panels]
+def _panels(figure: Any, count: int, title: str, *, width: float = 4.2, columns: int = 9) -> list[Any]:
+    """So many panels, in rows of at most `columns`, under a title."""
+    across = min(count, columns)
+    down = -(-count // across)
+    figure.set_size_inches(width * across, 0.4 + (width if down > 1 else 3.4) * down)
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for empty in grid[count:]:
+        empty.set_axis_off()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return grid[:count]
 
 
 def _legend(figure: Any, panel: Any) -> None:
     """Under all panels, where it hides nothing."""
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 5), fontsize=8)
-
-
-def _save(figure: Any, folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    matplotlib = require("matplotlib", "plot")
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        figure.savefig(folder / f"{name}.pdf")
-    return folder / f"{name}.png"

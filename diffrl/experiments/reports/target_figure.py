@@ -1,23 +1,58 @@
-"""The figure of `diffrl.metrics.diagnostics.target_errors`: bias, variance and the best λ, by noise level."""
+"""The errors of targets at the network of a run, and their figure: bias, variance and best λ by noise level."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffrl.experiments.reports.run_figure import INK, STYLE
-from diffrl.extras import require
+import torch
 
-__all__ = ["draw_target_errors"]
+from diffrl.experiments.reports.style import INK, ORANGE, drawing, save_figure
+from diffrl.extras import require
+from diffrl.metrics.diagnostics import target_errors
+from diffrl.training.build import build_oracle
+from diffrl.training.runs import Run
+
+__all__ = ["draw_target_errors", "run_target_errors"]
 
 SHOWN = ("lmbda=0", "lmbda=0.5", "lmbda=0.9", "monte_carlo")
-CHOICE = "#D55E00"
 LABELS = {"monte_carlo": "Monte Carlo"}
 PANELS = {
     "bias_sq": "Squared bias of the target",
     "variance": "Variance of the target",
     "total": "Total error",
 }
+
+
+def run_target_errors(
+    run: Run, *, states: int = 200, draws: int = 32, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """What `target_errors` finds at the network of a run, on the chain that the run was trained with.
+
+    Args:
+        run: a training run, on data whose exact denoiser is known.
+        states: how many noisy states the errors are averaged over.
+        draws: how often the chain goes on from each state.
+        seed: of the states' noise and of the draws.
+        options: of `target_errors`, in place of the run's own: ``coupling``, ``lmbdas``, ``n_steps``.
+
+    Raises:
+        ValueError: the data have no exact denoiser.
+    """
+    oracle, chain = build_oracle(run.data, run.denoiser.process), run.config["chain"]
+    if oracle is None:
+        raise ValueError(f"{run.data.name} has no exact denoiser, so no error of a target is known")
+    given = {key: chain[key] for key in ("num_steps", "coupling", "span", "stride", "value", "t_max")}
+    return target_errors(
+        run.denoiser,
+        oracle,
+        run.data.test[:states].to(next(run.denoiser.parameters())),
+        run.denoiser.process,
+        sigma_data=run.denoiser.sigma_data,
+        draws=draws,
+        generator=torch.Generator().manual_seed(seed),
+        **{**given, **options},
+    )
 
 
 def draw_target_errors(
@@ -27,32 +62,30 @@ def draw_target_errors(
     targets: Sequence[str] = SHOWN,
     title: str = "",
 ) -> Path:
-    """Four panels by σ: squared bias, variance and total of the targets; value error, residual and best λ.
+    """Draw four panels by σ: squared bias, variance and total of the targets; value error, residual and best λ.
 
     A squared bias within two standard errors of 0 is not drawn.
 
     Args:
-        errors: what `diffrl.metrics.diagnostics.target_errors` returns.
-        path: where to write, without suffix: a png and a pdf.
+        errors: what `target_errors` or `run_target_errors` returns.
+        path: where to write, without suffix: a PNG and a PDF.
         targets: which to show, names of the table.
         title: above the panels.
 
     Returns:
-        The png's path.
+        Path of the PNG.
 
     Raises:
         MissingExtra: matplotlib is not installed.
         KeyError: a target that the table does not have.
     """
-    matplotlib = require("matplotlib", "plot")
     levels = [level for level in errors["levels"] if math.isfinite(level["sigma"])]
     if missing := [name for name in targets if name not in levels[0]["targets"]]:
         raise KeyError(f"no target {', '.join(missing)}: the table has {', '.join(levels[0]['targets'])}")
     sigma = [level["sigma"] for level in levels]
-    with matplotlib.rc_context(STYLE):
-        figure = require("matplotlib.figure", "plot").Figure(figsize=(9, 6.4), layout="constrained")
+    with drawing(figsize=(9, 6.4)) as figure:
         axes = figure.subplots(2, 2, sharex=True)
-        colours = matplotlib.colormaps["viridis"]
+        colours = require("matplotlib", "plot").colormaps["viridis"]
         for axis, (quantity, heading) in zip(axes.flat, PANELS.items(), strict=False):
             for n, name in enumerate(targets):
                 rows = [level["targets"][name] for level in levels]
@@ -66,9 +99,9 @@ def draw_target_errors(
         last.set_title("The denoiser, and the λ of least total")
         choice = last.twinx()
         best = [level["best_lmbda"] for level in levels]
-        choice.plot(sigma, best, color=CHOICE, drawstyle="steps-mid", label="best λ")
+        choice.plot(sigma, best, color=ORANGE, drawstyle="steps-mid", label="best λ")
         choice.set(ylim=(-0.05, 1.05), ylabel="best λ")
-        choice.yaxis.label.set_color(CHOICE)
+        choice.yaxis.label.set_color(ORANGE)
         choice.grid(visible=False)
         lines = [*last.get_lines(), *choice.get_lines()]
         choice.legend(lines, [line.get_label() for line in lines], loc="upper left")
@@ -79,11 +112,7 @@ def draw_target_errors(
         axes.flat[2].set_ylabel("in units of the network's output")
         if title:
             figure.suptitle(title)
-        png = Path(path).with_suffix(".png")
-        png.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(png, dpi=200)
-        figure.savefig(png.with_suffix(".pdf"))
-    return png
+        return save_figure(figure, Path(path), dpi=200)
 
 
 def _line(

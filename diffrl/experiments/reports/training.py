@@ -1,4 +1,4 @@
-"""The report of a comparison, from its folder alone: tables, figures, and every number in CSV and JSON.
+"""The report of training studies, from the folder alone: tables, figures, and every number in CSV and JSON.
 
 out/
   report.md       tables and figures, for people
@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffrl.experiments.findings import SCORE, Estimate, Findings, Interval, Panel, Quantity
+from diffrl.experiments.findings import Finding
+from diffrl.experiments.reports.parts import commands_table, write_summary
 from diffrl.experiments.reports.run_table import distance_label
 from diffrl.experiments.reports.training_figures import draw_figures
+from diffrl.experiments.study_findings import COSTS, SCORE, Estimate, Panel, Quantity, StudyFindings
+from diffrl.metrics.intervals import Interval
+from diffrl.text_tables import markdown_table
 from diffrl.training.runs import write_atomically
-from diffrl.training.table import markdown_table
 
 __all__ = ["write_report"]
 
@@ -48,9 +51,9 @@ def write_report(out: Path) -> Path:
         RunFolderError: there is no comparison in the folder.
         MissingExtra: matplotlib is not installed.
     """
-    findings = Findings(out)
+    findings = StudyFindings(out)
     panels = [panel for panel in findings.panels() if panel.schemes]
-    rows = [cell.row() for cell in findings.cells]
+    rows = [_flat(cell) for cell in findings.cells]
     _write_csv(out / "summary.csv", rows)
     summary = {
         "plan": findings.plan,
@@ -59,7 +62,7 @@ def write_report(out: Path) -> Path:
         "estimates": [entry for panel in panels for entry in _estimates(panel)],
         "efforts": [entry for panel in panels for entry in _efforts(panel)],
     }
-    write_atomically(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    write_summary(out, summary)
 
     parts = [_head(findings), _in_short(panels)]
     study = None
@@ -75,28 +78,20 @@ def write_report(out: Path) -> Path:
     return out / "report.md"
 
 
-def _head(findings: Findings) -> str:
+def _head(findings: StudyFindings) -> str:
     cells = {cell.path: cell.status for cell in findings.cells}
     finished = sum(status == "finished" for status in cells.values())
     lines = [f"# Comparison: {findings.plan}\n", f"{finished} of {len(cells)} cells are finished.\n"]
-    rows = [["command", "started", "cells", "wall time"]]
-    for command in findings.commands:
-        seconds = command.get("seconds")
-        took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
-        rows.append([f"`{command['command']}`", command["started"], str(command.get("cells", "")), took])
-    lines.append(markdown_table(rows))
-    for versions in {
-        json.dumps(command["versions"]): command["versions"] for command in findings.commands
-    }.values():
-        lines.append(
-            "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".\n"
-        )
+    lines.append(commands_table(findings.commands))
+    used = {json.dumps(command["versions"]): command["versions"] for command in findings.commands}
+    for versions in used.values():
+        lines.append(f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.\n")
     sigmas = "σ = " + ", ".join(findings.score_sigmas)
     return "\n".join([*lines, LEGEND.format(sigmas=sigmas)])
 
 
 def _in_short(panels: Sequence[Panel]) -> str:
-    """The best scheme of each column."""
+    """The table of the best schemes: one for each figure of each study on each case."""
     rows = [["study", "case", "figure", "best scheme", "over the baseline"]]
     for panel in panels:
         for quantity in panel.quantities:
@@ -111,6 +106,7 @@ def _in_short(panels: Sequence[Panel]) -> str:
 
 
 def _panel(panel: Panel) -> str:
+    """The tables of a study on a case."""
     study = panel.study
     lines = [f"### {study.name}, {panel.case}\n"]
     if not panel.compared:
@@ -136,7 +132,7 @@ def _panel(panel: Panel) -> str:
 
 
 def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
-    """A row a scheme, a column a figure."""
+    """Figures as multiples of the baseline's: a row for each scheme, a column for each figure."""
     columns = [{s: panel.estimates[s, quantity] for s in panel.compared} for quantity in quantities]
     least = [min((e.ratio.iqm for e in column.values() if e is not None), default=0.0) for column in columns]
     rows = [["scheme", *(_label(quantity, panel) for quantity in quantities)]]
@@ -152,29 +148,29 @@ def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]
 
 
 def _value_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
+    """Figures themselves: a row for each scheme, a column for each figure but the score, which is a ratio."""
     quantities = [quantity for quantity in quantities if quantity != SCORE]
     rows = [["scheme", *(_label(quantity, panel) for quantity in quantities)]]
     for scheme in panel.compared:
         estimates = [panel.estimates[scheme, quantity] for quantity in quantities]
-        cells = [
-            "not finite" if e is None or e.value is None else _interval(e.value, "#.3g") for e in estimates
-        ]
+        cells = ["not finite" if e is None or e.value is None else f"{e.value:#.3g}" for e in estimates]
         rows.append([_seeded(scheme, panel), *cells])
     return rows
 
 
 def _effort_rows(panel: Panel) -> list[list[str]]:
-    """Shares of what the baseline spends in all."""
+    """What each scheme spends until it is as good as the baseline: shares of what that spends in all."""
     rows = [["scheme", "gradient steps", "network evaluations"]]
     for scheme in panel.compared:
         effort = panel.effort(scheme)
         shares = (effort.grad_steps, effort.network_evaluations)
         missed = f"not reached at {effort.seeds - effort.reached} of {effort.seeds} seeds"
-        rows.append([scheme, *(missed if share is None else _interval(share) for share in shares)])
+        rows.append([scheme, *(missed if share is None else f"{share:.2f}" for share in shares)])
     return rows
 
 
 def _cost_rows(panel: Panel) -> list[list[str]]:
+    """What a run of each scheme spends, and whether that is what the study says."""
     rows = [["scheme", "gradient steps", "data", "network evaluations", "seconds", "matched"]]
     for scheme in panel.compared:
         cost = panel.costs(scheme)
@@ -185,13 +181,14 @@ def _cost_rows(panel: Panel) -> list[list[str]]:
     return rows
 
 
-def _unfinished(findings: Findings) -> str:
+def _unfinished(findings: StudyFindings) -> str:
     """Schemes with cells that have no result, and why."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for c in findings.unfinished():
         where = f"`cells/{c.path.name}`" if c.status in ("failed", "stopped") else ""
         error = c.error or ""
-        groups.setdefault((c.study, c.case, c.scheme, c.status, where, error), []).append(str(c.seed))
+        place = tuple(c.where[key] for key in ("study", "case", "scheme"))
+        groups.setdefault((*place, c.status, where, error), []).append(str(c.seed))
     if not groups:
         return ""
     rows = [["study", "case", "scheme", "seeds", "state", "folder", "error"]]
@@ -201,6 +198,7 @@ def _unfinished(findings: Findings) -> str:
 
 
 def _estimates(panel: Panel) -> Iterable[dict[str, Any]]:
+    """Every estimate, for summary.json."""
     for scheme in panel.compared:
         for quantity in panel.quantities:
             estimate = panel.estimates[scheme, quantity]
@@ -209,10 +207,27 @@ def _estimates(panel: Panel) -> Iterable[dict[str, Any]]:
 
 
 def _efforts(panel: Panel) -> Iterable[dict[str, Any]]:
+    """Every effort, for summary.json."""
     if SCORE in panel.quantities:
         for scheme in panel.compared:
             where = {"study": panel.study.name, "case": panel.case, "scheme": scheme}
             yield {**where, **_plain(panel.effort(scheme))}
+
+
+def _flat(cell: Finding) -> dict[str, Any]:
+    """A cell and all its figures, by names that can be columns of a table."""
+    figures = cell.figures
+    distance = figures.get("sample_distance", {"by_nfe": {}})
+    return {
+        **cell.where,
+        "status": cell.status,
+        **{cost: figures.get(cost) for cost in COSTS},
+        **{f"value_error_{sigma}": error for sigma, error in figures.get("value_error", {}).items()},
+        **{f"sample_distance_nfe_{nfe}": found for nfe, found in distance["by_nfe"].items()},
+        "metric": distance.get("metric"),
+        "folder": cell.path.name,
+        "error": cell.error,
+    }
 
 
 def _plain(found: Any) -> dict[str, Any]:
@@ -232,17 +247,11 @@ def _seeded(scheme: str, panel: Panel) -> str:
 
 
 def _cell(estimate: Estimate | None) -> str:
-    return "not finite" if estimate is None else f"{_interval(estimate.ratio)} P {estimate.probability:.2f}"
-
-
-def _interval(interval: Interval, form: str = ".2f") -> str:
-    if interval.low is None or interval.high is None:
-        return format(interval.iqm, form)
-    return f"{interval.iqm:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+    return "not finite" if estimate is None else f"{estimate.ratio:.2f} P {estimate.probability:.2f}"
 
 
 def _folded(title: str, rows: list[list[str]], *, fold: bool = False) -> str:
-    """A titled table; folded away if it is long, or by choice."""
+    """A table with a title; folded away if it is long, or where `fold` asks for it."""
     if fold or len(rows) > LONG:
         return f"<details><summary>{title}</summary>\n\n{markdown_table(rows)}\n</details>\n"
     return f"**{title}**\n\n{markdown_table(rows)}"

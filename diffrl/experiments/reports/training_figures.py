@@ -1,6 +1,6 @@
-"""Figures of a comparison: maps of a grid, intervals, learning curves, sample distance by evaluations."""
+"""Figures of training studies: maps of a grid, intervals, learning curves, sample distance by evaluations."""
 
-import csv
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -9,29 +9,34 @@ from typing import Any
 
 import numpy as np
 
-from diffrl.experiments.comparison import grid_scheme
-from diffrl.experiments.findings import SCORE, Panel, Quantity, interval
-from diffrl.experiments.reports.run_figure import FAINT, INK, REAL, STYLE
 from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.style import (
+    BLUE,
+    FAINT,
+    GREY,
+    INK,
+    ORANGE,
+    PALETTE,
+    Array,
+    draw_band,
+    drawing,
+    plain_ticks,
+    save_figure,
+)
+from diffrl.experiments.studies import grid_scheme
+from diffrl.experiments.study_findings import SCORE, Panel, Quantity
 from diffrl.extras import require
+from diffrl.metrics.intervals import Interval, interval
 
-__all__ = ["draw_figures", "plain_ticks"]
+__all__ = ["draw_figures"]
 
 Rows = list[dict[str, Any]]
+Styles = Mapping[str, Mapping[str, Any]]
+"""How the line of each scheme is drawn."""
 
-# Okabe and Ito's palette; shapes of markers say the same. The baseline is ink.
-STYLES = [
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#56B4E9", "v"),
-    ("#E69F00", "P"),
-]
 AXES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
 LEGEND = {"fontsize": 8, "title_fontsize": 8, "frameon": True, "framealpha": 0.8, "edgecolor": "none"}
 NOTES = {"intervals": " Grey: the interval holds 1, or there is one seed. †: not matched."}
-BETTER, WORSE = "#0072B2", "#D55E00"
 
 
 def draw_figures(panel: Panel, folder: Path) -> list[tuple[str, Path]]:
@@ -47,10 +52,8 @@ def draw_figures(panel: Panel, folder: Path) -> list[tuple[str, Path]]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", "plot")
     if not panel.compared:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
     title = panel.study.title or "schemes against the baseline"
     kinds: list[tuple[str, str, Callable[[Any, Panel], Rows]]] = []
     if len(panel.study.axes) == 2:
@@ -65,21 +68,14 @@ def draw_figures(panel: Panel, folder: Path) -> list[tuple[str, Path]]:
         kinds.append(("nfe", "sample distance by network evaluations", _draw_nfe))
     drawn = []
     for kind, title, draw in kinds:
-        path = folder / f"{panel.study.name}_{panel.case}_{kind}.png"
-        with matplotlib.rc_context(STYLE):
-            figure = require("matplotlib.figure", "plot").Figure(layout="constrained")
+        with drawing() as figure:
             rows = draw(figure, panel)
             heading = f"{panel.study.name}, {panel.case}: {title}"
             figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
             footer = textwrap.fill(_footer(panel) + NOTES.get(kind, ""), int(17 * figure.get_figwidth()))
-            figure.supxlabel(footer, x=0.01, ha="left", fontsize=7.5, color=REAL)
-            figure.savefig(path, dpi=150)
-            figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-        with path.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        drawn.append((title, path))
+            figure.supxlabel(footer, x=0.01, ha="left", fontsize=7.5, color=GREY)
+            path = folder / f"{panel.study.name}_{panel.case}_{kind}.png"
+            drawn.append((title, save_figure(figure, path, rows=rows)))
     return drawn
 
 
@@ -113,66 +109,34 @@ def _footer(panel: Panel) -> str:
 
 
 def _ratio_row(panel: Panel, scheme: str, quantity: Quantity) -> dict[str, Any]:
+    """The ratio of a figure to the baseline's, as a row for the CSV; NaN where it is not finite."""
     estimate = panel.estimates[scheme, quantity]
     row = {"scheme": scheme, "figure": quantity.kind, "at": quantity.at}
-    if estimate is None:
-        return {
-            **row,
-            "seeds": len(panel.seeds(scheme)),
-            "iqm": math.nan,
-            "low": None,
-            "high": None,
-            "probability": None,
-        }
-    return {
-        **row,
-        "seeds": len(estimate.seeds),
-        **estimate.ratio._asdict(),
-        "probability": estimate.probability,
-    }
+    ratio, probability = Interval(math.nan, None, None), None
+    if estimate is not None:
+        ratio, probability = estimate.ratio, estimate.probability
+    return {**row, "seeds": len(panel.seeds(scheme)), **ratio._asdict(), "probability": probability}
 
 
 def _draw_map(figure: Any, panel: Panel) -> Rows:
     """A heat map for each figure: its ratio to the baseline's, on a scale that is symmetric about 1."""
-    (row_label, row_values), (column_label, column_values) = panel.study.axes.items()
+    (_, row_values), (_, column_values) = panel.study.axes.items()
     quantities = _shown(panel)
     across = min(3, len(quantities))
     down = math.ceil(len(quantities) / across)
     size = (0.62 * len(column_values) + 0.9, 0.36 * len(row_values) + 0.9)
     figure.set_size_inches(max(across * size[0] + 0.9, 7), down * size[1] + 0.5)
     grid = figure.subplots(down, across, squeeze=False).ravel()
-    rows, tables = [], []
+    rows: Rows = []
+    tables = []
     for quantity in quantities:
-        table = np.full((len(row_values), len(column_values)), math.nan)
-        for i, row_value in enumerate(row_values):
-            for j, column_value in enumerate(column_values):
-                scheme = grid_scheme({row_label: row_value, column_label: column_value})
-                if scheme in panel.compared:
-                    row = _ratio_row(panel, scheme, quantity)
-                    rows.append({row_label: row_value, column_label: column_value, **row})
-                    table[i, j] = row["iqm"]
+        found, table = _map_table(panel, quantity)
+        rows += found
         tables.append(table)
     logs = np.abs(np.log2(np.concatenate([table[np.isfinite(table)] for table in tables])))
     most = float(np.clip(logs.max(initial=0), 0.15, 2))
     for axes, quantity, table in zip(grid, quantities, tables, strict=False):
-        image = axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-        axes.set_xticks(range(len(column_values)), [f"{float(v):g}" for v in column_values])
-        axes.set_yticks(range(len(row_values)), [f"{float(v):g}" for v in row_values])
-        axes.set(xlabel=column_label, ylabel=row_label, title=_title(quantity))
-        axes.grid(False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        best = np.unravel_index(np.argmin(np.nan_to_num(table, nan=math.inf)), table.shape)
-        for (i, j), ratio in np.ndenumerate(table):
-            if math.isnan(ratio):
-                continue
-            weight = "bold" if (i, j) == best else "normal"
-            colour = "white" if abs(math.log2(ratio)) > 0.65 * most else INK
-            axes.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=colour, weight=weight)
-        frame = require("matplotlib.patches", "plot").Rectangle(
-            (best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.8, clip_on=False
-        )
-        axes.add_patch(frame)
+        image = _draw_heat_map(axes, panel, quantity, table, most)
     for axes in grid[len(quantities) :]:
         axes.set_axis_off()
     bar = figure.colorbar(image, ax=list(grid), shrink=0.8, aspect=30)
@@ -183,8 +147,46 @@ def _draw_map(figure: Any, panel: Panel) -> Rows:
     return rows
 
 
+def _map_table(panel: Panel, quantity: Quantity) -> tuple[Rows, Array]:
+    """The ratios of a figure over a grid, as rows for the CSV and as a table; NaN where there is none."""
+    (row_label, row_values), (column_label, column_values) = panel.study.axes.items()
+    rows, table = [], np.full((len(row_values), len(column_values)), math.nan)
+    for (i, row_value), (j, column_value) in itertools.product(
+        enumerate(row_values), enumerate(column_values)
+    ):
+        point = {row_label: row_value, column_label: column_value}
+        if (scheme := grid_scheme(point)) in panel.compared:
+            row = _ratio_row(panel, scheme, quantity)
+            rows.append({**point, **row})
+            table[i, j] = row["iqm"]
+    return rows, table
+
+
+def _draw_heat_map(axes: Any, panel: Panel, quantity: Quantity, table: Array, most: float) -> Any:
+    """One heat map, with its numbers and a frame around the best; `most` is log2 at the ends of the scale."""
+    (row_label, row_values), (column_label, column_values) = panel.study.axes.items()
+    image = axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    axes.set_xticks(range(len(column_values)), [f"{float(v):g}" for v in column_values])
+    axes.set_yticks(range(len(row_values)), [f"{float(v):g}" for v in row_values])
+    axes.set(xlabel=column_label, ylabel=row_label, title=_title(quantity))
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    best = np.unravel_index(np.argmin(np.nan_to_num(table, nan=math.inf)), table.shape)
+    for (i, j), ratio in np.ndenumerate(table):
+        if not math.isnan(ratio):
+            weight = "bold" if (i, j) == best else "normal"
+            colour = "white" if abs(math.log2(ratio)) > 0.65 * most else INK
+            axes.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=colour, weight=weight)
+    frame = require("matplotlib.patches", "plot").Rectangle(
+        (best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.8, clip_on=False
+    )
+    axes.add_patch(frame)
+    return image
+
+
 def _draw_intervals(figure: Any, panel: Panel) -> Rows:
-    """One row a scheme, one column a figure: ratio to the baseline's with its interval."""
+    """Ratios to the baseline's with their intervals: a row for each scheme, a panel for each figure."""
     schemes = [scheme for scheme in panel.compared if scheme != panel.study.baseline]
     quantities = _shown(panel)
     figure.set_size_inches(2.0 + 1.9 * len(quantities), 1.2 + 0.27 * len(schemes))
@@ -196,7 +198,7 @@ def _draw_intervals(figure: Any, panel: Panel) -> Rows:
             row = _ratio_row(panel, scheme, quantity)
             rows.append(row)
             low, high = (row["iqm"] if row[end] is None else row[end] for end in ("low", "high"))
-            colour = BETTER if high < 1 else WORSE if low > 1 else FAINT
+            colour = BLUE if high < 1 else ORANGE if low > 1 else FAINT
             if row["low"] is None:  # one seed says nothing about better or worse
                 colour = FAINT
             axes.plot([low, high], [y, y], color=colour, linewidth=2.4, solid_capstyle="butt")
@@ -210,15 +212,15 @@ def _draw_intervals(figure: Any, panel: Panel) -> Rows:
     return rows
 
 
-def _selected(panel: Panel, quantities: Sequence[Quantity]) -> dict[str, Mapping[str, Any]]:
+def _selected(panel: Panel, quantities: Sequence[Quantity]) -> Styles:
     """The baseline and the best schemes, in the study's order, each with its style."""
 
     def rank(scheme: str) -> float:
         found = [panel.estimates[scheme, quantity] for quantity in quantities]
         return math.inf if None in found else float(np.mean([e.ratio.iqm for e in found if e is not None]))
 
-    others = sorted((s for s in panel.compared if s != panel.study.baseline), key=rank)[: len(STYLES)]
-    styles = dict(zip((s for s in panel.compared if s in others), STYLES, strict=False))
+    others = sorted((s for s in panel.compared if s != panel.study.baseline), key=rank)[: len(PALETTE)]
+    styles = dict(zip((s for s in panel.compared if s in others), PALETTE, strict=False))
     chosen: dict[str, Mapping[str, Any]] = {}
     for scheme in panel.compared:
         if scheme == panel.study.baseline:
@@ -228,7 +230,7 @@ def _selected(panel: Panel, quantities: Sequence[Quantity]) -> dict[str, Mapping
     return chosen
 
 
-def _how_many(chosen: Mapping[str, Any], panel: Panel) -> str:
+def _how_many(chosen: Styles, panel: Panel) -> str:
     hidden = len(panel.compared) - len(chosen)
     return f"the {len(chosen) - 1} best of {len(panel.compared) - 1} schemes" if hidden else "all schemes"
 
@@ -238,6 +240,11 @@ def _draw_learning(figure: Any, panel: Panel) -> Rows:
     chosen = _selected(panel, [SCORE])
     figure.set_size_inches(11, max(3.8, 1.4 + 0.3 * len(chosen)))
     curves, shares = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    return [*_draw_curves(curves, panel, chosen), *_draw_efforts(shares, panel, chosen)]
+
+
+def _draw_curves(axes: Any, panel: Panel, chosen: Styles) -> Rows:
+    """The score at each evaluation that all seeds have, a line for each scheme."""
     rows: Rows = []
     for scheme, style in chosen.items():
         runs = [panel.curve(scheme, seed) for seed in panel.seeds(scheme)]
@@ -252,57 +259,46 @@ def _draw_learning(figure: Any, panel: Panel) -> Rows:
                 "network_evaluations": evaluations,
             }
             rows.append({**row, **point._asdict()})
-        x = runs[0].grad_steps[:length]
-        curves.plot(x, [p.iqm for p in points], linewidth=1.8, markersize=4, **style)
-        if points and points[0].low is not None:
-            low, high = [p.low for p in points], [p.high for p in points]
-            curves.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    curves.axhline(1, color=INK, linewidth=0.8)
-    curves.annotate(
-        f"{panel.study.baseline}'s last",
-        (0.01, 1),
-        (0, -3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        va="top",
-        fontsize=8,
-        color=INK,
-    )
-    curves.set(
-        xlabel="gradient steps",
-        ylabel=f"value error, × {panel.study.baseline}'s last",
-        title="Learning curves",
-    )
-    _ratio_scale(curves, "y", least=0.75)  # leaves room for the words under the line
-    curves.legend(title=_how_many(chosen, panel), **LEGEND)
+        draw_band(axes, runs[0].grad_steps[:length], points, linewidth=1.8, markersize=4, **style)
+    baseline = panel.study.baseline
+    axes.axhline(1, color=INK, linewidth=0.8)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
+    axes.annotate(f"{baseline}'s last", (0.01, 1), (0, -3), fontsize=8, color=INK, **place)
+    axes.set(xlabel="gradient steps", ylabel=f"value error, × {baseline}'s last", title="Learning curves")
+    _ratio_scale(axes, "y", least=0.75)  # leaves room for the words under the line
+    axes.legend(title=_how_many(chosen, panel), **LEGEND)
+    return rows
 
+
+def _draw_efforts(axes: Any, panel: Panel, chosen: Styles) -> Rows:
+    """What each scheme spends until it is as good as the baseline, in gradient steps and in evaluations."""
+    rows: Rows = []
     for y, (scheme, style) in enumerate(chosen.items()):
         effort = panel.effort(scheme)
-        for name, found, shift in (
-            ("grad_steps", effort.grad_steps, -0.13),
-            ("network_evaluations", effort.network_evaluations, 0.13),
+        for cost, shift, fill in (
+            ("grad_steps", -0.13, style["color"]),
+            ("network_evaluations", 0.13, "white"),
         ):
-            row = {"panel": f"effort_{name}", "scheme": scheme, "grad_steps": "", "network_evaluations": ""}
+            row = {"panel": f"effort_{cost}", "scheme": scheme, "grad_steps": "", "network_evaluations": ""}
+            found: Interval | None = getattr(effort, cost)
             if found is None:
                 missed = f"not reached at {effort.seeds - effort.reached} of {effort.seeds} seeds"
                 rows.append({**row, "iqm": missed, "low": None, "high": None})
                 if shift < 0:
-                    shares.text(0.02, y, missed, va="center", fontsize=8, color=FAINT)
+                    axes.text(0.02, y, missed, va="center", fontsize=8, color=FAINT)
                 continue
             rows.append({**row, **found._asdict()})
             ends = [found.iqm if end is None else end for end in (found.low, found.high)]
-            shares.plot(ends, [y + shift] * 2, color=style["color"], linewidth=2.2, solid_capstyle="butt")
-            fill = {"markerfacecolor": "white"} if shift > 0 else {}
-            shares.plot(found.iqm, y + shift, "o", color=style["color"], markersize=5.5, **fill)
-    shares.axvline(1, color=INK, linewidth=0.8)
-    shares.set_yticks(range(len(chosen)), list(chosen))
-    shares.set_ylim(len(chosen) - 0.5, -0.5)
-    shares.set_xlim(0, max(1.1, shares.get_xlim()[1]))
-    shares.grid(False, axis="y")
-    shares.set_xlabel(
-        "● gradient steps   ○ network evaluations\nas a share of what the baseline spends in all"
-    )
-    shares.set_title(f"Effort to reach {panel.study.baseline}'s last error")
+            mark = {"color": style["color"], "markersize": 5.5, "markerfacecolor": fill}
+            axes.plot(ends, [y + shift] * 2, color=style["color"], linewidth=2.2, solid_capstyle="butt")
+            axes.plot(found.iqm, y + shift, "o", **mark)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(chosen)), list(chosen))
+    axes.set_ylim(len(chosen) - 0.5, -0.5)
+    axes.set_xlim(0, max(1.1, axes.get_xlim()[1]))
+    axes.grid(False, axis="y")
+    axes.set_xlabel("● gradient steps   ○ network evaluations\nas a share of what the baseline spends in all")
+    axes.set_title(f"Effort to reach {panel.study.baseline}'s last error")
     return rows
 
 
@@ -322,10 +318,7 @@ def _draw_nfe(figure: Any, panel: Panel) -> Rows:
                 {"panel": kind, "scheme": scheme, "nfe": n, **p._asdict()}
                 for n, p in zip(x, points, strict=True)
             ]
-            axes.plot(x, [p.iqm for p in points], linewidth=1.8, markersize=5, **style)
-            if points and points[0].low is not None:
-                low, high = [p.low for p in points], [p.high for p in points]
-                axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            draw_band(axes, x, points, linewidth=1.8, markersize=5, **style)
     name, _, count = panel.metric.partition("@")
     absolute.set(title="Distance", ylabel=f"{distance_label(name)}, {int(count):,} samples", yscale="log")
     relative.set(title=f"× {panel.study.baseline}", ylabel="ratio at the same seed")
@@ -346,24 +339,3 @@ def _ratio_scale(axes: Any, which: str, most: int = 9, least: float = 0.96) -> N
     low, high = getattr(axes, f"get_{which}lim")()
     getattr(axes, f"set_{which}lim")(min(low, least), max(high, 1.04))
     plain_ticks(getattr(axes, f"{which}axis"), most)
-
-
-def plain_ticks(axis: Any, most: int = 9) -> None:
-    """Round ticks on a logarithmic axis, as many as fit: evenly spaced within a decade, else 1, 2, 5."""
-    low, high = axis.get_view_interval()
-    if high < 10 * low:
-        base = 10.0 ** math.floor(math.log10(high - low))
-        for step in (base / 20, base / 10, base / 5, base / 2, base, 2 * base, 5 * base):
-            ticks = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-            if len(ticks) <= most:
-                break
-    else:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        sets = [(1, (1, 2, 5)), (1, (1, 3)), *((every, (1,)) for every in range(1, len(decades) + 1))]
-        for every, mantissas in sets:
-            ticks = [m * 10.0**d for d in decades if d % every == 0 for m in mantissas]
-            ticks = [tick for tick in ticks if low <= tick <= high]
-            if len(ticks) <= most:
-                break
-    axis.set_ticks(ticks, [f"{tick:.4g}" for tick in ticks])
-    axis.set_ticks([], minor=True)

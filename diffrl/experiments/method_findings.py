@@ -1,4 +1,4 @@
-"""What the finished runs of a fine-tuning comparison say: curves by seed over three costs, and how they end."""
+"""What the finished runs of fine-tuning methods say: figures by seed, over three costs and at the end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrl.experiments.comparison import cell_error, read_index
+from diffrl.experiments.findings import Finding, Findings
 from diffrl.training.runs import RunFolder
-from diffrl.training.table import Table
 
-__all__ = ["AXES", "Method", "Tuning"]
+__all__ = ["AXES", "Method", "MethodFindings"]
 
 Array = NDArray[np.float64]
 AXES = {"trajectories": "trajectories", "queries": "reward queries", "updates": "optimiser updates"}
@@ -45,70 +44,76 @@ class Method:
     costs: tuple[Mapping[str, float], ...]
     folders: tuple[Path, ...]
 
+    @classmethod
+    def read(cls, name: str, runs: Sequence[Finding]) -> "Method":
+        """A method from its finished runs."""
+        tables = [run.rows() for run in runs]
+        return cls(
+            name,
+            seeds=tuple(run.seed for run in runs),
+            rows=tuple([_numbers(row) for row in table if row["eval_reward"]] for table in tables),
+            spread=tuple(
+                [float(row["raw_advantage_std"]) for row in table if row["raw_advantage_std"]]
+                for table in tables
+            ),
+            costs=tuple(run.figures for run in runs),
+            folders=tuple(run.path for run in runs),
+        )
+
     def curve(self, figure: str, axis: str) -> tuple[Array, Array]:
-        """The axis [n], a mean over seeds, and the figure [seeds, n], at the evaluations that all runs have."""
+        """At the evaluations that all runs have: the axis [n], a mean over seeds, and the figure [seeds, n]."""
         n = min(len(rows) for rows in self.rows)
         x = np.array([[row[axis] for row in rows[:n]] for rows in self.rows]).mean(0)
         return x, np.array([[row[figure] for row in rows[:n]] for rows in self.rows])
 
     def at(self, figure: str, axis: str, x: float) -> Array:
-        """The figure at a place of the axis, interpolated between evaluations: [seeds]."""
+        """The figure at a place of the axis, interpolated between evaluations, by seed."""
         return np.array(
             [np.interp(x, [r[axis] for r in rows], [r[figure] for r in rows]) for rows in self.rows]
         )
 
     def last(self, figure: str) -> Array:
-        """The figure at the end: [seeds]."""
+        """The figure at the end, by seed."""
         return np.array([rows[-1][figure] for rows in self.rows])
 
     def first(self, figure: str) -> Array:
-        """The figure before tuning: [seeds]."""
+        """The figure before tuning, by seed."""
         return np.array([rows[0][figure] for rows in self.rows])
 
 
-class Tuning:
-    """Everything in the folder of a fine-tuning comparison.
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    """The figures that a row of metrics.csv has."""
+    return {key: float(value) for key, value in row.items() if value}
+
+
+class MethodFindings(Findings):
+    """Everything in the folder of a comparison of fine-tuning methods.
 
     Args:
         out: the folder.
 
     Raises:
-        RunFolderError: there is no comparison in it.
+        RunFolderError: there is no comparison in it, or one of another kind.
     """
 
+    where = ("method", "seed")
+
     def __init__(self, out: Path) -> None:
-        index = read_index(out)
-        self.commands: list[dict[str, Any]] = index["commands"]
-        self.unfinished: list[tuple[str, str]] = []
-        found: dict[str, list[tuple[int, Path]]] = {}
-        for cell in index["cells"]:
-            path = out / "cells" / cell["folder"]
-            if RunFolder(path).results():
-                found.setdefault(cell["method"], []).append((cell["seed"], path))
-            else:
-                self.unfinished.append((cell["folder"], cell_error(path) or "not finished"))
-        self.methods = [_method(name, runs) for name, runs in found.items()]
+        super().__init__(out)
+        names = dict.fromkeys(cell.where["method"] for cell in self.cells)
+        found = {name: self.finished(method=name) for name in names}
+        self.methods = [Method.read(name, cells) for name, cells in found.items() if cells]
         self.config: dict[str, Any] = {}
+        """The configuration of the first finished run."""
         if self.methods:
             self.config = RunFolder(self.methods[0].folders[0]).config()
 
     @property
     def figures(self) -> dict[str, str]:
-        """What every run measured: name → words for it."""
+        """What every run measured: name, and words for it."""
         rows = [run[-1] for method in self.methods for run in method.rows]
         return {name: words for name, words in FIGURES.items() if rows and all(name in row for row in rows)}
 
     def common(self, axis: str) -> float:
         """How far all runs went on an axis."""
         return min(rows[-1][axis] for method in self.methods for rows in method.rows)
-
-
-def _method(name: str, runs: Sequence[tuple[int, Path]]) -> Method:
-    rows, spread, costs = [], [], []
-    for _, path in runs:
-        table = Table(path / "metrics.csv", ()).rows()
-        rows.append([{k: float(v) for k, v in row.items() if v} for row in table if row["eval_reward"]])
-        spread.append([float(row["raw_advantage_std"]) for row in table if row["raw_advantage_std"]])
-        costs.append(RunFolder(path).results()["finetuning"])
-    seeds, folders = (tuple(column) for column in zip(*runs, strict=True))
-    return Method(name, seeds, tuple(rows), tuple(spread), tuple(costs), folders)

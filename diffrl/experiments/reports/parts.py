@@ -1,0 +1,30 @@
+"""What the reports of all comparisons share: the table of commands, and the file of all numbers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffrl.text_tables import markdown_table
+from diffrl.training.runs import write_atomically
+
+__all__ = ["commands_table", "write_summary"]
+
+
+def commands_table(commands: Sequence[Mapping[str, Any]]) -> str:
+    """The commands that a comparison was run with, in Markdown.
+
+    Args:
+        commands: as the index of the comparison has them.
+    """
+    rows = [["command", "started", "cells", "wall time"]]
+    for command in commands:
+        seconds = command.get("seconds")
+        took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
+        rows.append([f"`{command['command']}`", command["started"], str(command.get("cells", "")), took])
+    return markdown_table(rows)
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    """Write every number of a report to summary.json in the folder of the comparison."""
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))

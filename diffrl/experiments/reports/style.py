@@ -1,0 +1,209 @@
+"""The look of all figures, in one place: colours, lines with bands, ticks, pictures of samples, saving."""
+
+import csv
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffrl.extras import require
+from diffrl.metrics.intervals import Interval
+
+__all__ = [
+    "BLUE",
+    "FAINT",
+    "GREY",
+    "INK",
+    "ORANGE",
+    "PALETTE",
+    "Array",
+    "draw_band",
+    "draw_points",
+    "drawing",
+    "image_sheet",
+    "plain_ticks",
+    "plane_of",
+    "save_figure",
+    "show_images",
+    "show_points",
+]
+
+Array = NDArray[Any]
+
+INK, GREY, FAINT = "#222222", "#555555", "#8A8A8A"
+BLUE, ORANGE = "#0072B2", "#D55E00"
+# The palette of Okabe and Ito, which colour-blind people can tell apart; the shapes of markers say the same.
+PALETTE = [(BLUE, "o"), (ORANGE, "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v"), ("#E69F00", "P")]
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def drawing(**options: Any) -> Iterator[Any]:
+    """A new figure; what is drawn and saved inside the ``with`` block has the common style.
+
+    Args:
+        options: of matplotlib's Figure, such as ``figsize``.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "plot")
+    with matplotlib.rc_context(STYLE):
+        yield require("matplotlib.figure", "plot").Figure(layout="constrained", **options)
+
+
+def save_figure(
+    figure: Any, path: Path, *, rows: Sequence[Mapping[str, Any]] | None = None, dpi: int = 150
+) -> Path:
+    """Write a figure as PNG and PDF, and its numbers as CSV if they are given; returns the path of the PNG.
+
+    Args:
+        figure: of matplotlib.
+        path: where to write; its suffix does not matter, and its folder is made if it is missing.
+        rows: the numbers that the figure shows, all with the same columns.
+        dpi: of the PNG.
+    """
+    png = path.with_suffix(".png")
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=dpi)
+    figure.set_layout_engine("none")  # it is laid out by now
+    figure.savefig(
+        png.with_suffix(".pdf"), dpi=dpi, metadata={"CreationDate": None}
+    )  # no date: the same each time
+    if rows is not None:
+        with png.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return png
+
+
+def draw_band(axes: Any, x: Sequence[float] | Array, y: Sequence[Interval], **style: Any) -> None:
+    """A line through interquartile means, in the band of their intervals where there are any.
+
+    Args:
+        axes: of matplotlib.
+        x: where the means lie.
+        y: as many intervals.
+        style: of the line; its colour is the band's too.
+    """
+    axes.plot(x, [point.iqm for point in y], **style)
+    if y and y[0].low is not None:
+        low, high = [point.low for point in y], [point.high for point in y]
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def plain_ticks(axis: Any, most: int = 9) -> None:
+    """Put round ticks on a logarithmic axis, at most so many: evenly spaced within a decade, else 1, 2, 5.
+
+    Args:
+        axis: the x or y axis of matplotlib, whose limits are set.
+        most: how many ticks there may be.
+    """
+    low, high = axis.get_view_interval()
+    for ticks in _even_ticks(low, high) if high < 10 * low else _decade_ticks(low, high):
+        if len(ticks) <= most:
+            break
+    axis.set_ticks(ticks, [f"{tick:.4g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def _even_ticks(low: float, high: float) -> Iterator[list[float]]:
+    """Ever fewer ticks, evenly spaced by a round step."""
+    base = 10.0 ** math.floor(math.log10(high - low))
+    for step in (base / 20, base / 10, base / 5, base / 2, base, 2 * base, 5 * base):
+        yield [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _decade_ticks(low: float, high: float) -> Iterator[list[float]]:
+    """Ever fewer ticks: some in each decade, then one in each, then one in every few."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    sets = [(1, (1, 2, 5)), (1, (1, 3)), *((every, (1,)) for every in range(1, len(decades) + 1))]
+    for every, mantissas in sets:
+        ticks = [m * 10.0**d for d in decades if d % every == 0 for m in mantissas]
+        yield [tick for tick in ticks if low <= tick <= high]
+
+
+def show_images(axes: Any, x: Tensor, *, columns: int) -> None:
+    """Draw images [n, 1 or 3, H, W] in [-1, 1] as one sheet."""
+    sheet = image_sheet(x.numpy(), columns)
+    pixels = sheet if sheet.shape[2] == 3 else sheet[..., 0]
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def image_sheet(x: Array, columns: int) -> Array:
+    """Images [n, C, H, W] in [-1, 1] as one image [rows H, columns W, C] in [0, 1], white between them."""
+    n, C, H, W = x.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    gap = max(1, H // 16)
+    sheet = np.ones((rows * (H + gap) - gap, columns * (W + gap) - gap, C))
+    for i, image in enumerate(np.clip((x + 1) / 2, 0, 1)):
+        top, left = i // columns * (H + gap), i % columns * (W + gap)
+        sheet[top : top + H, left : left + W] = image.transpose(1, 2, 0)
+    return sheet
+
+
+def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str) -> None:
+    """Draw samples [n, *E] as points over others, which fix the plane; the frame holds both."""
+    plane, _ = plane_of(beneath.numpy())
+    points, under = plane(x.numpy()), plane(beneath.numpy())
+    draw_points(axes, points, under, colour, np.concatenate([points, under]))
+
+
+def draw_points(axes: Any, points: Array, beneath: Array | None, colour: str, frame: Array) -> None:
+    """Draw points [n, 2], over others if given, in a square a fifth larger than the points `frame` [m, 2]."""
+    if beneath is not None:
+        axes.scatter(*beneath.T, s=3, color="#C8C8C8", linewidths=0, rasterized=True)
+    axes.scatter(*points.T, s=4, color=colour, alpha=0.55, linewidths=0, rasterized=True)
+    low, high = frame.min(0), frame.max(0)
+    middle, half = (low + high) / 2, 0.6 * float((high - low).max())
+    x, y = ((centre - half, centre + half) for centre in middle)
+    axes.set(xlim=x, ylim=y, aspect="equal")
+    axes.grid(False)
+
+
+def plane_of(real: Array) -> tuple[Callable[[Array], Array], tuple[str, str]]:
+    """The plane in which points [n, *E] are seen best.
+
+    Returns:
+        The map of points [n, *E] to the plane [n, 2], and the names of its axes: the coordinates of points in the
+        plane; of numbers, their value and rank; else the two directions of greatest variance.
+    """
+    flat = real.reshape(len(real), -1)
+    if flat.shape[1] == 2:
+        return lambda x: x.reshape(len(x), -1), ("x₁", "x₂")
+    if flat.shape[1] == 1:
+        return lambda x: np.hstack([x.reshape(len(x), 1), np.linspace(0, 1, len(x))[:, None]]), ("x", "rank")
+    centre = flat.mean(0)
+    axes = np.linalg.svd(flat - centre, full_matrices=False)[2][:2]
+    axes = axes * np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])[:, None]  # either sign would do: fix it
+    return lambda x: (x.reshape(len(x), -1) - centre) @ axes.T, (
+        "first principal axis",
+        "second principal axis",
+    )

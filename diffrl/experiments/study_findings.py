@@ -1,0 +1,237 @@
+"""What the finished cells of training studies say: each scheme against the baseline at the same seeds."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffrl.experiments.findings import Finding, Findings
+from diffrl.experiments.studies import WHERE, Study
+from diffrl.metrics.intervals import Interval, interval
+from diffrl.metrics.seeds import iqm, probability_of_improvement
+
+__all__ = ["COSTS", "SCORE", "Curve", "Effort", "Estimate", "Panel", "Quantity", "StudyFindings"]
+
+Array = NDArray[np.float64]
+
+COSTS = ("grad_steps", "samples", "network_evaluations", "seconds")
+
+
+class Quantity(NamedTuple):
+    """Something measured, of which less is better."""
+
+    kind: str
+    """"score", "value_error" or "sample_distance"."""
+    at: str
+    """σ or the number of network evaluations, as keys of results.json; empty for the score."""
+
+
+SCORE = Quantity("score", "")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a figure of a scheme comes to over seeds.
+
+    Args:
+        seeds: those at which both the scheme and the baseline are finished.
+        value: of the figure itself; None for the score, which is a ratio.
+        ratio: of the figure over the baseline's at the same seed.
+        probability: of improvement over the baseline: the share of seeds at which the scheme is better. At one seed
+            the two share data, noise and first weights.
+    """
+
+    seeds: tuple[int, ...]
+    value: Interval | None
+    ratio: Interval
+    probability: float
+
+
+class Curve(NamedTuple):
+    """A run's score at each evaluation: the mean over σ of its value error over the baseline's *last* one."""
+
+    grad_steps: Array
+    network_evaluations: Array
+    score: Array
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a scheme spends until it is as good as the baseline in the end, as a share of all the baseline spent.
+
+    Args:
+        seeds: how many were looked at.
+        reached: at how many of them the level was reached.
+        grad_steps: share of gradient steps; None unless reached at every seed.
+        network_evaluations: share of network evaluations; None unless reached at every seed.
+    """
+
+    seeds: int
+    reached: int
+    grad_steps: Interval | None
+    network_evaluations: Interval | None
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """What the finished cells of a study on one case say.
+
+    Args:
+        study: the study.
+        case: the case.
+        score_sigmas: σ whose value errors make the score.
+        cells: finished cells by scheme and seed.
+    """
+
+    study: Study
+    case: str
+    score_sigmas: tuple[str, ...]
+    cells: Mapping[str, Mapping[int, Finding]]
+
+    @property
+    def schemes(self) -> list[str]:
+        """The schemes with a finished cell, in the study's order."""
+        return [scheme for scheme in self.study.schemes if self.cells.get(scheme)]
+
+    @property
+    def compared(self) -> list[str]:
+        """The schemes that share a finished seed with the baseline, the baseline among them."""
+        return [scheme for scheme in self.schemes if self.seeds(scheme)]
+
+    @cached_property
+    def quantities(self) -> list[Quantity]:
+        """What was measured at every finished cell; the score first, if its value errors were."""
+        figures = [cell.figures for cells in self.cells.values() for cell in cells.values()]
+        if not figures:
+            return []
+        errors = [s for s in figures[0]["value_error"] if all(s in f["value_error"] for f in figures)]
+        nfes = figures[0]["sample_distance"]["by_nfe"]
+        nfes = [n for n in nfes if all(n in f["sample_distance"]["by_nfe"] for f in figures)]
+        found = [
+            *(Quantity("value_error", s) for s in errors),
+            *(Quantity("sample_distance", n) for n in nfes),
+        ]
+        return [SCORE, *found] if set(self.score_sigmas) <= set(errors) else found
+
+    @property
+    def metric(self) -> str:
+        """Name of the sample distance and how many samples it takes, as in results.json."""
+        return next(
+            cell.figures["sample_distance"]["metric"]
+            for cells in self.cells.values()
+            for cell in cells.values()
+        )
+
+    def seeds(self, scheme: str) -> tuple[int, ...]:
+        """The seeds at which both the scheme and the baseline are finished."""
+        baseline = self.cells.get(self.study.baseline, {})
+        return tuple(
+            seed for seed in self.study.seeds if seed in self.cells.get(scheme, {}) and seed in baseline
+        )
+
+    def values(self, scheme: str, quantity: Quantity) -> Array:
+        """The figure at each of `seeds`; NaN where it was not taken."""
+        return np.array([_figure(self.cells[scheme][seed], quantity) for seed in self.seeds(scheme)])
+
+    def ratios(self, scheme: str, quantity: Quantity) -> Array:
+        """The figure over the baseline's, at each of `seeds`; the score is the mean of value errors' ratios."""
+        if quantity == SCORE:
+            errors = [Quantity("value_error", sigma) for sigma in self.score_sigmas]
+            return np.mean([self.ratios(scheme, error) for error in errors], axis=0)
+        baseline = self.cells[self.study.baseline]
+        return self.values(scheme, quantity) / [
+            _figure(baseline[seed], quantity) for seed in self.seeds(scheme)
+        ]
+
+    @cached_property
+    def estimates(self) -> dict[tuple[str, Quantity], Estimate | None]:
+        """The estimate of each quantity of each compared scheme; None where a figure is not finite."""
+        return {(s, q): self._estimate(s, q) for s in self.compared for q in self.quantities}
+
+    def _estimate(self, scheme: str, quantity: Quantity) -> Estimate | None:
+        ratios = self.ratios(scheme, quantity)
+        if not np.isfinite(ratios).all():
+            return None
+        value = None if quantity == SCORE else interval(self.values(scheme, quantity))
+        better = probability_of_improvement(np.ones((1, len(ratios))), ratios[None])  # each seed is a task
+        return Estimate(self.seeds(scheme), value, interval(ratios), better)
+
+    def costs(self, scheme: str) -> dict[str, float]:
+        """What a run of the scheme spent: the interquartile mean over seeds."""
+        cells = self.cells[scheme].values()
+        return {cost: float(iqm([cell.figures[cost] for cell in cells])) for cost in COSTS}
+
+    def is_matched(self, scheme: str) -> bool:
+        """Whether the scheme spent what the baseline did, by 1 % (seconds: 10 %), on the study's axis."""
+        axis = self.study.matched
+        spent, baseline = (self.costs(s)[axis] for s in (scheme, self.study.baseline))
+        return abs(spent - baseline) <= (0.1 if axis == "seconds" else 0.01) * baseline
+
+    def curve(self, scheme: str, seed: int) -> Curve:
+        """The score of a run while it trains."""
+        cell, baseline = self.cells[scheme][seed], self.cells[self.study.baseline][seed]
+        names = [f"value_error_{s}" for s in self.score_sigmas]
+        rows = [row for row in cell.rows() if all(row.get(name) for name in names)]
+        level = np.array([baseline.figures["value_error"][s] for s in self.score_sigmas])
+
+        def columns(*names: str) -> Array:
+            return np.array([[float(row[name]) for name in names] for row in rows]).reshape(-1, len(names))
+
+        steps, evaluations = columns("grad_steps", "network_evaluations").T
+        return Curve(steps, evaluations, (columns(*names) / level).mean(1))
+
+    def effort(self, scheme: str) -> Effort:
+        """What the scheme spends until the first evaluation at which its score is at most 1."""
+        shares = []
+        for seed in self.seeds(scheme):
+            curve, spent = self.curve(scheme, seed), self.cells[self.study.baseline][seed].figures
+            hit = np.flatnonzero(curve.score <= 1 + 1e-9)
+            if len(hit):
+                first = hit[0]
+                steps = curve.grad_steps[first] / spent["grad_steps"]
+                shares.append((steps, curve.network_evaluations[first] / spent["network_evaluations"]))
+        seeds = len(self.seeds(scheme))
+        if len(shares) < seeds:
+            return Effort(seeds, len(shares), None, None)
+        steps, evaluations = np.array(shares).T
+        return Effort(seeds, len(shares), interval(steps), interval(evaluations))
+
+
+def _figure(cell: Finding, quantity: Quantity) -> float:
+    """What was measured; NaN where it was not."""
+    found = cell.figures[quantity.kind]
+    by_key = found["by_nfe"] if quantity.kind == "sample_distance" else found
+    return float(by_key.get(quantity.at, math.nan))
+
+
+class StudyFindings(Findings):
+    """Everything in the folder of a comparison of training studies.
+
+    Args:
+        out: the folder.
+
+    Raises:
+        RunFolderError: there is no comparison in it, or one of another kind.
+    """
+
+    where = WHERE
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self.plan: str = self.index["plan"]
+        self.score_sigmas = tuple(self.index["score_sigmas"])
+        self.studies = [Study.read(entry) for entry in self.index["studies"]]
+
+    def panels(self) -> Iterator[Panel]:
+        """Every study on each of its cases."""
+        for study in self.studies:
+            for case in study.cases:
+                cells: dict[str, dict[int, Finding]] = {}
+                for cell in self.finished(study=study.name, case=case):
+                    cells.setdefault(cell.where["scheme"], {})[cell.seed] = cell
+                yield Panel(study, case, self.score_sigmas, cells)
