@@ -129,7 +129,7 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
         """Start a chain.
 
         Args:
-            seed: of its random numbers; None goes on with those of before.
+            seed: of its random numbers; None continues the streams that there are.
             options: where the chain starts; the class docstring lists them.
 
         Raises:

@@ -139,7 +139,7 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
         if action_scale is None:
             action_scale = 4 * sigma if action == "next_latent" else 1.0
         if not action_scale > 0:
-            raise ValueError(f"action_scale is {action_scale}: it is what an action of 1 stands for, > 0")
+            raise ValueError(f"action_scale is {action_scale}: give the number > 0 that an action of 1 means")
         self.action_scale, self.noise = action_scale, noise
         self.denoiser = _exact(law, schedule) if denoiser is None else denoiser
         self._chains = _Chains(d, 1, noise, action_scale, self.denoiser)
@@ -242,7 +242,7 @@ class _Chains(Chains):
         elif cond is not None:
             raise ValueError("options has a 'cond', but the environment has no conditions")
         if x_t is None and index is not None:
-            raise ValueError("options has an 'index', but no 'x_t' that stands there")
+            raise ValueError("options has an 'index', but no 'x_t' for that position")
         at = self._given_index(index)[rows]
         if x_t is None:
             x = d.start(self.streams.noise(self.latents.x[rows], rows)).x

@@ -188,7 +188,7 @@ class DiffusionMDP(ChainEnv):
         if x is None:
             if keys.INDEX in given:
                 raise ValueError(
-                    "set_state=True: the TensorDict has an 'index', but no 'x_t' that stands there"
+                    "set_state=True: the TensorDict has an 'index', but no 'x_t' for that position"
                 )
             return self._observe(d.start(self._first_noise()), cond, group)
         return self._observe(self._given(x, given.get(keys.INDEX, None)), cond, group)

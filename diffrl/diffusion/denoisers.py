@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
         sigma_data: σd, standard deviation of the data.
         prediction_type: what F predicts, see `diffrl.diffusion.predictions.scalings`; or "consistency", the form of
             consistency models, for which D(x, σ_min) = x, see `diffrl.diffusion.predictions.boundary_scalings`.
-        time_input: what the network is told of t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
+        time_input: the form in which the network gets t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
             want it), "c_noise_x1000" (250 ln σ, as consistency models were published, for networks that embed
             timesteps up to 1000), or "t" itself.
 

@@ -58,7 +58,7 @@ class Gaussian(NamedTuple):
         return (self.std > 0).to(self.mean.device).expand(len(self.mean))
 
     def sample(self, noise: NoiseFn) -> Tensor:
-        """Draw mean + std z; no noise is asked for if every step is deterministic.
+        """Draw mean + std z; `noise` is not called if every step is deterministic.
 
         Args:
             noise: gives z, standard normal numbers of the mean's shape.
@@ -82,8 +82,8 @@ class Gaussian(NamedTuple):
             Shape [N], of x's dtype; 0 in the rows whose own std is 0.
 
         Raises:
-            ValueError: one std stands for all states, as a sampler gives it for one time, and it is 0: a
-                deterministic step has no density.
+            ValueError: std is a single number and 0, as the law of a deterministic step has it at a scalar
+                time: such a step has no density.
         """
         if self.std.ndim == 0 and not bool(self.std > 0):
             raise ValueError(

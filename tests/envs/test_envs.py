@@ -84,7 +84,7 @@ def walk_gym(env: gymnasium.Env[Any, Any] | Any, batched: bool) -> Walk:
     at: Callable[[Any], Any] = (lambda a: a[0]) if batched else (lambda a: a)
     action = np.zeros(1, int) if batched else 0
     observation, _ = env.reset()
-    walked: Walk = ([at(observation["x_t"]).item()], [], [], [])
+    walked: Any = ([at(observation["x_t"]).item()], [], [], [])
     while not (walked[2] and (walked[2][-1] or walked[3][-1])):
         observation, reward, terminated, truncated, _ = env.step(action)
         for column, entry in zip(
@@ -546,7 +546,7 @@ def test_vector_equals_single_environments() -> None:
             same()
         elif np.logical_or(*ended).any():
             many, infos = vector.reset(options={"reset_mask": np.logical_or(*ended)})
-            for row in np.flatnonzero(np.logical_or(*ended)):
+            for row in np.flatnonzero(np.logical_or(*ended)).tolist():
                 seen[row] = singles[row].reset()
             same()
 

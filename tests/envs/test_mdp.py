@@ -1,6 +1,7 @@
 """The decision process: chains solved by hand, the pretrained sampler reproduced, what the two frameworks expect."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -124,7 +125,7 @@ Walk = tuple[list[float], list[float], list[bool], list[bool]]
 def walk_gym(env: Any, actions: list[float], batched: bool) -> Walk:
     at: Callable[[Any], Any] = (lambda a: a[0]) if batched else (lambda a: a)
     observation, _ = env.reset()
-    walked: Walk = ([at(observation["x_t"]).item()], [], [], [])
+    walked: Any = ([at(observation["x_t"]).item()], [], [], [])
     for action in actions:
         a = np.full(env.action_space.shape, action / 4, np.float32)
         observation, *outcome, _ = env.step(a)
@@ -497,7 +498,7 @@ def test_set_state() -> None:
 @pytest.mark.parametrize(
     ("state", "error", "says"),
     [
-        ({keys.INDEX: torch.zeros(4, 1, dtype=torch.int64)}, ValueError, "no 'x_t' that stands there"),
+        ({keys.INDEX: torch.zeros(4, 1, dtype=torch.int64)}, ValueError, "no 'x_t' for that position"),
         ({keys.X_T: torch.zeros(4, 3)}, ValueError, r"x_t has shape \(4, 3\), but \(4, 2\)"),
         ({keys.X_T: torch.zeros(4, 2, dtype=torch.int64)}, TypeError, "x_t has dtype torch.int64"),
         ({keys.X_T: torch.full((4, 2), torch.nan)}, DataError, "x_t: sample 0"),
@@ -587,7 +588,7 @@ def test_ppo_loss_of_torchrl() -> None:
             optimiser.step()
     after = collect_rollout(policy, (2,), batch_size=512, generator=generator(6))
     rewards = [env.reward(t["next", keys.X_T][:, -1], None) for t in (before, after)]
-    error = sum(float(r.var()) for r in rewards) ** 0.5 / 512**0.5
+    error = math.sqrt(math.fsum(float(r.var()) for r in rewards) / 512)
     assert float(rewards[1].mean() - rewards[0].mean()) > 4 * error
 
 
@@ -744,7 +745,7 @@ def test_vector_equals_single_environments() -> None:
         restart = mask if k == 1 else np.logical_or(*ended)  # two start anew before their chain has ended
         if restart.any():
             many, infos = vector.reset(options={"reset_mask": restart})
-            for row in np.flatnonzero(restart):
+            for row in np.flatnonzero(restart).tolist():
                 seen[row] = singles[row].reset()
             same()
 
@@ -882,7 +883,7 @@ def test_calls_that_are_refused() -> None:
     env.step(zero)  # it runs on after what was refused
     options: Sequence[tuple[dict[str, Any], str]] = [
         ({"x0": zero}, "options has no 'x0': choose from x_t, index, cond"),
-        ({"index": 0}, "no 'x_t' that stands there"),
+        ({"index": 0}, "no 'x_t' for that position"),
         ({"x_t": zero, "index": 1}, r"index is \[1\]: give whole numbers in \[0, 0\]"),
         ({"x_t": np.zeros(3)}, r"x_t has shape \(3,\)"),
         ({"cond": 1}, "the environment has no conditions"),

@@ -18,7 +18,7 @@ class FourierFeatures(nn.Module):
     buffer `frequencies` [num_features / 2, in_features]; it is never trained.
 
     Source: Fourier Features Let Networks Learn High Frequency Functions in Low Dimensional Domains (Tancik et
-    al., 2020), eq. 5, https://arxiv.org/abs/2006.10739; there B has a factor 2π, and no √2 stands before it.
+    al., 2020), eq. 5, https://arxiv.org/abs/2006.10739; there B has a factor 2π, and the features have no factor √2.
 
     Args:
         in_features: D, the size of the input.

@@ -103,7 +103,7 @@ class PipelineDenoiser(nn.Module):
         """Make the denoiser of a loaded pipeline; afterwards its text encoders may be deleted.
 
         Stable Diffusion 1.x, 2.x, Turbo and latent consistency models, and Stable Diffusion 3.x. The encoded prompts
-        lie beside the network: for SD 1.x 0.1 MB each in half precision, for SD 3.x 2.7 MB.
+        take memory beside the network: in half precision 0.1 MB each for SD 1.x, 2.7 MB for SD 3.x.
 
         Args:
             pipe: the pipeline; its network is shared, so that the pipeline draws from what is trained.
