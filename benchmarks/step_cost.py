@@ -198,7 +198,7 @@ def _step_by_hand(
 ) -> Step:
     """With a data set, a step does what the trainer's does: draws a batch, clips, schedules, reads the loss."""
     generator, target, average = Generator().manual_seed(0), copy.deepcopy(network), copy.deepcopy(network)
-    parameters, averages, targets = (list(n.parameters()) for n in (network, average, target))
+    parameters, averages, targets = (list[Tensor](n.parameters()) for n in (network, average, target))
     optimiser = torch.optim.AdamW(parameters, lr=LR, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 10**6)
 

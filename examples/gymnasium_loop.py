@@ -11,12 +11,13 @@ import diffrl
 from diffrl.extras import require
 
 
-def main(out: str = "gymnasium_loop.png", process: str = "flow", num_steps: int = 16) -> None:
+def main(out: str = "gymnasium_loop.png", *, process: str = "flow", num_steps: int = 16) -> None:
     """Step one chain, print and plot its rewards and values; compare values with returns over many."""
     # Setup: Gaussians on a ring; their law is known, and so is the value V(x_t) = A E[x0 | x_t] + κ x_t
     data: Any = diffrl.data.rings()
     make: Any = {"id": "diffrl:DiffusionMRP-v0", "data": data, "process": process, "num_steps": num_steps}
-    env, many = gymnasium.make(**make), gymnasium.make_vec(num_envs=4000, **make)
+    env: Any = gymnasium.make(**make)
+    many = gymnasium.make_vec(num_envs=4000, **make)
     denoiser = diffrl.MixtureDenoiser(env.unwrapped.reward_process.chain.process, **vars(data.mixture))
 
     def value(seen: dict[str, Any], info: dict[str, Any]) -> Any:
@@ -26,7 +27,8 @@ def main(out: str = "gymnasium_loop.png", process: str = "flow", num_steps: int 
 
     # Step one chain; 0, to wait, is the only action
     seen, info = env.reset(seed=0)
-    x, V, r, terminated = [seen["x_t"]], [*value(seen, info)], [], False
+    x, V, terminated = [seen["x_t"]], [*value(seen, info)], False
+    r: list[Any] = []
     while not terminated:
         seen, reward, terminated, _, info = env.step(0)
         x, V, r = [*x, seen["x_t"]], [*V, *value(seen, info)], [*r, reward]

@@ -12,7 +12,7 @@ import diffrl
 from diffrl.metrics.distances import value_error
 
 
-def main(lmbda: float = 0.0, grad_steps: int = 2000) -> float:
+def main(lmbda: float = 0.0, *, grad_steps: int = 2000) -> float:
     """Train on a mixture whose exact denoiser is known; returns the last value error, mean over σ."""
     # Setup: your data, your network
     torch.manual_seed(0)
@@ -21,7 +21,7 @@ def main(lmbda: float = 0.0, grad_steps: int = 2000) -> float:
     loss = diffrl.objectives.ValueLoss(denoiser, lmbda=lmbda)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, grad_steps)
-    exact = diffrl.MixtureDenoiser(process, data.mixture.means, data.mixture.stds, data.mixture.weights)
+    exact = diffrl.MixtureDenoiser(process, **vars(data.mixture))
 
     # Train: the chain takes the place of x0 + σ ε, the value loss that of ‖D - x0‖²
     mean_error = float("nan")

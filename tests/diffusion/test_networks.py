@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -31,11 +32,11 @@ def build(kind: type[nn.Module], shape: tuple[int, ...], options: dict, *, seed:
     network = kind(shape, **options)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return network
 
 
-def inputs(network: nn.Module, N: int = 5, *, seed: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
+def inputs(network: Any, N: int = 5, *, seed: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
     g = torch.Generator().manual_seed(seed)
     cond = torch.randint(network.num_classes + 1, (N,), generator=g) if network.num_classes else None
     return torch.randn(N, *network.event_shape, generator=g), torch.randn(N, generator=g), cond

@@ -167,7 +167,12 @@ def test_flow_is_a_run_of_the_pipeline(w: float, shift: float) -> None:
 def test_guidance_is_one_batch_of_two_evaluations(w: float, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, sizes = denoiser_of(w=w), []
     forward = denoiser.network.forward
-    monkeypatch.setattr(denoiser.network, "forward", lambda x, **k: sizes.append(len(x)) or forward(x, **k))
+
+    def watched(x: Tensor, **options: Any) -> Any:
+        sizes.append(len(x))
+        return forward(x, **options)
+
+    monkeypatch.setattr(denoiser.network, "forward", watched)
     denoiser(torch.zeros(5, *SHAPE), torch.zeros(5), torch.zeros(5, dtype=torch.long))
     assert sizes == [5 * denoiser.evaluations] == [5 * (1 + (w > 1))]
 
@@ -475,8 +480,13 @@ def test_gradient_checkpointing_gives_the_same_gradient(make: Callable[[], Any],
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
         x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 0.5 if make is sd3 else 500.0)
-        stored = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda a: stored.append(a.numel()) or a, lambda a: a):  # noqa: B023
+        stored: list[int] = []
+
+        def store(a: Tensor, stored: list[int] = stored) -> Tensor:
+            stored.append(a.numel())
+            return a
+
+        with torch.autograd.graph.saved_tensors_hooks(store, lambda a: a):
             loss = denoiser(x, t, EACH).square().mean()
         loss.backward()
         gradients.append([p.grad for p in denoiser.parameters() if p.requires_grad])
@@ -543,9 +553,9 @@ class Watcher:
     """A reward that keeps what it was shown."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Tensor, Sequence[str]]] = []
+        self.seen: list[tuple[Tensor, Sequence[str] | Tensor]] = []
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str] | Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
         self.seen.append((images, prompts))
         return images.flatten(1).mean(1)
@@ -554,7 +564,11 @@ class Watcher:
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_a_reward_gets_its_images_and_prompts(batch_size: int) -> None:
     watcher, sizes = Watcher(), []
-    decode = lambda z: sizes.append(len(z)) or 2 * z  # noqa: E731
+
+    def decode(z: Tensor) -> Tensor:
+        sizes.append(len(z))
+        return 2 * z
+
     reward = DecodedReward(watcher, decode, PROMPTS, batch_size)
     z = torch.randn(5, 2, requires_grad=True)
     rewards = reward(z, torch.tensor([[2], [0], [1], [1], [2]]))

@@ -76,8 +76,8 @@ def test_velocity_is_the_derivative_of_the_path(process: Schedule) -> None:
     t, x_t, x0, eps = states(process)
     t = t.requires_grad_()
     path = marginal(process, x0, t, eps)
-    velocity = [torch.autograd.grad(c.sum(), t, retain_graph=True)[0] for c in path.unbind(1)]
-    velocity, t = torch.stack(velocity, 1), t.detach()
+    slopes = [torch.autograd.grad(c.sum(), t, retain_graph=True)[0] for c in path.unbind(1)]
+    velocity, t = torch.stack(slopes, 1), t.detach()
     torch.testing.assert_close(from_x0(process, x0, x_t, t, "velocity"), velocity, rtol=1e-8, atol=1e-8)
 
 

@@ -51,7 +51,7 @@ def test_posterior_is_the_published_formula(process: Schedule, eta: float) -> No
     t, s = pairs(process)
     scales = (process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s))
     witness = torch.tensor(
-        [by_the_paper(*(float(c) for c in row), eta) for row in zip(*scales, strict=True)],
+        [by_the_paper(*row) for row in zip(*(c.tolist() for c in scales), [eta] * len(t), strict=True)],
         dtype=torch.float64,
     )
     # α² + σ² = 1 only up to rounding, which the variance of a short step feels

@@ -127,6 +127,7 @@ def test_one_step_lands_on_the_clean_estimate(process: Schedule) -> None:
     noise, exact = randn(8, 1), normal_denoiser(process)
     start = process.sigma(process.time_grid(1)[0]) * noise
     D_x = exact(start, process.time_grid(1)[:1].expand(8))
+    sampler: Sampler
     for sampler in [DDIM(), DDIM(0.5), Ancestral()]:
         torch.testing.assert_close(walk(sampler, process, 1, noise)[-1], D_x)
     if isinstance(process, EDM | Flow):  # straight paths, which Euler follows exactly

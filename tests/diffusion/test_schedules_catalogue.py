@@ -40,11 +40,11 @@ def test_sigmoid_is_the_published_one(start: float, end: float, tau: float) -> N
         return 1 / (1 + math.exp(-x))
 
     t = inner()
-    g = [
+    by_hand = [
         (s(end / tau) - s((u * (end - start) + start) / tau)) / (s(end / tau) - s(start / tau))
         for u in t.tolist()
     ]
-    g = torch.tensor(g, dtype=torch.float64)
+    g = torch.tensor(by_hand, dtype=torch.float64)
     process = VP("sigmoid", start=start, end=end, tau=tau)
     torch.testing.assert_close(process.alpha(t) ** 2, g, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(process.sigma(t) ** 2, 1 - g, rtol=1e-9, atol=1e-14)

@@ -156,6 +156,23 @@ def test_the_command_writes_numbers_and_figure(
         runpy.run_path(str(script), run_name="__main__")
 
 
+def test_the_command_takes_a_run_folder_too(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = StudyFindings(out).finished(scheme="λ=1, η=1", seed=0, case="gmm16")[0].path
+    script = EXAMPLES / "diagnose_targets.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(run), "--states", "4", "--draws", "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    png = run / "plots" / "targets.png"
+    assert capsys.readouterr().out.strip() == str(png) and png.stat().st_size > 10_000
+    found = json.loads(png.with_suffix(".json").read_text())
+    assert found["states"] == 4 and len(found["levels"]) == 4  # the run's own chain
+    board = StudyFindings(out).finished(case="board")[0].path
+    monkeypatch.setattr(sys, "argv", [str(script), str(board)])
+    with pytest.raises(SystemExit, match="error: checkerboard has no exact denoiser"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
 def test_one_seed_is_drawn_without_intervals(out: Path, tmp_path: Path) -> None:
     found = target_outcomes(StudyFindings(out), states=4, draws=2)
     one = {**found, "seeds": [0]}

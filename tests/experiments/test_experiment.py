@@ -195,7 +195,7 @@ def test_td_edm_beside_monte_carlo_is_edm_on_the_same_pairs() -> None:
     denoiser = build_denoiser(config, build_data(config))
     baseline = build_objective(config, denoiser, baseline=True)
     x0 = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
-    pairs = sample_td_edm_pairs(denoiser.process, x0, generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    pairs = sample_td_edm_pairs(denoiser.process, x0, generator=torch.Generator().manual_seed(1))
     drawn = baseline.draw(x0, cond=None, generator=torch.Generator().manual_seed(1))
     assert torch.equal(pairs["x_t"], drawn["x_t"]) and not bool(pairs["valid"].all())
     t = pairs["t"].flatten()

@@ -176,11 +176,11 @@ def test_nothing_is_changed() -> None:
     def noisy(x0: Tensor, cond: Any) -> Tensor:
         return torch.rand(len(x0)) + random.random() + float(np.random.rand())
 
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     counts = policy.nfe, reference.nfe
     check(policy, loss, td, reward=noisy, reference=reference)
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
-    assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index]
+    assert np.random.get_state()[1].tolist() == states[2]
     assert (policy.nfe, reference.nfe) == counts
     assert next(policy.parameters()).grad is marked and bool((marked == 1).all())
     assert all(p.grad is None for p in list(policy.parameters())[1:])
@@ -405,4 +405,4 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="batch_rows is 0"):
         check(policy, loss, td, batch_rows=0)
     with pytest.raises(ValueError, match="centred is 'prompt'"):
-        check(policy, loss, td, centred="prompt")  # type: ignore[arg-type]
+        check(policy, loss, td, centred="prompt")

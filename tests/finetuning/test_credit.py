@@ -181,12 +181,12 @@ def test_a_critic_of_labels_tells_them_apart() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Dense(mode="some"), "mode"),  # type: ignore[arg-type]
-        (lambda: Dense(timing="now"), "placement.timing is 'now'"),  # type: ignore[arg-type]
-        (lambda: Standardised(per="group"), "credit.per is 'group'"),  # type: ignore[arg-type]
+        (lambda: Dense(mode="some"), "mode"),
+        (lambda: Dense(timing="now"), "placement.timing is 'now'"),
+        (lambda: Standardised(per="group"), "credit.per is 'group'"),
         (lambda: Standardised(buffer=8), "credit.buffer is 8 and min_count 16"),
         (lambda: RewardsToGo(gamma=1.5), "credit.gamma is 1.5"),
-        (lambda: GroupRelative("all"), "credit.std is 'all'"),  # type: ignore[arg-type]
+        (lambda: GroupRelative("all"), "credit.std is 'all'"),
         (lambda: LearnedCritic(lmbda=math.nan), "credit.lmbda is nan"),
         (lambda: LearnedCritic(passes=0), "passes and hidden at least 1"),
         (

@@ -158,17 +158,18 @@ def test_rewards_to_go_golden_numbers() -> None:
 
 
 def test_statistics_of_a_key_by_a_plain_loop() -> None:
-    statistics, kept = FifoStatistics(buffer=4, min_count=3), {0: [], 1: []}
+    statistics = FifoStatistics(buffer=4, min_count=3)
+    kept: dict[int, list[float]] = {0: [], 1: []}
     for values, key in (
         ([1.0, 2.0, 3.0], [0, 0, 1]),
         ([4.0, 6.0, 5.0], [0, 0, 0]),
         ([0.0, 9.0, 1.0], [1, 1, 0]),
     ):
         for v, k in zip(values, key, strict=True):
-            kept[k] = [*kept[k], v][-4:]  # type: ignore[index]
+            kept[k] = [*kept[k], v][-4:]
         expected = []
         for v, k in zip(values, key, strict=True):
-            own = kept[k] if len(kept[k]) >= 3 else values  # type: ignore[index]
+            own = kept[k] if len(kept[k]) >= 3 else values
             mean = sum(own) / len(own)
             std = math.sqrt(sum((o - mean) ** 2 for o in own) / len(own))
             expected.append((v - mean) / (std + 1e-6))

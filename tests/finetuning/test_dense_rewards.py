@@ -281,7 +281,7 @@ def test_estimates_that_are_not_finite_are_refused() -> None:
 def test_arguments_that_do_not_fit_are_refused() -> None:
     x0_hat = randn(2, 5, 3)
     with pytest.raises(ValueError, match="mode is 'anchors': give one of all, anchor, linear, last"):
-        predict_dense(x0_hat, bent, mode="anchors")  # type: ignore[arg-type]
+        predict_dense(x0_hat, bent, mode="anchors")
     with pytest.raises(ValueError, match=r"shape \(2, 5\)"):
         predict_dense(x0_hat[..., 0], bent)
     with pytest.raises(ValueError, match="10 conditions for 2 trajectories"):

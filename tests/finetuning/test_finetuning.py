@@ -127,7 +127,7 @@ def test_accumulation_changes_nothing() -> None:
         ends = []
         for size in (1000, 8):
             order = "step" if rows.pairs else "trajectory"
-            recipe = make(rollouts=rows, updates=Updates(order, micro_batch=size))  # type: ignore[arg-type]
+            recipe = make(rollouts=rows, updates=Updates(order, micro_batch=size))
             tuner = tuner_of(recipe, policy=make_policy().double(), length=Iterations(1))
             tuner.fit(progress=False)
             ends.append(weights(tuner))
@@ -267,7 +267,7 @@ def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:
         (lambda: Rollouts(15, pairs=True), "a multiple of the group size, 2"),
         (lambda: Rollouts(16, group_size=4, pairs=True), "for pairs leave it at 1"),
         (lambda: Regulariser(-1.0), "regulariser.kl_coef is -1.0"),
-        (lambda: Regulariser(reference="new"), "regulariser.reference is 'new'"),  # type: ignore[arg-type]
+        (lambda: Regulariser(reference="new"), "regulariser.reference is 'new'"),
         (lambda: Iterations(0), "loop.iterations is 0"),
         (
             lambda: tuner_of(METHODS["ddpo_is"](), make_policy(std_floor=0.0, K=1)),

@@ -108,7 +108,7 @@ def test_minibatches_of_samples_hold_every_sample_at_fresh_times() -> None:
     x0 = torch.cat([part.get(keys.X0)[:, 0] for part in parts])
     samples = rollout.get((keys.NEXT, keys.X_T))[:, -1]
     assert sorted(x0.tolist()) == sorted(samples.tolist())
-    everything = torch.cat([part.reshape(-1) for part in parts])
+    everything: Any = torch.cat([part.reshape(-1) for part in parts])
     assert len(everything.get(keys.T).unique()) == 24
     # x_t = x0 + σ ε with ε of unit variance: EDM has α = 1
     eps = (everything.get(keys.X_T) - everything.get(keys.X0)) / everything.get(keys.T)

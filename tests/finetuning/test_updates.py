@@ -49,7 +49,7 @@ def test_a_trajectorys_steps_are_in_one_update_and_a_steps_update_mixes_times() 
 
 def test_pairs_stay_together_at_one_step() -> None:
     for order in ("trajectory", "step"):
-        for m in seen(Updates(order, minibatches=2), numbered(12, 5), group_size=2):  # type: ignore[arg-type]
+        for m in seen(Updates(order, minibatches=2), numbered(12, 5), group_size=2):
             assert (m[1::2, :, 0] == m[0::2, :, 0] + 1).all() and (m[0::2, :, 0] % 2 == 0).all()
             assert (m[1::2, :, 1] == m[0::2, :, 1]).all()
 

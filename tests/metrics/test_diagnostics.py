@@ -92,7 +92,7 @@ def test_posterior_of_correlated_gaussian_has_the_exact_covariance() -> None:
 
 
 def coefficients(N: int, coupling: str, value: str = "posterior_mean") -> tuple[Chain, Tensor]:
-    chain = Chain(EVEN, N, coupling, value=value)  # type: ignore[arg-type]
+    chain = Chain(EVEN, N, coupling, value=value)
     A = chain.value_coefficients[0]
     c_out = scalings(EVEN, chain.t[:-1], "edm", 1.0).c_out
     return chain, (A[:-1] * c_out) ** 2
@@ -234,9 +234,9 @@ def test_states_and_their_parts_are_summed_in_any_order(monkeypatch: pytest.Monk
     """Bounded memory changes the random numbers, not the answer."""
     exact = three_clusters(EVEN)
     options = {"num_steps": 4, "draws": 50, "lmbdas": (0.0, 1.0), "n_steps": (2,)}
-    whole = target_errors(exact, exact, draws_of(exact, 60), EVEN, generator=generator(), **options)  # type: ignore[arg-type]
+    whole = target_errors(exact, exact, draws_of(exact, 60), EVEN, generator=generator(), **options)
     monkeypatch.setattr("diffrl.metrics.diagnostics.NUMBERS", 3000)
-    parts = target_errors(exact, exact, draws_of(exact, 60), EVEN, generator=generator(), **options)  # type: ignore[arg-type]
+    parts = target_errors(exact, exact, draws_of(exact, 60), EVEN, generator=generator(), **options)
     for a, b in zip(whole["levels"], parts["levels"], strict=True):
         for name in a["targets"]:
             assert a["targets"][name]["variance"] == pytest.approx(b["targets"][name]["variance"], rel=0.3)

@@ -127,4 +127,4 @@ def test_interval_is_reproducible_by_seed() -> None:
 )
 def test_interval_refuses_what_has_none(scores: object, arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="2 seeds|finite|level"):
-        bootstrap_interval(scores, **arguments)  # type: ignore[arg-type]
+        bootstrap_interval(scores, **arguments)

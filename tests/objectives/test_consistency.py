@@ -209,8 +209,8 @@ def parted(loss: ConsistencyLoss | ValueLoss) -> Denoiser:
         SoftUpdate(loss, eps=0.9)  # begins with a copy
     online = copy.deepcopy(loss.denoiser)
     with torch.no_grad():
-        loss.denoiser.network.scale.mul_(1.3)  # type: ignore[union-attr]
-        loss.denoiser.network.shift.add_(0.2)  # type: ignore[union-attr]
+        loss.denoiser.network.scale.mul_(1.3)
+        loss.denoiser.network.shift.add_(0.2)
     return online
 
 
@@ -437,7 +437,11 @@ def test_multistep_jumps_and_renoises() -> None:
     for N in (1, 2, 4):
         model, z = Model(f, process, N), randn(N, 6, 2)
         like, feed = torch.empty(6, 2, dtype=torch.float64), iter(z)
-        states = list(trajectory(model, Multistep(), like, lambda x, feed=feed: next(feed)))
+
+        def noise(_: Tensor, feed: Any = feed) -> Tensor:
+            return next(feed)
+
+        states = list(trajectory(model, Multistep(), like, noise))
         assert model.nfe == N and len(states) == N + 1
         sigma = [level(i, N + 1) for i in range(N)]
         x = sigma[0] * z[0]
@@ -557,7 +561,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     losses = [figures["loss_value"] for figures in whole.steps()]
 
     cut = trainer(tmp_path / "cut", td_ct_loss, 40)
-    steps = cut.steps()
+    steps: Any = cut.steps()
     first = [next(steps)["loss_value"] for _ in range(17)]  # saved after 15
     steps.close()
     again = trainer(tmp_path / "cut", td_ct_loss, 40)
@@ -592,18 +596,18 @@ def test_trainer_takes_the_decay_from_the_objective() -> None:
         ),
         (lambda: ct_loss(consistency(), ct_weight="snr"), "ct_weight is 'snr'"),
         (lambda: ct_loss(consistency(), ct_weight="edm"), "'edm' is called 'karras' now"),
-        (lambda: ct_loss(consistency(), bootstrap="residual"), "bootstrap is 'residual'"),  # type: ignore[arg-type]
+        (lambda: ct_loss(consistency(), bootstrap="residual"), "bootstrap is 'residual'"),
         (lambda: td_ct_loss(consistency(), consistency_coef=-1), "consistency_coef -1"),
         (lambda: td_ct_loss(consistency(), td_weight="mean"), "weight is 'mean'"),
         (lambda: ConsistencyLoss(consistency(), td_coef=0, consistency_coef=0), "one must be > 0"),
         (lambda: Denoiser(Wave(), VP(), prediction_type="consistency"), "defined on EDM, not on VP"),
-        (lambda: Denoiser(Wave(), EDM(), time_input="sigma"), "time_input is 'sigma'"),  # type: ignore[arg-type]
-        (lambda: ConsistencyPairs(VP()), "the EDM process, not on VP"),  # type: ignore[arg-type]
+        (lambda: Denoiser(Wave(), EDM(), time_input="sigma"), "time_input is 'sigma'"),
+        (lambda: ConsistencyPairs(VP()), "the EDM process, not on VP"),
         (lambda: ConsistencyPairs(EDM(), s_0=0), "s_0 is 0"),
         (lambda: ConsistencyPairs(EDM(), s_0=5, s_1=4), "s_0 is 5 and s_1 4"),
         (lambda: ConsistencyPairs(EDM(), mu_0=1.5), "mu_0 is 1.5"),
         (lambda: ConsistencyPairs(EDM(), stride=0), "stride is 0"),
-        (lambda: ConsistencyPairs(EDM(), kappa="ddim"), "kappa is 'ddim'"),  # type: ignore[arg-type]
+        (lambda: ConsistencyPairs(EDM(), kappa="ddim"), "kappa is 'ddim'"),
         (lambda: sample_consistency_pairs(EDM(), randn(2, 1), num_scales=1), "num_scales is 1"),
     ],
 )

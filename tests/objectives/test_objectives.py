@@ -31,8 +31,8 @@ SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 20.0, 5.0
 PROCESS = EDM(SIGMA_MIN, SIGMA_MAX, RHO)
 Target = dict[str, float | int]
 TARGETS: list[Target] = [
-    *({"lmbda": lmbda} for lmbda in (0.0, 0.5, 1.0)),
-    *({"n_steps": n} for n in (1, 3, N, N + 5)),
+    *(Target(lmbda=lmbda) for lmbda in (0.0, 0.5, 1.0)),
+    *(Target(n_steps=n) for n in (1, 3, N, N + 5)),
 ]
 
 
@@ -466,7 +466,7 @@ def test_a_target_network_does_not_drop_units_and_the_online_one_does() -> None:
     torch.testing.assert_close(value, ((delta / (chain["A"] * c_out)) ** 2).mean(), rtol=1e-12, atol=0)
 
     loss.eval()
-    assert not D.training and not D.network.dropout.training
+    assert not any(module.training for module in (D, D.network.dropout))
     assert number(loss(chain)["loss_value"]) == number(loss(chain)["loss_value"])
     assert loss.train().denoiser.training and not seen[-1]
 
@@ -723,7 +723,7 @@ def test_a_cast_reaches_the_denoiser_and_its_target(bootstrap: Any) -> None:
     loss, chain = ValueLoss(D, bootstrap=bootstrap, lmbda=0.5), draw()
     if bootstrap == "target":
         SoftUpdate(loss, eps=0.9)
-    D.network.shift += 0.1
+    D.network.get_buffer("shift").add_(0.1)
     loss.double()
     assert {x.dtype for x in [*D.parameters(), *D.buffers()]} == {torch.float64}
     value = loss(chain)["loss_value"]

@@ -50,7 +50,7 @@ def losses(
     target = copy.deepcopy(denoiser.network).eval()
     with torch.no_grad():
         for p in denoiser.parameters():
-            p += 0.3 * torch.randn_like(p)
+            p.add_(0.3 * torch.randn_like(p))
     return loss, denoiser.network, target
 
 
@@ -282,7 +282,7 @@ def test_published_target_update() -> None:
     start = [p.clone() for p in online.parameters()]
     with torch.no_grad():
         for p in online.parameters():
-            p += 1
+            p.add_(1)
     for _ in range(2):
         update.step()
     averages = dict(loss.target_value_network_params.flatten_keys(".").items())

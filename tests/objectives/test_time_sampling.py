@@ -194,7 +194,8 @@ def test_loss_aware_starts_are_the_published_law() -> None:
 def test_only_the_last_losses_count_in_whatever_batches_they_come() -> None:
     """Against a plain list of losses per start."""
     rng = np.random.default_rng(0)
-    starts, seen = LossAwareStarts(history=4, uniform=0.1), [[] for _ in range(5)]
+    starts = LossAwareStarts(history=4, uniform=0.1)
+    seen: list[list[float]] = [[] for _ in range(5)]
     for batch in (1, 3, 50, 2, 17, 9):
         index, losses = rng.integers(5, size=batch), rng.exponential(size=batch)
         for i, loss in zip(index, losses, strict=True):
@@ -311,7 +312,8 @@ def test_a_stage_is_judged_by_averages() -> None:
 @pytest.mark.parametrize("num_starts", [1, 5, 18, 40])
 @pytest.mark.parametrize("order", ["high_to_low", "low_to_high"])
 def test_stages_are_cumulative_from_the_easy_end(order: Any, num_starts: int) -> None:
-    starts, last = CurriculumStarts(clusters=4, patience=1, every=1, order=order), set()
+    starts = CurriculumStarts(clusters=4, patience=1, every=1, order=order)
+    last: set[int] = set()
     for stage in range(1, 5):
         starts.stage = stage
         index, importance = starts.draw(4000, num_starts, generator(stage))
@@ -368,7 +370,8 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_stopped(
         pass
     for a, b in zip(whole.parameters, resumed.parameters, strict=True):
         assert torch.equal(a, b)
-    ours, theirs = (t.objective.draw.state_dict() for t in (whole, resumed))
+    draws: list[Any] = [whole.objective.draw, resumed.objective.draw]
+    ours, theirs = (draw.state_dict() for draw in draws)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]

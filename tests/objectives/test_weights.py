@@ -248,7 +248,7 @@ def test_a_config_gives_a_weight_its_numbers(objective: str) -> None:
     make = OBJECTIVES[objective]
     node = OmegaConf.structured(schema(objective, make, omit=("denoiser",)))
     given = {"weight": "p2", "weight_options": {"gamma": 0.5}}
-    config = OmegaConf.to_container(OmegaConf.merge(node, given))
+    config: Any = OmegaConf.to_container(OmegaConf.merge(node, given))
     assert config["weight_options"] == {"gamma": 0.5} and config.pop("name") == objective
     if objective == "td":
         config["lmbda"] = 0.5

@@ -79,7 +79,9 @@ def test_version_has_one_home(wheel: Path) -> None:
     assert "version" not in PROJECT["project"]
     assert wheel.name.split("-")[1] == diffrl.__version__
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (\S+)", changelog, flags=re.MULTILINE)[0] == diffrl.__version__
+    headings = re.findall(r"^## (\S+)(?: — (\S+))?", changelog, flags=re.MULTILINE)
+    assert headings[0] == ("Unreleased", "") and headings[1][0] == diffrl.__version__
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d", date) for _, date in headings[1:])
 
 
 @pytest.mark.parametrize("folder", ["envs", "configs"])
@@ -103,7 +105,7 @@ def test_short_name_of_the_environments_is_refused() -> None:
     assert "import it as diffrl.envs" in ran.stderr
 
 
-@pytest.mark.parametrize("name", sorted(set(diffrl.__all__) - {"__version__"}))
+@pytest.mark.parametrize("name", sorted(set(vars(diffrl)["__all__"]) - {"__version__"}))
 def test_public_name_resolves(name: str) -> None:
     value = getattr(diffrl, name)
     assert name in dir(diffrl)
@@ -115,7 +117,7 @@ def test_public_name_resolves(name: str) -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
-        diffrl.no_such_name  # noqa: B018
+        diffrl.no_such_name  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_gymnasium_knows_the_environment() -> None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.laws import NoiseFn, column
-from diffrl.diffusion.samplers.base import Model, Sampler
+from diffrl.diffusion.samplers.base import Model, NoiseFn, Sampler, column
 from diffrl.diffusion.samplers.registry import SAMPLERS
 
 

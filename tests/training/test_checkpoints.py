@@ -204,11 +204,9 @@ def test_what_killed_saves_leave_is_passed_over_and_swept(tmp_path: Path) -> Non
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "nowhere") is None
-    (
-        (tmp_path / "step_000001").write_text("a file"),
-        (tmp_path / "notes").mkdir(),
-        (tmp_path / "step_1").mkdir(),
-    )
+    (tmp_path / "step_000001").write_text("a file")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "step_1").mkdir()
     assert list_checkpoints(tmp_path) == []
     with pytest.raises(CheckpointError, match="there is no checkpoint .*step_000002$"):
         load_checkpoint(tmp_path / "step_000002")

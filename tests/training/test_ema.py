@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffrl.diffusion.networks.mlp import MLP
@@ -11,6 +11,9 @@ from diffrl.training.ema import EMA
 
 class Counter(nn.Module):
     """One parameter of each of two shapes, and buffers of two dtypes."""
+
+    calls: Tensor
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +68,8 @@ def test_equals_torch_averaged_model() -> None:
         x = torch.randn(batch, 2)
         (module(x, torch.zeros(batch)) - x).square().mean().backward()
         optimiser.step(), optimiser.zero_grad()
-        ema.update(batch), witness.update_parameters(module)
+        ema.update(batch)
+        witness.update_parameters(module)
     for one, other, now in zip(
         ema.module.parameters(), witness.module.parameters(), module.parameters(), strict=True
     ):
@@ -137,7 +141,7 @@ def test_resumed_average_is_bit_exact() -> None:
             g = torch.Generator().manual_seed(step)
             with torch.no_grad():
                 for parameter in module.parameters():
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
             ema.update(7)
 
     torch.manual_seed(0)

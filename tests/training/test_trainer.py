@@ -192,7 +192,7 @@ def test_nan_stops_before_the_update_and_keeps_the_last_checkpoint(tmp_path: Pat
     take(sound, 7)
 
     trainer = make(tmp_path)
-    trainer.objective = Objective("td", trainer.loss, Poisoned(trainer.objective.draw, 7))  # type: ignore[arg-type]
+    trainer.objective = Objective("td", trainer.loss, Poisoned(trainer.objective.draw, 7))
     with pytest.raises(NonFiniteLoss, match=r"td: loss nan .* at gradient step 7; .*step_000005") as error:
         take(trainer, 12)
     assert "\n" not in str(error.value) and "optim.lr" in str(error.value)
