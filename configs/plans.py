@@ -1,4 +1,4 @@
-"""Schema of a comparison: studies, each of cases × schemes × seeds, as `plan/*.yaml` writes them down."""
+"""Schema of a comparison: studies of schemes on cases over seeds, as the files in `plan/` write them down."""
 
 from dataclasses import dataclass, field
 
@@ -9,22 +9,22 @@ __all__ = ["CompareConfig", "PlanConfig", "StudyConfig"]
 
 @dataclass
 class StudyConfig:
-    """One question; an *override* is a word for the command line of `examples/train_td_lambda.py`."""
+    """One question; an *override* is a word for the command line of `python -m diffrl train`."""
 
     title: str = ""
     """The question, in words."""
     cases: list[str] = MISSING
     """Names of the plan's cases."""
     schemes: dict[str, list[str]] = field(default_factory=dict)
-    """Overrides of each scheme: a scheme is a line."""
+    """Overrides of each scheme, by its name."""
     axes: dict[str, str] = field(default_factory=dict)
-    """A grid of further schemes: by the label of an axis, key and values, as ``objective.lmbda=0,0.5,1``."""
+    """A grid of further schemes: by the label of each axis its setting and values, as ``objective.lmbda=0,0.5,1``."""
     baseline: str = MISSING
-    """The scheme that the others are measured by; one of a grid is called as ``λ=1, η=1``."""
+    """The scheme that the others are measured by; one of a grid has a name such as ``λ=1, η=1``."""
     matched: str = "grad_steps"
     """What all schemes have in common: grad_steps, network_evaluations or seconds."""
     overrides: list[str] = field(default_factory=list)
-    """Of every cell of the study."""
+    """Overrides of every cell of the study."""
     seeds: list[int] = MISSING
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "PLACE",
     "Cell",
     "Execution",
+    "JobKind",
     "cell_error",
     "cell_figures",
     "read_index",
@@ -41,7 +42,7 @@ PLACE = ("run_dir", "resume")  # settings that say where a run lies, and not wha
 ASCII = str.maketrans({"λ": "lambda", "η": "eta", "γ": "gamma", "τ": "tau", "σ": "sigma", "δ": "delta"})
 
 
-class Job(NamedTuple):
+class JobKind(NamedTuple):
     """A kind of run that a cell can be."""
 
     run: Callable[..., Any]
@@ -51,8 +52,8 @@ class Job(NamedTuple):
 
 
 JOBS = {
-    "train": Job(run_experiment, lambda config: int(config["trainer"]["grad_steps"])),
-    "finetune": Job(run_finetuning, lambda config: int(config["loop"]["iterations"])),
+    "train": JobKind(run_experiment, lambda config: int(config["trainer"]["grad_steps"])),
+    "finetune": JobKind(run_finetuning, lambda config: int(config["loop"]["iterations"])),
 }
 
 
