@@ -22,7 +22,8 @@ from torch.nn.functional import cosine_similarity
 import diffrl
 from diffrl.configs.cli import settings
 from diffrl.configs.groups import register
-from diffrl.diffusion.schedules.all import PROCESSES
+from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.experiments.reports.style import GREY, PALETTE, drawing
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
 from diffrl.finetuning.placement.similarity import anchor_steps, dense_queries, predict_dense
@@ -32,8 +33,8 @@ from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.class_probability import ClassProbability
 from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.pixels import Ink, Symmetry
+from diffrl.text_tables import text_table
 from diffrl.training.runs import versions
-from diffrl.training.table import aligned
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "anchor": {"mode": "anchor"},
@@ -116,7 +117,7 @@ def measure(
     return found
 
 
-def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(seeds: list[Any]) -> dict[str, Any]:
     """The same tree as that of each seed, with the interquartile mean, its interval and the values at the leaves."""
     first = seeds[0]
     if not isinstance(first, dict):
@@ -129,19 +130,19 @@ def table(tasks: dict[str, Any], figure: str) -> str:
     """A row for each reward and variant, a column for each number of steps."""
     rows = [[figure, *(f"T = {T}" for T in STEPS)]]
     for task, by_steps in tasks.items():
-        rows.append([])
+        if len(rows) > 1:
+            rows.append([])
         for variant in VARIANTS:
             values = (by_steps[str(T)][variant][figure]["iqm"] for T in STEPS)
             rows.append([f"{task}: {variant}", *(f"{v:.2f}" if v < 1000 else f"{v:.0e}" for v in values)])
-    return aligned(rows)
+    return text_table(rows)
 
 
-# Okabe and Ito's palette; shapes of markers say the same
 LINES = {
-    "anchor": ("#0072B2", "o", "anchor, guarded (3 queries)"),
-    "anchor, as published": ("#D55E00", "s", "anchor, as published (3)"),
-    "linear": ("#009E73", "^", "linear (2)"),
-    "last": ("#555555", "D", "last (1)"),
+    "anchor": (*PALETTE[0], "anchor, guarded (3 queries)"),
+    "anchor, as published": (*PALETTE[1], "anchor, as published (3)"),
+    "linear": (*PALETTE[2], "linear (2)"),
+    "last": (GREY, "D", "last (1)"),
 }
 TOP = 3.5  # of the errors drawn
 
@@ -162,21 +163,20 @@ def draw_line(axis: Any, j: int, cells: list[dict[str, Any]], colour: str, marke
 
 def draw(tasks: dict[str, Any], out: Path) -> None:
     """NMSE above, correlation below, a column for each reward."""
-    import matplotlib
+    with drawing(figsize=(2.9 * len(tasks), 5.2)) as figure:
+        draw_panels(figure, tasks)
+        figure.savefig(out, dpi=150)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(
-        2, len(tasks), figsize=(2.9 * len(tasks), 5.2), sharex=True, sharey="row", layout="constrained"
-    )
+def draw_panels(figure: Any, tasks: dict[str, Any]) -> None:
+    """All panels and the legend above them."""
+    axes = figure.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
     for column, (task, by_steps) in zip(axes.T, tasks.items(), strict=True):
-        column[0].set_title(task, loc="left", fontsize=9, fontweight="bold")
+        column[0].set_title(task, fontsize=9)
         for axis, key in zip(column, ("nmse", "correlation"), strict=True):
             for j, (variant, style) in enumerate(LINES.items()):
                 draw_line(axis, j, [by_steps[str(T)][variant][key] for T in STEPS], *style)
-            axis.grid(axis="y", color="#E6E6E6", linewidth=0.6)
+            axis.grid(False, axis="x")
         column[0].set_ylim(-0.1, TOP * 1.2)
         column[0].axhline(1, color="#BBBBBB", linewidth=0.8, linestyle=":", zorder=0)
         column[1].set_xticks(range(len(STEPS)), [str(T) for T in STEPS])
@@ -184,9 +184,7 @@ def draw(tasks: dict[str, Any], out: Path) -> None:
     axes[0, 0].set_ylabel("NMSE: E (R̂ - R)²/Var R\n(1: no better than the mean)")
     axes[1, 0].set_ylabel("correlation of R̂ and R\n(mean over interior steps)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(LINES), frameon=False)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(LINES))
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -199,6 +197,7 @@ def main(arguments: argparse.Namespace) -> None:
     runs = arguments.runs or [trained(seed, folder, *words) for seed, folder in enumerate(folders)]
     rings = diffrl.data.rings()
     law = rings.mixture
+    assert law is not None
     exact = diffrl.MixtureDenoiser(PROCESSES[arguments.process](), law.means, law.stds, law.weights)
     digits = {"class probability (7)": ClassProbability(target=7), "ink": Ink(), "symmetry": Symmetry()}
     plane: dict[str, Callable[..., Tensor]] = {"mode distance": ModeDistance(index=0, mixture=law)}
@@ -217,11 +216,11 @@ def main(arguments: argparse.Namespace) -> None:
     for figure in ("nmse", "correlation"):
         print(table(tasks, figure), end="\n\n")
     share = {data: of_data["weights"] for data, of_data in summaries.items()}
-    rows = [["share of interior steps, of trajectories", *(f"T = {T}" for T in STEPS)], []]
+    rows = [["share of interior steps, of trajectories", *(f"T = {T}" for T in STEPS)]]
     for data, key in itertools.product(share, ("negative_weight", "anchor_at_an_end")):
         each = (f"{share[data][str(T)][key]['iqm']:.0%}" for T in STEPS)
         rows.append([f"{data}: {key.replace('_', ' ')}", *each])
-    print(aligned(rows))
+    print(text_table(rows))
     arguments.out.mkdir(parents=True, exist_ok=True)
     head = {
         "what": "errors of predicted dense rewards against all queries, over interior steps; "
