@@ -1,0 +1,183 @@
+"""The documentation: a page of every method, what was shown of it, README's length, the tutorials' form."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from docs.api_pages import plain_rst
+from docs.method_pages import LEVELS, Finding, all_registries, evidence, method_page, write_pages
+from tests.kit.paths import ROOT
+
+DOCS = ROOT / "docs"
+EVIDENCE = yaml.safe_load((DOCS / "evidence.yaml").read_text(encoding="utf-8"))
+METHODS = [(kind, name) for kind, registry in all_registries().items() for name in registry]
+MUST_HAVE_EVIDENCE = ("objective", "sampler", "recipe", "credit", "placement")
+
+MINE = '''
+"""A credit of a user."""
+
+from dataclasses import dataclass
+
+from diffrl.finetuning.credit.base import Credit
+from diffrl.finetuning.credit.registry import CREDITS
+
+
+@CREDITS.register("mine", label="My credit")
+@dataclass
+class Mine(Credit):
+    """Each step is praised by its rank.
+
+        adv_i = rank(R)/N - 1/2
+
+    where R is *not* scaled.
+
+    Source: A Paper of Mine (2026), https://example.org/mine.
+
+    Args:
+        share: of the ranks that count, in (0, 1].
+    """
+
+    share: float = 0.25
+
+    def __call__(self, rollout, reward):
+        return reward
+'''
+
+
+# Pages of methods
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS, ids=lambda word: word)
+def test_every_method_has_a_page(kind: str, name: str) -> None:
+    page = method_page(kind, name)
+    assert page.startswith("# ") and f"`{name}`" in page.splitlines()[0]
+    for heading in ("## Options", "## Where it is from", "## What to expect"):
+        assert heading in page
+    (code,) = re.findall(r"^Code: `(.+)`$", page, flags=re.MULTILINE)
+    assert (ROOT / code).is_file() and code.startswith("diffrl/")
+    assert str(ROOT) not in page
+    assert "None.__" not in page and "<function" not in page and "<object" not in page
+
+
+def test_a_page_of_a_users_own_method(tmp_path: Path) -> None:
+    (tmp_path / "my_credit.py").write_text(MINE)
+    words = [sys.executable, str(DOCS / "method_pages.py"), "credit", "mine", "--import", "my_credit"]
+    path = f"{tmp_path}:{ROOT}"
+    ran = subprocess.run(
+        words, env={"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    page = ran.stdout
+    assert page.startswith("# My credit (`mine`)\n\nEach step is praised by its rank.")
+    assert "```text\nadv_i = rank(R)/N - 1/2\n```\n\nwhere R is \\*not\\* scaled." in page
+    assert "python -m diffrl finetune --import my_credit credit=mine" in page
+    assert "| `share` | `0.25` | of the ranks that count, in (0, 1\\]. |" in page
+    assert "Source: A Paper of Mine (2026), <https://example.org/mine>." in page
+    assert "Code: `my_credit.py`" in page
+    assert LEVELS["not run"] in page and "nothing is recorded" in page.lower()
+
+
+def test_a_method_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="kind is 'nope': give one of objective"):
+        method_page("nope", "td")
+    with pytest.raises(ValueError, match="objective is 'nope': give one of ct"):
+        method_page("objective", "nope")
+
+
+def test_the_site_has_all_pages_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "credit").mkdir()
+    (tmp_path / "credit" / "gone.md").write_text("of a method that is no more")
+    write_pages(tmp_path)
+    there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.md")}
+    now = [(kind, name) for kind, registry in all_registries().items() for name in registry]
+    kinds = {kind for kind, _ in now}
+    assert there == {f"{kind}/{name}.md" for kind, name in now} | {f"{kind}/index.md" for kind in kinds} | {
+        "index.md"
+    }
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.md")}
+    write_pages(tmp_path)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.md")}
+
+
+# What was shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [m for m in METHODS if m[0] in MUST_HAVE_EVIDENCE], ids=lambda word: word
+)
+def test_what_was_shown_of_every_method_is_recorded(kind: str, name: str) -> None:
+    assert evidence(kind, name), (
+        f"docs/evidence.yaml has no entry {kind}: {name}; write one, if only 'not run'"
+    )
+
+
+def test_evidence_is_of_methods_that_exist() -> None:
+    recorded = {(kind, name) for kind, names in EVIDENCE.items() for name in names}
+    assert recorded <= set(METHODS), recorded - set(METHODS)
+
+
+@pytest.mark.parametrize("kind", EVIDENCE)
+def test_evidence_is_complete(kind: str) -> None:
+    for name, entries in EVIDENCE[kind].items():
+        for finding in (Finding(**entry) for entry in entries):
+            where = f"{kind} {name}: {finding}"
+            assert finding.level in LEVELS and finding.figure, where
+            assert finding.level == "not run" or (finding.command and finding.where), where
+            assert not finding.where or (ROOT / finding.where).is_file(), where
+            assert finding.level != "proxy" or finding.interval, where
+            for path in re.findall(r"tests/[\w/]+\.py|examples/\w+\.py", finding.command):
+                assert (ROOT / path).is_file(), where
+
+
+# Docstrings as reStructuredText
+
+
+def test_formulas_and_tables_stand_as_they_are_and_stars_are_no_markup() -> None:
+    lines = [
+        "Loss *L*.",
+        "",
+        "    L = |x|",
+        "",
+        "| a | b |",
+        "|---|---|",
+        "",
+        "After.",
+        "",
+        "Args:",
+        "    x: a*b.",
+        "",
+    ]
+    plain_rst(lines)
+    assert lines[0] == r"Loss \*L\*."
+    assert lines[2:6] == ["::", "", "    L = |x|", ""]
+    assert "    | a | b |" in lines and lines.index("    | a | b |") < lines.index("After.")
+    assert lines[-2:] == [r"    x: a\*b.", ""]
+
+
+# Words
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    for page in (*DOCS.glob("*.md"), *DOCS.glob("tutorials/*.md"), ROOT / "results" / "README.md"):
+        for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+            generated = re.match(r"(\.\./)?(methods|api)/", link)
+            assert link.startswith("http") or generated or (page.parent / link).exists(), (
+                f"{page.name}: {link}"
+            )
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("tutorials/[!i]*.md")), ids=lambda path: path.stem)
+def test_tutorials_are_notebooks_whose_code_compiles(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("---\nfile_format: mystnb\n")
+    cells = re.findall(r"```\{code-cell\} ipython3\n(.*?)```", text, flags=re.DOTALL)
+    assert len(cells) >= 5
+    compile("\n".join(cells), path.name, "exec")
