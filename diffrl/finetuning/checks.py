@@ -162,7 +162,7 @@ class _Run:
 
     @torch.no_grad()
     def log_ratio(self, states: TensorDictBase) -> Tensor:
-        """log π - log π_old of the stochastic states among [N]: the policy now, against what was stored."""
+        """Log π - log π_old of the stochastic states among [N]: the policy now, against what was stored."""
         with self.precision():
             _, log_p, mask = trainable_law(self.policy, states)
         return log_p - states.get(keys.ACTION_LOG_PROB)[mask]
