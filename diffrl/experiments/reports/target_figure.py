@@ -104,7 +104,9 @@ def draw_target_errors(
         choice.yaxis.label.set_color(ORANGE)
         choice.grid(visible=False)
         lines = [*last.get_lines(), *choice.get_lines()]
-        choice.legend(lines, [line.get_label() for line in lines], loc="upper left")
+        choice.legend(
+            lines, [line.get_label() for line in lines], loc="upper left", frameon=True, edgecolor="none"
+        )
         axes.flat[0].set_xscale("log")
         for axis in axes[1]:
             axis.set_xlabel("noise level σ/α")
