@@ -41,7 +41,7 @@ from tests.kit.paths import ROOT
 EXPERIMENTS = sorted(
     path.stem
     for path in (ROOT / "configs" / "experiment").glob("*.yaml")
-    if path.stem not in FINETUNING  # tests/test_tuning_runs.py builds those
+    if path.stem not in FINETUNING  # tests/experiments/test_tuning_runs.py builds those
 )
 
 

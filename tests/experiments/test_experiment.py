@@ -1,4 +1,4 @@
-"""A whole run: its folder, what the objectives share, interruption of every kind, and what is refused."""
+"""A whole run: its folder, what the objectives share, interruption of every kind."""
 
 import csv
 import json
@@ -12,33 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 import diffrl
-from diffrl.diffusion.samplers.ddim import DDIM
-from diffrl.diffusion.samplers.ode import Euler, Heun
 from diffrl.experiments import train as experiment
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment
-from diffrl.extras import MissingExtra
 from diffrl.objectives.scheme import Objective, build_objective
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.training.build import build_data, build_denoiser
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
-from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
-from diffrl.training.optim import NonFiniteLoss
+from diffrl.training.checkpoints import latest_checkpoint, list_checkpoints
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.trainer import Trainer
 from tests.kit.configs import small
 from tests.kit.paths import ROOT
-
-
-def run(path: Path, *overrides: str) -> RunFolder:
-    return run_experiment(small(f"run_dir={path}", *overrides), progress=False)
+from tests.kit.runs import checkpoint, run
 
 
 def rows(folder: RunFolder) -> list[dict[str, str]]:
@@ -55,28 +46,12 @@ def results(folder: RunFolder) -> dict[str, Any]:
     return found
 
 
-def checkpoint(folder: RunFolder, objective: str = "td") -> dict[str, Tensor]:
-    newest = latest_checkpoint(folder.checkpoints(objective))
-    assert newest is not None
-    read = load_checkpoint(newest)
-    found = {f"{name}.{k}": v for name, tensors in read.weights.items() for k, v in tensors.items()}
-    for i, moments in read.training["optimiser"]["state"].items():
-        found |= {f"optimiser.{i}.{k}": v for k, v in moments.items()}
-    return found
-
-
 def assert_same_run(a: RunFolder, b: RunFolder) -> None:
     assert rows(a) == rows(b)
     assert results(a) == results(b)
     for objective in results(a)["objectives"]:
         one, two = checkpoint(a, objective), checkpoint(b, objective)
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run that was not interrupted."""
-    return run(tmp_path_factory.mktemp("whole") / "run")
 
 
 # What a run leaves
@@ -326,169 +301,3 @@ def test_resuming_with_other_settings(whole: RunFolder) -> None:
 def test_no_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no run"):
         RunFolder.start({"resume": str(tmp_path), "run_dir": None})
-
-
-def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="cannot be made a run folder"):
-        run(tmp_path / "file" / "run")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["objective.lmbda=2"], r"lmbda is 2\.0"),
-        (["objective.n_steps=0"], "n_steps"),
-        (["objective.lmbda=0.5", "objective.n_steps=3"], "two families"),
-        (["objective.weight=nope"], "weight is 'nope'"),
-        (["objective.bootstrap=nope"], "bootstrap is 'nope'"),
-        (["dtype=float16"], "dtype is 'float16': give float32, float64, bfloat16"),
-        (["logger=nope"], "logger is 'nope': give csv, tensorboard, wandb"),
-        (["device=nope"], "device is 'nope'"),
-        (["guidance_scale=2"], "no labels in training: data.conditional=true"),
-        (["network=unet"], "UNet"),
-        (["eval.distance=nope"], "nope"),
-        (["eval.distance=fd_digits_cnn"], "8"),
-        (["eval.sigmas=[0]"], "sigma is 0"),
-        (["eval.num_steps=[]"], "num_steps"),
-        (["eval.points=0"], "eval.points is 0"),
-        (["ema.halflife=-1"], "halflife"),
-        (["optim.lr=-1"], "optim.lr"),
-        (["trainer.batch_size=0"], "batch_size"),
-        (["process=ddpm", "objective=td_edm"], "EDM"),
-        (["process=vp", "sampler=edm_stochastic"], "EDM"),
-        (["chain.t_max=0"], "t_max"),
-        (["seed=-1"], "negative"),
-    ],
-)
-def test_nothing_is_made_of_a_wrong_configuration(overrides: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        run(tmp_path / "run", *overrides)
-    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device is 'cuda'"):
-        run(tmp_path / "run", "device=cuda")
-
-
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_logger_that_is_not_installed(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=rf"diffrl\[{package}\]"):
-        run(tmp_path / "run", f"logger={package}")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    overrides = (
-        "optim.lr=1e30",
-        "optim.warmup_steps=0",
-        "optim.clip_norm=null",
-        "trainer.checkpoint_every=1",
-    )
-    with pytest.raises(NonFiniteLoss, match=r"td: .* at gradient step \d+"):
-        run(tmp_path / "run", *overrides)
-    assert not (tmp_path / "run" / "results.json").exists()
-
-
-# Options
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_dtype(dtype: str, whole: RunFolder, tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", f"dtype={dtype}", "compare=false")
-    stored = torch.float64 if dtype == "float64" else torch.float32
-    assert {x.dtype for k, x in checkpoint(folder).items() if k.startswith(("model", "ema"))} == {stored}
-    assert next(diffrl.load(folder.path).denoiser.parameters()).dtype == stored
-    errors = [folder.results()["objectives"]["td"]["value_error"] for folder in (folder, whole)]
-    assert errors[0] == pytest.approx(errors[1], rel=0.2)
-
-
-def test_data_without_a_known_law(tmp_path: Path) -> None:
-    figures = run(tmp_path / "run", "data=checkerboard", "compare=false").results()["objectives"]["td"]
-    assert figures["value_error"] == {} and figures["sample_distance"]["by_nfe"]["7"] > 0
-
-
-def images(path: Path) -> str:
-    rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(0, 256, (60, 4, 4), dtype=np.uint8), np.arange(60) % 3
-    np.savez(path / "images.npz", x=pixels, labels=labels)
-    return str(path / "images.npz")
-
-
-def test_labelled_images_with_guidance(tmp_path: Path) -> None:
-    labelled = ("data=npz", "data.conditional=true", f"data.path={images(tmp_path)}")
-    folder = run(tmp_path / "run", *labelled, "guidance_scale=2")
-    found = folder.results()["objectives"]["td"]
-    assert list(found["sample_distance"]["by_nfe"]) == ["6", "14"]  # twice Heun's
-    assert all(error > 0 for error in found["value_error"].values())
-    loaded = diffrl.load(folder.path)
-    assert loaded.data.num_classes == 3
-    one, two = (loaded.sample(6, num_steps=3, guidance_scale=w) for w in (1.0, 2.0))
-    assert one.shape == (6, 1, 4, 4) and not torch.equal(one, two)
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "logger=tensorboard", "trainer.grad_steps=4", "compare=false")
-    (events,) = (folder.path / "tensorboard").rglob("events.out.tfevents.*")
-    assert b"td/loss_value" in events.read_bytes()
-
-
-def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = small()
-    folders = [RunFolder.start(config).path for _ in range(3)]
-    assert len(set(folders)) == 3 and all(path.parent == Path("runs") for path in folders)
-    assert all(path.name.partition("_")[2].partition("_")[2].startswith("rings_td_s0") for path in folders)
-    assert RunFolder(folders[2]).config()["run_dir"] == str(folders[2])
-
-
-# Loading
-
-
-def test_load(whole: RunFolder) -> None:
-    for name in ("td", "monte_carlo"):
-        loaded = diffrl.load(whole.path, None if name == "td" else name)
-        assert loaded.objective == name and loaded.results == whole.results()
-        assert not loaded.denoiser.training
-        weights = checkpoint(whole, name)
-        for key, value in loaded.denoiser.state_dict().items():
-            assert torch.equal(value, weights[f"ema.{key}"])
-
-
-def test_loaded_samples_are_those_that_were_evaluated(whole: RunFolder) -> None:
-    loaded = diffrl.load(whole.path)
-    x, nfe = draw_samples(loaded.denoiser, loaded.data, Heun(), num_steps=4, samples=40)
-    assert nfe == 7 and torch.equal(x, whole.samples()["td"]["7"])
-    distance = Evaluation(samples=40).sample_distance(x, loaded.data)
-    assert distance == loaded.results["objectives"]["td"]["sample_distance"]["by_nfe"]["7"]
-
-
-def test_samples_do_not_depend_on_the_batch_they_are_drawn_in(whole: RunFolder) -> None:
-    loaded = diffrl.load(whole.path)
-    together = loaded.sample(10, num_steps=4, seed=0)
-    torch.testing.assert_close(together[5:6], loaded.sample(1, num_steps=4, seed=5))
-    few, _ = draw_samples(loaded.denoiser, loaded.data, Heun(), num_steps=4, samples=10, seed=0, batch_size=4)
-    torch.testing.assert_close(few, together)
-
-
-def test_there_is_nothing_to_load(whole: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="holds no run"):
-        diffrl.load(tmp_path)
-    with pytest.raises(CheckpointError, match="has nope been trained"):
-        diffrl.load(whole.path, "nope")
-
-
-@pytest.mark.parametrize("nfe", [1, 3, 9, 35])
-def test_grid_for_heun(nfe: int) -> None:
-    assert grid_for(Heun(), diffrl.EDM(), nfe) == (nfe + 1) // 2
-
-
-def test_grid_for_others() -> None:
-    assert grid_for(Euler(), diffrl.EDM(), 8) == grid_for(DDIM(), diffrl.DDPM(), 8) == 8
-    with pytest.raises(ValueError, match="Heun cannot sample with 10 evaluations, but 9 or 11"):
-        grid_for(Heun(), diffrl.EDM(), 10)

@@ -1,10 +1,8 @@
-"""Consistency training and its TD term: formulas again in plain float64, the map's relation, and a run."""
+"""Consistency training and its TD term: formulas again in plain float64, targets, multistep sampling."""
 
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.objectives import SoftUpdate
 
-from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.samplers.base import Model, Noise
 from diffrl.diffusion.samplers.consistency import Multistep
 from diffrl.diffusion.samplers.loop import sample, trajectory
@@ -23,78 +19,10 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.consistency import METRICS, ConsistencyLoss, ct_loss, td_ct_loss
-from diffrl.objectives.consistency_pairs import (
-    ConsistencyPairs,
-    num_scales,
-    sample_consistency_pairs,
-    target_decay,
-)
-from diffrl.objectives.scheme import Objective
-from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.objectives.consistency_pairs import ConsistencyPairs, sample_consistency_pairs
 from diffrl.objectives.value import ValueLoss
-from diffrl.training.optim import Optim
-from diffrl.training.trainer import Average, Length, Target, Trainer
+from tests.kit.consistency import SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, Wave, consistency, level
 from tests.kit.oracles import generator, randn
-
-SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5
-
-
-class Wave(nn.Module):
-    """A network that tells states, noise levels and labels apart, with few parameters."""
-
-    def __init__(self, scale: float = 0.7) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale, dtype=torch.float64))
-        self.shift = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
-
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
-        level = c_noise.view(-1, *[1] * (x.ndim - 1))
-        label = 0.0 if cond is None else 0.1 * cond.view(-1, *[1] * (x.ndim - 1))
-        return torch.sin(self.scale * x + self.shift * level + label)
-
-
-def consistency(network: nn.Module | None = None, **options: Any) -> Denoiser:  # noqa: ANN401
-    return Denoiser(network or Wave(), EDM(), SIGMA_DATA, "consistency", **options)
-
-
-def mlp(dim: int = 1, seed: int = 0, **sizes: int) -> Denoiser:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return consistency(MLP((dim,), **sizes))
-
-
-# Scales and decay
-
-
-def test_scales_grow_from_2_to_151_without_leaving_out_any() -> None:
-    K = 100_000
-    N = [num_scales(j, K) for j in range(K + 1)]
-    assert N[0] == 2 and N[K - 1] == N[K] == 151
-    assert sorted(set(N)) == list(range(2, 152)) and sorted(N) == N
-
-
-@pytest.mark.parametrize(
-    ("step", "scales"),
-    # s(j) = ⌈√(4 + j/1000·22797) - 1⌉ by hand: at j = 1, √26.797 - 1 = 4.18; at 100, √2283.7 - 1 = 46.8; …
-    [(0, 2), (1, 6), (10, 16), (100, 48), (250, 76), (500, 107), (750, 131), (999, 151), (1000, 151)],
-)
-def test_scales_by_hand(step: int, scales: int) -> None:
-    assert num_scales(step, 1000) == scales
-
-
-def test_scales_of_other_ends() -> None:
-    assert [num_scales(j, 4, s_0=10, s_1=10) for j in range(5)] == [10, 11, 11, 11, 11]
-    assert num_scales(0, 10, s_0=1, s_1=1) == 2  # s never below 1
-
-
-def test_decay_of_the_target() -> None:
-    K = 100_000
-    mu = [target_decay(j, K) for j in range(0, K + 1, 100)]
-    assert mu[0] == pytest.approx(0.81, abs=1e-15)  # s = 1: μ_0²
-    two_levels_on = next(j for j in range(K) if num_scales(j, K) == 3)
-    assert target_decay(two_levels_on, K) == pytest.approx(0.9, abs=1e-15)  # s = s_0: μ_0
-    assert mu[-1] == pytest.approx(0.9 ** (2 / 150), abs=1e-15) and mu == sorted(mu)
-
 
 # The boundary form
 
@@ -145,14 +73,6 @@ def test_what_the_network_is_told(time_input: Any, told: Callable[[float], float
 
 
 # The formula of the loss
-
-
-def level(i: float, N: int) -> float:
-    """σ_i of the ρ-schedule; past its last level the clean state."""
-    if i > N - 1:
-        return 0.0
-    high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
-    return (high + i / (N - 1) * (low - high)) ** RHO
 
 
 def reference(  # td.md, section 3, one pair after another
@@ -381,54 +301,6 @@ def test_ct_is_td0_of_the_clean_value_under_shared_noise(bootstrap: Any) -> None
     )
 
 
-# Pairs
-
-
-def test_drawn_pairs() -> None:
-    N, B = 6, 20_000
-    pairs = sample_consistency_pairs(EDM(), torch.zeros(B, 2), num_scales=N, generator=generator())
-    grid = EDM().time_grid(N)
-    i = pairs["index"].flatten()
-    assert i.unique().tolist() == [0, 1, 2, 3, 4]
-    share = torch.bincount(i).double() / B
-    assert float((share - 0.2).abs().max()) < 5 * math.sqrt(0.16 / B)
-    torch.testing.assert_close(pairs["t"].flatten().double(), grid[i], rtol=1e-6, atol=0)
-    torch.testing.assert_close(pairs["next", "t"].flatten().double(), grid[i + 1], rtol=1e-6, atol=0)
-    assert torch.equal(pairs["valid"].flatten(), i < N - 2)
-    noise = pairs["x_t"] / pairs["t"]
-    torch.testing.assert_close(pairs["next", "x_t"] / pairs["next", "t"], noise)  # one noise for both
-    assert float(noise.std()) == pytest.approx(1, abs=0.02)
-    again = sample_consistency_pairs(EDM(), torch.zeros(B, 2), num_scales=N, generator=generator())
-    assert bool((again == pairs).all())
-
-
-def test_pairs_are_transitions_like_any() -> None:
-    """Standard denoising on them is standard denoising; so they serve Monte Carlo as a baseline."""
-    pairs = sample_consistency_pairs(EDM(), randn(30, 2), num_scales=9, generator=generator())
-    keys = set(sample_td_edm_pairs(EDM(), randn(30, 2), generator=generator()).keys(True, True))
-    assert set(pairs.keys(True, True)) - {"index", ("next", "index")} == keys
-    torch.testing.assert_close(
-        pairs["next", "reward"],
-        pairs["A"] * pairs["x0"]
-        + pairs["kappa"] * pairs["x_t"]
-        - pairs["next", "A"] * pairs["x0"]
-        - pairs["next", "kappa"] * pairs["next", "x_t"],
-    )
-
-
-def test_draw_follows_the_progress() -> None:
-    draw = ConsistencyPairs(EDM(), s_0=3, s_1=9, mu_0=0.8, stride=0.5, kappa="shared")
-    assert (draw.num_scales, draw.target_decay) == (3, pytest.approx(0.8**1.5))
-    draw.set_progress(70, 100)
-    assert draw.num_scales == num_scales(70, 100, 3, 9) == 9
-    assert draw.target_decay == target_decay(70, 100, 3, 9, 0.8) == pytest.approx(0.8 ** (3 / 8))
-    pairs = draw(randn(8, 2), cond=None, generator=generator(3))
-    same = sample_consistency_pairs(
-        EDM(), randn(8, 2), num_scales=9, stride=0.5, kappa="shared", generator=generator(3)
-    )
-    assert bool((pairs == same).all())
-
-
 # Sampling
 
 
@@ -488,102 +360,7 @@ def test_multistep_refuses(sampler: Multistep, num_steps: int, process: Any, mes
         sample(lambda x, t, c: x, (2, 1), sampler=sampler, num_steps=num_steps, process=process, seed=0)
 
 
-# Training
-
-
-def normal_data(std: float = SIGMA_DATA) -> Data:
-    def draw(n: int, g: torch.Generator | None) -> Tensor:
-        return std * torch.randn(n, 1, generator=g)
-
-    return Data("normal", draw(1000, generator(9)), draw=draw)
-
-
-def trainer(
-    folder: Path | None, scheme: Callable[..., ConsistencyLoss], grad_steps: int, **draw: Any
-) -> Trainer:  # noqa: ANN401
-    denoiser = mlp(hidden=32, depth=2, x_features=0, noise_features=16)
-    objective = Objective("ct", scheme(denoiser), ConsistencyPairs(EDM(), **draw))
-    return Trainer(
-        objective,
-        normal_data(),
-        seed=0,
-        folder=folder,
-        length=Length(grad_steps=grad_steps, batch_size=256, checkpoint_every=15),
-        optim=Optim(lr=3e-3, warmup_steps=20),
-        average=Average(halflife=5000),
-        target=Target(),
-    )
-
-
-def fixed_point(N: int, b: float, c: float) -> float:
-    """Standard deviation of one-step samples where the loss of f(x, σ_i) = g_i x on N(0, σd²) is least (l2).
-
-    With E x² = σd² + σ², E x x' = σd² + σσ', E x0 x = σd² each level's g is a regression on the next one's.
-    """
-    g, v = 1.0, SIGMA_DATA**2
-    for i in reversed(range(N - 1)):
-        t, t_next = level(i, N), level(i + 1, N)
-        A, A_next = 1 - (level(i + 0.25, N) / t) ** 2, 1 - (level(i + 1.25, N) / t_next) ** 2
-        w = b / max(A**2 + A_next**2, 0.01) if i < N - 2 else 0.0
-        rest = c if i < N - 2 else b + c
-        target = w * A * ((A - A_next) * v + A_next * g * (v + t * t_next)) + rest * g * (v + t * t_next)
-        g = target / ((w * A**2 + rest) * (v + t**2))
-    return g * SIGMA_MAX
-
-
-def test_fixed_points() -> None:
-    """Plain CT tends to the flow map as levels are added; the TD term of the published variant moves it."""
-    plain = [fixed_point(N, 0.0, 1.0) for N in (5, 21, 151, 5000)]
-    assert plain == sorted(plain) and plain[-1] == pytest.approx(SIGMA_DATA, rel=1e-3)
-    assert fixed_point(51, 1.0, 0.5) > 1.2 * SIGMA_DATA
-
-
-@pytest.mark.parametrize(
-    ("scheme", "b", "c"), [(ct_loss, 0.0, 1.0), (td_ct_loss, 1.0, 0.5)], ids=["ct", "td_ct"]
-)
-def test_training_widens_one_step_samples_to_the_fixed_point(
-    scheme: Callable[..., ConsistencyLoss], b: float, c: float
-) -> None:
-    def std(denoiser: nn.Module) -> float:
-        x = sample(denoiser, (4000, 1), sampler=Multistep(), num_steps=1, noise=Noise(generator()))
-        return float(x.std())
-
-    run = trainer(None, partial(scheme, metric="l2"), 600, s_0=5, s_1=10)
-    assert std(run.denoiser) < 0.02 * SIGMA_DATA  # a network of zeros gives the data's mean
-    for _ in run.steps():
-        pass
-    assert std(run.ema.module) == pytest.approx(fixed_point(11, b, c), rel=0.1)
-
-
-def test_resuming_is_exact(tmp_path: Path) -> None:
-    """Levels, the target's decay and the target itself go on where they were."""
-    whole = trainer(tmp_path / "whole", td_ct_loss, 40)
-    losses = [figures["loss_value"] for figures in whole.steps()]
-
-    cut = trainer(tmp_path / "cut", td_ct_loss, 40)
-    steps: Any = cut.steps()
-    first = [next(steps)["loss_value"] for _ in range(17)]  # saved after 15
-    steps.close()
-    again = trainer(tmp_path / "cut", td_ct_loss, 40)
-    assert again.resume() and again.step == 15
-    rest = [figures["loss_value"] for figures in again.steps()]
-    assert first[:15] + rest == losses
-    for name, tensor in whole.loss.state_dict().items():
-        assert torch.equal(tensor, again.loss.state_dict()[name]), name
-    assert again.loss.network_evaluations == whole.loss.network_evaluations == 40 * 2 * 256
-
-
-def test_trainer_takes_the_decay_from_the_objective() -> None:
-    run = trainer(None, ct_loss, 30, s_0=2, s_1=5)
-    scale = "value_network_params.module.denoiser.network.last.weight"
-    teacher = run.loss.state_dict()["target_" + scale].clone()
-    levels = []
-    for j, _ in enumerate(run.steps()):
-        levels.append(run.objective.draw.num_scales)  # type: ignore[attr-defined]
-        mu = target_decay(j, 30, 2, 5)
-        teacher.lerp_(run.loss.state_dict()[scale], 1 - mu)
-        torch.testing.assert_close(run.loss.state_dict()["target_" + scale], teacher, rtol=1e-6, atol=1e-9)
-    assert levels == [num_scales(j, 30, 2, 5) for j in range(30)] and set(levels) == {2, 3, 4, 5, 6}
+# What is refused
 
 
 @pytest.mark.parametrize(

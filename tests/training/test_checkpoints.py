@@ -1,12 +1,9 @@
+"""Checkpoints: their layout, every bit back, resuming, how many are kept, what is refused."""
+
 import hashlib
-import io
 import json
 import os
-import pickle
 import random
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ from torch import nn
 
 import diffrl
 from diffrl.diffusion.networks.mlp import MLP
-from diffrl.training import checkpoints
 from diffrl.training.checkpoints import (
     CheckpointError,
     latest_checkpoint,
@@ -27,19 +23,7 @@ from diffrl.training.checkpoints import (
     save_checkpoint,
 )
 from diffrl.training.ema import EMA
-
-FILES = ["model.safetensors", "ema.safetensors", "training.pt", "manifest.json"]
-
-
-def save(folder: Path, step: int, keep: int = 10) -> Path:
-    w = torch.full((100,), float(step))
-    weights = {"model": {"w": w}, "ema": {"w": -w}}
-    return save_checkpoint(folder, step, weights=weights, training={"lr": 0.1 * step, "w": w}, keep=keep)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
+from tests.kit.checkpoints import FILES, names, save
 
 # What is saved is what is loaded
 
@@ -222,142 +206,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.tmp", "step_000003", "step_notes.txt"]
 
 
-# Damage
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def garble(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(bytes(data))
-
-
-def overwrite(path: Path) -> None:
-    path.write_bytes(random.Random(0).randbytes(path.stat().st_size))
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("damage", [truncate, garble, overwrite, empty, Path.unlink])
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_with_the_remedy(
-    tmp_path: Path, name: str, damage: Callable[[Path], Any]
-) -> None:
-    save(tmp_path, 400), save(tmp_path, 500)
-    damage(tmp_path / "step_000500" / name)
-    with pytest.raises(
-        CheckpointError, match=rf"step_000500: {name} .*; delete step_000500 to resume from step_000400$"
-    ) as caught:
-        load_checkpoint(latest_checkpoint(tmp_path))
-    assert "\n" not in str(caught.value)
-    assert load_checkpoint(tmp_path / "step_000400").training["lr"] == 40.0
-
-
-def test_the_remedy_names_a_sound_checkpoint_only(tmp_path: Path) -> None:
-    for step in (300, 400, 500):
-        save(tmp_path, step)
-    truncate(tmp_path / "step_000500" / "training.pt")
-    truncate(tmp_path / "step_000400" / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match="delete step_000500 and step_000400 to resume from step_000300$"
-    ):
-        load_checkpoint(tmp_path / "step_000500")
-    truncate(tmp_path / "step_000300" / "manifest.json")
-    with pytest.raises(CheckpointError, match="no older sound one: delete it to start again$"):
-        load_checkpoint(tmp_path / "step_000500")
-
-
-def rewrite(path: Path, **changes: Any) -> None:
-    """The manifest with other values, and sums that fit the files."""
-    manifest = json.loads((path / "manifest.json").read_text()) | changes
-    for name in manifest["files"]:
-        if (path / name).is_file():
-            manifest["files"][name] = checkpoints._entry((path / name).read_bytes())
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_files_of_another_checkpoint(tmp_path: Path) -> None:
-    one, two = save(tmp_path, 1), save(tmp_path, 2)
-    (two / "model.safetensors").write_bytes((one / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="model.safetensors has been altered"):
-        load_checkpoint(two)
-    rewrite(two, step=1)
-    with pytest.raises(CheckpointError, match="manifest.json is of step 1"):
-        load_checkpoint(two)
-    renamed = two.rename(tmp_path / "best")  # under a name of the user's own any step is right
-    assert load_checkpoint(renamed).step == 1
-
-
-def test_a_newer_format_is_not_for_deletion(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    rewrite(path, format=2)
-    with pytest.raises(CheckpointError, match="format 2 and diffrl .* reads up to 1: upgrade diffrl$"):
-        load_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[]",
-        "null",
-        "{}",
-        '{"format": 1, "step": 1, "versions": {}, "files": {}}',
-        '{"format": 1, "step": 1, "versions": {}, "files": {"training.pt": 3}}',
-        '{"format": 1, "step": "1", "versions": {}, "files": {"training.pt": {"bytes": 1, "sha256": ""}}}',
-    ],
-)
-def test_a_manifest_of_something_else(tmp_path: Path, text: str) -> None:
-    path = save(tmp_path, 1)
-    (path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match="manifest.json is not a checkpoint's manifest"):
-        load_checkpoint(path)
-
-
-class Stranger:
-    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
-        return os.mkdir, (os.environ["STRANGER"],)
-
-
-def test_pickled_code_of_strangers_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trap = tmp_path / "trap"
-    monkeypatch.setenv("STRANGER", str(trap))
-    path = save(tmp_path, 1)
-    buffer = io.BytesIO()
-    torch.save({"evil": Stranger()}, buffer)
-    (path / "training.pt").write_bytes(buffer.getvalue())
-    rewrite(path)
-    with pytest.raises(CheckpointError, match="training.pt cannot be read"):
-        load_checkpoint(path)
-    (path / "training.pt").write_bytes(pickle.dumps(Stranger()))
-    rewrite(path)
-    with pytest.raises(CheckpointError, match="training.pt cannot be read"):
-        load_checkpoint(path)
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "..", "a.pt"])
-def test_a_manifest_leads_nowhere_else(tmp_path: Path, name: str) -> None:
-    path = save(tmp_path, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    rewrite(path, files=manifest["files"] | {name: manifest["files"]["training.pt"]})
-    with pytest.raises(CheckpointError, match="manifest.json is not"):
-        load_checkpoint(path)
-
-
 # What is refused before anything is written
-
-
-@pytest.mark.parametrize("value", [np.arange(3), np.float64(1.0), nn.Linear(1, 1), lambda: 0, iter("ab")])
-def test_what_loading_would_refuse_is_not_saved(tmp_path: Path, value: object) -> None:
-    save(tmp_path, 1)
-    with pytest.raises(TypeError, match=r"the training state .*torch\.from_numpy"):
-        save_checkpoint(tmp_path, 2, weights={}, training={"inner": [value]}, keep=1)
-    assert names(tmp_path) == ["step_000001"]
 
 
 def test_arguments_out_of_range(tmp_path: Path) -> None:
@@ -368,139 +217,3 @@ def test_arguments_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'../model' cannot be"):
         save_checkpoint(tmp_path, 1, weights={"../model": {}}, training={}, keep=1)
     assert names(tmp_path) == []
-
-
-# Disk and death
-
-
-@pytest.mark.parametrize("call", range(9))
-def test_a_disk_that_refuses_leaves_the_old_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    save(tmp_path, 1)
-    calls = 0
-
-    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call + 1:
-                raise OSError(28, "No space left on device")
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        for owner, name in [(os, "fsync"), (Path, "mkdir"), (Path, "rename")]:
-            patch.setattr(owner, name, failing(getattr(owner, name)))
-        with pytest.raises(
-            CheckpointError, match=r"step_000002 could not be written \(.*No space left"
-        ) as caught:
-            save(tmp_path, 2)
-    assert isinstance(caught.value.__cause__, OSError)
-    assert load_checkpoint(tmp_path / "step_000001").training["lr"] == 0.1
-    last = latest_checkpoint(tmp_path)
-    assert load_checkpoint(last).step in (1, 2)
-    assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
-    save(tmp_path, 3)
-    assert load_checkpoint(latest_checkpoint(tmp_path)).step == 3
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="could not be written"):
-        save(tmp_path / "file" / "checkpoints", 1)
-
-
-KILLED = """
-import os, shutil, signal, sys
-from pathlib import Path
-import torch
-from diffrl.training import checkpoints
-
-torch.set_num_threads(1)
-folder, second, survivors = Path(sys.argv[1]), int(sys.argv[2]), []
-
-
-def save(step, value):
-    weights = {"model": {"w": torch.full((1000,), value)}}
-    checkpoints.save_checkpoint(folder, step, weights=weights, training={"value": value}, keep=1)
-
-
-def deadly(function, after, torn=False):
-    def wrapper(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == after:
-            if torn:
-                args[0].write_bytes(args[1][: len(args[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapper
-
-
-for after in range(1, 100):  # the second save is killed at its first, second, ... call to the disk
-    shutil.rmtree(folder, ignore_errors=True)
-    save(1, 1.0)
-    child = os.fork()
-    if child == 0:
-        calls = 0
-        checkpoints._write = deadly(checkpoints._write, after, torn=True)
-        os.fsync = deadly(os.fsync, after)
-        Path.rename = deadly(Path.rename, after)
-        Path.mkdir = deadly(Path.mkdir, after)
-        os.rmdir = deadly(os.rmdir, after)
-        save(second, 2.0)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    loaded = checkpoints.load_checkpoint(checkpoints.latest_checkpoint(folder))
-    value = loaded.training["value"]
-    assert (loaded.step, value) in [(1, 1.0), (second, 2.0)], (after, loaded.step, value)
-    assert (loaded.weights["model"]["w"] == value).all()
-    survivors.append(value)
-    save(second, 2.0)  # the next saves find their way, and sweep
-    save(3, 3.0)
-    assert [path.name for path in folder.iterdir()] == ["step_000003"], after
-    if os.waitstatus_to_exitcode(status) == 0:
-        break
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-print(*survivors)
-"""
-
-
-@pytest.mark.parametrize("second", [1, 2])
-def test_kill_at_every_point_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path, second: int) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), str(second)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    survivors = [float(word) for word in done.stdout.split()]
-    assert len(survivors) > 10  # so many kills, and the last run through
-    # until the rename the old one, from then on the new one
-    assert survivors == sorted(survivors) and survivors[0] == 1.0 and survivors[-1] == 2.0
-
-
-def test_interruption_by_the_user_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path, 1)
-
-    def interrupted(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2)
-    assert names(tmp_path) == ["step_000001"]
-
-
-def test_unreadable_file_is_not_for_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(tmp_path, 1)
-
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read .*Permission denied") as caught:
-        load_checkpoint(path)
-    assert "delete" not in str(caught.value)
