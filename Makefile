@@ -35,9 +35,9 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	$(ONE_THREAD) $(BIN)/python benchmarks/run.py $(ARGS)
 
-# the site in build/docs, with its notebooks run and a warning taken for an error
+# the site in build/docs, made anew, with its notebooks run, and a warning taken for an error
 docs: $(VENV)/.installed-docs
-	$(ONE_THREAD) $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs $(ARGS)
 	@echo "the site begins at build/docs/index.html"
 
 clean:

@@ -47,13 +47,14 @@ napoleon_use_ivar = True
 napoleon_numpy_docstring = False
 
 
-def own_signature(app: Any, what: str, name: str, thing: Any, *rest: Any) -> tuple[str, str] | None:
+def own_signature(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str] | None:
     """The constructor's parameters, where a metaclass of TorchRL hides them."""
-    if what != "class" or "(*args, **kwargs)" not in f"({inspect.signature(thing)})":
+    if what != "class" or signature != "(*args, **kwargs)":
         return None
-    parameters = list(inspect.signature(thing.__init__).parameters.values())[1:]
-    signature = inspect.Signature(parameters)
-    return stringify_signature(signature, unqualified_typehints=True, show_return_annotation=False), ""
+    found = inspect.signature(thing).replace(return_annotation=inspect.Signature.empty)
+    return stringify_signature(found, unqualified_typehints=True), ""
 
 
 def setup(app: Any) -> None:
