@@ -33,7 +33,7 @@ class Circle(Schedule):
         return torch.atan((-log_snr / 2).exp()) * 2 / math.pi
 
     def _level(self, index: Tensor, num_steps: int) -> Tensor:
-        return self.t_max * (1 - index / num_steps)
+        return self.t_max * (1 - index.clamp(min=0) / num_steps)
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:
         return num_steps * (1 - t.double() / self.t_max)
