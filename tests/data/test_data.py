@@ -15,12 +15,9 @@ from diffrl.data.mixtures import Mixture
 from diffrl.data.registry import DATASETS
 from diffrl.data.synthetic import gmm, rings
 from diffrl.extras import MissingExtra
+from tests.kit.oracles import generator
 
 SYNTHETIC = ["gmm", "rings", "checkerboard", "moons", "spirals"]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # --- mixtures

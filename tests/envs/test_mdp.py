@@ -28,7 +28,9 @@ from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.mode_distance import ModeDistance
-from tests.kit.decision_process import FLAGS, ID, env_of, labelled, network, policy_of, squares
+from tests.kit.decision_process import ID, env_of, labelled, policy_of, squares
+from tests.kit.environments import FLAGS
+from tests.kit.networks import random_denoiser
 from tests.kit.oracles import generator, randn
 
 # A chain of two steps solved by hand. One dimension, rectified flow, levels 1 and 1/2, then clean; first noise 3:
@@ -216,7 +218,7 @@ def test_set_state() -> None:
     td = env.reset(TensorDict({keys.X_T: x, keys.COND: torch.tensor([3, 1])}, [2]), set_state=True)
     assert torch.equal(td[keys.X_T], x) and td[keys.COND].tolist() == [3, 1]
     assert td[keys.T].flatten().tolist() == [1.0, 1.0]
-    whole = env.rollout(6, policy_of(Flow(), CPS(0.7), denoiser=network(Flow(), 5)))
+    whole = env.rollout(6, policy_of(Flow(), CPS(0.7), denoiser=random_denoiser(Flow(), 2, num_classes=5)))
     for k in range(6):  # every state of a rollout is a state to start from
         state = whole[:, k].select(*env.observation_spec.keys())
         again = env.reset(state.clone(), set_state=True)

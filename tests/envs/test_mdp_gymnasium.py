@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +25,9 @@ from diffrl.data.image_files import DataError
 from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.envs import DiffusionMDPEnv, DiffusionMDPVectorEnv
-from tests.kit.decision_process import FLAGS, ID, env_of, squares
+from tests.kit.decision_process import ID, env_of, squares
+from tests.kit.environments import FLAGS, printed_by
 from tests.kit.oracles import randn
-from tests.kit.paths import ROOT
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -226,15 +224,7 @@ def test_bare_script(tmp_path: Path) -> None:
         "zero = numpy.zeros(2, numpy.float32)\n"
         "print([env.step(zero)[2] for _ in range(3)], 'torchrl' in sys.modules)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.stdout == "[False, False, True] False\n", ran.stderr
+    assert printed_by(code, tmp_path) == "[False, False, True] False\n"
 
 
 @pytest.mark.parametrize(

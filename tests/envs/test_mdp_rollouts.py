@@ -27,7 +27,8 @@ from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import RewardError
 from diffrl.rl.advantages import group_advantages
-from tests.kit.decision_process import ID, env_of, exact, labelled, network, policy_of, squares
+from tests.kit.decision_process import ID, env_of, exact, labelled, policy_of, squares
+from tests.kit.networks import random_denoiser
 from tests.kit.oracles import generator, randn
 
 # The pretrained sampler
@@ -103,7 +104,7 @@ COLLECTED: list[dict[str, Any]] = [
 def test_a_collected_rollout_equals_that_of_the_environment(options: dict[str, Any]) -> None:
     """The same keys, numbers and types, in float32 and in chain order."""
     has_labels = options.get("conditions") is not None and options["conditions"].ndim == 1
-    denoiser = network(Flow(), 3) if has_labels else Zero()
+    denoiser = random_denoiser(Flow(), 2, num_classes=3) if has_labels else Zero()
     reward = labelled if has_labels else squares
     g = generator(3)
     env = env_of(reward=reward, batch_size=[8], noise=Noise(g), **options)
@@ -182,7 +183,7 @@ def test_groups_share_their_condition(options: dict[str, Any]) -> None:
 
 def test_the_reward_knows_the_condition() -> None:
     env = env_of(reward=labelled, batch_size=[6], conditions=torch.arange(5), group_size=3)
-    td = env.rollout(6, policy_of(Flow(), CPS(0.7), denoiser=network(Flow(), 5)))
+    td = env.rollout(6, policy_of(Flow(), CPS(0.7), denoiser=random_denoiser(Flow(), 2, num_classes=5)))
     expected = td[keys.COND][:, -1].float() + 0.01 * td[keys.ACTION][:, -1].sum(-1)
     torch.testing.assert_close(td["next", keys.REWARD][:, -1, 0], expected)
     A = group_advantages(td["next", keys.REWARD][:, -1, 0], td[keys.GROUP][:, 0], std="none")
@@ -191,7 +192,7 @@ def test_the_reward_knows_the_condition() -> None:
 
 def test_losses_take_a_rollout() -> None:
     """Of pairs: DDPO and SDPO, whose ratio is 1 before the first update."""
-    policy = policy_of(Flow(), CPS(0.7), denoiser=network(Flow()))
+    policy = policy_of(Flow(), CPS(0.7), denoiser=random_denoiser(Flow(), 2))
     with torch.no_grad():
         td = env_of(batch_size=[8], pairs=True).rollout(6, policy)
     td[keys.ADVANTAGE] = randn(8, 6, 1, dtype=torch.float32)

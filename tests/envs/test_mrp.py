@@ -23,7 +23,9 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.trajectories import draw_chain
 from diffrl.envs import DiffusionMRP, DiffusionMRPVectorEnv
-from tests.kit.reward_process import FLAGS, ID, Given, labelled, normal
+from tests.kit.environments import FLAGS
+from tests.kit.oracles import randn
+from tests.kit.reward_process import ID, Given, labelled
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 # A chain solved by hand. One dimension, VE, levels 3, 2, 1, then clean; x0 = 1, first noise 1: x = 1 + 3 = 4.
@@ -130,8 +132,8 @@ def test_rollout_equals_the_closed_form(process: str, chain: dict[str, Any]) -> 
     """The keys they share hold the same numbers, given the same noise."""
     levels = Chain(PROCESSES[process](), **{"coupling": "markov", **chain})
     K = levels.num_transitions
-    noise = normal(5, K, 2, seed=1)
-    env = DiffusionMRP(levels.process, normal(9, 2), **chain, batch_size=[5], noise=Given(noise))
+    noise = randn(5, K, 2, seed=1)
+    env = DiffusionMRP(levels.process, randn(9, 2), **chain, batch_size=[5], noise=Given(noise))
     assert env.num_transitions == K
     rollout = env.rollout(K + 1)
     assert rollout.batch_size == (5, K)
@@ -145,7 +147,7 @@ def test_rollout_equals_the_closed_form(process: str, chain: dict[str, Any]) -> 
 
 
 def test_rollout_equals_the_closed_form_on_images_with_labels() -> None:
-    noise = normal(4, 6, 1, 8, 8, dtype=torch.float32)
+    noise = randn(4, 6, 1, 8, 8, dtype=torch.float32)
     env = DiffusionMRP(
         diffrl.Flow(), digits(conditional=True), num_steps=6, batch_size=[4], noise=Given(noise)
     )
@@ -157,8 +159,8 @@ def test_rollout_equals_the_closed_form_on_images_with_labels() -> None:
 
 
 def test_cut_chains_are_the_beginning_of_whole_ones() -> None:
-    noise = normal(5, 6, 2)
-    x0 = normal(9, 2)
+    noise = randn(5, 6, 2)
+    x0 = randn(9, 2)
     whole, cut = (
         DiffusionMRP(
             diffrl.VP(), x0, num_steps=6, batch_size=[5], noise=Given(noise), max_steps=m, seed=0
@@ -178,7 +180,7 @@ def test_cut_chains_are_the_beginning_of_whole_ones() -> None:
 @pytest.mark.parametrize("process", sorted(PROCESSES))
 @pytest.mark.parametrize("value", ["posterior_mean", "clean"])
 def test_rewards_sum_to_the_first_posterior_mean(process: str, value: str) -> None:
-    env = DiffusionMRP(PROCESSES[process](), normal(9, 3, 2), num_steps=9, value=value, batch_size=[4])
+    env = DiffusionMRP(PROCESSES[process](), randn(9, 3, 2), num_steps=9, value=value, batch_size=[4])
     rollout = env.rollout(9)
     first = rollout[:, 0]
     A, kappa = first[keys.A].unsqueeze(-1), first[keys.KAPPA].unsqueeze(-1)
@@ -188,12 +190,12 @@ def test_rewards_sum_to_the_first_posterior_mean(process: str, value: str) -> No
 
 
 SPECS: list[tuple[Any, dict[str, Any]]] = [
-    (normal(9, 2), {}),
+    (randn(9, 2), {}),
     (rings(), {"batch_size": [4], "coupling": "shared"}),
-    (normal(9, 1, 8, 8), {"batch_size": [2, 3], "reward_mode": "sum"}),
+    (randn(9, 1, 8, 8), {"batch_size": [2, 3], "reward_mode": "sum"}),
     (labelled(), {"batch_size": [], "max_steps": 2}),
     (labelled((1, 4, 4)), {"batch_size": [3]}),
-    (normal(9, 2), {"num_steps": 1, "batch_size": [1]}),
+    (randn(9, 2), {"num_steps": 1, "batch_size": [1]}),
 ]
 
 
@@ -215,7 +217,7 @@ def test_specs(data: Any, options: dict[str, Any]) -> None:
 def test_scalar_reward_is_the_sum_of_the_vector() -> None:
     vector, scalar = (
         DiffusionMRP(
-            diffrl.EDM(), normal(9, 1, 2, 2), num_steps=4, batch_size=[3], reward_mode=m, seed=5
+            diffrl.EDM(), randn(9, 1, 2, 2), num_steps=4, batch_size=[3], reward_mode=m, seed=5
         ).rollout(4)
         for m in ("vector", "sum")
     )
@@ -248,7 +250,7 @@ def test_seeds() -> None:
 
 def test_data_and_noise_have_no_numbers_in_common() -> None:
     """Seeding two streams alike would make the first noise equal to data that are drawn from the same law."""
-    law = Data("normal", normal(9, 2), draw=lambda n, g: torch.randn(n, 2, generator=g))
+    law = Data("normal", randn(9, 2), draw=lambda n, g: torch.randn(n, 2, generator=g))
     td = DiffusionMRP(diffrl.EDM(), law, num_steps=3, batch_size=[64], seed=0).reset()
     observation, info = DiffusionMRPVectorEnv(64, data=law, num_steps=3).reset(seed=0)
     for x, x0 in ((td[keys.X_T], td[keys.X0]), (torch.tensor(observation["x_t"]), torch.tensor(info["x0"]))):
@@ -271,9 +273,9 @@ def test_partial_reset_leaves_the_others() -> None:
 
 def test_chains_out_of_step_restart_one_by_one() -> None:
     K = 4
-    env = DiffusionMRP(diffrl.EDM(), normal(9, 2), num_steps=K, batch_size=[3])
+    env = DiffusionMRP(diffrl.EDM(), randn(9, 2), num_steps=K, batch_size=[3])
     at = torch.tensor([[0], [1], [3]])
-    start = env.reset(TensorDict({keys.X0: normal(3, 2), keys.INDEX: at}, [3]), set_state=True)
+    start = env.reset(TensorDict({keys.X0: randn(3, 2), keys.INDEX: at}, [3]), set_state=True)
     td = env.rollout(9, auto_reset=False, tensordict=start, break_when_any_done=False)
     expected = (at + torch.arange(9)) % K
     assert torch.equal(td[keys.INDEX].squeeze(-1), expected)
@@ -283,9 +285,9 @@ def test_chains_out_of_step_restart_one_by_one() -> None:
 
 
 def test_set_state() -> None:
-    noise = normal(2, 1, 2)
+    noise = randn(2, 1, 2)
     env = DiffusionMRP(diffrl.EDM(), labelled(), num_steps=4, batch_size=[2], noise=Given(noise.float()))
-    x0, cond = normal(2, 2, seed=3).float(), torch.tensor([2, 0])
+    x0, cond = randn(2, 2, seed=3).float(), torch.tensor([2, 0])
     td = env.reset(TensorDict({keys.X0: x0, keys.COND: cond}, [2]), set_state=True)
     torch.testing.assert_close(td[keys.X_T], x0 + 80 * noise[:, 0].float())
     assert torch.equal(td[keys.X0], x0)
@@ -323,7 +325,7 @@ def test_states_that_cannot_be_set(change: dict[str, Any], error: type[Exception
 
 
 def test_clean_data_stay_as_they_are() -> None:
-    env = DiffusionMRP(diffrl.EDM(), normal(9, 2), num_steps=3, batch_size=[4])
+    env = DiffusionMRP(diffrl.EDM(), randn(9, 2), num_steps=3, batch_size=[4])
     end = env.rollout(3)[:, -1]["next"].exclude(keys.REWARD, *FLAGS)
     after = env.step(end.set("action", env.action_spec.zero()))["next"]
     assert torch.equal(after[keys.X_T], end[keys.X_T])
@@ -333,7 +335,7 @@ def test_clean_data_stay_as_they_are() -> None:
 
 def test_device_follows_the_states() -> None:
     """Nothing in a step is tied to the CPU: a device without storage finds every tensor that is."""
-    env = DiffusionMRP(diffrl.EDM(), normal(9, 2), num_steps=3, batch_size=[4])
+    env = DiffusionMRP(diffrl.EDM(), randn(9, 2), num_steps=3, batch_size=[4])
     r = env.reward_process
     index, x = torch.zeros(4, dtype=torch.int64, device="meta"), torch.zeros(4, 2, device="meta")
     states, reward, terminated, truncated = r.step(r.start(index, x, x), x, x)
@@ -342,7 +344,7 @@ def test_device_follows_the_states() -> None:
 
 
 def test_transforms_of_torchrl() -> None:
-    env = DiffusionMRP(diffrl.EDM(), normal(9, 2), num_steps=5, batch_size=[4])
+    env = DiffusionMRP(diffrl.EDM(), randn(9, 2), num_steps=5, batch_size=[4])
     env = TransformedEnv(env, Compose(RewardSum(), StepCounter()))
     rollout = env.rollout(5)
     torch.testing.assert_close(
@@ -352,7 +354,7 @@ def test_transforms_of_torchrl() -> None:
 
 
 def test_collector_of_torchrl() -> None:
-    env = DiffusionMRP(diffrl.EDM(), normal(9, 2), num_steps=5, batch_size=[4])
+    env = DiffusionMRP(diffrl.EDM(), randn(9, 2), num_steps=5, batch_size=[4])
     collector = Collector(env, frames_per_batch=32, total_frames=64)
     batches = list(collector)
     collector.shutdown()

@@ -4,8 +4,6 @@ import copy
 import pickle
 import re
 import runpy
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,10 @@ from torchrl.envs.utils import check_env_specs
 import diffrl
 from diffrl import keys
 from diffrl.envs import DiffusionMRP, DiffusionMRPEnv, DiffusionMRPVectorEnv
+from tests.kit.environments import FLAGS, printed_by
+from tests.kit.oracles import randn
 from tests.kit.paths import ROOT
-from tests.kit.reward_process import FLAGS, ID, Given, labelled, normal
+from tests.kit.reward_process import ID, Given, labelled
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -84,8 +84,8 @@ def test_spaces_hold_what_is_returned(variant: dict[str, Any]) -> None:
 
 def test_gymnasium_equals_native_given_the_same_noise() -> None:
     """TorchRL's view of the single and of the vector environment, transition by transition."""
-    x0, K, n = normal(2, 2, seed=4, dtype=torch.float32), 5, 2  # n = D: shapes alone cannot tell them apart
-    noise = normal(n, K, 2, seed=5, dtype=torch.float32)
+    x0, K, n = randn(2, 2, seed=4, dtype=torch.float32), 5, 2  # n = D: shapes alone cannot tell them apart
+    noise = randn(n, K, 2, seed=5, dtype=torch.float32)
     native = DiffusionMRP(diffrl.Flow(), x0, num_steps=K, batch_size=[n], noise=Given(noise))
     start = native.reset(TensorDict({keys.X0: x0}, [n]), set_state=True)
     expected = native.rollout(K, auto_reset=False, tensordict=start)
@@ -205,7 +205,7 @@ def test_ways_to_make_it() -> None:
     scalar: Any = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="sync", reward_mode="sum")
     scalar.reset()
     assert scalar.step(np.zeros(2, int))[1].shape == (2,)
-    given: Any = gymnasium.make(ID, process=diffrl.Flow(shift=2.0), data=normal(4, 3))
+    given: Any = gymnasium.make(ID, process=diffrl.Flow(shift=2.0), data=randn(4, 3))
     assert given.reset(options={"x0": [1.0, 2.0, 3.0]})[1]["x0"].tolist() == [1.0, 2.0, 3.0]
 
 
@@ -217,15 +217,7 @@ def test_bare_script(tmp_path: Path) -> None:
         "env.reset(seed=0)\n"
         "print([env.step(0)[2] for _ in range(3)], 'torchrl' in sys.modules)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.stdout == "[False, False, True] False\n", ran.stderr
+    assert printed_by(code, tmp_path) == "[False, False, True] False\n"
 
 
 def test_wrappers_of_mo_gymnasium() -> None:

@@ -13,14 +13,9 @@ from torch import Tensor
 
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.style import image_sheet, plane_of
-from diffrl.experiments.train import run_experiment
 from diffrl.extras import MissingExtra
 from diffrl.training.runs import RunFolder, RunFolderError
-from tests.kit.configs import small
-
-
-def run(path: Path, *overrides: str) -> RunFolder:
-    return run_experiment(small(f"run_dir={path}", *overrides), progress=False)
+from tests.kit.runs import run
 
 
 @pytest.fixture(scope="module")

@@ -34,22 +34,10 @@ from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import NonFiniteLoss, Optim
+from tests.kit.policies import make_policy, right
 
 SMALL = Rollouts(trajectories=16)
 PAIRS = Rollouts(trajectories=16, pairs=True)
-
-
-def make_policy(K: int = 4, num_classes: int = 0, seed: int = 0, **options: Any) -> diffrl.DenoisingPolicy:
-    torch.manual_seed(seed)
-    network = MLP((2,), num_classes, hidden=16, depth=1)
-    nn.init.normal_(network.last.weight, std=0.3)
-    denoiser = diffrl.Denoiser(network, diffrl.EDM())
-    given = {"num_steps": K, "reduction": "mean", "std_floor": 0.05, **options}
-    return diffrl.DenoisingPolicy(denoiser, diffrl.Ancestral(), **given)
-
-
-def right(x0: Tensor, cond: Any = None) -> Tensor:
-    return x0[:, 0]
 
 
 def tuner_of(recipe: Recipe, policy: diffrl.DenoisingPolicy | None = None, **options: Any) -> Finetuner:
@@ -270,7 +258,7 @@ def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:
         (lambda: Regulariser(reference="new"), "regulariser.reference is 'new'"),
         (lambda: Iterations(0), "loop.iterations is 0"),
         (
-            lambda: tuner_of(METHODS["ddpo_is"](), make_policy(std_floor=0.0, K=1)),
+            lambda: tuner_of(METHODS["ddpo_is"](), make_policy(std_floor=0.0, num_steps=1)),
             "no step of the policy is stochastic",
         ),
     ],
@@ -282,10 +270,10 @@ def test_pieces_that_do_not_go_together_are_refused(make: Any, says: str) -> Non
 
 def test_one_step_whose_reward_is_of_where_it_starts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"give placement\.timing=next"):
-        tuner_of(METHODS["sdpo"](), make_policy(K=1))
+        tuner_of(METHODS["sdpo"](), make_policy(num_steps=1))
     with pytest.raises(ValueError, match="a group of 4 is drawn together"):
         Rollouts(16, group_size=4, at_once=2)
-    tuner_of(METHODS["next"](), make_policy(K=1)).fit(progress=False)
+    tuner_of(METHODS["next"](), make_policy(num_steps=1)).fit(progress=False)
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path: Path) -> None:

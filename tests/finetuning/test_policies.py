@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from diffrl import keys
-from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.exact import GaussianDenoiser
-from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.samplers.base import GaussianSampler, Noise
 from diffrl.diffusion.samplers.consistency import Multistep
 from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
@@ -28,6 +26,7 @@ from diffrl.diffusion.schedules.vp import VP
 from diffrl.finetuning.methods.ddpo import DDPOLoss
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
+from tests.kit.networks import random_denoiser
 from tests.kit.oracles import generator, randn
 
 KERNELS: list[tuple[Schedule, GaussianSampler]] = [
@@ -45,16 +44,6 @@ kernels = pytest.mark.parametrize(
 
 def exact(process: Schedule, D: int = 3) -> GaussianDenoiser:
     return GaussianDenoiser(process, torch.full((D,), 0.3), 0.5 * torch.eye(D))
-
-
-def network(process: Schedule, *event: int, num_classes: int = 0, seed: int = 0) -> Denoiser:
-    """A denoiser whose output layer is not zero."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        mlp = MLP(event, hidden=32, depth=2, num_classes=num_classes)
-        for parameter in mlp.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return Denoiser(mlp, process)
 
 
 def policy_of(
@@ -144,7 +133,7 @@ def test_ratio_is_one_before_the_first_update(
     process: Schedule, sampler: GaussianSampler, sizes: tuple[int, ...]
 ) -> None:
     """The stored action has the stored log-probability, in shuffled minibatches of any size."""
-    policy = policy_of(process, sampler, denoiser=network(process, 3).eval())
+    policy = policy_of(process, sampler, denoiser=random_denoiser(process, 3).eval())
     td = rollout(policy).reshape(-1)
     td = td[torch.randperm(48, generator=generator(2))]
     for part in td.split(sizes):
@@ -154,7 +143,7 @@ def test_ratio_is_one_before_the_first_update(
 
 
 def test_ratio_is_one_on_images_with_labels() -> None:
-    denoiser = network(Flow(), 1, 4, 4, num_classes=3).eval()
+    denoiser = random_denoiser(Flow(), 1, 4, 4, num_classes=3).eval()
     policy = policy_of(Flow(), CPS(0.7), denoiser=denoiser)
     td = rollout(policy, 8, 1, 4, 4, cond=torch.tensor([0, 1, 2, 0]), pairs=True)
     figures = DDPOLoss(policy)(td.set(keys.ADVANTAGE, torch.ones(8, 6, 1)))
@@ -168,7 +157,7 @@ def test_ratio_is_one_on_images_with_labels() -> None:
 
 
 def test_the_step_onto_clean_data_is_deterministic() -> None:
-    denoiser = network(VP(), 3)
+    denoiser = random_denoiser(VP(), 3)
     policy = policy_of(VP(), Ancestral(), denoiser=denoiser)
     td = rollout(policy)
     assert td[keys.TRAINABLE][:, :, 0].tolist() == [[True] * 5 + [False]] * 8
@@ -233,7 +222,7 @@ def test_a_coarse_denoiser_leaves_latents_and_log_probabilities_in_float32() -> 
 
 
 def test_autocast_leaves_the_law_in_float32() -> None:
-    policy = policy_of(Flow(), Ancestral(), denoiser=network(Flow(), 3))
+    policy = policy_of(Flow(), Ancestral(), denoiser=random_denoiser(Flow(), 3))
     with torch.autocast("cpu", torch.bfloat16):
         td = rollout(policy)
         again = policy.get_dist(td).log_prob(td[keys.ACTION])

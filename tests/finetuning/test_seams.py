@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.objectives.common import LossModule
 
 import diffrl
 from diffrl import keys, recipes
-from diffrl.diffusion.networks.mlp import MLP
 from diffrl.finetuning.credit.group import GroupRelative
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.methods.ddpo import DDPOLoss, PPOClip
@@ -27,18 +26,7 @@ from diffrl.finetuning.surrogate import Role, Surrogate
 from diffrl.finetuning.updates import SampleUpdates, Updates
 from diffrl.rl.advantages import group_advantages
 from diffrl.training.optim import Optim
-
-
-def make_policy(sampler: Any = None, **options: Any) -> DenoisingPolicy:
-    torch.manual_seed(0)
-    network = MLP((2,), hidden=16, depth=1)
-    nn.init.normal_(network.last.weight, std=0.3)
-    given = {"num_steps": 4, "reduction": "mean", "std_floor": 0.05, **options}
-    return DenoisingPolicy(diffrl.Denoiser(network, diffrl.EDM()), sampler or diffrl.Ancestral(), **given)
-
-
-def right(x0: Tensor, cond: Any = None) -> Tensor:
-    return x0[:, 0]
+from tests.kit.policies import make_policy, right
 
 
 def tuned(recipe: Recipe, policy: DenoisingPolicy | None = None, **options: Any) -> Finetuner:

@@ -2,14 +2,10 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffrl import keys
 from diffrl.data.synthetic import rings
-from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.exact import MixtureDenoiser
-from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
@@ -17,7 +13,6 @@ from diffrl.envs import DiffusionMDP
 from diffrl.finetuning.policy import DenoisingPolicy
 
 ID = "DiffusionMDP-v0"
-FLAGS = (keys.TERMINATED, keys.TRUNCATED, keys.DONE)
 
 
 def exact(process: Schedule) -> MixtureDenoiser:
@@ -44,12 +39,3 @@ def policy_of(process: Schedule, sampler: GaussianSampler, K: int = 6, **options
 def env_of(process: Schedule | None = None, reward: Any = squares, **options: Any) -> DiffusionMDP:
     options = {"event_shape": (2,), "num_steps": 6, "batch_size": [4], "seed": 0} | options
     return DiffusionMDP(process or Flow(), reward, **options)
-
-
-def network(process: Schedule, num_classes: int = 0) -> Denoiser:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        mlp = MLP((2,), hidden=32, depth=2, num_classes=num_classes)
-        for parameter in mlp.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return Denoiser(mlp, process)

@@ -3,15 +3,10 @@
 import torch
 from torch import Tensor
 
-from diffrl import keys
 from diffrl.data.dataset import Data
+from tests.kit.oracles import randn
 
 ID = "DiffusionMRP-v0"
-FLAGS = (keys.TERMINATED, keys.TRUNCATED, keys.DONE)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 class Given:
@@ -27,5 +22,5 @@ class Given:
 
 def labelled(event: tuple[int, ...] = (2,)) -> Data:
     labels = torch.arange(50) % 3
-    x = normal(50, *event, dtype=torch.float32)
+    x = randn(50, *event, dtype=torch.float32)
     return Data("labelled", x, labels, x, labels, num_classes=3)

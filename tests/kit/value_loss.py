@@ -13,6 +13,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives import ValueLoss
+from tests.kit.networks import Net
 
 N, SD = 7, 0.6
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 20.0, 5.0
@@ -22,23 +23,6 @@ TARGETS: list[Target] = [
     *(Target(lmbda=lmbda) for lmbda in (0.0, 0.5, 1.0)),
     *(Target(n_steps=n) for n in (1, 3, N, N + 5)),
 ]
-
-
-class Net(nn.Module):
-    """A small network of flattened events, with labels 0..2 where it is told one."""
-
-    def __init__(self, event_shape: tuple[int, ...] = (2,), dropout: float = 0.0) -> None:
-        super().__init__()
-        D = math.prod(event_shape)
-        self.first, self.last = nn.Linear(D + 1, 16), nn.Linear(16, D)
-        self.labels, self.dropout = nn.Embedding(3, 16), nn.Dropout(dropout)
-        self.register_buffer("shift", torch.zeros(D))
-
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        h = self.first(torch.cat([x.flatten(1), c_noise[:, None]], 1))
-        if cond is not None:
-            h = h + self.labels(cond)
-        return (self.last(self.dropout(h).tanh()) + self.shift).view_as(x)
 
 
 def denoiser(

@@ -31,12 +31,8 @@ from diffrl.metrics.distances import (
     value_error,
     w2,
 )
+from tests.kit.oracles import randn
 from tests.kit.paths import EXAMPLES
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
 
 # --- value error
 
@@ -142,7 +138,7 @@ def test_evaluation_noise_is_standard_normal_and_each_samples_own() -> None:
 
 @pytest.mark.parametrize("D", [1, 2, 5])
 def test_w2_of_a_shifted_cloud_is_the_shift(D: int) -> None:
-    x, shift = normal(60, D), normal(D, seed=1)
+    x, shift = randn(60, D), randn(D, seed=1)
     assert w2(x, x + shift) == pytest.approx(float(shift.norm()), rel=1e-9)
     assert w2(x, x) == 0
 
@@ -150,31 +146,31 @@ def test_w2_of_a_shifted_cloud_is_the_shift(D: int) -> None:
 def test_missing_pot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(MissingExtra, match=r"pip install 'diffrl\[eval\]'"):
-        w2(normal(3, 2), normal(3, 2))
+        w2(randn(3, 2), randn(3, 2))
 
 
 def test_w2_is_the_best_assignment() -> None:
-    x, y = normal(80, 3), 2 * normal(80, 3, seed=1)
+    x, y = randn(80, 3), 2 * randn(80, 3, seed=1)
     cost = cdist(x, y, "sqeuclidean")
     rows, columns = optimize.linear_sum_assignment(cost)
     assert w2(x, y) == pytest.approx(math.sqrt(cost[rows, columns].mean()), rel=1e-9)
 
 
 def test_w2_of_different_numbers_is_that_of_repeated_points() -> None:
-    x, y = normal(20, 2), normal(30, 2, seed=1)
+    x, y = randn(20, 2), randn(30, 2, seed=1)
     repeated = w2(x.repeat_interleave(3, 0), y.repeat_interleave(2, 0))
     assert w2(x, y) == pytest.approx(repeated, rel=1e-9)
 
 
 @pytest.mark.parametrize(("n", "m"), [(40, 40), (40, 25), (1, 30)])
 def test_sliced_w2_in_one_dimension_is_w2(n: int, m: int) -> None:
-    x, y = normal(n, 1), 1 + 2 * normal(m, 1, seed=1)
+    x, y = randn(n, 1), 1 + 2 * randn(m, 1, seed=1)
     assert sliced_w2(x, y, projections=3) == pytest.approx(w2(x, y), rel=1e-9)
 
 
 def test_sliced_w2_of_a_shift_is_its_share_in_a_random_direction() -> None:
-    x, D = normal(50, 8), 8
-    shift = normal(D, seed=1)
+    x, D = randn(50, 8), 8
+    shift = randn(D, seed=1)
     # E (θ·s)² = |s|²/D; relative variance of (θ·s)² is 2(D-1)/(D+2)
     value = sliced_w2(x, x + shift, projections=4000)
     tolerance = 5 * math.sqrt(2 * (D - 1) / (D + 2) / 4000)
@@ -184,7 +180,7 @@ def test_sliced_w2_of_a_shift_is_its_share_in_a_random_direction() -> None:
 def test_sliced_w2_agrees_with_pot() -> None:
     import ot
 
-    x, y = normal(70, 4), normal(50, 4, seed=1) * torch.tensor([1.0, 2.0, 0.5, 1.0]) + 0.3
+    x, y = randn(70, 4), randn(50, 4, seed=1) * torch.tensor([1.0, 2.0, 0.5, 1.0]) + 0.3
     directions = np.random.default_rng(0).standard_normal((4, 20_000))
     directions /= np.linalg.norm(directions, axis=0)
     witness = ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), projections=directions)
@@ -192,7 +188,7 @@ def test_sliced_w2_agrees_with_pot() -> None:
 
 
 def test_sliced_w2_is_reproducible_by_seed() -> None:
-    x, y = normal(30, 2, 3), normal(30, 2, 3, seed=1)
+    x, y = randn(30, 2, 3), randn(30, 2, 3, seed=1)
     assert sliced_w2(x, y) == sliced_w2(x.flatten(1), y.flatten(1)) != sliced_w2(x, y, seed=1)
 
 
@@ -203,14 +199,14 @@ def test_frechet_distance_of_gaussians_is_closed_form() -> None:
     # commuting covariances: |m - m'|² + Σ (s_i - s'_i)²
     n = 200_000
     s, r, m = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, 2.0, 1.5]), torch.tensor([0.3, -1.0, 0.0])
-    fx, fy = s * normal(n, 3), m + r * normal(n, 3, seed=1)
+    fx, fy = s * randn(n, 3), m + r * randn(n, 3, seed=1)
     expected = float(m.square().sum() + (s - r).square().sum())
     assert frechet_distance(fx, fy) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(("n", "m"), [(50, 40), (200, 300)])
 def test_frechet_distance_agrees_with_scipys_matrix_root(n: int, m: int) -> None:
-    fx, fy = normal(n, 6) @ normal(6, 6, seed=1), normal(m, 6, seed=2) @ normal(6, 6, seed=3) + 0.5
+    fx, fy = randn(n, 6) @ randn(6, 6, seed=1), randn(m, 6, seed=2) @ randn(6, 6, seed=3) + 0.5
     cx, cy = np.cov(fx.numpy(), rowvar=False), np.cov(fy.numpy(), rowvar=False)
     root = linalg.sqrtm(cx @ cy).real
     mean = float((fx.mean(0) - fy.mean(0)).square().sum())
@@ -218,8 +214,8 @@ def test_frechet_distance_agrees_with_scipys_matrix_root(n: int, m: int) -> None
 
 
 def test_frechet_distance_is_stable_with_fewer_samples_than_dims() -> None:
-    fx, fy = normal(5, 64), normal(4, 64, seed=1)
-    shift = normal(64, seed=2)
+    fx, fy = randn(5, 64), randn(4, 64, seed=1)
+    shift = randn(64, seed=2)
     assert frechet_distance(fx, fx) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(fx, fx + shift) == pytest.approx(float(shift.square().sum()), rel=1e-12)
     # √(C_x C_y) acts on the span of C_x: reduce the witness to it
@@ -251,7 +247,7 @@ def test_fd_digits_cnn_agrees_with_torchmetrics() -> None:
 
     data = digits()
     assert data.train is not None
-    x, y = data.train[:300] + 0.2 * normal(300, 1, 8, 8).float(), data.test
+    x, y = data.train[:300] + 0.2 * randn(300, 1, 8, 8).float(), data.test
     fid = FrechetInceptionDistance(feature=Features(), normalize=False).set_dtype(torch.float64)
     fid.update(x.double(), real=False)
     fid.update(y.double(), real=True)
@@ -301,7 +297,7 @@ def test_training_digits_cnn_is_reproducible(tmp_path: Path, capsys: pytest.Capt
 def test_fd_digits_cnn_grows_with_the_damage() -> None:
     data = digits()
     assert data.train is not None
-    noise = normal(1442, 1, 8, 8).float()
+    noise = randn(1442, 1, 8, 8).float()
     distances = [sample_distance("fd_digits_cnn", data.train + s * noise, data.test) for s in (0, 0.3, 1)]
     assert 0 < 2 * distances[0] < distances[1] < distances[2] / 2
 
@@ -310,7 +306,7 @@ def test_fd_digits_cnn_grows_with_the_damage() -> None:
 
 
 def test_mmd_is_the_u_statistic() -> None:
-    x, y = normal(12, 3), normal(9, 3, seed=1) + 0.5
+    x, y = randn(12, 3), randn(9, 3, seed=1) + 0.5
     both = np.concatenate([x, y])
     distances = [np.linalg.norm(both[i] - both[j]) for i in range(21) for j in range(i)]
     h = np.median(distances)
@@ -326,7 +322,7 @@ def test_mmd_is_the_u_statistic() -> None:
 
 
 def test_mmd_is_unbiased() -> None:
-    values = [mmd(normal(20, 2, seed=i), normal(20, 2, seed=1000 + i)) for i in range(300)]
+    values = [mmd(randn(20, 2, seed=i), randn(20, 2, seed=1000 + i)) for i in range(300)]
     assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(300)
     assert min(values) < 0 < max(values)
 
@@ -334,8 +330,8 @@ def test_mmd_is_unbiased() -> None:
 @pytest.mark.parametrize("name", ["w2", "sliced_w2", "mmd", "fd_digits_cnn"])
 def test_every_distance_is_symmetric_and_sees_a_difference(name: str) -> None:
     assert name in SAMPLE_DISTANCES
-    x = normal(60, 1, 8, 8).tanh().float()
-    y, near = x.flip(0) + 0.5, x.flip(0) + 0.05 * normal(60, 1, 8, 8, seed=2).float()
+    x = randn(60, 1, 8, 8).tanh().float()
+    y, near = x.flip(0) + 0.5, x.flip(0) + 0.05 * randn(60, 1, 8, 8, seed=2).float()
     assert sample_distance(name, x, y) == pytest.approx(sample_distance(name, y, x), rel=1e-6)
     assert sample_distance(name, x, y) > sample_distance(name, x, near)
     broken = x.clone()
@@ -348,10 +344,10 @@ def test_every_distance_is_symmetric_and_sees_a_difference(name: str) -> None:
 
 def test_unknown_distances_are_named() -> None:
     with pytest.raises(ValueError, match="'fid'; there are w2, sliced_w2"):
-        sample_distance("fid", normal(3, 2), normal(3, 2))
+        sample_distance("fid", randn(3, 2), randn(3, 2))
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, mmd])
 def test_one_sample_is_too_few(distance: Callable[[Tensor, Tensor], float]) -> None:
     with pytest.raises(ValueError, match="at least 2 samples"):
-        distance(normal(1, 2), normal(5, 2))
+        distance(randn(1, 2), randn(5, 2))

@@ -13,7 +13,6 @@ from torch import Tensor
 from torchrl.objectives import SoftUpdate
 
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
@@ -25,12 +24,8 @@ from diffrl.objectives.td_lambda_schedule import td_lambda_schedule_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.rl.estimators import TDLambda
 from diffrl.rl.returns import lambda_returns
+from tests.kit.networks import small_denoiser
 from tests.kit.oracles import every_process, generator, randn
-
-
-def denoiser_of(process: Schedule) -> Denoiser:
-    torch.manual_seed(0)
-    return Denoiser(MLP((2,), hidden=16, depth=1, x_features=8, noise_features=8).double(), process)
 
 
 def chain_of(process: Schedule, **options: Any) -> TensorDict:
@@ -70,7 +65,7 @@ def test_every_level_of_every_process_has_one(process: Schedule, dtype: torch.dt
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("bootstrap", ["own", "target", "residual"])
 def test_equal_ends_are_a_constant(lmbda: float, process: Schedule, gamma: float, bootstrap: Any) -> None:
-    denoiser, chain = denoiser_of(process), chain_of(process)
+    denoiser, chain = small_denoiser(process), chain_of(process)
     options = {"gamma": gamma, "bootstrap": bootstrap}
     ours, ours_grad = loss_of(denoiser, chain, lmbda=LambdaSchedule(lmbda, lmbda), **options)
     theirs, theirs_grad = loss_of(denoiser, chain, lmbda=lmbda, **options)
@@ -80,7 +75,7 @@ def test_equal_ends_are_a_constant(lmbda: float, process: Schedule, gamma: float
 
 
 def test_the_ends_are_td_0_and_monte_carlo() -> None:
-    denoiser, chain = denoiser_of(EDM()), chain_of(EDM())
+    denoiser, chain = small_denoiser(EDM()), chain_of(EDM())
     td_0, _ = loss_of(denoiser, chain, n_steps=1)
     torch.testing.assert_close(loss_of(denoiser, chain, lmbda=LambdaSchedule(0.0, 0.0))[0], td_0)
     monte_carlo = ValueLoss(denoiser).make_value_estimator("monte_carlo")(chain)["loss_value"]
@@ -94,7 +89,7 @@ def test_the_ends_are_td_0_and_monte_carlo() -> None:
 def test_the_lambda_of_a_row_is_that_of_the_state_reached(gamma: float, window: int | None) -> None:
     """The recursion in rewards and values, written out backwards for one chain at a time."""
     process, schedule = VP(), LambdaSchedule(0.9, 0.1, nsr_low=0.05, nsr_high=5.0)
-    denoiser, chain = denoiser_of(process), chain_of(process, window=window)
+    denoiser, chain = small_denoiser(process), chain_of(process, window=window)
     loss = ValueLoss(denoiser, lmbda=schedule, gamma=gamma, weight="none")(chain)["loss_value"]
 
     def value(states: TensorDict, b: int, k: int) -> Tensor:
@@ -119,7 +114,7 @@ def test_the_lambda_of_a_row_is_that_of_the_state_reached(gamma: float, window: 
 
 def test_a_lambda_of_zero_cuts_the_returns_at_the_low_noise_states() -> None:
     """Where λ is 0 at and below a level, states before it do not see what lies beyond."""
-    process, denoiser = EDM(), denoiser_of(EDM())
+    process, denoiser = EDM(), small_denoiser(EDM())
     chain = chain_of(process)
     schedule = LambdaSchedule(0.0, 1.0, nsr_low=1.0, nsr_high=1.0 + 1e-9)
     estimator = ValueLoss(denoiser, lmbda=schedule).value_estimator
@@ -151,7 +146,7 @@ def test_an_estimator_takes_a_function_of_the_states_reached() -> None:
 
 def test_a_loss_with_a_schedule_can_be_copied_and_changed() -> None:
     chain = chain_of(EDM())
-    loss = ValueLoss(denoiser_of(EDM()), lmbda=LambdaSchedule(0.1, 0.7))
+    loss = ValueLoss(small_denoiser(EDM()), lmbda=LambdaSchedule(0.1, 0.7))
     value = loss(chain)["loss_value"]
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         torch.testing.assert_close(twin(chain)["loss_value"], value, rtol=0, atol=0)
@@ -162,7 +157,7 @@ def test_a_loss_with_a_schedule_can_be_copied_and_changed() -> None:
 
 def test_the_objective_of_that_name() -> None:
     assert OBJECTIVES["td_lambda_schedule"] is td_lambda_schedule_loss
-    denoiser, chain = denoiser_of(EDM()), chain_of(EDM())
+    denoiser, chain = small_denoiser(EDM()), chain_of(EDM())
     named = td_lambda_schedule_loss(denoiser, low_noise=0.3, high_noise=0.8, nsr_low=0.5, nsr_high=2.0)
     theirs, _ = loss_of(denoiser, chain, lmbda=LambdaSchedule(0.3, 0.8, 0.5, 2.0))
     torch.testing.assert_close(named(chain)["loss_value"], theirs)

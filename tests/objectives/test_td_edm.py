@@ -14,29 +14,12 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.objectives import ValueLoss, sample_td_edm_pairs, td_edm_loss
+from tests.kit.networks import Net
+from tests.kit.oracles import randn
 
 SIGMA_MIN, SIGMA_MAX, RHO, N, SD = 0.002, 80.0, 7.0, 18, 0.5
 WEIGHTS = ["pairwise", "edm", "sum_sq", "sum", "none"]
 RELEASED, TEXT = {"span": 3.0, "stride": 0.2}, {"span": 1.0, "stride": 0.25}
-
-
-class Net(nn.Module):
-    """A small network of flattened events, with labels 0..2 where it is told one."""
-
-    def __init__(self, D: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(D + 1, 16), nn.Linear(16, D)
-        self.labels, self.dropout = nn.Embedding(3, 16), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        h = self.first(torch.cat([x.flatten(1), c_noise[:, None]], 1))
-        if cond is not None:
-            h = h + self.labels(cond)
-        return self.last(self.dropout(h).tanh()).view_as(x)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def losses(
@@ -44,7 +27,7 @@ def losses(
 ) -> tuple[ValueLoss, nn.Module, nn.Module]:
     """The loss, its network, and what its target network was before the two went apart."""
     torch.manual_seed(0)
-    denoiser = Denoiser(Net(math.prod(event_shape), dropout), EDM(), SD).to(dtype)
+    denoiser = Denoiser(Net(event_shape, dropout), EDM(), SD).to(dtype)
     loss = td_edm_loss(denoiser, **options)
     SoftUpdate(loss, tau=0.001)
     target = copy.deepcopy(denoiser.network).eval()

@@ -32,17 +32,11 @@ from diffrl.objectives.td_edm import sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.value import ValueLoss
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
+from tests.kit.networks import small_denoiser
 from tests.kit.oracles import CONTINUOUS, DISCRETE, generator, randn
 
 PROCESSES = {**CONTINUOUS, **DISCRETE}
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
-
-
-def denoiser_of(process: Schedule, **options: Any) -> Denoiser:
-    torch.manual_seed(0)
-    return Denoiser(
-        MLP((2,), hidden=16, depth=1, x_features=8, noise_features=8).double(), process, **options
-    )
 
 
 def denoise(denoiser: Denoiser, states: TensorDict) -> Tensor:
@@ -68,7 +62,7 @@ def test_edm_sees_the_noise_levels_and_noise_of_td_edm(coupling: str) -> None:
 
 def test_edm_is_the_published_loss() -> None:
     """λ(σ) ‖D - x0‖² with λ = (σ² + σd²)/(σ σd)², which is also what TD-EDM adds to its own."""
-    x0, denoiser = randn(40, 2), denoiser_of(EDM(), sigma_data=0.7)
+    x0, denoiser = randn(40, 2), small_denoiser(EDM(), sigma_data=0.7)
     states = sample_log_normal_states(EDM(), x0, generator=generator(3))
     loss = monte_carlo_loss(denoiser)(states)["loss_value"]
     sigma, D_x = states["t"], denoise(denoiser, states)
@@ -106,7 +100,7 @@ def test_single_states_are_chains_of_one_step(process: Schedule, draw: Callable[
 @pytest.mark.parametrize("process", [EDM(), Flow(), VP()], ids=["edm", "flow", "vp"])
 @pytest.mark.parametrize("options", [{}, {"lmbda": 0.3}, {"lmbda": 1.0}, {"n_steps": 2, "gamma": 0.5}])
 def test_every_target_of_a_single_state_is_its_datum(process: Schedule, options: dict[str, float]) -> None:
-    denoiser = denoiser_of(process)
+    denoiser = small_denoiser(process)
     draw = {"x0": randn(20, 2), "generator": generator(1)}
     states = sample_log_normal_states(process, **draw)
     td = ValueLoss(denoiser, weight="x0", **options)(states)["loss_value"]
@@ -247,7 +241,7 @@ def test_the_loss_is_multiplied_by_the_importance_and_remembered_without() -> No
         randn(8, 2), cond=None, generator=generator()
     )
     plain = drawn.clone().exclude(keys.IMPORTANCE)
-    loss = ValueLoss(denoiser_of(EDM()), denoising_coef=0.3)
+    loss = ValueLoss(small_denoiser(EDM()), denoising_coef=0.3)
     weighted, unweighted = loss(drawn)["loss_value"], loss(plain)["loss_value"]
     torch.testing.assert_close(drawn[keys.LOSS], plain[keys.LOSS], rtol=0, atol=0)
     assert not drawn[keys.LOSS].requires_grad and drawn[keys.LOSS].shape == (8, 1, 1)
@@ -260,7 +254,7 @@ def test_the_loss_is_multiplied_by_the_importance_and_remembered_without() -> No
 def test_a_loss_is_left_in_batches_of_every_shape(shape: tuple[int, ...]) -> None:
     chain = sample_chain(EDM(), randn(8, 2), num_steps=4, window=1, generator=generator())
     flat = chain.clone()
-    loss = ValueLoss(denoiser_of(EDM())).make_value_estimator("monte_carlo")
+    loss = ValueLoss(small_denoiser(EDM())).make_value_estimator("monte_carlo")
     loss(flat)
     reshaped = chain.squeeze(1).reshape(shape)
     loss(reshaped)

@@ -18,12 +18,12 @@ from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives import ValueLoss
+from tests.kit.networks import Net
 from tests.kit.value_loss import (
     PROCESS,
     SD,
     TARGETS,
     N,
-    Net,
     Target,
     data,
     denoiser,

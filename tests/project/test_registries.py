@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import diffrl
 from diffrl import keys, recipes
@@ -31,6 +30,7 @@ from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.training.optim import FinetuningOptim
 from tests.kit.configs import small
+from tests.kit.policies import right
 
 ENTRIES = [(registry, name) for registry in (*GROUPS, METHODS) for name in registry]
 IDS = [f"{registry.kind}={name}" for registry, name in ENTRIES]
@@ -174,10 +174,6 @@ def policy() -> diffrl.DenoisingPolicy:
     torch.manual_seed(0)
     denoiser = diffrl.Denoiser(diffrl.networks.MLP((2,), hidden=16, depth=1), diffrl.EDM())
     return diffrl.DenoisingPolicy(denoiser, diffrl.Ancestral(), num_steps=4, reduction="mean", std_floor=0.05)
-
-
-def right(x0: Tensor, cond: Any = None) -> Tensor:
-    return x0[:, 0]
 
 
 def rollout(seed: int = 0) -> Any:
