@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import diffrl
+from docs.docstrings import write_folder
 
 __all__ = ["FACES", "plain_rst", "write_api"]
 
@@ -36,16 +37,11 @@ FACES = {
 
 def write_api(folder: Path) -> None:
     """Write a page for each of `FACES`, and an index; a name that `diffrl` has itself stands there only."""
-    wanted = {folder / "index.md": _index()}
+    wanted = {"index.md": _index()}
     top = {name: getattr(diffrl, name) for name in vars(diffrl)["__all__"]}
     for face in FACES:
-        wanted[folder / f"{face}.md"] = _page(face, top)
-    for path in set(folder.glob("*.md")) - wanted.keys():
-        path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in wanted.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+        wanted[f"{face}.md"] = _page(face, top)
+    write_folder(folder, wanted)
 
 
 def _page(face: str, top: dict[str, object]) -> str:

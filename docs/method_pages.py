@@ -14,28 +14,27 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import yaml
 
-import diffrl
-from diffrl.registry import Entry, Registry, import_named, registries
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+sys.path.insert(0, str(ROOT))  # run as a script, this file knows its own folder only
+
+import diffrl  # noqa: E402
+from diffrl.registry import Entry, Registry, import_named, registries  # noqa: E402
+from docs.docstrings import Docstring, markdown, write_folder  # noqa: E402
 
 __all__ = [
     "KINDS",
     "LEVELS",
-    "Docstring",
     "Finding",
     "all_registries",
     "evidence",
-    "markdown",
     "method_page",
     "write_pages",
 ]
-
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
 
 LEVELS = {
     "gated": "**Gated by a test.** A test in the suite fails when this stops being true.",
@@ -142,86 +141,6 @@ def _evidence() -> Mapping[str, Mapping[str, list[dict[str, str]]]]:
     return yaml.safe_load((FOLDER / "evidence.yaml").read_text(encoding="utf-8"))
 
 
-# Docstrings
-
-
-SECTIONS = ("Args", "Attributes", "Returns", "Raises")
-
-
-@dataclass(frozen=True)
-class Docstring:
-    """A docstring in Google style, taken apart.
-
-    Args:
-        summary: first paragraph.
-        intro: the paragraphs up to the first formula, as Markdown.
-        formula: what follows from there: formulas, which are indented, and the words about them.
-        sources: paragraphs that begin with "Source".
-        args: description of each parameter.
-    """
-
-    summary: str
-    intro: list[str]
-    formula: list[str]
-    sources: list[str]
-    args: dict[str, str]
-
-    @classmethod
-    def of(cls, thing: object) -> "Docstring":
-        """The docstring of a class or function; an empty one if it has none."""
-        text = inspect.getdoc(thing) or ""
-        head, sections = _sections(text)
-        summary, *rest = _blocks(head) or [""]
-        sources = [" ".join(b.split()) for b in rest if re.match(r"Sources?:", b)]
-        words = [b for b in rest if not re.match(r"Sources?:", b)]
-        first = next((j for j, b in enumerate(words) if b.startswith("    ")), len(words))
-        intro, formula = ([markdown(b) for b in part] for part in (words[:first], words[first:]))
-        return cls(" ".join(summary.split()), intro, formula, sources, _items(sections.get("Args", "")))
-
-
-def _sections(text: str) -> tuple[str, dict[str, str]]:
-    parts = re.split(rf"^({'|'.join(SECTIONS)}):\n", text, flags=re.MULTILINE)
-    return parts[0], dict(zip(parts[1::2], map(dedent, parts[2::2]), strict=True))
-
-
-def _blocks(text: str) -> list[str]:
-    """Paragraphs; neighbouring indented ones are one formula."""
-    blocks: list[str] = []
-    for block in re.split(r"\n\s*\n", text.strip("\n")):
-        if blocks and block.startswith("    ") and blocks[-1].startswith("    "):
-            blocks[-1] += f"\n\n{block}"
-        elif block.strip():
-            blocks.append(block)
-    return blocks
-
-
-def _items(text: str) -> dict[str, str]:
-    """`name: description` items of a section."""
-    items = re.split(r"^(\**\w+)(?: \([^)]*\))?:\s", text, flags=re.MULTILINE)
-    return {name.lstrip("*"): " ".join(of.split()) for name, of in zip(items[1::2], items[2::2], strict=True)}
-
-
-def markdown(text: str) -> str:
-    """A paragraph of a docstring as Markdown: the same words, with nothing taken for markup by mistake."""
-    if text.startswith("    "):
-        return f"```text\n{dedent(text)}\n```"
-    if text.startswith(">>>"):
-        return f"```python\n{text}\n```"
-    if text.startswith("|"):
-        return text
-    pieces = re.split(r"(``.+?``|`.+?`|https?://[^\s,;)]+)", text, flags=re.DOTALL)
-    return "".join(_inline(piece) for piece in pieces)
-
-
-def _inline(piece: str) -> str:
-    if piece.startswith("`"):
-        return piece
-    if re.match("https?://", piece):
-        url = piece.rstrip(".")
-        return f"<{url}>{piece[len(url) :]}"
-    return re.sub(r"([*<\[\]\\])", r"\\\1", piece)
-
-
 # A page
 
 
@@ -299,12 +218,12 @@ def _options(kind: str, registry: Registry, entry: Entry) -> str:
     words = KINDS.get(kind, Kind(kind, ""))
     own = "" if entry.module.startswith("diffrl.") else f"--import {entry.module} "
     command = f"    python -m diffrl {words.command} {own}{kind}={entry.name}"
-    described = {**_described(entry)}
+    described = _described(entry)
     rows, pieces = [], False
     for parameter in _parameters(entry):
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             pieces = True
-        elif parameter.name not in registry.omit and parameter.name not in _SUPPLIED:
+        elif parameter.name not in registry.omit:
             default = "needed" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
             meaning = markdown(described.get(parameter.name, "")).replace("|", "\\|")
             rows.append(f"| `{parameter.name}` | {default} | {meaning} |")
@@ -324,21 +243,6 @@ def _options(kind: str, registry: Registry, entry: Entry) -> str:
     return "\n\n".join(parts)
 
 
-_SUPPLIED = (
-    "denoiser",
-    "process",
-    "x0",
-    "cond",
-    "sigma",
-    "index",
-    "noise",
-    "fresh_noise",
-    "generator",
-    "event_shape",
-)
-"""What the library hands to a method by itself, and a user never writes."""
-
-
 def _parameters(entry: Entry) -> list[inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for function in entry.functions:
@@ -351,7 +255,8 @@ def _described(entry: Entry) -> dict[str, str]:
     """What docstrings say about parameters: those of the functions themselves, then of what they refer to."""
     found: dict[str, str] = {}
     for function in entry.functions:
-        for thing in (function, *_mentioned(function)):
+        source = getattr(function, "options_from", None)
+        for thing in (function, *_mentioned(function), *([] if source is None else [source])):
             found = {**Docstring.of(thing).args, **found}
     return found
 
@@ -397,19 +302,12 @@ def _shown(kind: str, entry: Entry) -> str:
 
 def write_pages(folder: Path) -> None:
     """Write the page of every method below `folder`, with an index of each kind; untouched where nothing changed."""
-    wanted: dict[Path, str] = {}
     known = all_registries()
+    wanted = {"index.md": _index(known)}
     for kind, registry in known.items():
-        for entry in registry.entries():
-            wanted[folder / kind / f"{entry.name}.md"] = method_page(kind, entry.name)
-        wanted[folder / kind / "index.md"] = _kind_index(kind, registry)
-    wanted[folder / "index.md"] = _index(known)
-    for path in set(folder.rglob("*.md")) - wanted.keys():
-        path.unlink()
-    for path, text in wanted.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        wanted[f"{kind}/index.md"] = _kind_index(kind, registry)
+        wanted |= {f"{kind}/{name}.md": method_page(kind, name) for name in registry}
+    write_folder(folder, wanted)
 
 
 def _level(kind: str, name: str) -> str:
