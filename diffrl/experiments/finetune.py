@@ -21,10 +21,9 @@ from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.registry import Config, accepted
-from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
-from diffrl.rewards.weighted_sum import WeightedSum, as_reward
+from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
@@ -58,7 +57,7 @@ class _Job(Job):
         if heldout is None and config["heldout_reward"]["name"] != "none":
             heldout = _shipped(config["heldout_reward"])
         calls = config["reward_calls"]
-        box = _called(model.wrap_reward(reward), calls)
+        box = as_reward(model.wrap_reward(reward), **calls)
         self.tuner = Finetuner(
             self.policy,
             box,
@@ -76,7 +75,7 @@ class _Job(Job):
             TuningEvaluation(**config["evaluation"]),
             self.tuner.base,
             box,
-            heldout=None if heldout is None else _called(model.wrap_reward(heldout), calls),
+            heldout=None if heldout is None else as_reward(model.wrap_reward(heldout), **calls),
             event_shape=model.event_shape,
             conditions=model.conditions,
             device=config["device"],
@@ -147,13 +146,6 @@ def _shipped(config: Config) -> Reward:
         )
     reward: Reward = REWARDS.build(config)
     return reward
-
-
-def _called(reward: Reward, calls: Config) -> BlackBox | WeightedSum:
-    """Wrap a reward in a `BlackBox` as the configuration says, unless it is one already."""
-    if isinstance(reward, BlackBox | WeightedSum):
-        return reward
-    return BlackBox(reward, **calls)
 
 
 def _numbers(row: Config) -> dict[str, float]:
@@ -241,8 +233,7 @@ def load_tuned(path: str | Path) -> TunedRun:
         RunFolderError: the folder holds no fine-tuning run.
         CheckpointError: there is no checkpoint yet, or it is damaged.
     """
-    folder = RunFolder.open(Path(path))
-    folder.require_modules()
+    folder = RunFolder.reopen(Path(path))
     config = folder.config()
     model = _model({**config, "device": "cpu"})
     policy = _policy({**config, "device": "cpu"}, model)

@@ -136,9 +136,14 @@ class WeightedSum:
             part.load_state_dict(state["parts"][name])
 
 
-def as_reward(reward: Reward) -> BlackBox | WeightedSum:
-    """The reward itself if its calls are checked and counted already, else a `BlackBox` of it."""
-    return reward if isinstance(reward, BlackBox | WeightedSum) else BlackBox(reward)
+def as_reward(reward: Reward, **calls: Any) -> BlackBox | WeightedSum:
+    """The reward itself if its calls are checked and counted already, else a `BlackBox` of it.
+
+    Args:
+        reward: any reward.
+        calls: options of that `BlackBox`, which refuses what it does not know.
+    """
+    return reward if isinstance(reward, BlackBox | WeightedSum) else BlackBox(reward, **calls)
 
 
 def nondeterminism(reward: Reward, x0: Tensor, cond: Any = None) -> float:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
-from diffrl.rewards.weighted_sum import WeightedSum
+from diffrl.rewards.weighted_sum import as_reward
 
 __all__ = ["DenseMode", "anchor_steps", "dense_queries", "predict_dense", "similarity_weighted"]
 
@@ -158,7 +157,7 @@ def predict_dense(
     else:
         steps = last if mode == "last" else torch.cat([first, last], dim=1)
     x = x0_hat.detach()[torch.arange(B)[:, None], steps].flatten(0, 1)
-    box = reward if isinstance(reward, BlackBox | WeightedSum) else BlackBox(reward, cache=False)
+    box = as_reward(reward, cache=False)
     R = box(x, _repeated(cond, queries)).view(B, queries)
     if k is not None:
         return similarity_weighted(x0_hat, k, R, guarded=guarded)
