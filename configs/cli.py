@@ -111,9 +111,7 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     given = [override for override in overrides if not override.startswith("resume=")]
     if others := [override for override in given if not override.startswith("device=")]:
         raise ValueError(f"{', '.join(others)}: a run is resumed as it was started; only device can change")
-    folder = RunFolder.open(Path(chosen["resume"]))
-    folder.require_modules()
-    stored = folder.config()
+    stored = RunFolder.reopen(Path(chosen["resume"])).config()
     return {**stored, "resume": chosen["resume"], **({"device": chosen["device"]} if given else {})}
 
 

@@ -58,8 +58,7 @@ class RunFolder:
         if config["resume"] is None:
             path = None if config["run_dir"] is None else Path(config["run_dir"])
             return cls.create(path, config, label)
-        folder = cls.open(Path(config["resume"]))
-        folder.require_modules()
+        folder = cls.reopen(Path(config["resume"]))
         stored, movable = folder.config(), ("device", "resume", "run_dir")
         if other := [k for k in config if k not in movable and config[k] != stored.get(k)]:
             raise RunFolderError(
@@ -114,6 +113,24 @@ class RunFolder:
             raise RunFolderError(f"{path} holds no run: there is no {folder.config_file.name} in it")
         return folder
 
+    @classmethod
+    def reopen(cls, path: Path) -> "RunFolder":
+        """The folder of a run that is to be continued or loaded.
+
+        Its methods must be known already: a file never names code to run.
+
+        Raises:
+            RunFolderError: it holds no run, or one that was made with modules that are not imported now.
+        """
+        folder, file = cls.open(path), path / "modules.json"
+        made_with = json.loads(file.read_text()) if file.exists() else []
+        if missing := [str(module) for module in made_with if module not in user_modules()]:
+            raise RunFolderError(
+                f"{path} was made with methods of {', '.join(missing)}: give --import {missing[0]}, or in "
+                "Python import it first"
+            )
+        return folder
+
     @property
     def config_file(self) -> Path:
         """The whole configuration, written before anything else happens."""
@@ -127,20 +144,6 @@ class RunFolder:
             if group in config:
                 config[group] = {"name": only, **config[group]}
         return {str(k): v for k, v in config.items()}
-
-    def require_modules(self) -> None:
-        """Refuse a run whose methods the user has not made known: a file never names code to run.
-
-        Raises:
-            RunFolderError: it was made with modules that are not imported now.
-        """
-        file = self.path / "modules.json"
-        made_with = json.loads(file.read_text()) if file.exists() else []
-        if missing := [str(module) for module in made_with if module not in user_modules()]:
-            raise RunFolderError(
-                f"{self.path} was made with methods of {', '.join(missing)}: give --import {missing[0]}, or in "
-                "Python import it first"
-            )
 
     def results(self) -> dict[str, Any]:
         """What results.json holds so far; empty before the first objective is done."""
@@ -214,8 +217,7 @@ def load(path: str | Path, objective: str | None = None) -> Run:
         RunFolderError: the folder holds no run.
         CheckpointError: there is no checkpoint of that objective, or it is damaged.
     """
-    folder = RunFolder.open(Path(path))
-    folder.require_modules()
+    folder = RunFolder.reopen(Path(path))
     config = folder.config()
     objective = objective or config["objective"]["name"]
     data = build_data(config)
