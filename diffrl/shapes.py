@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["event_mean", "expand_like", "require_floating"]
+__all__ = ["column", "event_mean", "expand_like", "require_floating"]
 
 
 def expand_like(a: Tensor, x: Tensor) -> Tensor:
@@ -20,6 +20,11 @@ def expand_like(a: Tensor, x: Tensor) -> Tensor:
         x: states, shape [*b, *E].
     """
     return a.reshape(a.shape + (1,) * (x.ndim - a.ndim)) if a.ndim < x.ndim else a
+
+
+def column(c: Tensor, x: Tensor) -> Tensor:
+    """A float64 number, or one for each state, in the dtype of the states x [N, *E] and ready to multiply them."""
+    return expand_like(c.to(x), x)
 
 
 def event_mean(x: Tensor, batch_dims: int) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor
 
 from diffrl.diffusion.laws import NoiseFn
-from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
+from diffrl.shapes import column
 
 __all__ = ["ActionKind", "DecisionProcess", "Decision", "Latents", "RewardPlacement"]
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from diffrl.shapes import expand_like
+from diffrl.shapes import column
 
 __all__ = ["Gaussian", "Law", "NoiseFn", "Reduction"]
 
@@ -65,7 +65,7 @@ class Gaussian(NamedTuple):
         """
         if not bool((self.std > 0).any()):
             return self.mean
-        return self.mean + expand_like(self.std.to(self.mean), self.mean) * noise(self.mean)
+        return self.mean + column(self.std, self.mean) * noise(self.mean)
 
     def log_prob(self, x: Tensor, reduction: Reduction) -> Tensor:
         """Log-density of x, summed or averaged over the event dims.
@@ -89,7 +89,7 @@ class Gaussian(NamedTuple):
             raise ValueError(
                 "std is 0: a deterministic step has no log-probability; use eta > 0 or a floor on std"
             )
-        std = expand_like(self._positive_std.to(x), x)
+        std = column(self._positive_std, x)
         log_p = -((x - self.mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
         return torch.where(self.stochastic, _reduced(log_p, reduction), 0.0)
 
@@ -117,7 +117,7 @@ class Gaussian(NamedTuple):
             raise ValueError(
                 "the two laws differ in std: compare policies of the same sampler, grid and std floor"
             )
-        std = expand_like(self._positive_std.to(self.mean), self.mean)
+        std = column(self._positive_std, self.mean)
         squares = (self.mean - other.mean) ** 2 / (2 * std**2)
         return torch.where(self.stochastic, _reduced(squares, reduction), 0.0)
 

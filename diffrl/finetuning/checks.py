@@ -202,8 +202,7 @@ def _on_grid(policy: DenoisingPolicy, rollout: TensorDictBase) -> bool:
     index, t = rollout.get(keys.INDEX).flatten().cpu(), rollout.get(keys.T, None)
     if int(index.max()) >= policy.num_steps:
         return False
-    grid = policy.grid[index]
-    return t is None or torch.allclose(t.flatten().cpu().double(), grid, rtol=1e-3, atol=1e-6)
+    return t is None or policy.is_on_grid(index, t.flatten())
 
 
 @torch.no_grad()

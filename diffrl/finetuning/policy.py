@@ -12,8 +12,9 @@ from torch.distributions import Distribution
 
 from diffrl import keys
 from diffrl.diffusion.laws import Gaussian, NoiseFn
-from diffrl.diffusion.samplers.base import GaussianSampler, Noise, column
+from diffrl.diffusion.samplers.base import GaussianSampler, Noise
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.shapes import column
 
 __all__ = ["ActionDistribution", "DenoisingPolicy"]
 
@@ -79,6 +80,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.process: Schedule = process
         self.grid = sampler.grid(self.process, num_steps)
         """Times of the states, the clean one last: float64, shape [K+1]."""
+        kept = range(num_steps) if noise_steps is None else noise_steps
+        self._noisy = torch.tensor([i in kept for i in range(num_steps)], dtype=torch.bool)
         self.nfe = 0
         """States forwarded so far, twice each under guidance."""
         self.generator: Generator | Sequence[Generator] | None = None
@@ -92,8 +95,7 @@ class DenoisingPolicy(TensorDictModuleBase):
             float(self.sampler.law(self.process, x, x, t, s).std)
             for t, s in zip(grid[:-1], grid[1:], strict=True)
         ]
-        kept = range(self.num_steps) if self.noise_steps is None else self.noise_steps
-        return [i for i, std in enumerate(stds) if i in kept and max(std, self.std_floor) > 0]
+        return [i for i, std in enumerate(stds) if self._noisy[i] and max(std, self.std_floor) > 0]
 
     def estimate(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Tensor:
         """The clean estimate D_θ of states, float32 [N, *E]; arguments as of `law`."""
@@ -121,16 +123,12 @@ class DenoisingPolicy(TensorDictModuleBase):
         """
         i = index.cpu()
         mean, std = self.sampler.law(self.process, x_t, x0_hat, self.grid[i], self.grid[i + 1])
-        std = std.clamp(min=self.std_floor)
-        if self.noise_steps is not None:
-            std = torch.where(torch.isin(i, torch.tensor(self.noise_steps)), std, 0.0)
+        std = torch.where(self._noisy[i], std.clamp(min=self.std_floor), 0.0)
         return Gaussian(mean, std.expand(len(x_t)).to(x_t))
 
     def log_prob(self, law: Gaussian, action: Tensor) -> Tensor:
         """Log π of actions, float32, shape [N]; 0 where the step is deterministic."""
-        std = torch.where(law.stochastic, law.std, 1.0)
-        log_p = Gaussian(law.mean, std).log_prob(action.float(), self.reduction)
-        return torch.where(law.stochastic, log_p, 0.0)
+        return law.log_prob(action.float(), self.reduction)
 
     def act(
         self,
@@ -177,14 +175,16 @@ class DenoisingPolicy(TensorDictModuleBase):
         """π at the states of a TensorDict [*b], as TorchRL's losses ask for it."""
         return ActionDistribution(self, self.law(*self._states(tensordict)), tensordict.shape)
 
+    def is_on_grid(self, index: Tensor, t: Tensor) -> bool:
+        """Whether times are those of the grid at positions 0..K, both of one shape; float32 is near enough."""
+        return torch.allclose(t.cpu().double(), self.grid[index.cpu()], rtol=1e-3, atol=1e-6)
+
     def _states(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
         """States, positions and conditions as one flat batch."""
         b = tensordict.ndim
         x_t, index = tensordict.get(keys.X_T), tensordict.get(keys.INDEX)
         t, cond = tensordict.get(keys.T, None), tensordict.get(keys.COND, None)
-        if t is not None and not torch.allclose(
-            t.cpu().double(), self.grid[index.cpu()], rtol=1e-3, atol=1e-6
-        ):
+        if t is not None and not self.is_on_grid(index, t):
             raise ValueError(
                 f"the states are at other times than those of the policy's grid of {self.num_steps} levels: "
                 "give both the same process, sampler and num_steps"

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.samplers.base import Model, NoiseFn, Sampler, column
+from diffrl.diffusion.samplers.base import Model, NoiseFn, Sampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.shapes import column
 
 
 @SAMPLERS.register("toy_sampler")

@@ -9,9 +9,9 @@ from torch import Tensor
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import Gaussian, NoiseFn
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.shapes import expand_like
+from diffrl.shapes import column
 
-__all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "column", "velocity"]
+__all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "velocity"]
 
 
 class Noise:
@@ -88,11 +88,6 @@ def velocity(process: Schedule, x: Tensor, D_x: Tensor, t: Tensor) -> Tensor:
     coefficients = (process.alpha(t), process.sigma(t), process.alpha_dot(t), process.sigma_dot(t))
     alpha, sigma, alpha_dot, sigma_dot = (column(c, x) for c in coefficients)
     return alpha_dot * D_x + sigma_dot * (x - alpha * D_x) / sigma
-
-
-def column(c: Tensor, x: Tensor) -> Tensor:
-    """A float64 number, or one for each state, in the dtype of the states x [N, *E] and ready to multiply them."""
-    return expand_like(c.to(x), x)
 
 
 class Sampler(ABC):

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.laws import Gaussian
-from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.shapes import column
 
 __all__ = ["LCM", "Multistep"]
 

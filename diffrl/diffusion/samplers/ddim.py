@@ -6,9 +6,10 @@ from torch import Tensor
 
 from diffrl.diffusion.laws import Gaussian
 from diffrl.diffusion.posterior import posterior
-from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.shapes import column
 
 __all__ = ["DDIM", "Ancestral"]
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.laws import Gaussian, NoiseFn
-from diffrl.diffusion.samplers.base import GaussianSampler, Model, Sampler, column, velocity
+from diffrl.diffusion.samplers.base import GaussianSampler, Model, Sampler, velocity
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.shapes import column
 
 __all__ = ["Euler", "Heun"]
 

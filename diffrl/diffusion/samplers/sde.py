@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.laws import Gaussian
-from diffrl.diffusion.samplers.base import GaussianSampler, column
+from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
+from diffrl.shapes import column
 
 __all__ = ["CPS", "FlowSDE"]
 
