@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,7 +196,7 @@ def _end(workers: list["_Worker"], patience: float) -> None:
         workers.pop()
 
 
-class _Worker:
+class _Worker(ABC):
     """A worker and the task that it has."""
 
     channel: Connection  # readable when the worker has something to say
@@ -204,19 +205,19 @@ class _Worker:
     index: int | None = None  # of its task; None: it has none
     deadline = float("inf")  # of its task
 
+    @abstractmethod
     def submit(self, task: Any) -> None:
         """Give it a task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def receive(self) -> Any:
         """What it says: the result of its task, or a `Failure`; None from a process that has become ready."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Ask it to end."""
-        raise NotImplementedError
 
-    def join(self, patience: float) -> None:
+    def join(self, patience: float) -> None:  # noqa: B027 (a thread cannot be waited for)
         """Wait for its end, and enforce it after `patience` seconds."""
 
 

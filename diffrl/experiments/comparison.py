@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment
+from diffrl.registry import Config
 from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions, write_atomically
 from diffrl.workers import Failure, run_tasks
 
@@ -35,8 +36,6 @@ __all__ = [
     "run_cells",
     "run_in_folder",
 ]
-
-Config = Mapping[str, Any]
 
 PLACE = ("run_dir", "resume")  # settings that say where a run lies, and not what it is
 ASCII = str.maketrans({"λ": "lambda", "η": "eta", "γ": "gamma", "τ": "tau", "σ": "sigma", "δ": "delta"})

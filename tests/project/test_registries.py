@@ -30,7 +30,7 @@ from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.training.optim import FinetuningOptim
 from tests.kit.configs import small
-from tests.kit.policies import right
+from tests.kit.policies import make_policy, right
 
 ENTRIES = [(registry, name) for registry in (*GROUPS, METHODS) for name in registry]
 IDS = [f"{registry.kind}={name}" for registry, name in ENTRIES]
@@ -170,15 +170,9 @@ def test_a_network_gives_the_shape_that_it_takes(name: str, num_classes: int) ->
 # Pieces of fine-tuning
 
 
-def policy() -> diffrl.DenoisingPolicy:
-    torch.manual_seed(0)
-    denoiser = diffrl.Denoiser(diffrl.networks.MLP((2,), hidden=16, depth=1), diffrl.EDM())
-    return diffrl.DenoisingPolicy(denoiser, diffrl.Ancestral(), num_steps=4, reduction="mean", std_floor=0.05)
-
-
 def rollout(seed: int = 0) -> Any:
     return collect_rollout(
-        policy(), (2,), batch_size=16, group_size=4, generator=torch.Generator().manual_seed(seed)
+        make_policy(), (2,), batch_size=16, group_size=4, generator=torch.Generator().manual_seed(seed)
     )
 
 
@@ -188,7 +182,7 @@ def test_a_credit_gives_finite_advantages_and_remembers_by_its_state(name: str) 
         credit: Any = CREDITS[name]()
         nothing: Any = None
         credit.prepare(
-            Setting(policy(), (2,), None, FinetuningOptim(), 0.0, None, nothing, 0, torch.device("cpu"))
+            Setting(make_policy(), (2,), None, FinetuningOptim(), 0.0, None, nothing, 0, torch.device("cpu"))
         )
         return credit
 
@@ -221,7 +215,7 @@ def test_a_plan_collects_whole_trajectories(name: str) -> None:
     plan: Any = ROLLOUTS[name]()
     n = 4 * plan.rows_of_a_group
     made = {"trajectories": n, "cond": None, "generator": torch.Generator(), "device": torch.device("cpu")}
-    td = plan.collect(policy(), (2,), **made)
+    td = plan.collect(make_policy(), (2,), **made)
     assert td.shape[0] == n and td.get((keys.NEXT, keys.TERMINATED))[:, -1].all()
     assert td.get((keys.NEXT, keys.X_T)).isfinite().all()
 
@@ -230,7 +224,7 @@ def test_a_plan_collects_whole_trajectories(name: str) -> None:
 def test_updates_are_as_many_as_they_say(name: str) -> None:
     plan: Any = UPDATES[name]()
     td = rollout().set(keys.ADVANTAGE, torch.ones(16, 4, 1))
-    made = {"policy": policy(), "group_size": 1, "generator": torch.Generator(), "entries": [keys.X_T]}
+    made = {"policy": make_policy(), "group_size": 1, "generator": torch.Generator(), "entries": [keys.X_T]}
     found = list(plan(td, **made))
     assert len(found) == plan.count(4) and all(plan.weight(part) == part.numel() for part in found)
 
@@ -248,7 +242,9 @@ def test_a_method_tunes_and_is_its_configuration(name: str) -> None:
     assert all(piece in str(recipe) for piece in (field.name for field in fields(recipe)))
 
     plan = Rollouts(16, group_size=max(1, recipe.credit.min_group), pairs=recipe.rollouts.pairs)
-    tuner = Finetuner(policy(), right, METHODS[name](rollouts=plan), event_shape=(2,), length=Iterations(2))
+    tuner = Finetuner(
+        make_policy(), right, METHODS[name](rollouts=plan), event_shape=(2,), length=Iterations(2)
+    )
     before = [p.detach().clone() for p in tuner.policy.denoiser.parameters()]
     rows = list(tuner.steps())
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
