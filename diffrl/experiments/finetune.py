@@ -11,7 +11,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
-from diffrl.experiments.run import AUTOCAST, SHOWN, Job, as_tuples, check_settings, interruptible
+from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
@@ -115,9 +115,8 @@ class _Job(Job):
             self.run_loop(folder, interrupted, progress)
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
-        kept = SHOWN["images" if len(self.model.event_shape) == 3 else "points"]
-        folder.write_samples("base", {nfe: self.judge.base_samples[:kept].float()})
-        folder.write_samples("tuned", {nfe: tuned[:kept].float()})
+        folder.write_samples("base", {nfe: shown(self.judge.base_samples)})
+        folder.write_samples("tuned", {nfe: shown(tuned)})
         rows = [_numbers(row) for row in table.rows() if row["eval_reward"]]
         first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
         return {**self.tuner.figures, "final": last, "base": first, "stopped_early": self.stop.reason(rows)}

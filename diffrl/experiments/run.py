@@ -10,17 +10,17 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from diffrl.extras import require_installed
 from diffrl.training.loop import Loop
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
-__all__ = ["AUTOCAST", "SHOWN", "Interrupted", "Job", "as_tuples", "check_settings", "interruptible"]
+__all__ = ["AUTOCAST", "Interrupted", "Job", "as_tuples", "check_settings", "interruptible", "shown"]
 
 AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
 LOGGERS = ("csv", "tensorboard", "wandb")
-SHOWN = {"images": 64, "points": 1000}  # samples kept for figures
 
 
 class Interrupted(Exception):
@@ -148,3 +148,8 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def shown(x: Tensor) -> Tensor:
+    """The samples kept for figures: the first 64 images, or the first 1,000 points."""
+    return x[: 64 if x.ndim == 4 else 1000].float()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.experiments.run import AUTOCAST, SHOWN, Job, as_tuples, check_settings, interruptible
+from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.scheme import build_objective
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
@@ -124,14 +124,13 @@ class _Job(Job):
         """Train to the end, or raise `Interrupted`; the figures for results.json."""
         self.resume(folder)
         self.run_loop(folder, interrupted, progress)
-        by_nfe, shown = {}, {}
-        kept = SHOWN["images" if len(self.data.event_shape) == 3 else "points"]
+        by_nfe, samples = {}, {}
         for num_steps in self.evaluation.num_steps:
             x, nfe = self._draw(num_steps, self.evaluation.samples)
             by_nfe[str(nfe)] = self.evaluation.sample_distance(x, self.data)
-            shown[str(nfe)] = x[:kept].float()
-        folder.write_samples("data", {"0": self.data.test[:kept]})
-        folder.write_samples(self.name, shown)
+            samples[str(nfe)] = shown(x)
+        folder.write_samples("data", {"0": shown(self.data.test)})
+        folder.write_samples(self.name, samples)
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
