@@ -30,7 +30,8 @@ from lambda_returns import cost_of_lambda_returns
 from report import Row, as_json, table
 from step_cost import SIZES, step_cost
 
-from diffrl.training.runs import versions, write_atomically
+from diffrl.text_files import write_atomically
+from diffrl.training.runs import versions
 
 RESULTS = Path(__file__).with_name("results.json")
 

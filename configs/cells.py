@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.configs.cli import explain
 from diffrl.configs.groups import register
+from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.studies import Comparison, Study, grid_scheme, study_cell
 
@@ -48,7 +49,7 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
         )
         for case, (scheme, overrides) in itertools.product(cases, schemes.items()):
             if case not in plan["cases"]:
-                raise ValueError(
+                raise InputError(
                     f"study {name}: no case {case!r} in the plan: there are {', '.join(plan['cases'])}"
                 )
             words = [*plan["cases"][case], *given["overrides"], *overrides]
@@ -74,7 +75,7 @@ def plan_finetuning(config: Mapping[str, Any], words: Sequence[str], base: str) 
     cells = []
     for method in config["compare"]:
         if method not in config["methods"]:
-            raise ValueError(f"compare: no method {method!r}: there are {', '.join(config['methods'])}")
+            raise InputError(f"compare: no method {method!r}: there are {', '.join(config['methods'])}")
         own = config["methods"][method]
         chosen = {*map(_key, own)}  # each is set once: by the method, else by the command line
         shared = [word for word in words if _key(word) not in chosen and not _is_of_the_command(word)]
@@ -114,7 +115,7 @@ def _schemes(study: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     for label, words in (given["axes"] or {}).items():
         key, equals, listed = words.partition("=")
         if not equals or not all(listed.split(",")):
-            raise ValueError(f"study {study}: axis {label} is {words!r}: write key=value,value,...")
+            raise InputError(f"study {study}: axis {label} is {words!r}: write key=value,value,...")
         keys.append(key)
         axes[label] = tuple(value.strip() for value in listed.split(","))
     schemes = dict(given["schemes"])
@@ -129,8 +130,8 @@ def _told_where(where: str) -> Iterator[None]:
     """Turn an error in the words of a cell into one line that says where they stand."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{where}: {explain(error)}") from error
+    except (HydraException, OmegaConfBaseException, DiffrlError) as error:
+        raise InputError(f"{where}: {explain(error)}") from error
 
 
 def _key(word: str) -> str:
@@ -151,7 +152,7 @@ def _composed(name: str, words: Sequence[str]) -> DictConfig:
     """The configuration `name` with overrides; choices of groups are composed once for all that share them."""
     parsed = OverridesParser.create().parse_overrides(list(words))
     if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
-        raise ValueError(f"{swept[0]} has several values: write a scheme for each, or an axis")
+        raise InputError(f"{swept[0]} has several values: write a scheme for each, or an axis")
     values = [o for o in parsed if _is_value(o)]
     config = _compose(name, tuple(str(o.input_line) for o in parsed if not _is_value(o))).copy()
     for override in values:

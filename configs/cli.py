@@ -15,28 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from diffrl.configs.groups import register
+from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.run import Interrupted
-from diffrl.extras import MissingExtra
-from diffrl.finetuning.check_report import CheckFailed
 from diffrl.registry import IMPORT, import_named
-from diffrl.rewards.calls import RewardError
-from diffrl.training.checkpoints import CheckpointError
-from diffrl.training.optim import NonFiniteLoss
-from diffrl.training.runs import RunFolder, RunFolderError
+from diffrl.training.runs import RunFolder
 
 __all__ = ["EXPECTED", "command", "explain", "import_users_modules", "one_line", "settings"]
 
-EXPECTED = (
-    HydraException,
-    OmegaConfBaseException,
-    CheckFailed,
-    CheckpointError,
-    MissingExtra,
-    NonFiniteLoss,
-    RewardError,
-    RunFolderError,
-    ValueError,
-)
+EXPECTED = (HydraException, OmegaConfBaseException, DiffrlError)
 
 
 def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
@@ -83,7 +69,7 @@ def import_users_modules() -> None:
         elif equals or words:
             modules.append(value if equals else words.pop(0))
         else:
-            raise ValueError("--import needs the name of a module")
+            raise InputError("--import needs the name of a module")
     if modules:
         import_named(*modules)
         os.environ[IMPORT] = ",".join(modules)
@@ -103,14 +89,14 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """
     for override in overrides:
         if override.startswith(("+", "~")):
-            raise ValueError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
+            raise InputError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
     chosen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(chosen, dict)
     if chosen.get("resume") is None:
         return {str(key): value for key, value in chosen.items()}
     given = [override for override in overrides if not override.startswith("resume=")]
     if others := [override for override in given if not override.startswith("device=")]:
-        raise ValueError(f"{', '.join(others)}: a run is resumed as it was started; only device can change")
+        raise InputError(f"{', '.join(others)}: a run is resumed as it was started; only device can change")
     stored = RunFolder.reopen(Path(chosen["resume"])).config()
     return {**stored, "resume": chosen["resume"], **({"device": chosen["device"]} if given else {})}
 

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning
 from diffrl.configs.cli import command, one_line
+from diffrl.errors import InputError
 from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
@@ -101,7 +102,7 @@ def _sample(arguments: argparse.Namespace) -> Path:
     guided = run.data.num_classes > 0 and arguments.guidance_scale not in (0, 1)  # two evaluations a call
     calls, rest = divmod(arguments.nfe, 2 if guided else 1)
     if rest:
-        raise ValueError(f"guidance evaluates the network twice a call: --nfe {arguments.nfe} must be even")
+        raise InputError(f"guidance evaluates the network twice a call: --nfe {arguments.nfe} must be even")
     num_steps = grid_for(build_sampler(run.config), run.denoiser.process, calls)
     x = run.sample(
         arguments.samples,

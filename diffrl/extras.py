@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from diffrl.errors import DiffrlError
+
 __all__ = ["MissingExtra", "require", "require_installed"]
 
 
-class MissingExtra(ImportError):
+class MissingExtra(DiffrlError, ImportError):
     """An optional dependency is not installed."""
 
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, get_type_hints
 
+from diffrl.errors import InputError, InputTypeError, of_group
+
 __all__ = [
     "ENTRY_POINTS",
     "IMPORT",
@@ -85,7 +87,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     def __init__(self, kind: str, package: str, *, omit: tuple[str, ...] = ()) -> None:
         if kind in _REGISTRIES:
-            raise ValueError(f"there is a registry of kind {kind!r} already")
+            raise InputError(f"there is a registry of kind {kind!r} already")
         self.kind, self.package, self.omit = kind, package, omit
         self._entries: dict[str, Entry] = {}
         self._read = False
@@ -108,7 +110,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
             entry = Entry(name, make, also, label)
             there = self._entries.get(name)
             if there is not None and _identity(there) != _identity(entry):
-                raise ValueError(
+                raise InputError(
                     f"{self.kind} {name!r} of {entry.module} is taken by {there.module}: choose another name"
                 )
             self._entries[name] = entry
@@ -126,7 +128,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """
         self._load()
         if name not in self._entries:
-            raise ValueError(
+            raise InputError(
                 f"{self.kind} is {name!r}: give one of {', '.join(self)}; a method of your own is made "
                 "known by --import MODULE on the command line, or by importing its module in Python"
             )
@@ -136,10 +138,18 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """All that was registered, by name."""
         return [self.entry(name) for name in self]
 
-    def build(self, config: Config, **more: Any) -> Any:
-        """What a configuration describes: the constructor of its ``name``, called with the other entries and `more`."""
+    def build(self, config: Config, *, group: str | None = None, **more: Any) -> Any:
+        """What a configuration describes: the constructor of its ``name``, called with the other entries and `more`.
+
+        Args:
+            config: ``name`` and options.
+            group: the config group, by which errors name an option; the kind if None.
+            more: what is not configured.
+        """
         options = dict(config)
-        return self[options.pop("name")](**more, **options)
+        make = self[options.pop("name")]
+        with of_group(group or self.kind, options):
+            return make(**more, **options)
 
     def name_of(self, piece: Any) -> str:
         """The name under which the class of an object is registered.
@@ -150,7 +160,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         for entry in self.entries():
             if entry.make is type(piece):
                 return entry.name
-        raise ValueError(f"{type(piece).__name__} is no registered {self.kind}")
+        raise InputError(f"{type(piece).__name__} is no registered {self.kind}")
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self.entry(name).make
@@ -200,7 +210,7 @@ def import_named(*modules: str) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # it was found, but needs something that is missing
-            raise ValueError(
+            raise InputError(
                 f"--import {module}: there is no such module here; run where it lies, or set PYTHONPATH"
             ) from error
         _USERS.setdefault(module)
@@ -252,7 +262,7 @@ def options_of(
 
         def wrapper(*args: Any, **options: Any) -> Any:
             if unknown := options.keys() - known:
-                raise TypeError(f"{function.__name__} has no option {', '.join(sorted(unknown))}")
+                raise InputTypeError(f"{function.__name__} has no option {', '.join(sorted(unknown))}")
             return function(*args, **{**given, **options})
 
         target = source.__init__ if inspect.isclass(source) else source

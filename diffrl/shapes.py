@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputTypeError
+
 __all__ = ["column", "event_mean", "expand_like", "require_floating"]
 
 
@@ -40,7 +42,7 @@ def require_floating(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     for name, x in tensors:
         if not torch.is_floating_point(x):
-            raise TypeError(
+            raise InputTypeError(
                 f"{name} has dtype {x.dtype}: diffusion needs a floating dtype; "
                 f"convert it, for 8-bit images by {name}.float() / 127.5 - 1"
             )

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
+from diffrl.errors import InputError
 from diffrl.registry import import_named, user_modules
 
 __all__ = ["Failure", "WorkerPool", "attempt", "run_tasks"]
@@ -67,7 +68,7 @@ def run_tasks(
         ValueError: workers or threads outside their range.
     """
     if workers < 0 or threads < 1:
-        raise ValueError(f"workers is {workers} and threads {threads}: give workers >= 0 and threads >= 1")
+        raise InputError(f"workers is {workers} and threads {threads}: give workers >= 0 and threads >= 1")
     if workers == 0:
         for index, task in enumerate(tasks):
             yield index, attempt(function, task)
@@ -349,7 +350,7 @@ def _pickled(function: Function) -> bytes:
     try:
         return pickle.dumps(function)
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"it cannot be sent to a process ({error}): define it at the top level of a module, or take "
             "backend='thread'"
         ) from error

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError, InputTypeError
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.shapes import column
@@ -93,21 +94,23 @@ class DecisionProcess:
         max_steps: int | None,
     ) -> None:
         if not isinstance(process, Schedule):
-            raise TypeError(f"process is {process!r}: give a schedule such as diffrl.Flow()")
+            raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.Flow()")
         if action not in ("next_latent", "x0_hat"):
-            raise ValueError(f"action is {action!r}: give 'next_latent' or 'x0_hat'")
+            raise InputError(f"action is {action!r}: give 'next_latent' or 'x0_hat'")
         if reward_placement not in ("terminal", "dense"):
-            raise ValueError(f"reward_placement is {reward_placement!r}: give 'terminal' or 'dense'")
+            raise InputError(f"reward_placement is {reward_placement!r}: give 'terminal' or 'dense'")
         if sampler is not None and not isinstance(sampler, GaussianSampler):
-            raise TypeError(f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()")
+            raise InputTypeError(
+                f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()"
+            )
         if action == "x0_hat" and sampler is None:
-            raise ValueError(
+            raise InputError(
                 "action 'x0_hat' needs a sampler that makes the next latent of it: give sampler=diffrl.Ancestral()"
             )
         if max_steps is not None and max_steps < 1:
-            raise ValueError(f"max_steps is {max_steps}: a chain makes at least one step; None for no cut")
+            raise InputError(f"max_steps is {max_steps}: a chain makes at least one step; None for no cut")
         if conditions is not None and (conditions.ndim == 0 or len(conditions) == 0):
-            raise ValueError(f"conditions have shape {tuple(conditions.shape)}: give [M, ...], one a row")
+            raise InputError(f"conditions have shape {tuple(conditions.shape)}: give [M, ...], one a row")
         self.process, self.reward, self.sampler = process, as_reward(reward), sampler
         self.event_shape, self.num_steps = torch.Size(event_shape), num_steps
         self.action, self.reward_placement, self.conditions = action, reward_placement, conditions
@@ -190,7 +193,7 @@ class DecisionProcess:
         else:
             estimate = chosen if self.action == "x0_hat" else x0_hat
             if estimate is None:
-                raise ValueError(
+                raise InputError(
                     "dense rewards are of x0_hat, which the step lacks: let a DenoisingPolicy act"
                 )
             scored, paid = estimate, running

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.diffusion.samplers.base import Noise
+from diffrl.errors import InputError, InputTypeError
 
 __all__ = [
     "Array",
@@ -65,7 +66,7 @@ class Streams:
             ValueError: another number of seeds than of chains.
         """
         if len(seeds) != self.n:
-            raise ValueError(
+            raise InputError(
                 f"there are {len(seeds)} seeds for {self.n} chains: give one for each, or a number"
             )
         self.seed([seeding.np_random(s)[0] for s in seeds])
@@ -160,7 +161,7 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
     ) -> Single:
         """Take the spaces of the single environment that `make` builds from the keywords, and return it."""
         if num_envs < 1:
-            raise ValueError(f"num_envs is {num_envs}: give at least one")
+            raise InputError(f"num_envs is {num_envs}: give at least one")
         cut: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
         single = make(**cut, **variant)
         self.num_envs, self._options = num_envs, (*single.options, "reset_mask")
@@ -220,14 +221,14 @@ def named(
     """
     if not isinstance(choice, str):
         if kwargs:
-            raise ValueError(f"{kind}_kwargs goes with a name, but {kind} is an object already")
+            raise InputError(f"{kind}_kwargs goes with a name, but {kind} is an object already")
         return choice
     if choice not in registry:
-        raise ValueError(f"{kind} is {choice!r}: choose from {', '.join(sorted(registry))}")
+        raise InputError(f"{kind} is {choice!r}: choose from {', '.join(sorted(registry))}")
     known = inspect.signature(registry[choice]).parameters
     for key in kwargs or {}:
         if key not in known:
-            raise TypeError(f"{kind}_kwargs has no {key!r}: {choice!r} takes {', '.join(known)}")
+            raise InputTypeError(f"{kind}_kwargs has no {key!r}: {choice!r} takes {', '.join(known)}")
     return registry[choice](**(kwargs or {}))
 
 
@@ -240,7 +241,7 @@ def _known(options: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str,
     """The options of a reset; one of another name is refused."""
     for key in options or {}:
         if key not in names:
-            raise ValueError(f"options has no {key!r}: choose from {', '.join(names)}")
+            raise InputError(f"options has no {key!r}: choose from {', '.join(names)}")
     return dict(options or {})
 
 
@@ -248,5 +249,5 @@ def _mask(given: Array | None, n: int) -> NDArray[np.bool_]:
     """Which of n chains start: all of them if no mask is given."""
     mask = np.ones(n, bool) if given is None else given
     if mask.shape != (n,) or mask.dtype != np.bool_:
-        raise ValueError(f"reset_mask is {mask.dtype} {mask.shape}: give a bool array of shape ({n},)")
+        raise InputError(f"reset_mask is {mask.dtype} {mask.shape}: give a bool array of shape ({n},)")
     return mask

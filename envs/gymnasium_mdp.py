@@ -31,6 +31,7 @@ from diffrl.envs.gymnasium_common import (
     copied,
     named,
 )
+from diffrl.errors import InputError
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.shapes import require_floating
@@ -121,7 +122,7 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
         if reward == "mode_distance" and reward_kwargs is None and law.mixture is not None:
             reward_kwargs = {"index": 0, "mixture": law.mixture}
         if reward_placement == "dense" and action == "next_latent":
-            raise ValueError("dense rewards are of clean estimates, which only action 'x0_hat' brings")
+            raise InputError("dense rewards are of clean estimates, which only action 'x0_hat' brings")
         lawful = {name: SAMPLERS[name] for name in samplers_with_law()}
         self.decision_process = DecisionProcess(
             schedule,
@@ -139,7 +140,7 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
         if action_scale is None:
             action_scale = 4 * sigma if action == "next_latent" else 1.0
         if not action_scale > 0:
-            raise ValueError(f"action_scale is {action_scale}: give the number > 0 that an action of 1 means")
+            raise InputError(f"action_scale is {action_scale}: give the number > 0 that an action of 1 means")
         self.action_scale, self.noise = action_scale, noise
         self.denoiser = _exact(law, schedule) if denoiser is None else denoiser
         self._chains = _Chains(d, 1, noise, action_scale, self.denoiser)
@@ -240,9 +241,9 @@ class _Chains(Chains):
             label = self._draw(rows) if cond is None else self._given_condition(cond)[rows]
             self.cond = self.cond.index_copy(0, rows, label)
         elif cond is not None:
-            raise ValueError("options has a 'cond', but the environment has no conditions")
+            raise InputError("options has a 'cond', but the environment has no conditions")
         if x_t is None and index is not None:
-            raise ValueError("options has an 'index', but no 'x_t' for that position")
+            raise InputError("options has an 'index', but no 'x_t' for that position")
         at = self._given_index(index)[rows]
         if x_t is None:
             x = d.start(self.streams.noise(self.latents.x[rows], rows)).x
@@ -271,7 +272,7 @@ class _Chains(Chains):
         self.require_running()
         d, here = self.decision_process, self.latents
         if self.denoiser is None:
-            raise ValueError("the exact denoiser of these data is not known: give denoiser=")
+            raise InputError("the exact denoiser of these data is not known: give denoiser=")
         D_x = self.denoiser(here.x, here.t, self.cond)
         if d.action == "next_latent":
             return copied(d.denoise(here, D_x, self._noise) / self.scale)
@@ -290,7 +291,7 @@ class _Chains(Chains):
         x, shape = torch.tensor(given), self.latents.x.shape
         require_floating([(what, x)])
         if x.shape != shape:
-            raise ValueError(f"{what} has shape {tuple(x.shape[1:])}, but {tuple(shape[1:])} is needed")
+            raise InputError(f"{what} has shape {tuple(x.shape[1:])}, but {tuple(shape[1:])} is needed")
         check_finite(x, what)
         return x.to(self.latents.x)
 
@@ -300,14 +301,14 @@ class _Chains(Chains):
             self.decision_process.last,
         )
         if at.shape != self.rows.shape or at.is_floating_point() or bool(((at < 0) | (at >= last)).any()):
-            raise ValueError(f"index is {at.tolist()}: give whole numbers in [0, {last - 1}], one a chain")
+            raise InputError(f"index is {at.tolist()}: give whole numbers in [0, {last - 1}], one a chain")
         return at
 
     def _given_condition(self, cond: Array) -> Tensor:
         assert self.cond is not None
         c = torch.tensor(cond)
         if c.shape != self.cond.shape or c.is_floating_point() != self.cond.is_floating_point():
-            raise ValueError(
+            raise InputError(
                 f"cond is {c.dtype} {tuple(c.shape)}: give {self.cond.dtype} {tuple(self.cond.shape)}"
             )
         return c.to(self.cond)

@@ -26,6 +26,7 @@ from diffrl.envs.gymnasium_common import (
     named,
 )
 from diffrl.envs.reward_process import RewardProcess
+from diffrl.errors import InputError
 
 __all__ = ["DiffusionMRPEnv", "DiffusionMRPVectorEnv"]
 
@@ -92,7 +93,7 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
         noise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if reward_mode not in ("vector", "flat", "sum"):
-            raise ValueError(f"reward_mode is {reward_mode!r}: give 'vector', 'flat' or 'sum'")
+            raise InputError(f"reward_mode is {reward_mode!r}: give 'vector', 'flat' or 'sum'")
         self.reward_process = RewardProcess(
             named("process", PROCESSES, process, process_kwargs),
             named("data", DATASETS, data, data_kwargs),
@@ -196,7 +197,7 @@ class _Chains(Chains):
         if x0 is None and label is None:
             datum, label = self._draw(rows)
         elif x0 is None:
-            raise ValueError("cond is given without x0: give both")
+            raise InputError("cond is given without x0: give both")
         else:
             datum, label = r.given(torch.tensor(x0), label, tuple(self.rows.shape))
             datum, label = datum[rows], None if label is None else label[rows]
@@ -210,7 +211,7 @@ class _Chains(Chains):
 
     def step(self, action: int | Array, reward_mode: str) -> tuple[Observation, Array, Array, Array, Info]:
         if np.any(np.asarray(action) != 0):
-            raise ValueError(f"action is {action}: the only one is 0, to wait")
+            raise InputError(f"action is {action}: the only one is 0, to wait")
         self.require_running()
         noise = self.streams.noise(self.states.x, self.rows)
         self.states, r, terminated, truncated = self.reward_process.step(self.states, self.x0, noise)

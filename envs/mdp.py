@@ -14,6 +14,7 @@ from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.torchrl_common import ChainEnv
+from diffrl.errors import InputError
 from diffrl.rewards.calls import Reward
 from diffrl.shapes import require_floating
 
@@ -95,10 +96,10 @@ class DiffusionMDP(ChainEnv):
     ) -> None:
         super().__init__(batch_size=torch.Size(batch_size), device=torch.device(device), noise=noise)
         if group_size < 1 or (pairs and group_size not in (1, 2)):
-            raise ValueError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
+            raise InputError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
         self.pairs, self.group_size = pairs, 2 if pairs else group_size
         if self.group_size > 1 and (len(batch_size) != 1 or batch_size[0] % self.group_size):
-            raise ValueError(
+            raise InputError(
                 f"batch_size is {list(batch_size)}: groups of {self.group_size} rows need one dim, a multiple of it"
             )
         self.decision_process = DecisionProcess(
@@ -173,7 +174,7 @@ class DiffusionMDP(ChainEnv):
         given = td if set_state else TensorDict({}, b)
         resets = td.get("_reset", None)
         if resets is not None and G > 1 and bool((resets.view(-1, G) != resets.view(-1, G)[:, :1]).any()):
-            raise ValueError(f"groups of {G} rows start together: reset all rows of a group, or none")
+            raise InputError(f"groups of {G} rows start together: reset all rows of a group, or none")
         group = given.get(keys.GROUP, None)
         if group is None:
             group = torch.arange(b.numel(), device=self.device).div(G, rounding_mode="floor").view(*b, 1)
@@ -187,7 +188,7 @@ class DiffusionMDP(ChainEnv):
         x = given.get(keys.X_T, None)
         if x is None:
             if keys.INDEX in given:
-                raise ValueError(
+                raise InputError(
                     "set_state=True: the TensorDict has an 'index', but no 'x_t' for that position"
                 )
             return self._observe(d.start(self._first_noise()), cond, group)
@@ -204,21 +205,21 @@ class DiffusionMDP(ChainEnv):
         b, d = self.batch_size, self.decision_process
         require_floating([("x_t", x)])
         if x.shape != (*b, *d.event_shape):
-            raise ValueError(f"x_t has shape {tuple(x.shape)}, but {(*b, *d.event_shape)} is needed")
+            raise InputError(f"x_t has shape {tuple(x.shape)}, but {(*b, *d.event_shape)} is needed")
         check_finite(x.reshape(-1, *d.event_shape), "x_t")
         at = torch.zeros(b, dtype=torch.int64, device=self.device) if index is None else index.squeeze(-1)
         if bool(((at < 0) | (at >= d.last)).any()):
-            raise ValueError(f"set_state=True: a chain starts at an index in [0, {d.last - 1}]")
+            raise InputError(f"set_state=True: a chain starts at an index in [0, {d.last - 1}]")
         return d.latents(at, x.to(d.dtype))
 
     def _check_condition(self, cond: Tensor) -> None:
         b, d = self.batch_size, self.decision_process
         if d.conditions is None:
-            raise ValueError(
+            raise InputError(
                 "set_state=True: the TensorDict has a 'cond', but the environment has no conditions"
             )
         if cond.shape != (*b, *d.conditions.shape[1:]) or cond.dtype != d.conditions.dtype:
-            raise ValueError(
+            raise InputError(
                 f"cond is {cond.dtype} {tuple(cond.shape)}, but the conditions drawn from are "
                 f"{d.conditions.dtype} {tuple(d.conditions.shape)}"
             )

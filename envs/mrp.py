@@ -13,6 +13,7 @@ from diffrl.data.dataset import Data
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.envs.torchrl_common import ChainEnv
+from diffrl.errors import InputError
 
 __all__ = ["DiffusionMRP"]
 
@@ -81,7 +82,7 @@ class DiffusionMRP(ChainEnv):
     ) -> None:
         super().__init__(batch_size=torch.Size(batch_size), device=torch.device(device), noise=noise)
         if reward_mode not in ("vector", "sum"):
-            raise ValueError(f"reward_mode is {reward_mode!r}: give 'vector' or 'sum'")
+            raise InputError(f"reward_mode is {reward_mode!r}: give 'vector' or 'sum'")
         self.reward_process = RewardProcess(
             process,
             data,
@@ -152,12 +153,12 @@ class DiffusionMRP(ChainEnv):
         x0, x, at = (td.get(key, None) for key in (keys.X0, keys.X_T, keys.INDEX))
         if x0 is None or (x is not None and at is None):
             missing = keys.X0 if x0 is None else keys.INDEX
-            raise ValueError(f"set_state=True: the TensorDict has no {missing!r}, which the state needs")
+            raise InputError(f"set_state=True: the TensorDict has no {missing!r}, which the state needs")
         x0, cond = r.given(x0, td.get(keys.COND, None), self.batch_size)
         if at is not None:
             index = at.squeeze(-1)
             if bool(((index < 0) | (index >= r.last)).any()):
-                raise ValueError(f"set_state=True: a chain starts at an index in [0, {r.last - 1}]")
+                raise InputError(f"set_state=True: a chain starts at an index in [0, {r.last - 1}]")
         states = r.start(index, x0, self._draw_noise(x0)) if x is None else r.states(index, x)
         return states, x0, cond
 

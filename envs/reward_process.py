@@ -10,6 +10,7 @@ from diffrl.data.dataset import Data
 from diffrl.data.image_files import check_finite
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError, InputTypeError
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["RewardProcess", "States", "Transition"]
@@ -81,15 +82,17 @@ class RewardProcess:
         max_steps: int | None,
     ) -> None:
         if not isinstance(process, Schedule):
-            raise TypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
+            raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
         if not isinstance(data, (Data, Tensor)):
-            raise TypeError(f"data is a {type(data).__name__}: give a diffrl.data.Data or a tensor [M, *E]")
+            raise InputTypeError(
+                f"data is a {type(data).__name__}: give a diffrl.data.Data or a tensor [M, *E]"
+            )
         if max_steps is not None and max_steps < 1:
-            raise ValueError(f"max_steps is {max_steps}: a chain makes at least one step; None for no cut")
+            raise InputError(f"max_steps is {max_steps}: a chain makes at least one step; None for no cut")
         points = data if isinstance(data, Tensor) else data.test
         require_floating([("data", points)])
         if points.ndim < 2 or len(points) == 0:
-            raise ValueError(f"data has shape {tuple(points.shape)}: give [M, *E], one point per row")
+            raise InputError(f"data has shape {tuple(points.shape)}: give [M, *E], one point per row")
         if isinstance(data, Tensor):
             check_finite(data, "data")
         self.chain = Chain(process, num_steps, coupling, span, stride, value)
@@ -149,17 +152,17 @@ class RewardProcess:
         """
         require_floating([("x0", x0)])
         if x0.shape != (*batch, *self.event_shape):
-            raise ValueError(f"x0 has shape {tuple(x0.shape)}, but {(*batch, *self.event_shape)} is needed")
+            raise InputError(f"x0 has shape {tuple(x0.shape)}, but {(*batch, *self.event_shape)} is needed")
         check_finite(x0.reshape(-1, *self.event_shape), "x0")
         if (cond is None) != (self.num_classes == 0):
-            raise ValueError(
+            raise InputError(
                 f"the data have {self.num_classes} classes: "
                 + ("give cond beside x0" if cond is None else "leave cond out")
             )
         if cond is not None and not (
             cond.shape == batch and bool(((cond >= 0) & (cond < self.num_classes)).all())
         ):
-            raise ValueError(f"cond: give labels of shape {tuple(batch)} in 0..{self.num_classes - 1}")
+            raise InputError(f"cond: give labels of shape {tuple(batch)} in 0..{self.num_classes - 1}")
         return x0.to(self.dtype), None if cond is None else cond.long()
 
     def _look_up(self, index: Tensor, x: Tensor) -> tuple[Tensor, ...]:

@@ -22,8 +22,9 @@ from diffrl.experiments.reports.agreement import draw_agreement, target_outcomes
 from diffrl.experiments.reports.target_figure import draw_target_errors, run_target_errors
 from diffrl.experiments.study_findings import StudyFindings
 from diffrl.extras import MissingExtra
+from diffrl.text_files import write_atomically
 from diffrl.training.checkpoints import CheckpointError
-from diffrl.training.runs import RunFolderError, load, write_atomically
+from diffrl.training.runs import RunFolderError, load
 
 
 def main(arguments: argparse.Namespace) -> Path:

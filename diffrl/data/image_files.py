@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.extras import require
 
 __all__ = [
@@ -35,7 +36,7 @@ IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used; the message names the file and the fault."""
 
 

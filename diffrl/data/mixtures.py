@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from diffrl.errors import InputError
+
 __all__ = ["Mixture"]
 
 
@@ -31,13 +33,13 @@ class Mixture:
         C = self.means.shape[0]
         if self.means.ndim != 2 or self.stds.shape != (C,) or self.weights.shape != (C,):
             shapes = [tuple(a.shape) for a in (self.means, self.stds, self.weights)]
-            raise ValueError(f"a mixture needs means [C, D], stds [C] and weights [C], not {shapes}")
+            raise InputError(f"a mixture needs means [C, D], stds [C] and weights [C], not {shapes}")
         if (
             bool((self.stds < 0).any())
             or bool((self.weights < 0).any())
             or abs(float(self.weights.sum()) - 1) > 1e-6
         ):
-            raise ValueError("a mixture needs stds >= 0, and weights >= 0 that sum to 1")
+            raise InputError("a mixture needs stds >= 0, and weights >= 0 that sum to 1")
 
     @property
     def sigma_data(self) -> float:

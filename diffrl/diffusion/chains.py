@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffrl.diffusion.posterior import Posterior, coupling_eta, posterior
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.shapes import expand_like
 
 __all__ = ["Chain"]
@@ -55,19 +56,19 @@ class Chain:
     def __post_init__(self) -> None:
         coupling_eta(self.coupling)
         if self.num_steps < 1 or int(self.num_steps) != self.num_steps:
-            raise ValueError(f"num_steps is {self.num_steps}: a chain has a whole number of levels >= 1")
+            raise InputError(f"num_steps is {self.num_steps}: a chain has a whole number of levels >= 1")
         if self.span < 1 or int(self.span) != self.span:
-            raise ValueError(
+            raise InputError(
                 f"span is {self.span}: successive states are a whole number of levels >= 1 apart"
             )
         if not self.stride > 0:
-            raise ValueError(f"stride is {self.stride}: the one-step stride must be > 0")
+            raise InputError(f"stride is {self.stride}: the one-step stride must be > 0")
         if self.value not in ("posterior_mean", "clean"):
-            raise ValueError(f"value is {self.value!r}: give 'posterior_mean' or 'clean'")
+            raise InputError(f"value is {self.value!r}: give 'posterior_mean' or 'clean'")
         if not -1 < self.offset < 1:
-            raise ValueError(f"offset is {self.offset}: it shifts the grid by less than one level")
+            raise InputError(f"offset is {self.offset}: it shifts the grid by less than one level")
         if len(self.t) < 2:
-            raise ValueError(
+            raise InputError(
                 f"no noise level is left of num_steps = {self.num_steps} with t_max = {self.t_max} and "
                 f"offset = {self.offset}"
             )

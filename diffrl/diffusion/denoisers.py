@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffrl.diffusion.predictions import PredictionType, Scalings, boundary_scalings, scalings
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["Denoiser", "DenoiserFn", "require_states"]
@@ -48,9 +49,9 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         if not sigma_data > 0:
-            raise ValueError(f"sigma_data is {sigma_data}: the data's standard deviation is > 0")
+            raise InputError(f"sigma_data is {sigma_data}: the data's standard deviation is > 0")
         if time_input not in ("c_noise", "c_noise_x1000", "t"):
-            raise ValueError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
+            raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input = prediction_type, time_input
         self.scalings(process.time_grid(1)[:1])  # refuses an unknown type now, not later in training
@@ -98,6 +99,6 @@ def require_states(x_t: Tensor, t: Tensor) -> None:
     """
     require_floating([("x_t", x_t)])
     if t.shape != x_t.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
         )

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import require_states
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 
 __all__ = ["EmpiricalDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
 
@@ -100,7 +101,7 @@ class MixtureDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         if not (len(means) == len(stds) == len(weights)):
-            raise ValueError(
+            raise InputError(
                 f"a mixture needs as many means ({len(means)}) as stds ({len(stds)}) "
                 f"and weights ({len(weights)})"
             )
@@ -137,7 +138,7 @@ class MixtureDenoiser(nn.Module):
         """
         require_states(x_t, t)
         if x_t.shape[1:] != self.event_shape:
-            raise ValueError(
+            raise InputError(
                 f"x_t has event shape {tuple(x_t.shape[1:])}, the mixture has {tuple(self.event_shape)}"
             )
         parts = zip(x_t.split(self.batch_size), t.split(self.batch_size), strict=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError
 
 __all__ = ["GuidedDenoiser"]
 
@@ -39,7 +40,7 @@ class GuidedDenoiser(nn.Module):
             ValueError: no labels.
         """
         if cond is None:
-            raise ValueError("guidance needs labels: give cond, shape [N]")
+            raise InputError("guidance needs labels: give cond, shape [N]")
         if self.guidance_scale == 1:
             return self.denoiser(x_t, t, cond)
         unconditional = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))

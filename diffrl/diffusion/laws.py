@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.shapes import column
 
 __all__ = ["Gaussian", "Law", "NoiseFn", "Reduction"]
@@ -86,7 +87,7 @@ class Gaussian(NamedTuple):
                 time: such a step has no density.
         """
         if self.std.ndim == 0 and not bool(self.std > 0):
-            raise ValueError(
+            raise InputError(
                 "std is 0: a deterministic step has no log-probability; use eta > 0 or a floor on std"
             )
         std = column(self._positive_std, x)
@@ -114,7 +115,7 @@ class Gaussian(NamedTuple):
             ValueError: the two laws differ in std.
         """
         if not torch.equal(self.std, other.std):
-            raise ValueError(
+            raise InputError(
                 "the two laws differ in std: compare policies of the same sampler, grid and std floor"
             )
         std = column(self._positive_std, self.mean)

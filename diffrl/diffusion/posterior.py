@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.shapes import expand_like
 
 __all__ = ["Posterior", "coupling_eta", "marginal", "posterior", "transition"]
@@ -32,7 +33,7 @@ def coupling_eta(coupling: float | str) -> float:
     """
     eta = {"markov": 1.0, "shared": 0.0}.get(coupling) if isinstance(coupling, str) else float(coupling)
     if eta is None or not 0 <= eta <= 1:
-        raise ValueError(f"coupling is {coupling!r}: give 'markov', 'shared' or a number in [0, 1]")
+        raise InputError(f"coupling is {coupling!r}: give 'markov', 'shared' or a number in [0, 1]")
     return eta
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 from diffrl.shapes import expand_like
 
 __all__ = ["PredictionType", "Scalings", "boundary_scalings", "from_x0", "scalings", "to_x0"]
@@ -72,7 +73,7 @@ def scalings(process: Schedule, t: Tensor, prediction_type: PredictionType, sigm
         return Scalings(1 / alpha, sigma**2 / alpha, c_in)
     if prediction_type == "edm":
         return Scalings(alpha * sigma_data**2 / s, sigma * sigma_data * c_in, c_in)
-    raise ValueError(
+    raise InputError(
         f"prediction_type is {prediction_type!r}: give one of {', '.join(get_args(PredictionType))}"
     )
 
@@ -101,7 +102,7 @@ def boundary_scalings(process: Schedule, t: Tensor, sigma_data: float) -> Scalin
     """
     if not isinstance(process, EDM):
         name = type(process).__name__
-        raise ValueError(f"the boundary form of consistency models is defined on EDM, not on {name}")
+        raise InputError(f"the boundary form of consistency models is defined on EDM, not on {name}")
     excess = t - process.sigma_min
     c_in = (t**2 + sigma_data**2).rsqrt()
     return Scalings(sigma_data**2 / (excess**2 + sigma_data**2), excess * sigma_data * c_in, c_in)
@@ -155,7 +156,7 @@ def _affine(
 ) -> tuple[Tensor, Tensor]:
     """c_skip and c_out, broadcast against x_t."""
     if prediction_type == "edm" and sigma_data is None:
-        raise ValueError("prediction_type 'edm' is relative to the scale of the data: give sigma_data")
+        raise InputError("prediction_type 'edm' is relative to the scale of the data: give sigma_data")
     scale = 1.0 if sigma_data is None else sigma_data  # enters no other type's c_skip and c_out
     c_skip, c_out, _ = scalings(process, t, prediction_type, scale)
     return expand_like(c_skip.to(x_t.dtype), x_t), expand_like(c_out.to(x_t.dtype), x_t)

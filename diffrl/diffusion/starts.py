@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.registry import Registry
 
 __all__ = ["STARTS", "CurriculumStarts", "LossAwareStarts", "Starts", "UniformStarts"]
@@ -80,9 +81,9 @@ class LossAwareStarts(Starts):
 
     def __init__(self, history: int = 10, uniform: float = 0.001) -> None:
         if history < 1:
-            raise ValueError(f"history is {history}: remember at least one loss")
+            raise InputError(f"history is {history}: remember at least one loss")
         if not 0 <= uniform <= 1:
-            raise ValueError(f"uniform is {uniform}: it is a share in [0, 1]")
+            raise InputError(f"uniform is {uniform}: it is a share in [0, 1]")
         self.history, self.uniform = history, uniform
         # one row for each start, in which a new loss takes the place of the oldest
         self._losses = torch.zeros(0, history, dtype=torch.float64)
@@ -156,9 +157,9 @@ class CurriculumStarts(Starts):
     ) -> None:
         for name, number in (("clusters", clusters), ("patience", patience), ("every", every)):
             if number < 1:
-                raise ValueError(f"{name} is {number}: it must be at least 1")
+                raise InputError(f"{name} is {number}: it must be at least 1")
         if order not in ("high_to_low", "low_to_high"):
-            raise ValueError(f"order is {order!r}: give 'high_to_low' or 'low_to_high'")
+            raise InputError(f"order is {order!r}: give 'high_to_low' or 'low_to_high'")
         self.clusters, self.patience, self.every, self.order = clusters, patience, every, order
         self.stage = 1
         """The present stage, from 1 to N."""

@@ -11,6 +11,7 @@ from diffrl import keys
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.starts import Starts, UniformStarts
+from diffrl.errors import InputError
 from diffrl.shapes import require_floating
 
 __all__ = ["ChainSampler", "draw_chain", "sample_chain"]
@@ -110,7 +111,7 @@ def draw_chain(
     if noise is None:
         noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
     elif noise.shape != (B, num_noise, *E):
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
+        raise InputError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
     x, reward = _states_and_rewards(table, x0, noise)
     return _transitions(chain, table, index, x, reward, x0, cond)
 
@@ -118,13 +119,13 @@ def draw_chain(
 def _check_data(x0: Tensor, cond: Tensor | None, window: int | None) -> None:
     require_floating([("x0", x0)])
     if x0.ndim < 2:
-        raise ValueError(
+        raise InputError(
             f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
         )
     if cond is not None and len(cond) != len(x0):
-        raise ValueError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
+        raise InputError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
     if window is not None and window < 1:
-        raise ValueError(f"window is {window}: keep at least one transition, or None for whole chains")
+        raise InputError(f"window is {window}: keep at least one transition, or None for whole chains")
 
 
 def _states_and_rewards(table: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +213,7 @@ class ChainSampler:
     def __post_init__(self) -> None:
         whole = self.window is None or self.window >= self.chain.num_transitions
         if whole and not isinstance(self.starts, UniformStarts):
-            raise ValueError(
+            raise InputError(
                 "starts say where windows of a chain begin, but chains are whole: set chain.window, e.g. to 1"
             )
 

@@ -21,7 +21,8 @@ from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment
 from diffrl.registry import Config
-from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions, write_atomically
+from diffrl.text_files import write_atomically
+from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions
 from diffrl.workers import Failure, run_tasks
 
 __all__ = [

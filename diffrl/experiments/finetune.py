@@ -11,6 +11,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
+from diffrl.errors import InputError
 from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
@@ -49,7 +50,7 @@ class _Job(Job):
     def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
         if config["dtype"] == "float64":
-            raise ValueError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
+            raise InputError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
         model = _model(config)
         self.model, self.policy = model, _policy(config, model)
         if reward is None:
@@ -132,7 +133,7 @@ def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
     sampler = SAMPLERS.build(config["sampler"])
     if not isinstance(sampler, GaussianSampler):
         known = ", ".join(samplers_with_law())
-        raise ValueError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
+        raise InputError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
     return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
 
 
@@ -140,7 +141,7 @@ def _shipped(config: Config) -> Reward:
     """Build the reward that a configuration names."""
     if config["name"].startswith(OWN):
         name = config["name"].removeprefix(OWN)
-        raise ValueError(
+        raise InputError(
             f"this run was tuned for a reward of your own, {name}: give it to run_finetuning again"
         )
     reward: Reward = REWARDS.build(config)

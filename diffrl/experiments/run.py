@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.extras import require_installed
 from diffrl.training.loop import Loop
 from diffrl.training.runs import RunFolder
@@ -105,13 +106,13 @@ def check_settings(config: Mapping[str, Any]) -> None:
     """Refuse settings that are of the right type, but cannot work."""
     for key, known in (("dtype", tuple(AUTOCAST)), ("logger", LOGGERS)):
         if config[key] not in known:
-            raise ValueError(f"{key} is {config[key]!r}: give {', '.join(known)}")
+            raise InputError(f"{key} is {config[key]!r}: give {', '.join(known)}")
     if config["logger"] != "csv":
         require_installed(config["logger"], extra=config["logger"])
     try:
         torch.zeros(1, device=config["device"])
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way to lack it
-        raise ValueError(f"device is {config['device']!r}, which cannot be used: {error}") from error
+        raise InputError(f"device is {config['device']!r}, which cannot be used: {error}") from error
 
 
 def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:

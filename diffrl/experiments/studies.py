@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffrl.errors import InputError
 from diffrl.experiments.comparison import Cell, Execution, run_cells
 
 __all__ = ["WHERE", "Comparison", "Study", "grid_scheme", "run_comparison", "study_cell"]
@@ -43,16 +44,16 @@ class Study:
     def __post_init__(self) -> None:
         if self.baseline not in self.schemes:
             known = "; ".join(self.schemes)
-            raise ValueError(
+            raise InputError(
                 f"study {self.name}: the baseline {self.baseline!r} is none of its schemes: {known}"
             )
         if self.matched not in MATCHED:
-            raise ValueError(
+            raise InputError(
                 f"study {self.name}: matched is {self.matched!r}: give one of {', '.join(MATCHED)}"
             )
         for what, values in (("case", self.cases), ("seed", self.seeds)):
             if not values:
-                raise ValueError(f"study {self.name} has no {what}: give at least one")
+                raise InputError(f"study {self.name} has no {what}: give at least one")
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Study":
@@ -122,7 +123,7 @@ def run_comparison(
     """
     names = [study.name for study in comparison.studies]
     if unknown := [name for name in studies if name not in names]:
-        raise ValueError(f"no study {unknown[0]!r} in plan {comparison.name}: there are {', '.join(names)}")
+        raise InputError(f"no study {unknown[0]!r} in plan {comparison.name}: there are {', '.join(names)}")
     only = [cell for cell in comparison.cells if not studies or cell.where["study"] in studies]
     about = {
         "plan": comparison.name,

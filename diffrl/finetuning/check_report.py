@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 
+from diffrl.errors import DiffrlError
 from diffrl.text_tables import text_table
 
 __all__ = ["Check", "CheckFailed", "Report"]
 
 
-class CheckFailed(RuntimeError):
+class CheckFailed(DiffrlError, RuntimeError):
     """Something must be put right before training makes sense."""
 
 

@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.check_report import Check, Report
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.surrogate import trainable_law
@@ -86,13 +87,13 @@ def check(
 def _refuse(rollout: TensorDictBase, batch_rows: int | None, centred: str | None) -> None:
     needed = (keys.X_T, keys.INDEX, keys.GROUP, keys.ACTION, keys.ACTION_LOG_PROB, keys.TRAINABLE)
     if missing := [key for key in (*needed, keys.ADVANTAGE) if rollout.get(key, None) is None]:
-        raise ValueError(f"the rollout has no {', '.join(missing)}: collect it and set its advantages first")
+        raise InputError(f"the rollout has no {', '.join(missing)}: collect it and set its advantages first")
     if rollout.ndim != 2:
-        raise ValueError(f"the rollout has batch size {tuple(rollout.shape)}: give whole chains, [B, K]")
+        raise InputError(f"the rollout has batch size {tuple(rollout.shape)}: give whole chains, [B, K]")
     if batch_rows is not None and batch_rows < 1:
-        raise ValueError(f"batch_rows is {batch_rows}: an update forwards at least one state")
+        raise InputError(f"batch_rows is {batch_rows}: an update forwards at least one state")
     if centred not in ("group", "batch", None):
-        raise ValueError(f"centred is {centred!r}: give 'group', 'batch' or None")
+        raise InputError(f"centred is {centred!r}: give 'group', 'batch' or None")
 
 
 @contextmanager
@@ -305,14 +306,14 @@ def _gradient(run: _Run, states: TensorDictBase) -> list[Tensor]:
     """Gradient of the sum of all entries "loss_...", for the parameters of the policy that it reaches."""
     trained = [p for p in run.policy.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("no parameter of the policy requires a gradient")
+        raise InputError("no parameter of the policy requires a gradient")
     with torch.enable_grad():
         with run.precision():
             out = run.loss(states)
         total = torch.stack([out.get(key) for key in out.keys() if str(key).startswith("loss_")]).sum()
         found = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
     if all(g is None for g in found):
-        raise ValueError("the loss has no gradient for this policy: is it built on another one?")
+        raise InputError("the loss has no gradient for this policy: is it built on another one?")
     return [g for g in found if g is not None]
 
 

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import trajectory_condition
 from diffrl.finetuning.rollouts.chains import collect_rollout
@@ -69,7 +70,7 @@ class TuningEvaluation:
 
     def __post_init__(self) -> None:
         if self.samples < 2:
-            raise ValueError(f"evaluation.samples is {self.samples}: give at least 2")
+            raise InputError(f"evaluation.samples is {self.samples}: give at least 2")
 
 
 class Judge:
@@ -166,11 +167,11 @@ class EarlyStop:
 
     def __post_init__(self) -> None:
         if self.patience is not None and self.patience < 1:
-            raise ValueError(f"stop.patience is {self.patience}: give at least 1, or null for never")
+            raise InputError(f"stop.patience is {self.patience}: give at least 1, or null for never")
         if self.max_kl is not None and not self.max_kl > 0:
-            raise ValueError(f"stop.max_kl is {self.max_kl}: give nats > 0, or null for never")
+            raise InputError(f"stop.max_kl is {self.max_kl}: give nats > 0, or null for never")
         if self.min_diversity is not None and not 0 < self.min_diversity < 1:
-            raise ValueError(f"stop.min_diversity is {self.min_diversity}: it is a share in (0, 1)")
+            raise InputError(f"stop.min_diversity is {self.min_diversity}: it is a share in (0, 1)")
 
     def reason(self, rows: Sequence[Mapping[str, float]]) -> str | None:
         """Why to stop after these evaluations, the base's first; None to go on.

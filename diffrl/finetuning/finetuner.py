@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from torch import Generator, Tensor
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.policy import DenoisingPolicy
@@ -104,10 +105,10 @@ class Finetuner(Loop):
         self.event_shape, self.conditions = tuple(event_shape), conditions
         self.references = References(policy, recipe.regulariser.decay)
         if not any(p.requires_grad for p in policy.denoiser.parameters()):
-            raise ValueError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
+            raise InputError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
         for piece in recipe.pieces:
             if reason := piece.refuses(policy):
-                raise ValueError(reason)
+                raise InputError(reason)
         self.num_trainable = len(policy.stochastic_steps)
         setting = self._setting(optim or FinetuningOptim())
         recipe.credit.prepare(setting)

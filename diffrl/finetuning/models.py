@@ -11,6 +11,7 @@ from diffrl.data.dataset import Data
 from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora
+from diffrl.errors import InputError
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
@@ -65,20 +66,20 @@ def run_model(
         ValueError: labels or guidance for a denoiser without labels, or a label that it does not know.
     """
     if path is None:
-        raise ValueError("model.path is null: give the folder of a training run")
+        raise InputError("model.path is null: give the folder of a training run")
     run = load(path, objective)
     num_classes = int(getattr(run.denoiser.network, "num_classes", 0))
     denoiser: nn.Module = run.denoiser
     conditions = None
     if num_classes == 0 and (labels or guidance_scale != 1):
-        raise ValueError(
+        raise InputError(
             f"{path} was trained without labels, so model.labels and model.guidance_scale have no meaning: "
             "train it with data.conditional=true"
         )
     if num_classes:
         chosen = list(range(num_classes)) if labels is None else labels
         if not chosen or not all(0 <= label < num_classes for label in chosen):
-            raise ValueError(f"model.labels is {labels}: the denoiser knows 0..{num_classes - 1}")
+            raise InputError(f"model.labels is {labels}: the denoiser knows 0..{num_classes - 1}")
         conditions = torch.tensor(chosen)
     if guidance_scale != 1:
         denoiser = GuidedDenoiser(run.denoiser, num_classes, guidance_scale)
@@ -170,16 +171,16 @@ def _check_pipeline_options(
     path: str | None, weights: str, lora_rank: int | None, prompts: list[str], prompts_file: str | None
 ) -> None:
     if path is None:
-        raise ValueError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
+        raise InputError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
     if weights not in DTYPES:
-        raise ValueError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
+        raise InputError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
     if lora_rank is None and weights != "float32":
-        raise ValueError(
+        raise InputError(
             "without adapters all weights are trained, and half precision loses small steps: set "
             "model.weights=float32, or model.lora_rank"
         )
     if bool(prompts) == (prompts_file is not None):
-        raise ValueError("give model.prompts or model.prompts_file, one of the two")
+        raise InputError("give model.prompts or model.prompts_file, one of the two")
 
 
 def _decoded(reward: Reward, decode: LatentDecoder, texts: list[str], batch_size: int) -> Reward:
@@ -199,7 +200,7 @@ def _lines(file: str) -> list[str]:
     try:
         texts = [line.strip() for line in Path(file).read_text().splitlines()]
     except OSError as error:
-        raise ValueError(f"model.prompts_file {file} cannot be read: {error}") from error
+        raise InputError(f"model.prompts_file {file} cannot be read: {error}") from error
     if not any(texts):
-        raise ValueError(f"model.prompts_file {file} holds no prompt: write one a line")
+        raise InputError(f"model.prompts_file {file} holds no prompt: write one a line")
     return [text for text in texts if text]

@@ -14,6 +14,7 @@ from diffrl import keys
 from diffrl.diffusion.laws import Gaussian, NoiseFn
 from diffrl.diffusion.samplers.base import GaussianSampler, Noise
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError, InputTypeError
 from diffrl.shapes import column
 
 __all__ = ["ActionDistribution", "DenoisingPolicy"]
@@ -65,16 +66,18 @@ class DenoisingPolicy(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
+            raise InputError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
         if not std_floor >= 0:
-            raise ValueError(f"std_floor is {std_floor}: it is a standard deviation >= 0")
+            raise InputError(f"std_floor is {std_floor}: it is a standard deviation >= 0")
         if not all(0 <= i < num_steps for i in noise_steps or []):
-            raise ValueError(f"noise_steps is {noise_steps}: the steps are 0..{num_steps - 1}")
+            raise InputError(f"noise_steps is {noise_steps}: the steps are 0..{num_steps - 1}")
         if not isinstance(sampler, GaussianSampler):
-            raise TypeError(f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()")
+            raise InputTypeError(
+                f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()"
+            )
         process = getattr(denoiser, "process", None) if process is None else process
         if process is None:
-            raise ValueError("this denoiser does not know its process: give process=")
+            raise InputError("this denoiser does not know its process: give process=")
         self.denoiser, self.sampler, self.num_steps = denoiser, sampler, num_steps
         self.reduction, self.std_floor, self.noise_steps = reduction, std_floor, noise_steps
         self.process: Schedule = process
@@ -185,7 +188,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         x_t, index = tensordict.get(keys.X_T), tensordict.get(keys.INDEX)
         t, cond = tensordict.get(keys.T, None), tensordict.get(keys.COND, None)
         if t is not None and not self.is_on_grid(index, t):
-            raise ValueError(
+            raise InputError(
                 f"the states are at other times than those of the policy's grid of {self.num_steps} levels: "
                 "give both the same process, sampler and num_steps"
             )

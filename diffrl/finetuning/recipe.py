@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.piece import Piece
 from diffrl.finetuning.placement.base import Placement
@@ -33,11 +34,11 @@ class Regulariser(Piece):
 
     def __post_init__(self) -> None:
         if not self.kl_coef >= 0:
-            raise ValueError(f"regulariser.kl_coef is {self.kl_coef}: it is a weight >= 0")
+            raise InputError(f"regulariser.kl_coef is {self.kl_coef}: it is a weight >= 0")
         if self.reference not in ("frozen", "old", "ema"):
-            raise ValueError(f"regulariser.reference is {self.reference!r}: give 'frozen', 'old' or 'ema'")
+            raise InputError(f"regulariser.reference is {self.reference!r}: give 'frozen', 'old' or 'ema'")
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"regulariser.decay is {self.decay}: it lies in [0, 1]")
+            raise InputError(f"regulariser.decay is {self.decay}: it lies in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for piece in self.pieces:
             if reason := piece.conflict(self):
-                raise ValueError(reason)
+                raise InputError(reason)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

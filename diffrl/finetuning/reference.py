@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.pipelines.lora import has_lora
+from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.training.checkpoints import CheckpointError
 
@@ -57,13 +58,13 @@ class References:
             ValueError: an unknown name, or a moving copy of a denoiser whose adapters share their base.
         """
         if kind not in ("frozen", "old", "ema"):
-            raise ValueError(f"there is no reference {kind!r}: ask for 'frozen', 'old' or 'ema'")
+            raise InputError(f"there is no reference {kind!r}: ask for 'frozen', 'old' or 'ema'")
         if kind == "frozen":
             return self._asked.setdefault(kind, self.frozen)
         if kind not in self._moving:
             network = getattr(self.policy.denoiser, "network", None)
             if isinstance(network, nn.Module) and has_lora(network):
-                raise ValueError(f"the reference is {kind!r}, but adapters share their base: take 'frozen'")
+                raise InputError(f"the reference is {kind!r}, but adapters share their base: take 'frozen'")
             self._moving[kind] = self._asked[kind] = frozen_copy(self.policy)
         return self._moving[kind]
 

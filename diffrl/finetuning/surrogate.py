@@ -12,6 +12,7 @@ from torchrl.objectives.common import LossModule
 
 from diffrl import keys
 from diffrl.diffusion.laws import Gaussian
+from diffrl.errors import InputError
 from diffrl.finetuning.piece import Piece, Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.registry import Registry
@@ -121,7 +122,7 @@ def trainable_law(policy: DenoisingPolicy, steps: TensorDictBase) -> tuple[Gauss
     """
     mask = steps.get(keys.TRAINABLE).squeeze(-1)
     if not bool(mask.any()):
-        raise ValueError(
+        raise InputError(
             "no step of this batch is stochastic, so none has a log-probability: leave such batches out"
         )
     law = _law_at(policy, steps, mask)

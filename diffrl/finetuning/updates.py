@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Generator, Tensor
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.piece import Piece
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
@@ -82,7 +83,7 @@ class UpdatePlan(Piece, ABC):
     def _check(self) -> None:
         for name in ("minibatches", "passes", "micro_batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"updates.{name} is {getattr(self, name)}: it must be at least 1")
+                raise InputError(f"updates.{name} is {getattr(self, name)}: it must be at least 1")
 
 
 @UPDATES.register("steps")
@@ -122,12 +123,12 @@ class Updates(UpdatePlan):
 
     def __post_init__(self) -> None:
         if self.order not in ("trajectory", "step"):
-            raise ValueError(f"updates.order is {self.order!r}: give 'trajectory' or 'step'")
+            raise InputError(f"updates.order is {self.order!r}: give 'trajectory' or 'step'")
         self._check()
         if self.last is not None and self.last < 1:
-            raise ValueError(f"updates.last is {self.last}: give at least 1, or null for all steps")
+            raise InputError(f"updates.last is {self.last}: give at least 1, or null for all steps")
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"updates.fraction is {self.fraction}: it lies in (0, 1]")
+            raise InputError(f"updates.fraction is {self.fraction}: it lies in (0, 1]")
 
     @property
     def single(self) -> bool:
@@ -176,7 +177,7 @@ class Updates(UpdatePlan):
         rollout = rollout.select(*entries, keys.TRAINABLE, keys.COND, strict=False)
         units, k = len(steps), self.steps_of(steps.shape[1])
         if units < self.minibatches:
-            raise ValueError(f"{units} trajectories or pairs cannot make {self.minibatches} minibatches")
+            raise InputError(f"{units} trajectories or pairs cannot make {self.minibatches} minibatches")
         members = torch.arange(group_size)
         for _ in range(self.passes):
             order = torch.randperm(units, generator=generator)
@@ -195,7 +196,7 @@ class Updates(UpdatePlan):
         """Stochastic steps of each unit, [units, m]; a unit with fewer than the most is filled up with others."""
         m = int(mask.sum(1).max())
         if m == 0:
-            raise ValueError("no step is stochastic, so none can be trained: give a sampler with noise")
+            raise InputError("no step is stochastic, so none can be trained: give a sampler with noise")
         steps = mask.int().argsort(dim=1, stable=True)[:, -m:]  # stochastic ones come last, in order
         return steps if self.last is None else steps[:, -self.last :]
 
@@ -233,9 +234,9 @@ class SampleUpdates(UpdatePlan):
     def __post_init__(self) -> None:
         self._check()
         if self.times not in ("uniform", "log_normal"):
-            raise ValueError(f"updates.times is {self.times!r}: give 'uniform' or 'log_normal'")
+            raise InputError(f"updates.times is {self.times!r}: give 'uniform' or 'log_normal'")
         if self.draws < 1:
-            raise ValueError(f"updates.draws is {self.draws}: it must be at least 1")
+            raise InputError(f"updates.draws is {self.draws}: it must be at least 1")
 
     def conflict(self, recipe: "Recipe") -> str | None:
         """Refuse rewards of single steps, which no sample has."""

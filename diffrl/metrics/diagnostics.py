@@ -18,6 +18,7 @@ from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns, n_step_returns
 
 __all__ = ["Oracle", "gradient_variance", "target_errors"]
@@ -98,9 +99,9 @@ def target_errors(
         ValueError: fewer than two draws, no λ, or an argument of the chain or the returns out of range.
     """
     if draws < 2:
-        raise ValueError(f"draws is {draws}: a variance needs at least two")
+        raise InputError(f"draws is {draws}: a variance needs at least two")
     if not lmbdas:
-        raise ValueError("lmbdas is empty: the best λ is chosen among them")
+        raise InputError("lmbdas is empty: the best λ is chosen among them")
 
     targets = _Targets(tuple(lmbdas), tuple(n_steps), gamma)
     grid = Chain(process, num_steps, coupling, **chain)
@@ -267,7 +268,7 @@ def gradient_variance(
         ValueError: fewer than two batches.
     """
     if batches < 2:
-        raise ValueError(f"batches is {batches}: a variance needs at least two")
+        raise InputError(f"batches is {batches}: a variance needs at least two")
     generator = Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
     squares = dict.fromkeys(losses, 0.0)

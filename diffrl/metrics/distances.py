@@ -12,6 +12,7 @@ from diffrl.diffusion.networks.digits_cnn import digits_cnn
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.extras import require
 
 __all__ = [
@@ -47,11 +48,11 @@ def evaluation_noise(x0: Tensor, seed: int, first: int = 0) -> Tensor:
 def _time_at(process: Schedule, sigma: float) -> Tensor:
     """The time whose noise-to-signal ratio is sigma: float64 scalar."""
     if not sigma > 0:
-        raise ValueError(f"sigma is {sigma}: the value error needs noise, so give sigma > 0")
+        raise InputError(f"sigma is {sigma}: the value error needs noise, so give sigma > 0")
     t = process.t_from_log_snr(torch.tensor(-2 * math.log(sigma), dtype=torch.float64))
     reached = float(process.sigma(t) / process.alpha(t))
     if abs(reached / sigma - 1) > 0.1:  # in discrete time, the nearest timestep is used
-        raise ValueError(f"sigma is {sigma:g}, but the nearest noise level of {process} is {reached:g}")
+        raise InputError(f"sigma is {sigma:g}, but the nearest noise level of {process} is {reached:g}")
     return t
 
 
@@ -113,12 +114,12 @@ def value_error(
 def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Two point clouds as float64 [n, D] and [m, D], checked."""
     if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or len(x) == 0 or len(y) == 0:
-        raise ValueError(f"samples must be [n, *E] and [m, *E], not {tuple(x.shape)} and {tuple(y.shape)}")
+        raise InputError(f"samples must be [n, *E] and [m, *E], not {tuple(x.shape)} and {tuple(y.shape)}")
     x, y = x.detach().flatten(1).double(), y.detach().flatten(1).double()
     for name, cloud in (("x", x), ("y", y)):
         bad = ~cloud.isfinite().all(1)
         if bool(bad.any()):
-            raise ValueError(
+            raise InputError(
                 f"sample {int(bad.nonzero()[0])} of {name} holds NaN or infinity: no distance exists"
             )
     return x, y.to(x.device)
@@ -195,7 +196,7 @@ def frechet_distance(fx: Tensor, fy: Tensor) -> float:
     """
     fx, fy = _clouds(fx, fy)
     if len(fx) < 2 or len(fy) < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
+        raise InputError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
     U, V = (torch.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r").R for f in (fx, fy))
     cross = torch.linalg.svdvals(U @ V.T).sum()
     distance = (fx.mean(0) - fy.mean(0)).square().sum() + U.square().sum() + V.square().sum() - 2 * cross
@@ -222,13 +223,13 @@ def mmd(x: Tensor, y: Tensor) -> float:
     x, y = _clouds(x, y)
     n, m = len(x), len(y)
     if n < 2 or m < 2:
-        raise ValueError(f"mmd needs at least 2 samples of each, not {n} and {m}")
+        raise InputError(f"mmd needs at least 2 samples of each, not {n} and {m}")
     both = torch.cat([x, y])
     distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").cpu()
     i, j = torch.triu_indices(n + m, n + m, offset=1)
     h = float(np.median(distances[i, j].numpy()))
     if h == 0:
-        raise ValueError(
+        raise InputError(
             "mmd: more than half of the distances between points are 0, so there is no bandwidth"
         )
     k = torch.exp(-(distances**2) / (2 * h**2))
@@ -273,7 +274,7 @@ def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
         MissingExtra: the distance needs a package that is not installed.
     """
     if name not in SAMPLE_DISTANCES:
-        raise ValueError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
+        raise InputError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
     return SAMPLE_DISTANCES[name](x, y)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from diffrl.errors import InputError
+
 __all__ = ["bootstrap_interval", "iqm", "probability_of_improvement"]
 
 
@@ -35,7 +37,7 @@ def iqm(x: ArrayLike, axis: int | None = None) -> NDArray[np.float64]:
     x, axis = (x.ravel(), 0) if axis is None else (x, axis)
     n = x.shape[axis]
     if n == 0:
-        raise ValueError("iqm of no values")
+        raise InputError("iqm of no values")
     cut = n // 4
     kept = np.sort(x, axis=axis).take(range(cut, n - cut), axis=axis)
     return np.asarray(kept.mean(axis=axis))
@@ -46,7 +48,7 @@ def _by_task(scores: ArrayLike) -> NDArray[np.float64]:
     scores = np.asarray(scores, dtype=np.float64)
     scores = scores[:, None] if scores.ndim == 1 else scores
     if scores.ndim != 2 or scores.size == 0 or not np.isfinite(scores).all():
-        raise ValueError(f"scores must be finite, [seeds] or [seeds, tasks], not of shape {scores.shape}")
+        raise InputError(f"scores must be finite, [seeds] or [seeds, tasks], not of shape {scores.shape}")
     return scores
 
 
@@ -69,7 +71,7 @@ def probability_of_improvement(x: ArrayLike, y: ArrayLike) -> float:
     """
     x, y = _by_task(x), _by_task(y)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x has {x.shape[1]} tasks and y {y.shape[1]}; compare scores on the same tasks")
+        raise InputError(f"x has {x.shape[1]} tasks and y {y.shape[1]}; compare scores on the same tasks")
     above = x[:, None] > y[None]
     equal = x[:, None] == y[None]
     return float((above + 0.5 * equal).mean())
@@ -102,9 +104,9 @@ def bootstrap_interval(
     """
     arrays = [_by_task(s) for s in scores]
     if not arrays or min(a.shape[0] for a in arrays) < 2:
-        raise ValueError("a bootstrap interval needs scores of at least 2 seeds; run more")
+        raise InputError("a bootstrap interval needs scores of at least 2 seeds; run more")
     if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level={level} must lie in (0, 1) and resamples={resamples} must be at least 1")
+        raise InputError(f"level={level} must lie in (0, 1) and resamples={resamples} must be at least 1")
     rng = np.random.default_rng(seed)
     if statistic is iqm and len(arrays) == 1:  # the same resamples, all at once
         S, T = arrays[0].shape

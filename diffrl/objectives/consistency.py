@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.registry import OBJECTIVES
@@ -100,21 +101,21 @@ class ConsistencyLoss(DenoiserLoss):
         bootstrap: Literal["target", "own"] = "target",
     ) -> None:
         if denoiser.prediction_type != "consistency":
-            raise ValueError(
+            raise InputError(
                 "consistency training needs f(x, σ_min) = x: set denoiser.prediction_type=consistency, "
                 f"not {denoiser.prediction_type}"
             )
         if not (td_coef >= 0 and consistency_coef >= 0 and td_coef + consistency_coef > 0):
-            raise ValueError(f"td_coef is {td_coef} and consistency_coef {consistency_coef}: one must be > 0")
+            raise InputError(f"td_coef is {td_coef} and consistency_coef {consistency_coef}: one must be > 0")
         if ct_weight == "edm":
-            raise ValueError(
+            raise InputError(
                 "ct_weight 'edm' is called 'karras' now: weight 'edm' is another one, of TD errors"
             )
         for name, value, known in (("metric", metric, METRICS), ("ct_weight", ct_weight, CT_WEIGHTS)):
             if value not in known:
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
+                raise InputError(f"{name} is {value!r}: give one of {', '.join(known)}")
         if bootstrap not in ("target", "own"):
-            raise ValueError(f"bootstrap is {bootstrap!r}: give 'target' or 'own'")
+            raise InputError(f"bootstrap is {bootstrap!r}: give 'target' or 'own'")
         network = TensorDictModule(ChainValue(denoiser), self.in_keys[:4], [keys.STATE_VALUE])
         super().__init__(network, target=bootstrap == "target")
         self.td_coef, self.consistency_coef, self.bootstrap = td_coef, consistency_coef, bootstrap

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
 from diffrl.shapes import expand_like, require_floating
 
@@ -83,7 +84,7 @@ def sample_consistency_pairs(
     require_floating([("x0", x0)])
     _check_pairs(process, stride, kappa)
     if num_scales < 2:
-        raise ValueError(f"num_scales is {num_scales}: a pair needs two levels")
+        raise InputError(f"num_scales is {num_scales}: a pair needs two levels")
     B, N = len(x0), num_scales
     if index is None:
         index = torch.randint(N - 1, (B,), generator=generator, device=x0.device)
@@ -133,9 +134,9 @@ class ConsistencyPairs:
     ) -> None:
         _check_pairs(process, stride, kappa)
         if not 1 <= s_0 <= s_1:
-            raise ValueError(f"s_0 is {s_0} and s_1 {s_1}: the levels grow, 1 <= s_0 <= s_1")
+            raise InputError(f"s_0 is {s_0} and s_1 {s_1}: the levels grow, 1 <= s_0 <= s_1")
         if not 0 < mu_0 <= 1:
-            raise ValueError(f"mu_0 is {mu_0}: a decay lies in (0, 1]")
+            raise InputError(f"mu_0 is {mu_0}: a decay lies in (0, 1]")
         self.process, self.s_0, self.s_1, self.mu_0 = process, s_0, s_1, mu_0
         self.stride, self.kappa = stride, kappa
         self.set_progress(0, 1)
@@ -160,10 +161,10 @@ class ConsistencyPairs:
 
 def _check_pairs(process: object, stride: float, kappa: str) -> None:
     if not isinstance(process, EDM):
-        raise ValueError(
+        raise InputError(
             f"consistency training is defined on the EDM process, not on {type(process).__name__}"
         )
     if not stride > 0:
-        raise ValueError(f"stride is {stride}: it must be > 0")
+        raise InputError(f"stride is {stride}: it must be > 0")
     if kappa not in ("markov", "shared"):
-        raise ValueError(f"kappa is {kappa!r}: give 'markov' (as published) or 'shared'")
+        raise InputError(f"kappa is {kappa!r}: give 'markov' (as published) or 'shared'")

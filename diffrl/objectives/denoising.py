@@ -7,6 +7,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.one_step import one_step_chains
 from diffrl.objectives.registry import OBJECTIVES
@@ -56,7 +57,7 @@ def sample_log_normal_states(
     """
     require_floating([("x0", x0)])
     if not P_std >= 0:
-        raise ValueError(f"P_std is {P_std}: it is a standard deviation >= 0")
+        raise InputError(f"P_std is {P_std}: it is a standard deviation >= 0")
     z = torch.randn(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
     t = process.t_from_log_snr(-2 * (P_mean + P_std * z))
     return _states(process, x0, t, cond, noise, generator)

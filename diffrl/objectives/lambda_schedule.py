@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.rl.returns import check_unit_interval
 
 __all__ = ["LambdaSchedule"]
@@ -47,7 +48,7 @@ class LambdaSchedule:
         check_unit_interval("low_noise", self.low_noise)
         check_unit_interval("high_noise", self.high_noise)
         if not 0 < self.nsr_low < self.nsr_high:
-            raise ValueError(
+            raise InputError(
                 f"LambdaSchedule needs 0 < nsr_low < nsr_high, not {self.nsr_low} and {self.nsr_high}"
             )
 

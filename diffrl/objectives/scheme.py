@@ -12,6 +12,7 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
+from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Config, Entry, accepted
@@ -101,6 +102,6 @@ def _draw(entry: Entry, options: Config, config: Config, denoiser: Denoiser) -> 
         chain = Chain(denoiser.process, **accepted(Chain, config["chain"]))
         return ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
     if not isinstance(starts, UniformStarts):
-        raise ValueError(f"objective {entry.name} draws its states without a chain: set starts=uniform")
+        raise InputError(f"objective {entry.name} draws its states without a chain: set starts=uniform")
     make = partial(entry.also, denoiser.process, **accepted(entry.also, options))
     return make() if inspect.isclass(entry.also) else make

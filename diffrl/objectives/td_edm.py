@@ -11,6 +11,7 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.posterior import coupling_eta, posterior
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
@@ -133,18 +134,18 @@ def _check(
     """Refuse what TD-EDM is not defined for; `given` are tensors, each with the shape that it must have."""
     require_floating([("x0", x0)])
     if not isinstance(process, EDM):
-        raise ValueError(f"the process is {type(process).__name__}: TD-EDM is defined for EDM")
+        raise InputError(f"the process is {type(process).__name__}: TD-EDM is defined for EDM")
     if coupling_eta(coupling) not in (0.0, 1.0):
-        raise ValueError(f"coupling is {coupling!r}: TD-EDM is defined for 'markov' and 'shared'")
+        raise InputError(f"coupling is {coupling!r}: TD-EDM is defined for 'markov' and 'shared'")
     if not (span > 0 and stride > 0):
-        raise ValueError(f"span is {span} and stride {stride}: both must be > 0")
+        raise InputError(f"span is {span} and stride {stride}: both must be > 0")
     if x0.ndim < 2:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data")
+        raise InputError(f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data")
     if cond is not None and len(cond) != len(x0):
-        raise ValueError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
+        raise InputError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
     for name, (tensor, shape) in given.items():
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
 def _levels(

@@ -15,6 +15,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError, InputKeyError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.registry import OBJECTIVES
@@ -119,11 +120,11 @@ class ValueLoss(DenoiserLoss):
         denoising_coef: float = 0.0,
     ) -> None:
         if bootstrap not in ("own", "target", "residual"):
-            raise ValueError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
+            raise InputError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
         if not denoising_coef >= 0:
-            raise ValueError(f"denoising_coef is {denoising_coef}: it is a weight >= 0")
+            raise InputError(f"denoising_coef is {denoising_coef}: it is a weight >= 0")
         if lmbda is not None and n_steps is not None:
-            raise ValueError(
+            raise InputError(
                 f"lmbda is {lmbda} and n_steps is {n_steps}: give lmbda or n_steps, not both, since they are two "
                 "families of targets; in a configuration set one of them to null"
             )
@@ -213,7 +214,9 @@ class ValueLoss(DenoiserLoss):
         valid = chain.get(keys.VALID, None)
         if self.denoising_coef > 0 or valid is not None:
             if x0 is None:
-                raise KeyError("the denoising loss needs x0, which this chain has lost: set denoising_coef=0")
+                raise InputKeyError(
+                    "the denoising loss needs x0, which this chain has lost: set denoising_coef=0"
+                )
             c, L_den = self.denoising_coef, _square_mean(D_x - x0) / terms.c_out**2
             loss = loss + c * L_den
             if valid is not None:
@@ -233,7 +236,7 @@ class ValueLoss(DenoiserLoss):
             if x0 is not None and estimator.gamma == 1:
                 return expand_like(chain[keys.A], D_x) * (x0 - D_x)  # the tail beyond a cut is known too
             if is_truncated(terminated, done):
-                raise ValueError(
+                raise InputError(
                     "the Monte Carlo return of a chain that is cut is known only from x0 and for gamma=1: "
                     "draw whole chains, or bootstrap at the cut by td_lambda with lmbda=1"
                 )

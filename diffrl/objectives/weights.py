@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError
 
 __all__ = ["WEIGHTS", "ChainTerms", "WeightTerms", "weight_function"]
 
@@ -190,10 +191,10 @@ def weight_function(name: str, options: Mapping[str, float] | None = None) -> Ca
         ValueError: there is none, or it has no such number.
     """
     if name not in WEIGHTS:
-        raise ValueError(f"weight is {name!r}: give one of {', '.join(WEIGHTS)}")
+        raise InputError(f"weight is {name!r}: give one of {', '.join(WEIGHTS)}")
     options = options or {}
     known = list(inspect.signature(WEIGHTS[name]).parameters)[1:]
     for option in options:
         if option not in known:
-            raise ValueError(f"weight {name!r} has no number {option!r}: it has {', '.join(known) or 'none'}")
+            raise InputError(f"weight {name!r} has no number {option!r}: it has {', '.join(known) or 'none'}")
     return partial(WEIGHTS[name], **options)

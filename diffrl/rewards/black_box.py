@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError, InputTypeError
 from diffrl.rewards.cache import RewardCache, cache_keys
 from diffrl.rewards.calls import Reward, RewardError, ask
 from diffrl.workers import Failure, WorkerPool, attempt
@@ -63,21 +64,21 @@ class BlackBox:
         cache: bool = True,
     ) -> None:
         if not callable(reward):
-            raise TypeError(f"reward is {reward!r}: give a callable (x0 [N, *E], cond) -> N numbers")
+            raise InputTypeError(f"reward is {reward!r}: give a callable (x0 [N, *E], cond) -> N numbers")
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give at least 1, or None for all at once")
+            raise InputError(f"batch_size is {batch_size}: give at least 1, or None for all at once")
         if workers < 0 or retries < 0:
-            raise ValueError(f"workers is {workers} and retries {retries}: neither can be negative")
+            raise InputError(f"workers is {workers} and retries {retries}: neither can be negative")
         if backend not in ("thread", "process"):
-            raise ValueError(f"backend is {backend!r}: give 'thread' or 'process'")
+            raise InputError(f"backend is {backend!r}: give 'thread' or 'process'")
         if timeout is not None and not (timeout > 0 and workers):
-            raise ValueError(
+            raise InputError(
                 f"timeout is {timeout} with workers={workers}: give seconds > 0 and workers >= 1, which can be left"
             )
         if on_failure not in ("raise", "worst", "mean") and (
             isinstance(on_failure, str) or not math.isfinite(on_failure)
         ):
-            raise ValueError(f"on_failure is {on_failure!r}: give 'raise', 'worst', 'mean' or a number")
+            raise InputError(f"on_failure is {on_failure!r}: give 'raise', 'worst', 'mean' or a number")
         self.reward, self.batch_size, self.workers, self.on_failure = reward, batch_size, workers, on_failure
         self.backend, self.retries, self.cache = backend, retries, cache
         self.name: str = _name_of(reward)
@@ -276,6 +277,6 @@ def _check_cond(cond: Any, n: int) -> None:
     if cond is None:
         return
     if not isinstance(cond, Tensor | Sequence) or isinstance(cond, str):
-        raise TypeError(f"cond is a {type(cond).__name__}: give a tensor [N, ...], a list of N, or None")
+        raise InputTypeError(f"cond is a {type(cond).__name__}: give a tensor [N, ...], a list of N, or None")
     if len(cond) != n:
-        raise ValueError(f"{len(cond)} conditions for {n} samples: give one each")
+        raise InputError(f"{len(cond)} conditions for {n} samples: give one each")

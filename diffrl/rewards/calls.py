@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffrl.errors import DiffrlError
 from diffrl.workers import Failure
 
 __all__ = ["Reward", "RewardError", "ask"]
 
 
-class RewardError(RuntimeError):
+class RewardError(DiffrlError, RuntimeError):
     """A reward gave no usable number; the message names the reward, the samples and what went wrong."""
 
 

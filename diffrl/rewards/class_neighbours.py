@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffrl.data.files import digits
+from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["ClassNeighbours"]
@@ -42,12 +43,12 @@ class ClassNeighbours:
 
     def __post_init__(self) -> None:
         if not 0 <= self.target <= 9 or self.k < 1:
-            raise ValueError(f"target is {self.target} and k {self.k}: give a class in 0..9 and k >= 1")
+            raise InputError(f"target is {self.target} and k {self.k}: give a class in 0..9 and k >= 1")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         """Rewards of images [N, 1, 8, 8] in [-1, 1]: floats [N]."""
         if x0.shape[1:] != (1, 8, 8):
-            raise ValueError(f"samples have shape {tuple(x0.shape)}: this reward is for digits [N, 1, 8, 8]")
+            raise InputError(f"samples have shape {tuple(x0.shape)}: this reward is for digits [N, 1, 8, 8]")
         real, labels = _labelled_digits()
         near = torch.cdist(x0.cpu().float().flatten(1), real.flatten(1)).topk(self.k, largest=False).indices
         return (labels[near] == self.target).float().mean(1).to(x0.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.networks.digits_cnn import digits_cnn
+from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["ClassProbability"]
@@ -32,7 +33,7 @@ class ClassProbability:
 
     def __post_init__(self) -> None:
         if self.target is not None and self.target < 0:
-            raise ValueError(f"target is {self.target}: classes are numbered from 0")
+            raise InputError(f"target is {self.target}: classes are numbered from 0")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         """Rewards of samples [N, *E]: floats [N]."""
@@ -45,13 +46,13 @@ class ClassProbability:
         ):
             y = cond.reshape(-1).to(x0.device)
         else:
-            raise ValueError(
+            raise InputError(
                 "no class to take the probability of: give target, or labels [N] as the condition"
             )
         classifier = digits_cnn(x0.device) if self.classifier is None else self.classifier
         log_p = classifier(x0 if self.classifier is not None else x0.float()).log_softmax(-1)
         if len(x0) and not 0 <= int(y.min()) <= int(y.max()) < log_p.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"the classifier has classes 0..{log_p.shape[1] - 1}, not all of {y.unique().tolist()}"
             )
         log_p_y = log_p.gather(1, y.long()[:, None])[:, 0]

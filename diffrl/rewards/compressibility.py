@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.extras import require
 from diffrl.rewards.pixels import require_images
 from diffrl.rewards.registry import REWARDS
@@ -31,7 +32,7 @@ class ZlibCompressibility:
 
     def __post_init__(self) -> None:
         if not 1 <= self.level <= 9:
-            raise ValueError(f"level is {self.level}: zlib has levels 1 to 9")
+            raise InputError(f"level is {self.level}: zlib has levels 1 to 9")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> list[float]:
         """Rewards of images [N, C, H, W] in [-1, 1]: N floats."""
@@ -59,13 +60,13 @@ class JpegCompressibility:
     def __post_init__(self) -> None:
         require("PIL.Image", "data")
         if not 1 <= self.quality <= 95:
-            raise ValueError(f"quality is {self.quality}: JPEG has 1 to 95")
+            raise InputError(f"quality is {self.quality}: JPEG has 1 to 95")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> list[float]:
         """Rewards of images [N, 1 or 3, H, W] in [-1, 1]: N floats."""
         images = _bytes_of_images(x0)
         if images.shape[3] not in (1, 3):
-            raise ValueError(f"images have {images.shape[3]} channels: JPEG takes 1 or 3")
+            raise InputError(f"images have {images.shape[3]} channels: JPEG takes 1 or 3")
         Image = require("PIL.Image", "data")
         sizes = []
         for image in images:

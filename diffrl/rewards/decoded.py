@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffrl.errors import InputError, InputTypeError
 from diffrl.rewards.calls import Reward
 
 __all__ = ["DecodedReward", "LatentDecoder"]
@@ -27,7 +28,7 @@ class LatentDecoder:
 
     def __post_init__(self) -> None:
         if self._config("latents_mean") is not None:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.vae).__name__} standardises latents by channel: give a decode function"
             )
 
@@ -70,15 +71,15 @@ class DecodedReward:
         batch_size: int = 8,
     ) -> None:
         if not (callable(reward) and callable(decode)):
-            raise TypeError(
+            raise InputTypeError(
                 "reward and decode must be callables: (images, prompts) -> numbers, latents -> images"
             )
         if isinstance(prompts, str):
-            raise TypeError(f"prompts is the string {prompts!r}: give a list of strings")
+            raise InputTypeError(f"prompts is the string {prompts!r}: give a list of strings")
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give at least 1")
+            raise InputError(f"batch_size is {batch_size}: give at least 1")
         if getattr(reward, "normalise", "none") != "none":
-            raise ValueError(
+            raise InputError(
                 "a running sum of rewards depends on what came before, which no cache may remember: decode inside the "
                 "sum, WeightedSum({name: (DecodedReward(reward, ...), weight)})"
             )
@@ -94,7 +95,7 @@ class DecodedReward:
         prompts = self._prompts(cond, len(x0))
         images = torch.cat([self.decode(part) for part in x0.split(self.batch_size)])
         if len(images) != len(x0):
-            raise ValueError(f"decode gave {len(images)} images for {len(x0)} latents: give one each")
+            raise InputError(f"decode gave {len(images)} images for {len(x0)} latents: give one each")
         return self.reward(images, prompts)
 
     def _prompts(self, cond: Any, n: int) -> Any:
@@ -104,8 +105,8 @@ class DecodedReward:
         if cond is None and known == 1:
             return self.prompts * n
         if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.numel() != n:
-            raise ValueError(f"conditions must number the {known} prompts: give integers, shape [{n}]")
+            raise InputError(f"conditions must number the {known} prompts: give integers, shape [{n}]")
         rows = cond.flatten().tolist()
         if any(not 0 <= row < known for row in rows):
-            raise ValueError(f"prompts are numbered 0..{known - 1}, not {sorted(set(rows))}")
+            raise InputError(f"prompts are numbered 0..{known - 1}, not {sorted(set(rows))}")
         return [self.prompts[row] for row in rows]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["Faulty"]
@@ -34,7 +35,7 @@ class Faulty:
     def __post_init__(self) -> None:
         kinds = ("nan", "inf", "none", "shape", "exception", "hang")
         if self.kind not in kinds:
-            raise ValueError(f"kind is {self.kind!r}: give one of {', '.join(kinds)}")
+            raise InputError(f"kind is {self.kind!r}: give one of {', '.join(kinds)}")
         self._count = 0
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Any:

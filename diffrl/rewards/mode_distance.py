@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffrl.data.mixtures import Mixture
+from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["ModeDistance"]
@@ -35,12 +36,12 @@ class ModeDistance:
 
     def __post_init__(self) -> None:
         if (self.point is None) == (self.index is None) or (self.index is None) != (self.mixture is None):
-            raise ValueError("mode_distance needs a point, or index and mixture: one of the two")
+            raise InputError("mode_distance needs a point, or index and mixture: one of the two")
         mu: Any = self.point
         if self.mixture is not None and self.index is not None:
             modes = self.mixture.means
             if not 0 <= self.index < len(modes):
-                raise ValueError(f"index is {self.index}, but the mixture has {len(modes)} modes")
+                raise InputError(f"index is {self.index}, but the mixture has {len(modes)} modes")
             mu = modes[self.index]
         object.__setattr__(self, "_mu", torch.tensor([float(c) for c in mu], dtype=torch.float64))
 
@@ -48,7 +49,7 @@ class ModeDistance:
         """Rewards of samples [N, *E]: floats [N]."""
         mu = self._mu.to(x0)
         if mu.shape != (math.prod(x0.shape[1:]),):
-            raise ValueError(
+            raise InputError(
                 f"the point has {mu.numel()} numbers, but a sample has {math.prod(x0.shape[1:])}"
             )
         return -(x0.flatten(1) - mu).square().sum(1)

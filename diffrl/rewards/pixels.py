@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["Brightness", "Ink", "Symmetry", "require_images"]
@@ -36,7 +37,7 @@ class Ink:
 
     def __post_init__(self) -> None:
         if not -1 <= self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}: pixels lie in [-1, 1], so give one in [-1, 1)")
+            raise InputError(f"threshold is {self.threshold}: pixels lie in [-1, 1], so give one in [-1, 1)")
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         """Rewards of images [N, *E] in [-1, 1]: float32 [N]."""
@@ -58,4 +59,4 @@ class Symmetry:
 def require_images(x0: Tensor) -> None:
     """Refuse samples that are no batch of images [N, C, H, W]."""
     if x0.ndim != 4:
-        raise ValueError(f"samples have shape {tuple(x0.shape)}: this reward is for images [N, C, H, W]")
+        raise InputError(f"samples have shape {tuple(x0.shape)}: this reward is for images [N, C, H, W]")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
 
@@ -43,12 +44,12 @@ class WeightedSum:
         tol: float = 1e-6,
     ) -> None:
         if not rewards:
-            raise ValueError("a weighted sum needs at least one reward: name -> (reward, weight)")
+            raise InputError("a weighted sum needs at least one reward: name -> (reward, weight)")
         if normalise not in ("none", "running"):
-            raise ValueError(f"normalise is {normalise!r}: give 'none' or 'running'")
+            raise InputError(f"normalise is {normalise!r}: give 'none' or 'running'")
         for name, (_, weight) in rewards.items():
             if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name!r} is {weight}: give a finite number")
+                raise InputError(f"the weight of {name!r} is {weight}: give a finite number")
         self.parts = {name: as_reward(reward) for name, (reward, _) in rewards.items()}
         for name, part in self.parts.items():
             part.name = name

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns
 
 __all__ = ["FifoStatistics", "critic_advantages", "group_advantages", "rewards_to_go"]
@@ -38,7 +39,7 @@ class FifoStatistics:
 
     def __init__(self, buffer: int = 32, min_count: int = 16, tol: float = 1e-6) -> None:
         if not 1 <= min_count <= buffer:
-            raise ValueError(
+            raise InputError(
                 f"min_count is {min_count} and buffer {buffer}: a key can hold at most `buffer` values"
             )
         self.buffer, self.min_count, self.tol = buffer, min_count, tol
@@ -60,7 +61,7 @@ class FifoStatistics:
         table = values.detach().cpu().double().reshape(len(values), -1)
         keys = [0] * len(values) if key is None else key.flatten().tolist()
         if len(keys) != len(values):
-            raise ValueError(f"{len(keys)} keys for {len(values)} rows: give one key a row")
+            raise InputError(f"{len(keys)} keys for {len(values)} rows: give one key a row")
         for name, row in zip(keys, table.tolist(), strict=True):
             for k, value in enumerate(row):
                 self._values.setdefault((name, k), deque(maxlen=self.buffer)).append(value)
@@ -109,7 +110,7 @@ def group_advantages(
         ValueError: another std.
     """
     if std not in ("group", "global", "none"):
-        raise ValueError(f"std is {std!r}: give 'group', 'global' or 'none'")
+        raise InputError(f"std is {std!r}: give 'group', 'global' or 'none'")
     table = values.reshape(len(values), -1)
     _, member = group.flatten().unique(return_inverse=True)
     one_hot = torch.nn.functional.one_hot(member).to(table)

@@ -23,6 +23,7 @@ from torchrl.objectives import ValueEstimators
 from torchrl.objectives.utils import register_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
+from diffrl.errors import InputError
 from diffrl.rl.returns import (
     check_n_steps,
     check_unit_interval,
@@ -122,9 +123,9 @@ class VectorEstimator(ValueEstimatorBase):
         """
         steps = self.tensor_keys.steps_to_next_obs
         if tensordict.get(steps, None) is not None:
-            raise ValueError(f"{steps!r} says that rewards are sums over several steps: give single steps")
+            raise InputError(f"{steps!r} says that rewards are sums over several steps: give single steps")
         if tensordict.ndim == 0 or "time" in tensordict.names[:-1]:
-            raise ValueError(f"batch size {list(tensordict.batch_size)}: the last dim must be time, [*B, K]")
+            raise InputError(f"batch size {list(tensordict.batch_size)}: the last dim must be time, [*B, K]")
         *batch, K = tensordict.batch_size
 
         def chains(x: Tensor) -> Tensor:  # [*B, K, ...] → [B, K, ...]
@@ -214,7 +215,7 @@ class TDLambda(VectorEstimator):
         lmbda = self.lmbda
         if callable(lmbda):
             if reached is None:
-                raise ValueError("lmbda is a function of the states reached: give them")
+                raise InputError("lmbda is a function of the states reached: give them")
             lmbda = lmbda(reached)
         return lambda_returns(reward, next_value, terminated, done, lmbda=lmbda, gamma=self.gamma)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.shapes import expand_like
 
 __all__ = ["is_truncated", "lambda_returns", "monte_carlo_returns", "n_step_returns"]
@@ -172,10 +173,10 @@ def monte_carlo_returns(
     elif reward is not None:
         values = reward.new_zeros(()).expand_as(reward)
     else:
-        raise ValueError("reward and next_value are both None: a return is made of one of them at least")
+        raise InputError("reward and next_value are both None: a return is made of one of them at least")
     r, V, cut = _steps(reward, values, terminated, done, gamma)
     if next_value is None and not torch.compiler.is_compiling() and is_truncated(terminated, done):
-        raise ValueError("next_value is None, but a chain is truncated: give the values it bootstraps from")
+        raise InputError("next_value is None, but a chain is truncated: give the values it bootstraps from")
     out, G = _slots(values, reward)
     X = V[-1]
     for k in reversed(range(len(r))):
@@ -199,13 +200,13 @@ def is_truncated(terminated: Tensor, done: Tensor | None = None) -> bool:
 def check_unit_interval(name: str, value: float) -> None:
     """Raise ValueError unless `value` lies in [0, 1]."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}, but must lie in [0, 1]")
+        raise InputError(f"{name} is {value}, but must lie in [0, 1]")
 
 
 def check_n_steps(n_steps: int) -> None:
     """Raise ValueError unless `n_steps` is an integer of at least 1."""
     if not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 1:
-        raise ValueError(f"n_steps is {n_steps!r}, but must be an integer of at least 1")
+        raise InputError(f"n_steps is {n_steps!r}, but must be an integer of at least 1")
 
 
 def _steps(
@@ -255,30 +256,30 @@ def _lambdas(lmbda: float | Tensor, V: Tensor) -> tuple[Any, ...]:
         return (lmbda,) * K
     if lmbda.shape not in {(B, K, 1), (1, K, 1)}:
         shape = list(lmbda.shape)
-        raise ValueError(f"lmbda has shape {shape}, expected a number, [{B}, {K}, 1] or [1, {K}, 1]")
+        raise InputError(f"lmbda has shape {shape}, expected a number, [{B}, {K}, 1] or [1, {K}, 1]")
     if not torch.compiler.is_compiling() and not bool(((lmbda >= 0) & (lmbda <= 1)).all()):
-        raise ValueError("lmbda has entries outside [0, 1]")
+        raise InputError("lmbda has entries outside [0, 1]")
     return expand_like(lmbda.to(V).squeeze(-1), V).unbind(1)
 
 
 def _check_chain(reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None) -> None:
     name, x = ("next_value", next_value) if reward is None else ("reward", reward)
     if x.ndim < 2 or x.shape[1] < 1:
-        raise ValueError(f"{name} has shape {list(x.shape)}, expected [B, K, *E] with K of at least 1")
+        raise InputError(f"{name} has shape {list(x.shape)}, expected [B, K, *E] with K of at least 1")
     if not x.is_floating_point():
-        raise ValueError(f"{name} has dtype {x.dtype}, but returns need a floating dtype: {name}.float()")
+        raise InputError(f"{name} has dtype {x.dtype}, but returns need a floating dtype: {name}.float()")
     if next_value.shape != x.shape:
-        raise ValueError(
+        raise InputError(
             f"next_value has shape {list(next_value.shape)}, expected that of reward, {list(x.shape)}"
         )
     if next_value.dtype != x.dtype:
-        raise ValueError(f"next_value has dtype {next_value.dtype}, expected that of reward, {x.dtype}")
+        raise InputError(f"next_value has dtype {next_value.dtype}, expected that of reward, {x.dtype}")
     for name, flag in (("terminated", terminated), ("done", done)):
         if flag is None:
             continue
         if flag.dtype != torch.bool:
-            raise ValueError(f"{name} has dtype {flag.dtype}, expected torch.bool: use {name}.bool()")
+            raise InputError(f"{name} has dtype {flag.dtype}, expected torch.bool: use {name}.bool()")
         if flag.shape != (*x.shape[:2], 1):
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {list(flag.shape)}, expected one flag per step, {[*x.shape[:2], 1]}"
             )

@@ -12,6 +12,7 @@ from diffrl.diffusion.samplers.base import Sampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import of_group
 from diffrl.registry import Config
 
 __all__ = [
@@ -38,9 +39,11 @@ def build_denoiser(config: Config, data: Data) -> Denoiser:
     """A fresh denoiser, its weights drawn from ``config["seed"]``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        shape = {"event_shape": data.event_shape, "num_classes": data.num_classes}
-        network: nn.Module = NETWORKS.build(config["network"], **shape)
-    return Denoiser(network, PROCESSES.build(config["process"]), **config["denoiser"])
+        network: nn.Module = NETWORKS.build(
+            config["network"], event_shape=data.event_shape, num_classes=data.num_classes
+        )
+    with of_group("denoiser", config["denoiser"]):
+        return Denoiser(network, PROCESSES.build(config["process"]), **config["denoiser"])
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:

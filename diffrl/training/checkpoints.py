@@ -31,6 +31,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from diffrl.errors import DiffrlError, InputError, InputTypeError
+
 __all__ = [
     "Checkpoint",
     "CheckpointError",
@@ -50,7 +52,7 @@ _STORABLE = (
 )
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DiffrlError, RuntimeError):
     """A checkpoint could not be written, or is not what was written."""
 
 
@@ -99,10 +101,10 @@ def save_checkpoint(
         CheckpointError: the disk refused; earlier checkpoints are as they were.
     """
     if step < 0 or keep < 1:
-        raise ValueError(f"step must be 0 or more and keep at least 1, not step={step} and keep={keep}")
+        raise InputError(f"step must be 0 or more and keep at least 1, not step={step} and keep={keep}")
     for name in weights:
         if not name.isidentifier():
-            raise ValueError(f"a set of weights is stored in a file of its name, which {name!r} cannot be")
+            raise InputError(f"a set of weights is stored in a file of its name, which {name!r} cannot be")
     path = Path(folder) / f"step_{step:06d}"
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -270,9 +272,11 @@ def _pack_training(training: Mapping[str, Any]) -> bytes:
         torch.save(dict(training), buffer)
         refused = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer.getbuffer()))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise TypeError(f"the training state cannot be stored ({error}): {_STORABLE}") from error
+        raise InputTypeError(f"the training state cannot be stored ({error}): {_STORABLE}") from error
     if refused:
-        raise TypeError(f"the training state holds {', '.join(refused)}, which loading refuses: {_STORABLE}")
+        raise InputTypeError(
+            f"the training state holds {', '.join(refused)}, which loading refuses: {_STORABLE}"
+        )
     return buffer.getvalue()
 
 

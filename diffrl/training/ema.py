@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffrl.errors import InputError
+
 __all__ = ["EMA"]
 
 
@@ -37,12 +39,12 @@ class EMA:
 
     def __init__(self, module: nn.Module, halflife_samples: float, ramp: float | None = 0.05) -> None:
         if not halflife_samples >= 0:
-            raise ValueError(f"halflife_samples must be 0 or more, not {halflife_samples}")
+            raise InputError(f"halflife_samples must be 0 or more, not {halflife_samples}")
         if ramp is not None and not ramp > 0:
-            raise ValueError(f"ramp must be above 0, or None for no warm-up, not {ramp}")
+            raise InputError(f"ramp must be above 0, or None for no warm-up, not {ramp}")
         for name, parameter in module.named_parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
-                raise ValueError(
+                raise InputError(
                     f"parameter {name} is {parameter.dtype}, which rounds away an average's small steps: "
                     "keep parameters in float32 and compute under torch.autocast"
                 )
@@ -72,7 +74,7 @@ class EMA:
             ValueError: `samples` below 1.
         """
         if samples < 1:
-            raise ValueError(f"samples must be at least 1, not {samples}")
+            raise InputError(f"samples must be at least 1, not {samples}")
         torch._foreach_lerp_(self._averages, self._parameters, self.new_weight(samples))
         for average, source, name in self._buffers:
             getattr(average, name).copy_(getattr(source, name))

@@ -12,6 +12,7 @@ from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.samplers.base import Model, Noise, Sampler
 from diffrl.diffusion.samplers.loop import trajectory
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.metrics.distances import sample_distance, value_error
 
 __all__ = ["Evaluation", "draw_samples", "grid_for"]
@@ -40,9 +41,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("points", "samples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"eval.{name} is {getattr(self, name)}: it must be at least 1")
+                raise InputError(f"eval.{name} is {getattr(self, name)}: it must be at least 1")
         if not self.num_steps or min(self.num_steps) < 1:
-            raise ValueError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
+            raise InputError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
 
     def check(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> None:
         """Evaluate a few points now, so that what cannot be evaluated is said at the start.
@@ -105,7 +106,7 @@ def draw_samples(
     """
     num_classes = int(getattr(denoiser.network, "num_classes", 0))
     if guidance_scale != 1 and num_classes == 0:
-        raise ValueError(
+        raise InputError(
             f"guidance_scale is {guidance_scale:g}, but there were no labels in training: "
             "data.conditional=true uses those of the data"
         )
@@ -140,5 +141,5 @@ def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
         counts.append(model.nfe)
     if counts[-1] != nfe:
         name = type(sampler).__name__
-        raise ValueError(f"{name} cannot sample with {nfe} evaluations, but {counts[-2]} or {counts[-1]}")
+        raise InputError(f"{name} cannot sample with {nfe} evaluations, but {counts[-2]} or {counts[-1]}")
     return len(counts) - 1

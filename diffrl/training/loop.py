@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from diffrl.errors import InputError
 from diffrl.training.checkpoints import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from diffrl.training.optim import NonFiniteLoss
 
@@ -53,7 +54,7 @@ def at_least_one(group: str, values: Mapping[str, int]) -> None:
     """
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"{group}.{name} is {value}: it must be at least 1")
+            raise InputError(f"{group}.{name} is {value}: it must be at least 1")
 
 
 class Loop(ABC):
@@ -162,7 +163,7 @@ class Loop(ABC):
             CheckpointError: the disk refused.
         """
         if self.folder is None:
-            raise ValueError("this run has no folder for checkpoints")
+            raise InputError("this run has no folder for checkpoints")
         weights, training = self._state()
         keep = self.length.keep_checkpoints
         return save_checkpoint(

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffrl.errors import DiffrlError, InputError
+
 __all__ = ["FinetuningOptim", "NonFiniteLoss", "Optim", "Optimiser"]
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(DiffrlError, RuntimeError):
     """The loss or its gradient became NaN or infinite."""
 
 
@@ -41,15 +43,15 @@ class Optim:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"optim.lr is {self.lr}: it must be above 0")
+            raise InputError(f"optim.lr is {self.lr}: it must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas is {self.betas}: give two decay rates in [0, 1)")
+            raise InputError(f"optim.betas is {self.betas}: give two decay rates in [0, 1)")
         if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps is {self.warmup_steps}: it must be 0 or more")
+            raise InputError(f"optim.warmup_steps is {self.warmup_steps}: it must be 0 or more")
         if self.decay not in ("cosine", "none"):
-            raise ValueError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
+            raise InputError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"optim.clip_norm is {self.clip_norm}: it must be above 0; null does not clip")
+            raise InputError(f"optim.clip_norm is {self.clip_norm}: it must be above 0; null does not clip")
 
     def factor(self, step: int, grad_steps: int) -> float:
         """Share of `lr` at gradient step `step`, counted from 0, of `grad_steps`."""

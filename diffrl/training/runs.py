@@ -19,18 +19,20 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import DiffrlError
 from diffrl.registry import IMPORT, user_modules
+from diffrl.text_files import read_json, write_atomically
 from diffrl.training.build import build_data, build_denoiser, build_sampler
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.evaluation import draw_samples
 
-__all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions", "write_atomically"]
+__all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions"]
 
 GROUPS_SINCE_0_2 = {"rollouts": "chains", "updates": "steps"}
 """Groups without a choice in diffrl 0.1, and the option that runs of then had."""
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(DiffrlError, RuntimeError):
     """A run folder cannot be used as asked."""
 
 
@@ -123,7 +125,7 @@ class RunFolder:
             RunFolderError: it holds no run, or one that was made with modules that are not imported now.
         """
         folder, file = cls.open(path), path / "modules.json"
-        made_with = json.loads(file.read_text()) if file.exists() else []
+        made_with = read_json(file, list) if file.exists() else []
         if missing := [str(module) for module in made_with if module not in user_modules()]:
             raise RunFolderError(
                 f"{path} was made with methods of {', '.join(missing)}: give --import {missing[0]}, or in "
@@ -148,7 +150,7 @@ class RunFolder:
     def results(self) -> dict[str, Any]:
         """What results.json holds so far; empty before the first objective is done."""
         file = self.path / "results.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Replace results.json at once."""
@@ -259,10 +261,3 @@ def command_line() -> str:
     modules = filter(None, os.environ.get(IMPORT, "").split(","))
     words = [word for module in modules for word in ("--import", module)] + sys.argv[1:]
     return " ".join(["python", program, *map(shlex.quote, words)])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

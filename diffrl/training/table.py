@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffrl.errors import InputKeyError
+
 __all__ = ["Table"]
 
 
@@ -27,7 +29,7 @@ class Table:
             KeyError: a figure without a column.
         """
         if unknown := set(row) - set(self.columns):
-            raise KeyError(f"no column for {', '.join(sorted(unknown))}")
+            raise InputKeyError(f"no column for {', '.join(sorted(unknown))}")
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="")

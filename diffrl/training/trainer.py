@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
 from diffrl.data.dataset import Data
+from diffrl.errors import InputError
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
@@ -35,9 +36,9 @@ class Target:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"target.decay is {self.decay}: it must lie in [0, 1]")
+            raise InputError(f"target.decay is {self.decay}: it must lie in [0, 1]")
         if self.every is not None and self.every < 1:
-            raise ValueError(f"target.every is {self.every}: it must be at least 1")
+            raise InputError(f"target.every is {self.every}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Length:
     def __post_init__(self) -> None:
         at_least_one("trainer", {k: v for k, v in vars(self).items() if k != "label_dropout"})
         if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"trainer.label_dropout is {self.label_dropout}: it is a share in [0, 1]")
+            raise InputError(f"trainer.label_dropout is {self.label_dropout}: it is a share in [0, 1]")
 
     @property
     def total(self) -> int:

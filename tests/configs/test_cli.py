@@ -28,6 +28,7 @@ from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.trajectories import ChainSampler
+from diffrl.errors import InputError
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
@@ -238,7 +239,7 @@ def test_command_passes_a_plain_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("error", [RunFolderError("that\nfolder"), ValueError("that folder")])
+@pytest.mark.parametrize("error", [RunFolderError("that\nfolder"), InputError("that folder")])
 def test_expected_errors_are_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from diffrl.errors import InputError
+
 __all__ = ["DIGITS_CNN_FILE", "DigitsCNN", "digits_cnn", "load_digits_cnn"]
 
 DIGITS_CNN_FILE = Path(__file__).parent / "assets" / "digits_cnn.safetensors"
@@ -39,7 +41,7 @@ class DigitsCNN(nn.Module):
             ValueError: x is not [N, 1, 8, 8].
         """
         if x.ndim != 4 or x.shape[1:] != (1, 8, 8):
-            raise ValueError(f"x has shape {tuple(x.shape)}, but digits_cnn takes images [N, 1, 8, 8]")
+            raise InputError(f"x has shape {tuple(x.shape)}, but digits_cnn takes images [N, 1, 8, 8]")
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:

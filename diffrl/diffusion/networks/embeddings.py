@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from diffrl.errors import InputError
+
 __all__ = ["FourierFeatures", "LabelEmbedding"]
 
 
@@ -37,11 +39,11 @@ class FourierFeatures(nn.Module):
     ) -> None:
         super().__init__()
         if num_features < 2 or num_features % 2:
-            raise ValueError(
+            raise InputError(
                 f"the number of Fourier features must be even and at least 2, not {num_features}"
             )
         if not scale > 0:
-            raise ValueError(f"the scale of Fourier features must be above 0, not {scale}")
+            raise InputError(f"the scale of Fourier features must be above 0, not {scale}")
         frequencies = torch.randn(num_features // 2, in_features, generator=generator)
         self.register_buffer("frequencies", frequencies * (scale / math.sqrt(in_features)))
 
@@ -77,4 +79,4 @@ class LabelEmbedding(nn.Module):
         try:
             return nn.functional.embedding(cond, self.weight)
         except IndexError:
-            raise ValueError(f"cond holds a label outside 0..{self.num_classes}") from None
+            raise InputError(f"cond holds a label outside 0..{self.num_classes}") from None

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from diffrl.errors import InputError
+
 __all__ = ["check_event_shape", "check_inputs"]
 
 
@@ -13,9 +15,9 @@ def check_event_shape(event_shape: tuple[int, ...], num_classes: int) -> tuple[i
     """
     shape = tuple(int(size) for size in event_shape)
     if not shape or min(shape) < 1:
-        raise ValueError(f"event_shape must hold one or more sizes of at least 1, such as (2,), not {shape}")
+        raise InputError(f"event_shape must hold one or more sizes of at least 1, such as (2,), not {shape}")
     if num_classes < 0:
-        raise ValueError(f"num_classes must be 0 (no labels) or more, not {num_classes}")
+        raise InputError(f"num_classes must be 0 (no labels) or more, not {num_classes}")
     return shape
 
 
@@ -28,12 +30,12 @@ def check_inputs(
         ValueError: naming the argument, the shape wanted and the shape given.
     """
     if x.shape[1:] != event_shape:
-        raise ValueError(f"x must have shape [N, {str(event_shape)[1:-1].rstrip(',')}], not {list(x.shape)}")
+        raise InputError(f"x must have shape [N, {str(event_shape)[1:-1].rstrip(',')}], not {list(x.shape)}")
     if c_noise.shape != x.shape[:1]:
-        raise ValueError(f"c_noise must have shape [{len(x)}], one per row of x, not {list(c_noise.shape)}")
+        raise InputError(f"c_noise must have shape [{len(x)}], one per row of x, not {list(c_noise.shape)}")
     if cond is None:
         return
     if num_classes == 0:
-        raise ValueError("cond was given to a network without labels: build it with num_classes=... above 0")
+        raise InputError("cond was given to a network without labels: build it with num_classes=... above 0")
     if cond.shape != x.shape[:1]:
-        raise ValueError(f"cond must have shape [{len(x)}], one label per row of x, not {list(cond.shape)}")
+        raise InputError(f"cond must have shape [{len(x)}], one label per row of x, not {list(cond.shape)}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.errors import InputError
 
 __all__ = ["MLP"]
 
@@ -51,7 +52,7 @@ class MLP(nn.Module):
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes = num_classes
         if hidden < 1 or depth < 1:
-            raise ValueError(f"hidden and depth must be at least 1, not {hidden} and {depth}")
+            raise InputError(f"hidden and depth must be at least 1, not {hidden} and {depth}")
         D = math.prod(self.event_shape)
         self.x_embedding = FourierFeatures(D, x_features, x_scale) if x_features else None
         self.noise_embedding = FourierFeatures(1, noise_features, noise_scale)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.errors import InputError
 
 __all__ = ["UNet"]
 
@@ -100,13 +101,13 @@ class UNet(nn.Module):
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes, self.blocks = num_classes, blocks
         if blocks < 1 or channels < 4 or channels % 4 or not multipliers or min(multipliers) < 1:
-            raise ValueError(
+            raise InputError(
                 "a UNet needs blocks of at least 1, channels a multiple of 4 and multipliers of at least 1, "
                 f"not blocks={blocks}, channels={channels}, multipliers={tuple(multipliers)}"
             )
         factor = 2 ** (len(multipliers) - 1)
         if len(self.event_shape) != 3 or any(size % factor for size in self.event_shape[1:]):
-            raise ValueError(
+            raise InputError(
                 f"a UNet with {len(multipliers)} multipliers needs events (C, H, W) with H and W divisible "
                 f"by {factor}, not {self.event_shape}: pad the images or give fewer multipliers"
             )

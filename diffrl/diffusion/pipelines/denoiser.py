@@ -19,6 +19,7 @@ from diffrl.diffusion.pipelines.parts import (
 from diffrl.diffusion.predictions import PredictionType, to_x0
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
+from diffrl.errors import InputError, InputTypeError
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["PipelineDenoiser", "load_pipeline", "process_of"]
@@ -74,11 +75,11 @@ class PipelineDenoiser(nn.Module):
         super().__init__()
         _require_prompts(prompts)
         if any(len(rows) != len(prompts) + 1 for rows in embeddings.values()):
-            raise ValueError(
+            raise InputError(
                 f"embeddings need {len(prompts) + 1} rows: one a prompt, then the negative prompt's"
             )
         if not guidance_scale >= 1:
-            raise ValueError(
+            raise InputError(
                 f"guidance_scale is {guidance_scale}: give 1 for none (diffusers takes all from 0 to 1 for that)"
             )
         self.network, self.process, self.prompts = network, process, tuple(prompts)
@@ -120,7 +121,7 @@ class PipelineDenoiser(nn.Module):
         network, process = network_of(pipe), process_of(pipe.scheduler)
         guidance_dims = network.config.get("time_cond_proj_dim")
         if negative_prompt and (guidance_scale == 1 or guidance_dims):
-            raise ValueError(
+            raise InputError(
                 f"negative_prompt {negative_prompt!r} has no effect without guidance: leave it out"
             )
         texts = [*prompts, negative_prompt]
@@ -206,15 +207,15 @@ class PipelineDenoiser(nn.Module):
         P, N = len(self.prompts), len(x_t)
         if cond is None:
             if P > 1:
-                raise ValueError(f"which of the {P} prompts? give cond, their numbers, shape [{N}]")
+                raise InputError(f"which of the {P} prompts? give cond, their numbers, shape [{N}]")
             return torch.zeros(N, dtype=torch.long, device=x_t.device)
         if cond.is_floating_point() or cond.is_complex() or cond.dtype == torch.bool:
-            raise TypeError(f"cond has dtype {cond.dtype}: give numbers of prompts, integers [{N}]")
+            raise InputTypeError(f"cond has dtype {cond.dtype}: give numbers of prompts, integers [{N}]")
         if cond.shape not in ((N,), (N, 1)):
-            raise ValueError(f"cond has shape {tuple(cond.shape)}: give numbers of prompts, integers [{N}]")
+            raise InputError(f"cond has shape {tuple(cond.shape)}: give numbers of prompts, integers [{N}]")
         rows = cond.reshape(N).long().to(x_t.device)
         if N and not 0 <= int(rows.min()) <= int(rows.max()) < P:
-            raise ValueError(f"prompts are numbered 0..{P - 1}, not {rows.unique().tolist()}")
+            raise InputError(f"prompts are numbered 0..{P - 1}, not {rows.unique().tolist()}")
         return rows
 
     def reference(self) -> nn.Module:
@@ -241,14 +242,14 @@ class PipelineDenoiser(nn.Module):
         """
         trained = dict(self._trained())
         if trained.keys() != state.keys():
-            raise ValueError(
+            raise InputError(
                 f"{len(state)} trained tensors for {len(trained)} that are trained here, "
                 f"{len(trained.keys() & state.keys())} of them the same: "
                 "call add_lora with the same target_modules before loading"
             )
         for name, p in trained.items():
             if p.shape != state[name].shape:
-                raise ValueError(
+                raise InputError(
                     f"{name} has shape {tuple(state[name].shape)}, here {tuple(p.shape)}: is the rank another?"
                 )
         for name, p in trained.items():
@@ -277,4 +278,4 @@ class _Base(nn.Module):
 
 def _require_prompts(prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts is {prompts!r}: give a list of at least one string")
+        raise InputError(f"prompts is {prompts!r}: give a list of at least one string")

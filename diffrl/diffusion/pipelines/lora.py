@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffrl.errors import InputError, InputTypeError
 from diffrl.extras import require
 
 __all__ = ["ADAPTER", "adapters_disabled", "add_lora", "has_lora", "save_lora"]
@@ -50,18 +51,18 @@ def add_lora(
     peft = require("peft", "lora")
     network: Any = denoiser.network
     if not hasattr(network, "add_adapter"):
-        raise TypeError(
+        raise InputTypeError(
             f"{type(network).__name__} takes no adapters: give a PipelineDenoiser of a diffusers pipeline"
         )
     if rank < 1 or not (alpha is None or alpha > 0):
-        raise ValueError(f"rank is {rank} and alpha {alpha}: give a rank >= 1 and an alpha > 0")
+        raise InputError(f"rank is {rank} and alpha {alpha}: give a rank >= 1 and an alpha > 0")
     if getattr(network, "peft_config", None):
-        raise ValueError(
+        raise InputError(
             f"the network has adapters already, {', '.join(network.peft_config)}: merge them into the base first, "
             "by pipe.fuse_lora() and pipe.unload_lora_weights()"
         )
     if not any(name.endswith(tuple(target_modules)) for name, _ in network.named_modules()):
-        raise ValueError(
+        raise InputError(
             f"no layer of {type(network).__name__} has a name that ends in {list(target_modules)}"
         )
     config = peft.LoraConfig(
@@ -108,7 +109,7 @@ def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     network: Any = denoiser.network
     if not has_lora(network):
-        raise ValueError("there are no adapters to save: call add_lora before training")
+        raise InputError("there are no adapters to save: call add_lora before training")
     loaders, peft = require("diffusers.loaders", "diffusers"), require("peft", "lora")
     component = "unet" if "UNet" in type(network).__name__ else "transformer"
     loader = {"unet": loaders.StableDiffusionLoraLoaderMixin, "transformer": loaders.SD3LoraLoaderMixin}

@@ -12,6 +12,7 @@ from diffrl.diffusion.predictions import PredictionType
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.flow import Flow
+from diffrl.errors import InputError
 from diffrl.extras import require
 
 __all__ = ["encoded", "load_pipeline", "network_of", "prediction_of", "process_of", "warn_of_truncation"]
@@ -81,14 +82,14 @@ def process_of(scheduler: Any) -> Schedule:
     if "shift" in config and "beta_start" not in config:
         special = [k for k in config if k.startswith("use_") or k in ("invert_sigmas", "shift_terminal")]
         if asked := [k for k in special if config[k]]:
-            raise ValueError(f"{name} has {', '.join(asked)}: only a fixed shift is known here")
+            raise InputError(f"{name} has {', '.join(asked)}: only a fixed shift is known here")
         return Flow(float(config["shift"]), t_min=float(scheduler.sigma_min))
     if "beta_schedule" not in config or config["beta_schedule"] not in KINDS:
-        raise ValueError(
+        raise InputError(
             f"{name} has beta_schedule {config.get('beta_schedule')!r}: known are {', '.join(KINDS)}; and flow matching"
         )
     if config.get("clip_sample") or config.get("thresholding"):
-        raise ValueError(
+        raise InputError(
             f"{name} clips samples, which latents must not be: pipe.scheduler.register_to_config(clip_sample=False, "
             "thresholding=False)"
         )
@@ -96,7 +97,7 @@ def process_of(scheduler: Any) -> Schedule:
     process = DDPM(T, kind, config["beta_start"], config["beta_end"])  # type: ignore[arg-type]
     own = torch.as_tensor(scheduler.alphas_cumprod).double()
     if not torch.allclose(own.cpu(), process.alphas_cumprod, rtol=1e-3, atol=1e-6):
-        raise ValueError(
+        raise InputError(
             f"{name} has other betas than its {config['beta_schedule']} ones (zero terminal SNR?)"
         )
     return process
@@ -112,7 +113,7 @@ def prediction_of(scheduler: Any) -> PredictionType:
     if "prediction_type" not in config:
         return "velocity"
     if config["prediction_type"] not in PREDICTIONS:
-        raise ValueError(
+        raise InputError(
             f"prediction_type is {config['prediction_type']!r}: known are {', '.join(PREDICTIONS)}"
         )
     return PREDICTIONS[config["prediction_type"]]
@@ -129,14 +130,14 @@ def network_of(pipe: Any) -> Any:
     if isinstance(network, diffusers.SD3Transformer2DModel):
         return network
     if not isinstance(network, diffusers.UNet2DConditionModel):
-        raise ValueError(
+        raise InputError(
             f"{name} has no UNet2DConditionModel or SD3Transformer2DModel: give a Stable Diffusion 1.x, 2.x or 3.x, "
             "Turbo or LCM pipeline"
         )
     config = network.config
     more = [k for k in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if config.get(k)]
     if more or config.in_channels != config.out_channels:
-        raise ValueError(
+        raise InputError(
             f"{name}'s network wants more than a prompt ({', '.join(more) or 'further input channels'}), as SDXL's and "
             "inpainting's do: only conditioning on prompts is supported"
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import Gaussian, NoiseFn
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.shapes import column
 
 __all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "velocity"]
@@ -40,7 +41,7 @@ class Noise:
         if self.generators is None or isinstance(self.generators, torch.Generator):
             return torch.randn(x.shape, generator=self.generators, dtype=x.dtype, device=x.device)
         if len(self.generators) != len(x):
-            raise ValueError(f"{len(self.generators)} generators for {len(x)} samples: give one for each")
+            raise InputError(f"{len(self.generators)} generators for {len(x)} samples: give one for each")
         draws = [
             torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
         ]

@@ -11,6 +11,7 @@ from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 from diffrl.shapes import column
 
 __all__ = ["LCM", "Multistep"]
@@ -43,21 +44,21 @@ class Multistep(GaussianSampler):
                 below σ_max to above σ_min.
         """
         if not isinstance(process, EDM):
-            raise ValueError(
+            raise InputError(
                 f"Multistep works on the EDM process, not on {type(process).__name__}: use DDIM(eta)"
             )
         first, clean = process.time_grid(num_steps)[[0, -1]]
         if self.levels is None:
             lower = process.time_grid(num_steps + 1)[1:num_steps]
         elif len(self.levels) < num_steps - 1:
-            raise ValueError(
+            raise InputError(
                 f"num_steps is {num_steps}, but only {len(self.levels)} levels are given below σ_max"
             )
         else:
             lower = torch.tensor(self.levels[: num_steps - 1], dtype=torch.float64)
         grid = torch.cat([first[None], lower, clean[None]])
         if not bool((grid.diff() < 0).all() and grid[-2] > process.sigma_min):
-            raise ValueError(
+            raise InputError(
                 f"levels are {list(self.levels or ())}: they must fall, from below {process.sigma_max:g} to "
                 f"above {process.sigma_min:g}"
             )
@@ -93,7 +94,7 @@ class LCM(GaussianSampler):
 
     def __post_init__(self) -> None:
         if self.solver_steps < 1:
-            raise ValueError(f"solver_steps is {self.solver_steps}: give at least 1")
+            raise InputError(f"solver_steps is {self.solver_steps}: give at least 1")
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
         """The timesteps of the chain, then clean data: float64, shape [N+1].
@@ -102,12 +103,12 @@ class LCM(GaussianSampler):
             ValueError: the process is not DDPM, or num_steps lies outside 1..M, or M outside 1..T.
         """
         if not isinstance(process, DDPM):
-            raise ValueError(
+            raise InputError(
                 f"LCM works on the DDPM process, not on {type(process).__name__}: use CPS(eta=1)"
             )
         M, N = self.solver_steps, num_steps
         if not 1 <= N <= M <= process.train_steps:
-            raise ValueError(
+            raise InputError(
                 f"LCM needs 1 <= num_steps <= solver_steps <= train_steps, not {N}, {M} and {process.train_steps}"
             )
         place = torch.arange(N) * M // N

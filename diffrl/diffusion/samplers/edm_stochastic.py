@@ -9,6 +9,7 @@ from diffrl.diffusion.samplers.base import Model, Sampler
 from diffrl.diffusion.samplers.ode import Heun
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 
 __all__ = ["EDMStochastic"]
 
@@ -46,7 +47,7 @@ class EDMStochastic(Sampler):
         """
         if not isinstance(model.process, EDM):
             name = type(model.process).__name__
-            raise ValueError(f"EDMStochastic works on the EDM process, not on {name}: use DDIM(eta)")
+            raise InputError(f"EDMStochastic works on the EDM process, not on {name}: use DDIM(eta)")
         churn = min(self.S_churn / model.num_steps, 2**0.5 - 1) if self.S_min <= t <= self.S_max else 0.0
         t_hat = t + churn * t
         if churn > 0:

@@ -11,6 +11,7 @@ from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.diffusion.samplers.base import Model, Noise, Sampler
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 
 __all__ = ["sample", "trajectory"]
 
@@ -56,13 +57,13 @@ def sample(
         ValueError: neither or both of seed and noise; no process given, and the denoiser has none.
     """
     if (seed is None) == (noise is None):
-        raise ValueError("give either seed or noise")
+        raise InputError("give either seed or noise")
     if noise is None:
         assert seed is not None
         noise = Noise.per_sample(range(seed, seed + shape[0]))
     process = process or getattr(denoiser, "process", None)
     if process is None:
-        raise ValueError("this denoiser does not know its process: give process=")
+        raise InputError("this denoiser does not know its process: give process=")
     model = Model(denoiser, process, num_steps, cond)
     like = torch.empty(tuple(shape), dtype=dtype, device=device)
     return deque(trajectory(model, sampler, like, noise), maxlen=1).pop()

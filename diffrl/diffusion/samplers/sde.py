@@ -11,6 +11,7 @@ from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
+from diffrl.errors import InputError
 from diffrl.shapes import column
 
 __all__ = ["CPS", "FlowSDE"]
@@ -41,7 +42,7 @@ class FlowSDE(GaussianSampler):
 
     def __post_init__(self) -> None:
         if not self.a >= 0:
-            raise ValueError(f"a is {self.a}: it is an amount of noise >= 0")
+            raise InputError(f"a is {self.a}: it is an amount of noise >= 0")
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(mean, std²).
@@ -50,7 +51,7 @@ class FlowSDE(GaussianSampler):
             ValueError: the process is not Flow.
         """
         if not isinstance(process, Flow):
-            raise ValueError(
+            raise InputError(
                 f"FlowSDE works on the Flow process, not on {type(process).__name__}: use DDIM(eta)"
             )
         t, s = t.double(), s.double()
@@ -87,7 +88,7 @@ class CPS(GaussianSampler):
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}: it lies in [0, 1]")
+            raise InputError(f"eta is {self.eta}: it lies in [0, 1]")
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(mean, std²)."""

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
+
 __all__ = ["Schedule"]
 
 
@@ -87,7 +89,7 @@ class Schedule(ABC):
             ValueError: num_steps < 1, or a fraction for a discrete process.
         """
         if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}: a chain needs at least one noise level")
+            raise InputError(f"num_steps is {num_steps}: a chain needs at least one noise level")
         i, last = index.double(), num_steps - 1
         # the tolerance: a rounded sum such as 16.8 + 0.2 must not fall off the grid
         return torch.where(i > last + 1e-9, self.t_clean, self._level(i.clamp(max=last), num_steps))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffrl.errors import InputError
+
 __all__ = ["Cosine", "Curve", "LinearBeta", "Scaled", "Sigmoid", "discrete_alphas_cumprod"]
 
 
@@ -54,7 +56,7 @@ class LinearBeta(Curve):
 
     def __post_init__(self) -> None:
         if not 0 < self.beta_min <= self.beta_max:
-            raise ValueError(f"VP needs 0 < beta_min <= beta_max, not {self.beta_min} and {self.beta_max}")
+            raise InputError(f"VP needs 0 < beta_min <= beta_max, not {self.beta_min} and {self.beta_max}")
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
@@ -123,9 +125,9 @@ class Sigmoid(Curve):
 
     def __post_init__(self) -> None:
         if not self.start < self.end:
-            raise ValueError(f"VP's sigmoid needs start < end, not {self.start} and {self.end}")
+            raise InputError(f"VP's sigmoid needs start < end, not {self.start} and {self.end}")
         if not self.tau > max(abs(self.start), abs(self.end)) / 500:
-            raise ValueError(f"VP's sigmoid needs tau > 0 and not so small that it is a step, not {self.tau}")
+            raise InputError(f"VP's sigmoid needs tau > 0 and not so small that it is a step, not {self.tau}")
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -186,7 +188,7 @@ class Scaled(Curve):
 
     def __post_init__(self) -> None:
         if not self.scale > 0:
-            raise ValueError(f"VP needs input_scale > 0, not {self.scale}")
+            raise InputError(f"VP needs input_scale > 0, not {self.scale}")
 
     def _norm(self, t: Tensor) -> Tensor:
         return torch.hypot(self.scale * self.curve.alpha(t), self.curve.sigma(t))

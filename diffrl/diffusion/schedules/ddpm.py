@@ -10,6 +10,7 @@ from torch import Tensor
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.curves import discrete_alphas_cumprod
 from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import InputError
 
 __all__ = ["DDPM"]
 
@@ -45,11 +46,11 @@ class DDPM(Schedule):
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "scaled_linear", "cosine"):
-            raise ValueError(f"DDPM has kinds scaled_linear, linear and cosine, not {self.kind!r}")
+            raise InputError(f"DDPM has kinds scaled_linear, linear and cosine, not {self.kind!r}")
         if self.train_steps < 1:
-            raise ValueError(f"train_steps is {self.train_steps}: DDPM needs at least one timestep")
+            raise InputError(f"train_steps is {self.train_steps}: DDPM needs at least one timestep")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
+            raise InputError(
                 f"DDPM needs 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}"
             )
 
@@ -79,7 +80,7 @@ class DDPM(Schedule):
         return self._look_up(1, t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        raise ValueError("DDPM has discrete times and no derivative: use VP, or a sampler such as DDIM")
+        raise InputError("DDPM has discrete times and no derivative: use VP, or a sampler such as DDIM")
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return self.alpha_dot(t)
@@ -91,9 +92,9 @@ class DDPM(Schedule):
 
     def _level(self, index: Tensor, num_steps: int) -> Tensor:
         if num_steps > self.train_steps:
-            raise ValueError(f"num_steps is {num_steps}, but this DDPM has only {self.train_steps} timesteps")
+            raise InputError(f"num_steps is {num_steps}, but this DDPM has only {self.train_steps} timesteps")
         if not bool((index == index.round()).all()):
-            raise ValueError("DDPM has discrete times: span, stride and offset must be whole numbers")
+            raise InputError("DDPM has discrete times: span, stride and offset must be whole numbers")
         return ((num_steps - index) * (self.train_steps / num_steps)).round() - 1
 
     def index(self, t: Tensor, num_steps: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import InputError
 
 __all__ = ["EDM"]
 
@@ -36,11 +37,11 @@ class EDM(Schedule):
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
+            raise InputError(
                 f"EDM needs 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}"
             )
         if not self.rho > 0:
-            raise ValueError(f"EDM needs rho > 0, not {self.rho}")
+            raise InputError(f"EDM needs rho > 0, not {self.rho}")
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

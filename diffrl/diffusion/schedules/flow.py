@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import InputError
 
 __all__ = ["Flow"]
 
@@ -35,9 +36,9 @@ class Flow(Schedule):
 
     def __post_init__(self) -> None:
         if self.t_min is not None and not 0 < self.t_min < 1:
-            raise ValueError(f"Flow needs 0 < t_min < 1, not {self.t_min}")
+            raise InputError(f"Flow needs 0 < t_min < 1, not {self.t_min}")
         if not self.shift > 0:
-            raise ValueError(f"Flow needs shift > 0, not {self.shift}")
+            raise InputError(f"Flow needs shift > 0, not {self.shift}")
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.curves import Cosine, Curve, LinearBeta, Scaled, Sigmoid
 from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import InputError
 
 __all__ = ["VP"]
 
@@ -59,13 +60,13 @@ class VP(Schedule):
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "cosine", "sigmoid"):
-            raise ValueError(f"VP has kinds sigmoid, linear and cosine, not {self.kind!r}")
+            raise InputError(f"VP has kinds sigmoid, linear and cosine, not {self.kind!r}")
         if not 0 < self.t_min < self.t_max <= 1:
-            raise ValueError(f"VP needs 0 < t_min < t_max <= 1, not {self.t_min} and {self.t_max}")
+            raise InputError(f"VP needs 0 < t_min < t_max <= 1, not {self.t_min} and {self.t_max}")
         if self.log_snr_max is not None and not self.log_snr_max > 0:
-            raise ValueError(f"VP needs log_snr_max > 0, not {self.log_snr_max}")
+            raise InputError(f"VP needs log_snr_max > 0, not {self.log_snr_max}")
         if self._ends[1] > 1:
-            raise ValueError(f"log_snr_max is {self.log_snr_max}: the {self.kind} curve does not go so far")
+            raise InputError(f"log_snr_max is {self.log_snr_max}: the {self.kind} curve does not go so far")
 
     @cached_property
     def _curve(self) -> Curve:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from diffrl.errors import InputError
 from diffrl.experiments.reports.style import (
     BLUE,
     FAINT,
@@ -76,7 +77,7 @@ def target_outcomes(
     grid = _grid(panel)
     seeds = [n for n in panel.seeds(panel.study.baseline) if all(n in panel.seeds(s) for s in grid)]
     if not seeds:
-        raise ValueError(f"study {study}, case {case}: at no seed are the baseline and all others finished")
+        raise InputError(f"study {study}, case {case}: at no seed are the baseline and all others finished")
     cells: dict[str, dict[str, Any]] = {
         scheme: {"λ": lmbda, "η": eta, **{name: [] for name in PARTS}}
         for scheme, (lmbda, eta) in grid.items()
@@ -155,12 +156,12 @@ def _panel(findings: StudyFindings, study: str, case: str) -> Panel:
     panels = {(p.study.name, p.case): p for p in findings.panels()}
     if (study, case) not in panels:
         known = ", ".join(f"{s} {c}" for s, c in panels)
-        raise ValueError(f"no study {study} on case {case} in the comparison: there are {known}")
+        raise InputError(f"no study {study} on case {case} in the comparison: there are {known}")
     panel = panels[study, case]
     if set(panel.study.axes) != set(KEYS):
-        raise ValueError(f"the axes of study {study} are {list(panel.study.axes)}: λ and η are wanted")
+        raise InputError(f"the axes of study {study} are {list(panel.study.axes)}: λ and η are wanted")
     if panel.schemes and SCORE not in panel.quantities:
-        raise ValueError(f"case {case} has no exact denoiser, so no error of a target is known")
+        raise InputError(f"case {case} has no exact denoiser, so no error of a target is known")
     return panel
 
 

@@ -16,8 +16,9 @@ from diffrl.experiments.method_findings import AXES, MethodFindings
 from diffrl.experiments.reports.finetuning_figures import draw_curves, draw_pictures
 from diffrl.experiments.reports.parts import commands_table, write_summary
 from diffrl.metrics.intervals import interval
+from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table, text_table
-from diffrl.training.runs import RunFolderError, write_atomically
+from diffrl.training.runs import RunFolderError
 
 __all__ = ["methods_table", "write_methods_report"]
 

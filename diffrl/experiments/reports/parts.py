@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table
-from diffrl.training.runs import write_atomically
 
 __all__ = ["commands_table", "write_summary"]
 

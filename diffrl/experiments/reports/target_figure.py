@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from diffrl.errors import InputError, InputKeyError
 from diffrl.experiments.reports.style import INK, ORANGE, drawing, save_figure
 from diffrl.extras import require
 from diffrl.metrics.diagnostics import target_errors
@@ -41,7 +42,7 @@ def run_target_errors(
     """
     oracle, chain = build_oracle(run.data, run.denoiser.process), run.config["chain"]
     if oracle is None:
-        raise ValueError(f"{run.data.name} has no exact denoiser, so no error of a target is known")
+        raise InputError(f"{run.data.name} has no exact denoiser, so no error of a target is known")
     given = {key: chain[key] for key in ("num_steps", "coupling", "span", "stride", "value", "t_max")}
     return target_errors(
         run.denoiser,
@@ -81,7 +82,9 @@ def draw_target_errors(
     """
     levels = [level for level in errors["levels"] if math.isfinite(level["sigma"])]
     if missing := [name for name in targets if name not in levels[0]["targets"]]:
-        raise KeyError(f"no target {', '.join(missing)}: the table has {', '.join(levels[0]['targets'])}")
+        raise InputKeyError(
+            f"no target {', '.join(missing)}: the table has {', '.join(levels[0]['targets'])}"
+        )
     sigma = [level["sigma"] for level in levels]
     with drawing(figsize=(9, 6.4)) as figure:
         axes = figure.subplots(2, 2, sharex=True)

@@ -19,8 +19,8 @@ from diffrl.experiments.reports.run_table import distance_label
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.study_findings import COSTS, SCORE, Estimate, Panel, Quantity, StudyFindings
 from diffrl.metrics.intervals import Interval
+from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table
-from diffrl.training.runs import write_atomically
 
 __all__ = ["write_report"]
 

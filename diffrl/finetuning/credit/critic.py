@@ -12,6 +12,7 @@ from diffrl import keys
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.piece import Setting
@@ -100,9 +101,9 @@ class LearnedCritic(Credit):
 
     def __post_init__(self) -> None:
         if not (0 <= self.lmbda <= 1 and 0 <= self.gamma <= 1):
-            raise ValueError(f"credit.lmbda is {self.lmbda} and gamma {self.gamma}: both lie in [0, 1]")
+            raise InputError(f"credit.lmbda is {self.lmbda} and gamma {self.gamma}: both lie in [0, 1]")
         if not self.lr > 0 or self.passes < 1 or self.hidden < 1:
-            raise ValueError("credit.lr must be > 0, passes and hidden at least 1")
+            raise InputError("credit.lr must be > 0, passes and hidden at least 1")
         self._scale = (0.0, 0.0)  # mean and std of the returns of the first rollout that has any spread
 
     def prepare(self, setting: Setting) -> None:
@@ -134,7 +135,7 @@ class LearnedCritic(Credit):
         states = rollout.select(keys.X_T, keys.T, keys.COND, strict=False).flatten()
         cond = states.get(keys.COND, None)
         if cond is not None and (cond.ndim != 1 or cond.is_floating_point()):
-            raise ValueError(f"the critic takes integer conditions, not {cond.dtype} {list(cond.shape[1:])}")
+            raise InputError(f"the critic takes integer conditions, not {cond.dtype} {list(cond.shape[1:])}")
         x_t, t = states.get(keys.X_T).float(), states.get(keys.T)[:, 0]
         labels = cond if self.critic.label_embedding is not None else None
         with torch.no_grad():

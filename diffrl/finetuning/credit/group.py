@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.rl.advantages import group_advantages
@@ -42,9 +43,9 @@ class GroupRelative(Credit):
 
     def __post_init__(self) -> None:
         if self.std not in ("group", "global", "none"):
-            raise ValueError(f"credit.std is {self.std!r}: give 'group', 'global' or 'none'")
+            raise InputError(f"credit.std is {self.std!r}: give 'group', 'global' or 'none'")
         if self.of not in ("trajectory", "step"):
-            raise ValueError(f"credit.of is {self.of!r}: give 'trajectory' or 'step'")
+            raise InputError(f"credit.of is {self.of!r}: give 'trajectory' or 'step'")
 
     @property
     def takes_dense(self) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.rollouts.base import trajectory_condition
@@ -24,7 +25,7 @@ def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
     if per == "batch" or cond is None:
         return None
     if cond.ndim != 1 or cond.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"credit.per is 'prompt', but conditions are {cond.dtype} of shape {list(cond.shape[1:])}: "
             "statistics are kept by integers; give per='batch'"
         )
@@ -43,9 +44,9 @@ class _Fifo(Credit):
 
     def __post_init__(self) -> None:
         if self.per not in ("prompt", "batch"):
-            raise ValueError(f"credit.per is {self.per!r}: give 'prompt' or 'batch'")
+            raise InputError(f"credit.per is {self.per!r}: give 'prompt' or 'batch'")
         if self.min_count < 1 or (self.buffer is not None and self.buffer < self.min_count):
-            raise ValueError(
+            raise InputError(
                 f"credit.buffer is {self.buffer} and min_count {self.min_count}: a buffer must hold min_count >= 1"
             )
 
@@ -130,7 +131,7 @@ class RewardsToGo(_Fifo):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.gamma <= 1:
-            raise ValueError(f"credit.gamma is {self.gamma}: it lies in [0, 1]")
+            raise InputError(f"credit.gamma is {self.gamma}: it lies in [0, 1]")
 
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
         """Advantages, each step's own."""

@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.standardised import Standardised
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.piece import Setting
@@ -76,11 +77,11 @@ class DDPOLoss(LossModule):
     ) -> None:
         super().__init__()
         if surrogate not in ("sf", "is"):
-            raise ValueError(f"surrogate is {surrogate!r}: give 'sf' or 'is'")
+            raise InputError(f"surrogate is {surrogate!r}: give 'sf' or 'is'")
         if not (clip_range > 0 and advantage_clip > 0 and kl_coef >= 0):
-            raise ValueError("clip_range and advantage_clip must be > 0, and kl_coef >= 0")
+            raise InputError("clip_range and advantage_clip must be > 0, and kl_coef >= 0")
         if kl_coef > 0 and reference is None:
-            raise ValueError("kl_coef needs a reference policy: give reference, or kl_coef=0")
+            raise InputError("kl_coef needs a reference policy: give reference, or kl_coef=0")
         self.policy, self.surrogate = policy, surrogate
         self.clip_range, self.advantage_clip, self.kl_coef = clip_range, advantage_clip, kl_coef
         self.__dict__["reference"] = reference  # not a part of what is trained or saved

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.standardised import RewardsToGo
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.piece import Setting
@@ -73,9 +74,9 @@ class SDPOLoss(LossModule):
     ) -> None:
         super().__init__()
         if not 0 < temporal_weight <= 1:
-            raise ValueError(f"temporal_weight is {temporal_weight}: it lies in (0, 1]")
+            raise InputError(f"temporal_weight is {temporal_weight}: it lies in (0, 1]")
         if not (log_scale > 0 and advantage_clip > 0):
-            raise ValueError("log_scale and advantage_clip must be > 0")
+            raise InputError("log_scale and advantage_clip must be > 0")
         self.policy, self.temporal_weight, self.log_scale = policy, temporal_weight, log_scale
         self.clip_range, self.advantage_clip = clip_range, advantage_clip
 
@@ -100,7 +101,7 @@ class SDPOLoss(LossModule):
         # [2P, ...] → a and b side by side
         pair = steps.get(keys.GROUP).view(B, -1), steps.get(keys.INDEX).view(B, -1)
         if B % 2 or any(bool((of[0::2] != of[1::2]).any()) for of in pair):
-            raise ValueError(
+            raise InputError(
                 "rows 2p and 2p+1 must be one pair (group) at one step (index): never shuffle them apart"
             )
         _, log_p, mask = trainable_law(self.policy, steps)

@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.placement.base import Placement
 from diffrl.finetuning.placement.registry import PLACEMENTS
 from diffrl.finetuning.placement.similarity import DenseMode, dense_queries, predict_dense
@@ -51,7 +52,7 @@ class Dense(Placement):
     def __post_init__(self) -> None:
         dense_queries(self.mode, 1)
         if self.timing not in ("state", "next"):
-            raise ValueError(f"placement.timing is {self.timing!r}: give 'state' or 'next'")
+            raise InputError(f"placement.timing is {self.timing!r}: give 'state' or 'next'")
 
     def __call__(self, rollout: TensorDictBase, reward: Reward) -> Tensor:
         """`queries` queries a trajectory."""

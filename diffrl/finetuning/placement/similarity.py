@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from diffrl.errors import InputError
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 
@@ -22,9 +23,9 @@ def dense_queries(mode: DenseMode, num_steps: int) -> int:
         ValueError: an unknown mode, or K < 1.
     """
     if mode not in get_args(DenseMode):
-        raise ValueError(f"mode is {mode!r}: give one of {', '.join(get_args(DenseMode))}")
+        raise InputError(f"mode is {mode!r}: give one of {', '.join(get_args(DenseMode))}")
     if num_steps < 1:
-        raise ValueError(f"{num_steps} steps: a chain has at least one")
+        raise InputError(f"{num_steps} steps: a chain has at least one")
     return min(num_steps, {"all": num_steps, "anchor": 3, "linear": 2, "last": 1}[mode])
 
 
@@ -86,7 +87,7 @@ def similarity_weighted(x0_hat: Tensor, k: Tensor, R: Tensor, *, guarded: bool) 
     R_hat[b, k] = R_A
     if not bool(R_hat.isfinite().all()):
         row, i = R_hat.isfinite().logical_not().nonzero()[0].tolist()
-        raise ValueError(
+        raise InputError(
             f"the reward of trajectory {row}, step {i} is {float(R_hat[row, i])}: its estimate is not finite, or its "
             "raw weights sum to 0 (give guarded=True)"
         )
@@ -143,11 +144,11 @@ def predict_dense(
         RewardError: the reward failed.
     """
     if x0_hat.ndim < 3:
-        raise ValueError(f"x0_hat has shape {tuple(x0_hat.shape)}: give clean estimates [B, K, *E]")
+        raise InputError(f"x0_hat has shape {tuple(x0_hat.shape)}: give clean estimates [B, K, *E]")
     B, K = x0_hat.shape[:2]
     queries = dense_queries(mode, K)
     if cond is not None and len(cond) != B:
-        raise ValueError(f"{len(cond)} conditions for {B} trajectories: give one each, not one a step")
+        raise InputError(f"{len(cond)} conditions for {B} trajectories: give one each, not one a step")
     first, last = torch.zeros(B, 1, dtype=torch.long), torch.full((B, 1), K - 1)
     k = anchor_steps(x0_hat, interior=interior) if mode == "anchor" and K >= 3 else None
     if k is not None:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from diffrl import keys
 from diffrl.diffusion.samplers.base import Noise
+from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import RolloutPlan
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
@@ -40,16 +41,16 @@ class Rollouts(RolloutPlan):
 
     def __post_init__(self) -> None:
         if self.group_size < 1 or (self.pairs and self.group_size not in (1, 2)):
-            raise ValueError(
+            raise InputError(
                 f"rollouts.group_size is {self.group_size}: give at least 1, and for pairs leave it at 1"
             )
         if self.trajectories < 1 or self.trajectories % self.rows_of_a_group:
-            raise ValueError(
+            raise InputError(
                 f"rollouts.trajectories is {self.trajectories}: give a multiple of the group size, "
                 f"{self.rows_of_a_group}"
             )
         if self.at_once is not None and self.at_once < self.rows_of_a_group:
-            raise ValueError(
+            raise InputError(
                 f"rollouts.at_once is {self.at_once}: a group of {self.rows_of_a_group} is drawn together; give at "
                 "least that, or null for all"
             )
@@ -177,11 +178,11 @@ def collect_rollout(
 def _group_size(batch_size: int, group_size: int, pairs: bool, cond: Tensor | None) -> int:
     G = 2 if pairs else group_size
     if group_size < 1 or (pairs and group_size not in (1, 2)):
-        raise ValueError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
+        raise InputError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
     if batch_size < 1 or batch_size % G:
-        raise ValueError(f"batch_size is {batch_size}: give a multiple of the group size, {G}")
+        raise InputError(f"batch_size is {batch_size}: give a multiple of the group size, {G}")
     if cond is not None and len(cond) != batch_size // G:
-        raise ValueError(f"{len(cond)} conditions for {batch_size // G} groups: give one each")
+        raise InputError(f"{len(cond)} conditions for {batch_size // G} groups: give one each")
     return G
 
 
@@ -195,14 +196,14 @@ def _check(
     steps = policy.num_steps
     if start is not None:
         if start.x_t.shape != (batch_size, *event_shape):
-            raise ValueError(
+            raise InputError(
                 f"start.x_t has shape {list(start.x_t.shape)}: give {[batch_size, *event_shape]}"
             )
         if not 0 <= start.step < steps:
-            raise ValueError(f"start.step is {start.step}: the policy's steps are 0..{steps - 1}")
+            raise InputError(f"start.step is {start.step}: the policy's steps are 0..{steps - 1}")
         steps -= start.step
     if stochastic is not None and stochastic.shape != (batch_size, steps):
-        raise ValueError(f"stochastic has shape {list(stochastic.shape)}: give {[batch_size, steps]}")
+        raise InputError(f"stochastic has shape {list(stochastic.shape)}: give {[batch_size, steps]}")
 
 
 def _first_latents(

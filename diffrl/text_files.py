@@ -1,0 +1,94 @@
+"""Text files: always UTF-8, written whole or not at all, with errors that name the file and the remedy."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffrl.errors import FileError
+
+__all__ = ["file_errors", "read_json", "read_text", "write_atomically"]
+
+REMEDIES = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within your quota",
+    errno.EACCES: "see to its permissions, or choose another place",
+    errno.EPERM: "see to its permissions, or choose another place",
+    errno.EROFS: "this place is read-only: choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "it is not there, or was removed meanwhile",
+    errno.ENOTDIR: "a part of its path is a file: choose another place",
+    errno.EISDIR: "it is a folder: give a file",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
+}
+"""What to do about an error of the operating system."""
+
+
+@contextmanager
+def file_errors(path: Path | str, what: str = "read") -> Iterator[None]:
+    """Turn an error of the operating system into a `FileError` that names the file and the remedy.
+
+    Args:
+        path: the file, or the folder that holds it.
+        what: what is done to it: "read" or "written".
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        remedy = REMEDIES.get(error.errno or 0, "see to the disk, and try again")
+        raise FileError(f"{path} cannot be {what} ({error.strerror or error}): {remedy}") from error
+
+
+def read_text(path: Path | str) -> str:
+    """The text of a file in UTF-8, without a byte-order mark.
+
+    Raises:
+        FileError: it cannot be read, or is no text in UTF-8.
+    """
+    with file_errors(path):
+        raw = Path(path).read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not a text file in UTF-8 (byte {error.start}): convert it") from error
+
+
+def read_json(path: Path | str, kind: type = dict) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: the file.
+        kind: what it must hold: dict or list.
+
+    Raises:
+        FileError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise FileError(
+            f"{path} is damaged: it holds no JSON ({error}): restore it from a copy, or remove it"
+        ) from error
+    if not isinstance(found, kind):
+        raise FileError(
+            f"{path} is damaged: it holds a {type(found).__name__} and no {kind.__name__}: restore it from a copy, "
+            "or remove it"
+        )
+    return found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 so that a crash leaves the old one or the new one.
+
+    Raises:
+        FileError: it cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with file_errors(path, "written"):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)

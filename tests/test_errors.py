@@ -1,0 +1,57 @@
+"""The library's own errors, and text files."""
+
+from pathlib import Path
+
+import pytest
+
+from diffrl.errors import DiffrlError, FileError, InputError, InputKeyError, InputTypeError, of_group
+from diffrl.text_files import file_errors, read_json, read_text, write_atomically
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [(InputError, ValueError), (InputTypeError, TypeError), (InputKeyError, KeyError), (FileError, OSError)],
+)
+def test_an_error_is_the_built_in_one_too_and_says_its_text(error: type, builtin: type) -> None:
+    assert issubclass(error, DiffrlError) and issubclass(error, builtin)
+    assert str(error("x is 2: give 1")) == "x is 2: give 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("lmbda is 2: give 1", "objective.lmbda is 2: give 1"),
+        ("give `lmbda`", "give objective.lmbda"),
+        ("objective.lmbda is 2", "objective.lmbda is 2"),
+        ("lmbdas differ", "lmbdas differ"),
+    ],
+)
+def test_errors_name_an_option_as_it_is_typed(text: str, named: str) -> None:
+    with pytest.raises(InputError) as caught, of_group("objective", ["lmbda", "gamma"]):
+        raise InputError(text)
+    assert str(caught.value) == named
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    file = tmp_path / "köln.txt"
+    write_atomically(file, "λ = ½")
+    assert file.read_bytes() == "λ = ½".encode() and read_text(file) == "λ = ½"
+    file.write_bytes(b"\xef\xbb\xbfcat")
+    assert read_text(file) == "cat"  # without the mark of some editors
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\xff\xfe"])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "results.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(FileError, match=r"results\.json .*(restore it from a copy, or remove it|convert it)"):
+        read_json(file)
+
+
+def test_an_error_of_the_system_names_the_file_and_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"nowhere\.txt cannot be read \(No such file.*it is not there"):
+        read_text(tmp_path / "nowhere.txt")
+    with pytest.raises(FileError, match=r"cannot be written \(File name too long\): choose a shorter name"):
+        write_atomically(tmp_path / ("n" * 300), "text")
+    with pytest.raises(FileError, match="make room on the disk"), file_errors(tmp_path, "written"):
+        raise OSError(28, "No space left on device")
