@@ -1,5 +1,6 @@
 """What a data set is: points to evaluate on, and batches to train on."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +85,27 @@ class Data:
             assert self.draw is not None
             x = self.draw(100_000, Generator().manual_seed(SIGMA_SEED))
         return float(x.double().std(correction=0))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What is trained on, in 16 hexadecimal digits of SHA-256: equal for equal data on every machine.
+
+        Of a finite set: shapes, dtypes and bytes of `train` and its labels, and `num_classes`. Of a known law: its
+        means, stds and weights. Of another law: 64 fixed draws, to two decimals of `sigma_data`.
+        """
+        if self.train is not None:
+            parts = [self.train] if self.train_labels is None else [self.train, self.train_labels]
+        elif self.mixture is not None:  # float32 forgets the last digits, in which machines differ
+            parts = [a.float() for a in (self.mixture.means, self.mixture.stds, self.mixture.weights)]
+        else:
+            assert self.draw is not None
+            x = self.draw(64, Generator().manual_seed(SIGMA_SEED))
+            parts = [(100 * x / self.sigma_data).round().to(torch.int64)]
+        digest = hashlib.sha256(str(self.num_classes).encode())
+        for part in parts:
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def batch(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw a training batch.
