@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning
 from diffrl.configs.cli import command, one_line
 from diffrl.errors import InputError
+from diffrl.experiments.check_run import check_run
 from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
@@ -39,6 +40,16 @@ def train(config: dict[str, Any]) -> None:
     folder = run_experiment(config)
     print(summary_table(folder.results()))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
+
+
+@command("train")
+def check(config: dict[str, Any]) -> None:
+    """Check a training run before it is started, and print what was found."""
+    report = check_run(config)
+    print(report)
+    if not report.passed:
+        sys.exit(f"error: {len(report.failed)} checks failed")
+    print("\nthe run is right as far as can be told: start it by the command train with the same words")
 
 
 @command("finetune")
@@ -133,6 +144,7 @@ def _sample_words() -> argparse.ArgumentParser:
 
 COMMANDS: dict[str, Callable[[], None]] = {
     "train": train,
+    "check": check,
     "finetune": finetune,
     "compare": compare,
     "sample": sample,

@@ -1,4 +1,4 @@
-"""The commands: python -m diffrl train|finetune|compare|sample WORDS..."""
+"""The commands: python -m diffrl train|check|finetune|compare|sample WORDS..."""
 
 import sys
 
@@ -6,6 +6,7 @@ USAGE = """\
 usage: python -m diffrl COMMAND WORDS...
 
   train      train a denoiser by TD(λ), and by Monte Carlo beside it
+  check      check a training run before it is started
   finetune   tune a denoiser for a reward, or compare methods of tuning
   compare    compare bootstrapping schemes over data sets and seeds
   sample     draw samples from a run folder

@@ -17,7 +17,7 @@ from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
 from diffrl.training.trainer import Average, Length, Target, Trainer
 
-__all__ = ["run_experiment"]
+__all__ = ["TrainingJob", "run_experiment"]
 
 
 def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFolder:
@@ -42,7 +42,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     data, main = build_data(config), config["objective"]["name"]
     objectives = [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
     for name in objectives:
-        _Job(config, data, baseline=name != main).check()  # now, and not at the end of training
+        TrainingJob(config, data, baseline=name != main).check()  # now, and not at the end of training
     folder = RunFolder.start(config)
     head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
     results = folder.results() or head
@@ -50,13 +50,13 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         for name in objectives:
             if name in results["objectives"]:
                 continue
-            job = _Job(config, data, baseline=name != main)
+            job = TrainingJob(config, data, baseline=name != main)
             results["objectives"][name] = job.run(folder, interrupted, progress)
             folder.write_results(results)
     return folder
 
 
-class _Job(Job):
+class TrainingJob(Job):
     """One objective of an experiment: its trainer, and how it is evaluated."""
 
     count: ClassVar[str] = "grad_steps"

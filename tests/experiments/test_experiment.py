@@ -276,7 +276,7 @@ def test_signalled_from_outside(tmp_path: Path) -> None:
 def test_a_finished_run_is_neither_trained_nor_evaluated_again(
     whole: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment._Job, "run", lambda *_: pytest.fail("run again"))
+    monkeypatch.setattr(experiment.TrainingJob, "run", lambda *_: pytest.fail("run again"))
     before = (whole.path / "results.json").read_bytes()
     run_experiment({**whole.config(), "resume": str(whole.path)}, progress=False)
     assert (whole.path / "results.json").read_bytes() == before

@@ -1,0 +1,133 @@
+"""The check of a training run: right runs pass, and each mistake is found by the check that is for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Generator, Tensor
+
+from diffrl import keys
+from diffrl.configs.commands import COMMANDS
+from diffrl.diffusion.trajectories import draw_chain
+from diffrl.experiments import check_run as module
+from diffrl.experiments.check_run import check_run
+from diffrl.finetuning.check_report import Report
+from diffrl.training.trainer import Trainer
+from tests.kit.configs import small
+
+
+def failed(report: Report) -> set[str]:
+    return {check.name.partition(":")[0] for check in report.failed}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["process=ddpm", "sampler=ddim"],
+        ["process=vp", "objective.n_steps=2", "objective.lmbda=null"],
+        ["process=flow", "objective=monte_carlo"],
+        ["chain.coupling=shared", "objective.lmbda=0", "chain.value=clean"],
+        ["objective=ct", "denoiser.prediction_type=consistency", "sampler=consistency"],
+        ["objective=td_edm", "chain.window=1"],
+        ["dtype=float64", "objective.bootstrap=target", "chain.window=1", "starts=loss_aware"],
+        ["chain.num_steps=1", "chain.jitter=false"],
+    ],
+    ids=" ".join,
+)
+def test_right_runs_pass(words: list[str]) -> None:
+    report = check_run(small(*words))
+    assert report.passed, str(report)
+    assert len(report.checks) >= 9
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["denoiser.sigma_data=0.01"], "data"),
+        (["process.sigma_max=1"], "first level"),
+        (["objective.gamma=0.9"], "fixed point"),
+    ],
+)
+def test_wrong_settings_are_found(words: list[str], name: str) -> None:
+    report = check_run(small(*words))
+    assert failed(report) == {name}, str(report)
+
+
+def twice_the_reward(drawn: TensorDict) -> None:
+    drawn[keys.NEXT, keys.REWARD] = 2 * drawn[keys.NEXT, keys.REWARD]
+
+
+def ended_early(drawn: TensorDict) -> None:
+    drawn[keys.NEXT, keys.TERMINATED] = torch.ones_like(drawn[keys.NEXT, keys.TERMINATED])
+
+
+def another_value(drawn: TensorDict) -> None:
+    drawn[keys.X_T] = drawn[keys.X_T] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "names"),
+    [
+        (twice_the_reward, {"rewards"}),
+        (ended_early, {"flags"}),
+        (another_value, {"rewards"}),
+    ],
+)
+def test_a_wrong_chain_is_found(
+    mistake: Callable[[TensorDict], None], names: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*args: Any, **options: Any) -> TensorDict:
+        drawn = draw_chain(*args, **options)
+        mistake(drawn)
+        return drawn
+
+    monkeypatch.setattr(module, "draw_chain", wrong)
+    assert names <= failed(check_run(small()))
+
+
+def test_a_value_that_is_not_the_denoiser_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Halved(module.ValueLoss):
+        def forward(self, tensordict: TensorDict) -> TensorDict:
+            tensordict[keys.X0] = 0.5 * tensordict[keys.X0]
+            return super().forward(tensordict)
+
+    monkeypatch.setattr(module, "ValueLoss", Halved)
+    assert failed(check_run(small())) == {"λ = 1"}
+
+
+def test_random_numbers_without_a_seed_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Trainer.batch
+
+    def unseeded(self: Trainer, step: int) -> tuple[Tensor, Tensor | None, Generator]:
+        x0, labels, generator = batch(self, step)
+        return x0 + 0.1 * torch.randn(x0.shape), labels, generator
+
+    monkeypatch.setattr(Trainer, "batch", unseeded)
+    assert failed(check_run(small())) == {"determinism", "resuming"}
+
+
+def test_a_state_that_is_not_saved_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = Trainer._restore
+
+    def forgetful(self: Trainer, *args: Any) -> None:
+        restore(self, *args)
+        self.optimiser.adamw.state.clear()
+
+    monkeypatch.setattr(Trainer, "_restore", forgetful)
+    assert failed(check_run(small())) == {"resuming"}
+
+
+def test_the_command_prints_a_table_and_fails_with_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data=rings", "network=mlp", "trainer.batch_size=8", "chain.num_steps=4", "eval.points=8"]
+    monkeypatch.setattr("sys.argv", ["-m diffrl check", *words])
+    COMMANDS["check"]()
+    assert "the run is right as far as can be told" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["-m diffrl check", *words, "objective.gamma=0.5"])
+    with pytest.raises(SystemExit, match="error: 1 checks failed"):
+        COMMANDS["check"]()
+    assert "fixed point: bias of the target (s.e.): the exact denoiser is not" in capsys.readouterr().out
