@@ -135,11 +135,11 @@ def _rewards(drawn: TensorDict) -> Check:
 
 
 def _monte_carlo(trainer: Trainer, drawn: TensorDict) -> list[Check]:
-    """At λ = 1 the loss is mean ‖x0 - D(x)‖²/c_out², whatever the chain."""
+    """At λ = 1 the loss is mean A²‖x0 - D(x)‖²/max(A² c_out², 1e-8): denoising, whatever the chain."""
     denoiser, x, t, cond = trainer.denoiser, drawn[keys.X_T], drawn[keys.T], drawn.get(keys.COND, None)
     D = denoiser(x.flatten(0, 1), t.flatten(), None if cond is None else cond.flatten(0, 1)).view_as(x)
-    c_out = expand_like(denoiser.scalings(t).c_out, x)
-    by_hand = ((drawn[keys.X0] - D) / c_out).square().mean()
+    A, c_out = (expand_like(c, x) for c in (drawn[keys.A], denoiser.scalings(t).c_out))
+    by_hand = ((A * (drawn[keys.X0] - D)).square() / (A * c_out).square().clamp(min=1e-8)).mean()
     by_value = ValueLoss(denoiser, lmbda=1.0, weight="edm")(drawn.clone())["loss_value"]
     g, h = (torch.autograd.grad(loss, trainer.parameters, allow_unused=True) for loss in (by_hand, by_value))
     reached = [(a.double(), b.double()) for a, b in zip(g, h, strict=True) if a is not None and b is not None]
