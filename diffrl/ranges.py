@@ -60,7 +60,9 @@ def require_number(
         return number
     must = f"lie in {ends[0]}{low:g}, {high:g}{ends[1]}"
     if high == math.inf:
-        must = "be a finite number" + ("" if low == -math.inf else f" {'>=' if ends[0] == '[' else '>'} {low:g}")
+        must = "be a finite number" + (
+            "" if low == -math.inf else f" {'>=' if ends[0] == '[' else '>'} {low:g}"
+        )
     raise InputError(f"{name} is {_name(value)}, but must {must}")
 
 
