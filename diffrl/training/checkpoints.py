@@ -6,7 +6,7 @@ A checkpoint is a folder, and a training keeps its last few:
     step_000500/
         model.safetensors     one file for each set of weights: model, ema, target, ...
         training.pt           optimiser, schedules, random generators: read with weights_only=True
-        manifest.json         step, format, versions, size and SHA-256 of every other file
+        manifest.json         step, format, versions, what it belongs to, size and SHA-256 of every other file
 
 It is written under a temporary name, forced to the disk, and then renamed, so a crash at any moment leaves
 the checkpoints that were there.
@@ -17,7 +17,6 @@ import io
 import json
 import os
 import pickle
-import platform
 import re
 import shutil
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import DiffrlError, InputError, InputTypeError
+from diffrl.training.identity import Facts, surroundings
 
 __all__ = [
     "Checkpoint",
@@ -64,13 +64,15 @@ class Checkpoint:
         step: gradient steps taken.
         weights: name of a set → name of a tensor → tensor.
         training: everything else.
-        versions: of Python and the libraries that wrote it.
+        versions: of Python and the libraries that wrote it, with its number of threads and kind of device.
+        identity: what it belongs to, see `diffrl.training.identity`; empty in those of diffrl 0.2 and before.
     """
 
     step: int
     weights: dict[str, dict[str, Tensor]]
     training: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[str, Any]
+    identity: dict[str, Any]
 
 
 def save_checkpoint(
@@ -80,6 +82,8 @@ def save_checkpoint(
     weights: Mapping[str, Mapping[str, Tensor]],
     training: Mapping[str, Any],
     keep: int,
+    identity: Facts | None = None,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Writes `folder/step_<step>/`, then removes all but the newest `keep` checkpoints up to this step.
 
@@ -91,6 +95,8 @@ def save_checkpoint(
         weights: state_dicts by name, such as `{"model": ..., "ema": ...}`; a name is an identifier.
         training: any nesting of dicts, lists and tuples over tensors, numbers, strings, booleans and None.
         keep: how many checkpoints to keep, at least 1.
+        identity: what it belongs to, see `diffrl.training.identity`.
+        device: where it was computed.
 
     Returns:
         The checkpoint's path.
@@ -115,7 +121,13 @@ def save_checkpoint(
         for name, tensors in weights.items():
             file = name + _WEIGHTS
             files[file] = _write(temporary / file, _pack_weights(tensors))
-        manifest = {"format": _FORMAT, "step": step, "versions": _versions(), "files": files}
+        manifest = {
+            "format": _FORMAT,
+            "step": step,
+            "versions": surroundings(device),
+            "identity": dict(identity or {}),
+            "files": files,
+        }
         _write(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
         _sync(temporary)
         if path.exists():
@@ -187,7 +199,7 @@ def _read(path: Path) -> Checkpoint:
         training = torch.load(io.BytesIO(contents[_TRAINING]), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has a dozen types for a file that it cannot or will not read
         raise _Damage(f"{_TRAINING} cannot be read ({str(error).splitlines()[0]})") from error
-    return Checkpoint(manifest["step"], weights, training, manifest["versions"])
+    return Checkpoint(manifest["step"], weights, training, manifest["versions"], manifest["identity"])
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -207,6 +219,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             written_as == _FORMAT
             and isinstance(manifest["step"], int)
             and isinstance(manifest["versions"], dict)
+            and isinstance(manifest.setdefault("identity", {}), dict)
             and _TRAINING in manifest["files"]
             and all({"bytes", "sha256"} == entry.keys() for entry in manifest["files"].values())
             and all(
@@ -282,15 +295,6 @@ def _pack_training(training: Mapping[str, Any]) -> bytes:
 
 def _entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "diffrl": version("diffrl"),
-        "torch": str(torch.__version__),
-        "safetensors": safetensors.__version__,
-    }
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from diffrl.errors import InputError
 from diffrl.training.checkpoints import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.training.identity import Facts, refuse_changes, surroundings, warn_of_surroundings
 from diffrl.training.optim import NonFiniteLoss
 
 __all__ = ["Cadence", "Loop", "at_least_one", "step_generator"]
@@ -66,12 +67,15 @@ class Loop(ABC):
         seed: of everything random.
         device: where to work.
         autocast: dtype for the networks' arithmetic, e.g. torch.bfloat16; parameters stay as they are.
+        identity: what the caller knows of the run, such as its configuration, beyond `facts`.
     """
 
     unit: ClassVar[str] = "step"
     """What a step is called in the progress bar."""
     step_name: ClassVar[str] = "step"
     """The same in errors."""
+    total_key: ClassVar[str] = "steps"
+    """The key by which a user sets how long the loop runs."""
 
     def __init__(
         self,
@@ -81,7 +85,9 @@ class Loop(ABC):
         seed: int,
         device: torch.device | str,
         autocast: torch.dtype | None,
+        identity: Facts | None = None,
     ) -> None:
+        self.identity: Facts = identity or {}
         self.length, self.folder, self.seed = length, folder, seed
         self.device, self.autocast = torch.device(device), autocast
         self.step, self.seconds = 0, 0.0
@@ -95,6 +101,11 @@ class Loop(ABC):
     @abstractmethod
     def figures(self) -> Row:
         """Counts so far."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint of this loop belongs to, by name: see `diffrl.training.identity`."""
+        return {"seed": self.seed, self.total_key: self.length.total}
 
     @abstractmethod
     def _advance(self) -> Row:
@@ -165,21 +176,44 @@ class Loop(ABC):
         if self.folder is None:
             raise InputError("this run has no folder for checkpoints")
         weights, training = self._state()
-        keep = self.length.keep_checkpoints
         return save_checkpoint(
-            self.folder, self.step, weights=weights, training={**training, "seconds": self.seconds}, keep=keep
+            self.folder,
+            self.step,
+            weights=weights,
+            training={**training, "seconds": self.seconds},
+            keep=self.length.keep_checkpoints,
+            identity={**self.facts, **self.identity},
+            device=self.device,
         )
 
-    def resume(self) -> bool:
+    def resume(self, *, extend: bool = False, accept_changes: bool = False) -> bool:
         """Continue from the newest checkpoint; False if there is none.
 
+        With `extend` the schedules of learning rate and curriculum are those of the longer run from here on. Where
+        neither depends on the length, the end is that of a run that was as long from the start, bit for bit.
+
+        Args:
+            extend: whether this run may be longer than the one that wrote the checkpoint.
+            accept_changes: whether it may differ from it in everything.
+
         Raises:
+            RunChanged: it belongs to a run with other facts.
             CheckpointError: it is damaged, or of something else.
         """
         path = None if self.folder is None else latest_checkpoint(self.folder)
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
+        facts = {**self.facts, **self.identity}
+        refuse_changes(
+            checkpoint.identity,
+            facts,
+            of=path,
+            steps=self.total_key,
+            extend=extend,
+            accept_changes=accept_changes,
+        )
+        warn_of_surroundings(checkpoint.versions, surroundings(self.device), of=path)
         self._restore(checkpoint, path)
         self.seconds, self.step = checkpoint.training["seconds"], checkpoint.step
         return True

@@ -15,6 +15,7 @@ from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.ema import EMA
+from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.optim import Optim, Optimiser
 
@@ -101,12 +102,14 @@ class Trainer(Loop):
         target: how a target network follows.
         device: where to train.
         autocast: dtype for the network's arithmetic, e.g. torch.bfloat16; values stay in float32.
+        identity: what else a checkpoint belongs to, see `diffrl.training.identity`.
 
     Raises:
         NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
     """
 
     step_name: ClassVar[str] = "gradient step"
+    total_key: ClassVar[str] = "trainer.grad_steps"
     length: Length
 
     def __init__(
@@ -122,8 +125,12 @@ class Trainer(Loop):
         target: Target,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        identity: Facts | None = None,
     ) -> None:
-        super().__init__(length, folder=folder, seed=seed, device=device, autocast=autocast)
+        super().__init__(
+            length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity
+        )
+        self.options = {"optim": optim, "ema": average, "target": target}
         self.objective, self.loss, self.data = objective, objective.loss, data
         self.denoiser = self.loss.denoiser
         self.num_classes = int(getattr(self.denoiser.network, "num_classes", 0))
@@ -147,6 +154,22 @@ class Trainer(Loop):
             "samples": self.step * self.length.batch_size,
             "network_evaluations": self.loss.network_evaluations,
             "seconds": round(self.seconds, 3),
+        }
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Data, process, objective and options; the network's weights are the checkpoint's own."""
+        groups = {group: vars(options) for group, options in self.options.items()}
+        return {
+            **super().facts,
+            **flat(groups),
+            "trainer.batch_size": self.length.batch_size,
+            "trainer.label_dropout": self.length.label_dropout,
+            "data.fingerprint": self.data.fingerprint,
+            "objective.name": self.name,
+            "denoiser.prediction_type": self.denoiser.prediction_type,
+            "denoiser.sigma_data": self.denoiser.sigma_data,
+            "process": repr(self.denoiser.process),
         }
 
     def _set_mode(self) -> None:

@@ -1,0 +1,121 @@
+"""What a checkpoint belongs to: named facts that it keeps, compared when a run goes on."""
+
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrl.errors import DiffrlError
+
+__all__ = [
+    "ACCEPT",
+    "Facts",
+    "RunChanged",
+    "fingerprint",
+    "flat",
+    "refuse_changes",
+    "surroundings",
+    "warn_of_surroundings",
+]
+
+Facts = Mapping[str, Any]
+"""Name, as the key that a user types → string, number, boolean, None or a list of these."""
+
+ACCEPT = "accept_changes"
+"""The word to go on all the same: on the command line and in Python."""
+
+_ABSENT = "nothing"
+
+
+class RunChanged(DiffrlError, RuntimeError):
+    """A checkpoint belongs to a run with other settings, data or methods than the one that goes on."""
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration without nesting: value by dotted key.
+
+    >>> flat({"seed": 0, "optim": {"lr": 0.1, "betas": [0.9, 0.99]}})
+    {'seed': 0, 'optim.lr': 0.1, 'optim.betas': [0.9, 0.99]}
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Shapes, dtypes and bits of tensors in 16 hexadecimal digits of SHA-256: equal for equal ones on every machine."""
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def surroundings(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a result depends on in its last bits only: versions, number of threads, kind of device."""
+    return {
+        "python": platform.python_version(),
+        "diffrl": version("diffrl"),
+        "torch": str(torch.__version__),
+        "safetensors": version("safetensors"),
+        "threads": torch.get_num_threads(),
+        "device": torch.device(device).type,
+    }
+
+
+def refuse_changes(
+    kept: Facts,
+    now: Facts,
+    *,
+    of: object,
+    steps: str,
+    extend: bool = False,
+    accept_changes: bool = False,
+) -> None:
+    """Refuse to go on with a run that has become another one.
+
+    Facts that only `now` has are options that the code gained since, and not compared.
+
+    Args:
+        kept: of the checkpoint; empty for one from before checkpoints kept any.
+        now: of what is to go on.
+        of: path of the checkpoint, for errors.
+        steps: the fact that says how long the run is.
+        extend: whether `now` may be longer.
+        accept_changes: whether everything may differ.
+
+    Raises:
+        RunChanged: it names every fact that differs, its old value and its new one.
+    """
+    if accept_changes:
+        return
+    now = json.loads(json.dumps(dict(now)))  # as it comes out of a file: tuples are lists
+    changed = [key for key, value in kept.items() if key not in now or now[key] != value]
+    longer = steps in changed and steps in now and now[steps] > kept[steps]
+    if longer and extend:
+        changed.remove(steps)
+    if not changed:
+        return
+    told = ", ".join(f"{key} {kept[key]!r} → {now.get(key, _ABSENT)!r}" for key in changed)
+    if changed == [steps] and longer:
+        remedy = "to train on for more steps, say `extend`"
+    else:
+        remedy = f"take that back, choose another folder, or say `{ACCEPT}` to go on all the same"
+    raise RunChanged(f"{of} belongs to a run that is not this one: {told}; {remedy}")
+
+
+def warn_of_surroundings(kept: Facts, now: Facts, *, of: object) -> None:
+    """One warning where a run goes on under other versions, threads or on another kind of device."""
+    if told := ", ".join(f"{k} {v} → {now[k]}" for k, v in kept.items() if k in now and now[k] != v):
+        warnings.warn(
+            f"{of} was written elsewhere ({told}): what follows is the same but for the last bits",
+            RuntimeWarning,
+            stacklevel=4,
+        )
