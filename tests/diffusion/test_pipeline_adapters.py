@@ -188,7 +188,7 @@ def test_bad_adapters_are_named() -> None:
     denoiser = denoiser_of()
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(denoiser, rank=0)
-    with pytest.raises(ValueError, match="alpha 0"):
+    with pytest.raises(ValueError, match="alpha is 0.0"):
         add_lora(denoiser, alpha=0.0)
     with pytest.raises(ValueError, match=r"no layer of UNet2DConditionModel.*\['c_attn'\]"):
         add_lora(denoiser, target_modules=["c_attn"])

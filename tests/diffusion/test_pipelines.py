@@ -28,6 +28,7 @@ from diffrl.diffusion.samplers.loop import sample
 from diffrl.diffusion.samplers.ode import Euler
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.flow import Flow
+from diffrl.errors import DiffrlError
 from diffrl.extras import MissingExtra
 from diffrl.finetuning.policy import DenoisingPolicy
 from tests.kit.oracles import generator
@@ -127,6 +128,41 @@ def test_guidance_is_one_batch_of_two_evaluations(w: float, monkeypatch: pytest.
     assert sizes == [5 * denoiser.evaluations] == [5 * (1 + (w > 1))]
 
 
+def test_the_unconditional_part_may_be_left_out_of_the_gradient() -> None:
+    """F = F_∅ + w (F_c - F_∅): the same values, and with F_∅ fixed w times the gradient of F_c alone."""
+    pipe, w, gradients, values = stable_diffusion(), 3.0, [], []
+    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 500.0)
+    for options in ({"w": w, "train_unconditional": False}, {"w": w}, {}):
+        denoiser = denoiser_of(pipe, **options)
+        denoiser.zero_grad()
+        D_x = denoiser(x, t, EACH)
+        D_x.sum().backward()
+        values.append(D_x.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]))
+    one_sided, both, alone = gradients
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+    torch.testing.assert_close(one_sided, w * alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+    assert float((one_sided - both).norm() / both.norm()) > 0.1
+
+
+def test_a_compiled_network_is_the_network() -> None:
+    """The truth value of a compiled module is an error of its own, and its type is not the network's."""
+    plain, pipe = stable_diffusion(), stable_diffusion()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 500.0)
+    compiled, expected = denoiser_of(pipe, w=2.0), denoiser_of(plain, w=2.0)
+    torch.testing.assert_close(compiled(x, t, EACH), expected(x, t, EACH))
+    assert compiled.event_shape == SHAPE
+    add_lora(compiled, generator=generator(1))
+    add_lora(expected, generator=generator(1))
+    state = compiled.trainable_state()
+    assert state.keys() == expected.trainable_state().keys()
+    compiled.load_trainable_state({name: value + 0.1 for name, value in state.items()})
+    expected.load_trainable_state({name: value + 0.1 for name, value in state.items()})
+    torch.testing.assert_close(compiled(x, t, EACH), expected(x, t, EACH))
+    torch.testing.assert_close(compiled.reference()(x, t, EACH), expected.reference()(x, t, EACH))
+
+
 def test_samples_by_seed_do_not_depend_on_the_batch() -> None:
     denoiser = denoiser_of(w=2.0)
     draw = {"sampler": Ancestral(), "num_steps": 3, "cond": EACH[1:].unsqueeze(-1)}
@@ -136,6 +172,27 @@ def test_samples_by_seed_do_not_depend_on_the_batch() -> None:
 
 
 # Schedulers
+
+
+def fewer_timesteps() -> Any:
+    """Whose configuration was changed after its betas were made."""
+    scheduler = DDIMScheduler(**STABLE_DIFFUSION, clip_sample=False)
+    scheduler.register_to_config(num_train_timesteps=100)
+    return scheduler
+
+
+def stretched() -> Any:
+    """Whose chains begin below pure noise."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.sigma_max = 0.8
+    return scheduler
+
+
+def test_a_model_distilled_on_other_timesteps_is_named() -> None:
+    pipe = latent_consistency()
+    pipe.scheduler.register_to_config(original_inference_steps=25)
+    with pytest.warns(UserWarning, match=r"distilled on 25 timesteps: give LCM\(solver_steps=25\)"):
+        denoiser_of(pipe, w=7.5)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler])
@@ -151,9 +208,35 @@ def test_stable_diffusion_3_has_the_flow_with_its_shift() -> None:
     assert process.t_min == pytest.approx(0.003 / 1.002)
 
 
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+def test_a_shift_set_at_run_time_is_the_one_that_counts(shift: float) -> None:
+    pipe = sd3()
+    pipe.scheduler.set_shift(shift)
+    policy = policy_of(denoiser_of(pipe), Euler(), 3)
+    assert_same_chain(rollout(policy), chain_of(pipe, policy, guidance_scale=1.0))
+    torch.testing.assert_close(policy.grid, pipe.scheduler.sigmas.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_flow_of_fewer_timesteps_tells_its_network_so() -> None:
+    pipe = sd3()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=3.0)
+    denoiser = denoiser_of(pipe)
+    policy = policy_of(denoiser, Euler(), 3)
+    td = rollout(policy)
+    assert_same_chain(td, chain_of(pipe, policy, guidance_scale=1.0))
+    told: list[float] = []
+    denoiser.network.register_forward_pre_hook(
+        lambda network, args, given: told.append(float(given["timestep"][0])), with_kwargs=True
+    )
+    rollout(policy)
+    assert told == pytest.approx(pipe.scheduler.timesteps.tolist())
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
+        (lambda: fewer_timesteps(), "other betas than the 100 scaled_linear"),
+        (lambda: stretched(), "has the levels .* a shift of 3 would give"),
         (lambda: DDIMScheduler(**STABLE_DIFFUSION), "clips samples"),
         (lambda: DDIMScheduler(clip_sample=False, thresholding=True), "clips samples"),
         (
@@ -277,6 +360,36 @@ def test_a_pipeline_is_loaded_from_its_folder(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_stable_diffusion_3_does_without_its_third_encoder(saved: bool, tmp_path: Path) -> None:
+    """Saved without it, or left out of a whole pipeline: the encoder's rows are zeros, as in diffusers."""
+    pipe = sd3()
+    expected = denoiser_of(pipe)
+    if not saved:
+        pipe.register_modules(text_encoder_3=pipe.text_encoder, tokenizer_3=pipe.tokenizer)
+    pipe.save_pretrained(tmp_path)
+    left_out = () if saved else ("text_encoder_3", "tokenizer_3")
+    loaded = load_pipeline(tmp_path, leave_out=left_out)
+    assert loaded.text_encoder_3 is None and loaded.tokenizer_3 is None
+    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 0.5)
+    torch.testing.assert_close(denoiser_of(loaded)(x, t, EACH), expected(x, t, EACH), rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    stable_diffusion().save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    for _ in range(2):
+        with pytest.raises(DiffrlError, match="cannot be loaded as a pipeline .*safetensors") as caught:
+            load_pipeline(tmp_path)
+        assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+        weights.rename(weights.with_suffix(".bin")) if weights.exists() else None
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="cannot be loaded"):
+        load_pipeline(tmp_path)
+
+
 def test_nothing_is_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
@@ -286,10 +399,10 @@ def test_nothing_is_fetched_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         asked.append(options["local_files_only"])
         raise OSError("not cached")
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", offline)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
     with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder.*download=True"):
         load_pipeline("nobody/nothing")
-    with pytest.raises(OSError, match="not cached"):
+    with pytest.raises(OSError, match=r"could be fetched \(not cached\)"):
         load_pipeline("nobody/nothing", download=True)
     assert asked == [True, False]
     with pytest.raises(FileNotFoundError, match="holds no model_index.json"):

@@ -12,8 +12,10 @@ from diffrl.diffusion.pipelines.parts import (
     encoded,
     load_pipeline,
     network_of,
+    plain,
     prediction_of,
     process_of,
+    warn_of_other_timesteps,
     warn_of_truncation,
 )
 from diffrl.diffusion.predictions import PredictionType, to_x0
@@ -47,12 +49,14 @@ class PipelineDenoiser(nn.Module):
 
     Args:
         network: a diffusers `UNet2DConditionModel` or `SD3Transformer2DModel`.
-        process: the process that it was trained on: DDPM, whose time input is the timestep, or Flow, with 1000 t.
+        process: the process that it was trained on: DDPM, whose time input is the timestep, or Flow, with T t.
         prompts: P strings.
         embeddings: keyword of the network → [P+1, ...], one row for each prompt, then one for the negative prompt.
         prediction_type: what the network predicts.
         guidance_scale: w ≥ 1; 1 is off.
         guided: whether w acts as above; False if w is an input of the network, as a row of `embeddings`.
+        train_unconditional: whether F_∅ passes gradients, as in DDPO's code; False: only F_c does, as in Flow-GRPO's.
+        train_steps: T, by which a flow's network is told its time, T t.
         timestep_scaling: k of c_skip = σd²/(k² t² + σd²), c_out = k t/√(k² t² + σd²), of latent consistency models,
             whose D is c_skip x_t + c_out D; None: other models.
 
@@ -70,6 +74,8 @@ class PipelineDenoiser(nn.Module):
         prediction_type: PredictionType,
         guidance_scale: float,
         guided: bool = True,
+        train_unconditional: bool = True,
+        train_steps: int = 1000,
         timestep_scaling: float | None = None,
     ) -> None:
         super().__init__()
@@ -85,7 +91,8 @@ class PipelineDenoiser(nn.Module):
         self.network, self.process, self.prompts = network, process, tuple(prompts)
         self.prediction_type, self.guidance_scale = prediction_type, guidance_scale
         self.guided = guided and guidance_scale != 1
-        self.timestep_scaling = timestep_scaling
+        self.train_unconditional = train_unconditional
+        self.train_steps, self.timestep_scaling = train_steps, timestep_scaling
         self._keywords = tuple(embeddings)
         for keyword, rows in embeddings.items():
             self.register_buffer(f"prompt_{keyword}", rows, persistent=False)
@@ -100,6 +107,7 @@ class PipelineDenoiser(nn.Module):
         guidance_scale: float,
         negative_prompt: str = "",
         max_sequence_length: int = 256,
+        train_unconditional: bool = True,
     ) -> "PipelineDenoiser":
         """Make the denoiser of a loaded pipeline; afterwards its text encoders may be deleted.
 
@@ -112,20 +120,22 @@ class PipelineDenoiser(nn.Module):
             guidance_scale: w ≥ 1; 1 is off.
             negative_prompt: the prompt that guidance moves away from.
             max_sequence_length: number of tokens that the T5 encoder of SD 3.x reads.
+            train_unconditional: whether the unconditional part of guidance passes gradients too.
 
         Raises:
             ValueError: a pipeline of another kind or with conditions other than prompts (SDXL's sizes, inpainting's
                 masks), a scheduler that is not known, a negative prompt without guidance.
         """
         _require_prompts(prompts)
-        network, process = network_of(pipe), process_of(pipe.scheduler)
-        guidance_dims = network.config.get("time_cond_proj_dim")
+        network, process, config = network_of(pipe), process_of(pipe.scheduler), pipe.scheduler.config
+        guidance_dims = plain(network).config.get("time_cond_proj_dim")
         if negative_prompt and (guidance_scale == 1 or guidance_dims):
             raise InputError(
                 f"negative_prompt {negative_prompt!r} has no effect without guidance: leave it out"
             )
         texts = [*prompts, negative_prompt]
         warn_of_truncation(pipe, texts, max_sequence_length)
+        warn_of_other_timesteps(pipe.scheduler)
         embeddings = encoded(pipe, texts, max_sequence_length)
         if guidance_dims:
             w = torch.full((len(texts),), guidance_scale - 1.0)
@@ -139,13 +149,15 @@ class PipelineDenoiser(nn.Module):
             prediction_type=prediction_of(pipe.scheduler),
             guidance_scale=guidance_scale,
             guided=not guidance_dims,
-            timestep_scaling=pipe.scheduler.config.get("timestep_scaling"),
+            train_unconditional=train_unconditional,
+            train_steps=config["num_train_timesteps"],
+            timestep_scaling=config.get("timestep_scaling"),
         )
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
         """[C, h, w] of the latents that the network was made for; it accepts other sizes too."""
-        config: Any = self.network.config
+        config: Any = plain(self.network).config
         size = config.sample_size
         h, w = (size, size) if isinstance(size, int) else size
         return config.in_channels, h, w
@@ -161,7 +173,7 @@ class PipelineDenoiser(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass: the same gradient with less memory and more time."""
-        self.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        plain(self.network).enable_gradient_checkpointing()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Clean estimate of noisy latents.
@@ -184,6 +196,7 @@ class PipelineDenoiser(nn.Module):
             negative = torch.full_like(rows, len(self.prompts))
             both = self._predicted(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([negative, rows]))
             F_0, F_c = both.chunk(2)
+            F_0 = F_0 if self.train_unconditional else F_0.detach()
             F_x = F_0 + self.guidance_scale * (F_c - F_0)
         else:
             F_x = self._predicted(x_t, t, rows)
@@ -196,7 +209,7 @@ class PipelineDenoiser(nn.Module):
     def _predicted(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """F of states, conditioned on these rows of the embeddings, in x_t's dtype."""
         given = {keyword: self.get_buffer(f"prompt_{keyword}")[rows] for keyword in self._keywords}
-        timestep = 1000 * t if isinstance(self.process, Flow) else t.round().long()
+        timestep = self.train_steps * t if isinstance(self.process, Flow) else t.round().long()
         dtype = self.get_buffer(
             f"prompt_{self._keywords[0]}"
         ).dtype  # that of the network; adapters have another
@@ -256,7 +269,7 @@ class PipelineDenoiser(nn.Module):
             p.copy_(state[name])
 
     def _trained(self) -> Iterable[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in plain(self.network).named_parameters() if p.requires_grad)
 
 
 class _Base(nn.Module):

@@ -3,13 +3,15 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
+from diffrl.diffusion.pipelines.parts import plain
 from diffrl.errors import InputError, InputTypeError
 from diffrl.extras import require
+from diffrl.ranges import require_int, require_number
+from diffrl.text_files import file_errors
 
 __all__ = ["ADAPTER", "adapters_disabled", "add_lora", "has_lora", "save_lora"]
 
@@ -18,7 +20,7 @@ ADAPTER = "diffrl"  # the name that peft keeps the adapter under
 
 def has_lora(network: nn.Module) -> bool:
     """Whether the network has the adapters of `add_lora`."""
-    return ADAPTER in getattr(network, "peft_config", {})
+    return ADAPTER in getattr(plain(network), "peft_config", {})
 
 
 def add_lora(
@@ -49,13 +51,14 @@ def add_lora(
         ValueError: it has adapters already, no layer has such a name, or the rank or alpha is out of its range.
     """
     peft = require("peft", "lora")
-    network: Any = denoiser.network
+    network = plain(denoiser.network)
     if not hasattr(network, "add_adapter"):
         raise InputTypeError(
             f"{type(network).__name__} takes no adapters: give a PipelineDenoiser of a diffusers pipeline"
         )
-    if rank < 1 or not (alpha is None or alpha > 0):
-        raise InputError(f"rank is {rank} and alpha {alpha}: give a rank >= 1 and an alpha > 0")
+    require_int("rank", rank)
+    if alpha is not None:
+        require_number("alpha", alpha, 0, ends="()")
     if getattr(network, "peft_config", None):
         raise InputError(
             f"the network has adapters already, {', '.join(network.peft_config)}: merge them into the base first, "
@@ -106,8 +109,9 @@ def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: there are no adapters.
+        OSError: the folder cannot be written.
     """
-    network: Any = denoiser.network
+    network = plain(denoiser.network)
     if not has_lora(network):
         raise InputError("there are no adapters to save: call add_lora before training")
     loaders, peft = require("diffusers.loaders", "diffusers"), require("peft", "lora")
@@ -115,7 +119,8 @@ def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
     loader = {"unet": loaders.StableDiffusionLoraLoaderMixin, "transformer": loaders.SD3LoraLoaderMixin}
     weights = peft.get_peft_model_state_dict(network, adapter_name=ADAPTER)
     settings = network.peft_config[ADAPTER].to_dict()
-    loader[component].save_lora_weights(
-        os.fspath(folder),
-        **{f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": settings},
-    )
+    with file_errors(folder, "written"):
+        loader[component].save_lora_weights(
+            os.fspath(folder),
+            **{f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": settings},
+        )

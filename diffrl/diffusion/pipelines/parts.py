@@ -1,25 +1,47 @@
 """Parts of a diffusers pipeline: loading it, its process, its network, and its prompts in encoded form."""
 
+import copy
 import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrl.diffusion.predictions import PredictionType
+from diffrl.diffusion.samplers.consistency import LCM
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.flow import Flow
-from diffrl.errors import InputError
+from diffrl.errors import FileError, InputError
 from diffrl.extras import require
 
-__all__ = ["encoded", "load_pipeline", "network_of", "prediction_of", "process_of", "warn_of_truncation"]
+__all__ = [
+    "NoPipeline",
+    "encoded",
+    "load_pipeline",
+    "network_of",
+    "plain",
+    "prediction_of",
+    "process_of",
+    "warn_of_other_timesteps",
+    "warn_of_truncation",
+]
 
 PREDICTIONS: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 ENCODED_AT_ONCE = 16  # prompts
+PROBE = 5  # levels of a chain by which a process is compared with its scheduler
+
+
+class NoPipeline(FileError, FileNotFoundError):
+    """There is no pipeline of that name, or none that can be loaded."""
+
+
+def plain(network: Any) -> Any:
+    """The network itself, without the wrapper of `torch.compile`, whose truth value and type are its own."""
+    return getattr(network, "_orig_mod", network)
 
 
 def load_pipeline(
@@ -28,6 +50,7 @@ def load_pipeline(
     *,
     device: torch.device | str = "cpu",
     variant: str | None = None,
+    leave_out: Sequence[str] = (),
     download: bool = False,
 ) -> Any:
     """Load a diffusers pipeline from safetensors files on this machine.
@@ -37,28 +60,40 @@ def load_pipeline(
         dtype: of all weights. bfloat16 goes well with adapters, which stay in float32; float32 to train all weights.
         device: where the weights go.
         variant: variant of the files to load, such as "fp16".
+        leave_out: components to do without, such as ("text_encoder_3", "tokenizer_3") of SD 3.x; those that the
+            pipeline was saved without are left out anyway.
         download: let diffusers fetch what is missing. Without it nothing touches the network.
 
     Raises:
         MissingExtra: diffusers or transformers is not installed.
-        FileNotFoundError: there is no such folder, or nothing cached by that name.
+        FileNotFoundError: there is no such folder, nothing cached by that name, or it cannot be loaded (`NoPipeline`).
     """
     require("transformers", "diffusers")
-    load = require("diffusers", "diffusers").DiffusionPipeline.from_pretrained
+    factory = require("diffusers", "diffusers").DiffusionPipeline
     source = os.fspath(path)
-    if (
-        not download
-        and os.path.isdir(source)
-        and not os.path.isfile(os.path.join(source, "model_index.json"))
-    ):
-        raise FileNotFoundError(f"{source} holds no model_index.json: give the folder of a whole pipeline")
+    is_folder = os.path.isdir(source)
+    if is_folder and not os.path.isfile(os.path.join(source, "model_index.json")):
+        raise NoPipeline(f"{source} holds no model_index.json: give the folder of a whole pipeline")
+    given = {"local_files_only": not download}
     try:
-        pipe = load(source, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=not download)
-    except (OSError, ValueError) as error:
-        if download or os.path.isdir(source):
-            raise
-        raise FileNotFoundError(
-            f"{source!r} is no folder, and no whole pipeline of that name is cached: give a folder, or download=True"
+        saved = factory.load_config(source, **given)
+        absent = {name: None for name, part in saved.items() if part == [None, None]}
+        absent |= dict.fromkeys(leave_out)
+        pipe = factory.from_pretrained(
+            source, dtype=dtype, variant=variant, use_safetensors=True, **given, **absent
+        )
+    except (
+        Exception
+    ) as error:  # diffusers, transformers and safetensors have a dozen types for files that do not fit
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if is_folder:
+            raise NoPipeline(
+                f"{source} cannot be loaded as a pipeline ({reason}): give a whole one, with its weights in safetensors"
+            ) from error
+        raise NoPipeline(
+            f"{source!r} is no folder, and no whole pipeline of that name "
+            f"{'could be fetched' if download else 'is cached'} ({reason}): give a folder"
+            f"{'' if download else ', or download=True'}"
         ) from error
     if pipe.dtype != dtype:  # some releases of diffusers ignore the keyword
         pipe.to(dtype)
@@ -66,7 +101,7 @@ def load_pipeline(
 
 
 def process_of(scheduler: Any) -> Schedule:
-    """The process that a diffusers scheduler's model was trained on, with its betas or its shift.
+    """The process that a diffusers scheduler stands for as it is now, changes at run time included.
 
     Only the betas of a DDPM scheduler are used. A chain of few steps takes the trailing timesteps, whatever the
     scheduler's own spacing: leading ones start below pure noise, which shows in few steps. The chain ends at clean
@@ -78,12 +113,8 @@ def process_of(scheduler: Any) -> Schedule:
         ValueError: the scheduler's process is neither DDPM nor Flow, or it clips samples.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    T = config.get("num_train_timesteps")
     if "shift" in config and "beta_start" not in config:
-        special = [k for k in config if k.startswith("use_") or k in ("invert_sigmas", "shift_terminal")]
-        if asked := [k for k in special if config[k]]:
-            raise InputError(f"{name} has {', '.join(asked)}: only a fixed shift is known here")
-        return Flow(float(config["shift"]), t_min=float(scheduler.sigma_min))
+        return _flow(scheduler)
     if "beta_schedule" not in config or config["beta_schedule"] not in KINDS:
         raise InputError(
             f"{name} has beta_schedule {config.get('beta_schedule')!r}: known are {', '.join(KINDS)}; and flow matching"
@@ -93,12 +124,32 @@ def process_of(scheduler: Any) -> Schedule:
             f"{name} clips samples, which latents must not be: pipe.scheduler.register_to_config(clip_sample=False, "
             "thresholding=False)"
         )
-    kind = KINDS[config["beta_schedule"]]
+    kind, T = KINDS[config["beta_schedule"]], config["num_train_timesteps"]
     process = DDPM(T, kind, config["beta_start"], config["beta_end"])  # type: ignore[arg-type]
-    own = torch.as_tensor(scheduler.alphas_cumprod).double()
-    if not torch.allclose(own.cpu(), process.alphas_cumprod, rtol=1e-3, atol=1e-6):
+    own = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
+    if len(own) != T or not torch.allclose(own, process.alphas_cumprod, rtol=1e-3, atol=1e-6):
         raise InputError(
-            f"{name} has other betas than its {config['beta_schedule']} ones (zero terminal SNR?)"
+            f"{name} has other betas than the {T} {config['beta_schedule']} ones of its configuration (zero terminal "
+            "SNR?)"
+        )
+    return process
+
+
+def _flow(scheduler: Any) -> Flow:
+    """The flow of a scheduler, compared with the levels that the scheduler itself gives."""
+    config, name = scheduler.config, type(scheduler).__name__
+    special = [k for k in config if k.startswith("use_") or k in ("invert_sigmas", "shift_terminal")]
+    if asked := [k for k in special if config[k]]:
+        raise InputError(f"{name} has {', '.join(asked)}: only a fixed shift is known here")
+    shift = getattr(scheduler, "shift", config["shift"])  # set_shift changes it, and not the configuration
+    process = Flow(float(shift), t_min=float(scheduler.sigma_min))
+    probe = copy.deepcopy(scheduler)
+    probe.set_timesteps(PROBE)
+    own, times = probe.sigmas.double().cpu(), process.time_grid(PROBE)
+    if own.shape != times.shape or not torch.allclose(own, times, rtol=1e-5, atol=1e-6):
+        raise InputError(
+            f"{name} has the levels {[round(v, 4) for v in own.tolist()]}, a shift of {shift:g} would give "
+            f"{[round(v, 4) for v in times.tolist()]}: only a fixed shift is known here"
         )
     return process
 
@@ -120,15 +171,18 @@ def prediction_of(scheduler: Any) -> PredictionType:
 
 
 def network_of(pipe: Any) -> Any:
-    """The UNet or transformer of a pipeline.
+    """The UNet or transformer of a pipeline, compiled or not.
 
     Raises:
         ValueError: another network, or one with conditions other than prompts.
     """
     diffusers, name = require("diffusers", "diffusers"), type(pipe).__name__
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    found: list[nn.Module] = [
+        n for n in (getattr(pipe, k, None) for k in ("unet", "transformer")) if n is not None
+    ]
+    network = plain(found[0]) if found else None
     if isinstance(network, diffusers.SD3Transformer2DModel):
-        return network
+        return found[0]
     if not isinstance(network, diffusers.UNet2DConditionModel):
         raise InputError(
             f"{name} has no UNet2DConditionModel or SD3Transformer2DModel: give a Stable Diffusion 1.x, 2.x or 3.x, "
@@ -141,7 +195,14 @@ def network_of(pipe: Any) -> Any:
             f"{name}'s network wants more than a prompt ({', '.join(more) or 'further input channels'}), as SDXL's and "
             "inpainting's do: only conditioning on prompts is supported"
         )
-    return network
+    return found[0]
+
+
+def warn_of_other_timesteps(scheduler: Any) -> None:
+    """Warn where a latent consistency model was distilled on other timesteps than the sampler takes by default."""
+    M = scheduler.config.get("original_inference_steps", LCM.solver_steps)
+    if M != LCM.solver_steps:
+        warnings.warn(f"this model was distilled on {M} timesteps: give LCM(solver_steps={M})", stacklevel=3)
 
 
 def warn_of_truncation(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> None:
