@@ -1,30 +1,41 @@
 """Worker processes: results, failures, killed workers, and how they stop."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffrl import registry
+from diffrl import registry, workers
 from diffrl.rewards.registry import REWARDS
-from diffrl.workers import Failure, WorkerPool, run_tasks
+from diffrl.workers import Failure, WorkerPool, attempt, run_tasks
 from tests.kit.paths import ROOT
 
 
 def work(task: Any) -> Any:
-    """What a task says: ("value", x), ("raise", text), ("kill",), ("threads",), ("wait", folder)."""
+    """What a task says: ("value", x), ("raise", text), ("kill", signal), ("threads",), ("wait", folder), ..."""
     match task:
         case ("value", x):
             return x * 10
         case ("raise", text):
             raise ValueError(text)
-        case ("kill",):
-            os.kill(os.getpid(), signal.SIGKILL)
+        case ("kill", number):
+            os.kill(os.getpid(), number)
+        case ("leave", kind):
+            raise kind(3)
+        case ("deaf", folder):  # to SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            (Path(folder) / "pid").write_text(str(os.getpid()))
+            time.sleep(60)
+        case ("hang", folder):  # in C code that lets no other thread run
+            (Path(folder) / "pid").write_text(str(os.getpid()))
+            re.fullmatch("(a+)+b", "a" * 64)
         case ("threads",):
             import torch
 
@@ -51,12 +62,13 @@ def wait_until(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-TASKS = [("value", 1), ("raise", "no such thing\nand more"), ("kill",), ("value", 4)]
+KILL = ("kill", signal.SIGKILL)
+TASKS = [("value", 1), ("raise", "no such thing\nand more"), KILL, ("value", 4)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_task_comes_back_once_and_a_failure_sinks_no_other(workers: int) -> None:
-    tasks = TASKS if workers else [task for task in TASKS if task != ("kill",)]
+    tasks = TASKS if workers else [task for task in TASKS if task != KILL]
     found = list(run_tasks(work, tasks, workers=workers))
     assert sorted(index for index, _ in found) == list(range(len(tasks)))
     replies = dict(zip(tasks, (reply for _, reply in sorted(found, key=lambda pair: pair[0])), strict=True))
@@ -65,7 +77,7 @@ def test_every_task_comes_back_once_and_a_failure_sinks_no_other(workers: int) -
     assert "Traceback" in failure.details and "raise ValueError(text)" in failure.details
     assert replies["value", 4] == 40
     if workers:
-        assert replies[("kill",)] == Failure("its worker process was killed by SIGKILL", "")
+        assert replies[KILL] == Failure("its worker process was killed by SIGKILL", "")
 
 
 def test_workers_are_reused_and_have_the_threads_asked_for() -> None:
@@ -84,19 +96,95 @@ def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
-    program = (
-        "from tests.test_workers import work; from diffrl.workers import run_tasks\n"
-        f"if __name__ == '__main__': list(run_tasks(work, [('wait', {str(tmp_path)!r})], workers=1))"
-    )
+def orphans(tmp_path: Path, program: str) -> int:
+    """The worker process of a script whose process was killed; the script knows `work`, `task` and `workers`."""
     script = tmp_path / "parent.py"
-    script.write_text(program)
+    script.write_text(
+        "import sys; from tests.test_workers import work; from diffrl import workers\n"
+        f"if __name__ == '__main__':\n    folder = sys.argv[1]\n    {program}\n"
+    )
     path = os.pathsep.join([str(ROOT), *sys.path])
-    parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path})
-    wait_until((tmp_path / "pid").exists)
+    words = [sys.executable, str(script), str(tmp_path)]
+    parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path})
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     parent.kill()
     parent.wait()
+    return int((tmp_path / "pid").read_text())
+
+
+def runs(pid: int) -> bool:
+    """Whether the process runs: not one that waits for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
+    orphans(tmp_path, "list(workers.run_tasks(work, [('wait', folder)], workers=1))")
     wait_until((tmp_path / "saved").exists)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help and /proc are Linux's")
+@pytest.mark.parametrize(
+    "pool",
+    ["workers.WorkerPool(work, workers=1).map([('hang', folder)])",
+     "workers.WorkerPool(work, workers=1, patience=0.5).map([('deaf', folder)])"],
+)  # fmt: skip
+def test_no_worker_outlives_its_parent_however_it_hangs(tmp_path: Path, pool: str) -> None:
+    pid = orphans(tmp_path, f"list({pool})")
+    wait_until(lambda: not runs(pid), seconds=20)
+
+
+def test_a_worker_that_is_asked_to_end_is_told_from_one_that_failed() -> None:
+    found = dict(run_tasks(work, [("kill", signal.SIGTERM), ("value", 1), ("raise", "no")], workers=1))
+    assert found[0] == Failure("its worker process was killed by SIGTERM", stopped=True)
+    assert found[1] == 10 and not found[2].stopped
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_tasks_end_when_they_are_to_stop(tmp_path: Path, workers: int) -> None:
+    """Here before the next task; a process in the middle of one is asked once, and may save its work."""
+    tasks = [("value", 1), ("wait", str(tmp_path)) if workers else ("value", 2), ("value", 3)]
+    found: list[Any] = []
+    stop = (tmp_path / "pid").exists if workers else lambda: bool(found)
+    for outcome in run_tasks(work, tasks, workers=workers, stop=stop):
+        found.append(outcome)
+    assert found == [(0, 10)]
+    assert not workers or (tmp_path / "saved").read_text() == "1"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("backend", ["thread", "process"])
+def test_a_task_that_wants_to_end_its_worker_is_a_failure(backend: Any, kind: type) -> None:
+    pool = WorkerPool(work, workers=1, backend=backend)
+    found = outcomes(pool, [("leave", kind), ("value", 2)])
+    assert found[0].message == f"{kind.__name__}: 3" and not found[0].hopeless and found[1] == 20
+    pool.close()
+
+
+def test_without_workers_a_task_cannot_end_the_program_but_the_user_can() -> None:
+    assert attempt(work, ("leave", SystemExit)).message == "SystemExit: 3"
+    with pytest.raises(KeyboardInterrupt):
+        attempt(work, ("leave", KeyboardInterrupt))
+
+
+def test_abandoned_threads_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where too many of them still run, the pool says so; those that have ended do not count."""
+    monkeypatch.setattr(workers, "MOST_ABANDONED", 3)
+    release = threading.Event()
+    pool = WorkerPool(lambda task: release.wait(30), workers=2, backend="thread", timeout=0.05)
+    before = threading.active_count()
+    found = outcomes(pool, [1, 2, 3, 4])
+    assert [failure.hopeless for failure in found] == [False, False, True, True]
+    assert "3 threads that did so still run: backend='process' is killed instead" in found[2].message
+    assert threading.active_count() == before + 4
+    release.set()
+    wait_until(lambda: threading.active_count() == before)
+    pool = WorkerPool(lambda task: time.sleep(0.3), workers=1, backend="thread", timeout=0.25)
+    for _ in range(5):
+        assert not outcomes(pool, [1])[0].hopeless
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("wrong", [{"workers": -1}, {"workers": 1, "threads": 0}])

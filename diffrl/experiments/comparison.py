@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from diffrl.experiments.finetune import run_finetuning
-from diffrl.experiments.run import Interrupted
+from diffrl.experiments.run import Interrupted, interruptible
 from diffrl.experiments.train import run_experiment
 from diffrl.registry import Config
 from diffrl.text_files import write_atomically
@@ -100,7 +100,7 @@ class Execution:
         finished: how many cells are finished now, whenever they ran.
         total: how many cells were to run.
         failed: the error of each cell that failed, by its label.
-        interrupted: whether it was stopped.
+        interrupted: whether it was stopped, or a cell of it was.
     """
 
     finished: int
@@ -259,33 +259,39 @@ def _write_index(index: Mapping[str, Any], out: Path) -> None:
 def _run_all(
     todo: Mapping[Path, Cell], wanted: Sequence[Cell], workers: int, progress: bool
 ) -> tuple[dict[str, str], bool]:
-    """Run cells; returns the errors by label, and whether it was interrupted."""
-    cells, failed, done = list(todo.values()), {}, len(wanted) - len(todo)
+    """Run cells; returns the errors by label, and whether it or a cell was interrupted."""
+    cells, failed, done = list(todo.values()), dict[str, str](), len(wanted) - len(todo)
     tasks = [(str(path), cell.job, dict(cell.config)) for path, cell in todo.items()]
     total, left = (sum(cell.steps for cell in group) for group in (wanted, cells))
     bar = tqdm(total=total, initial=total - left, unit="step", unit_scale=True, disable=not progress)
     bar.set_description(f"{done}/{len(wanted)} cells")
-    try:
-        with closing(run_tasks(_run_cell, tasks, workers=workers)) as outcomes:
+    stopped = False
+    with bar, interruptible() as asked:
+        with closing(run_tasks(_run_cell, tasks, workers=workers, stop=asked)) as outcomes:
             for i, outcome in outcomes:
                 cell, took = cells[i], ""
+                if _is_stopped(outcome):
+                    stopped = True
+                    bar.write(f"interrupted: {cell.label}")
+                    if workers == 0:  # the signal was for all of it
+                        break
+                    continue
                 if isinstance(outcome, Failure):
                     failed[cell.label] = outcome.message
                     _write_error(Path(tasks[i][0]), outcome)
                     bar.write(f"failed: {cell.label}: {outcome.message}")
-                elif outcome is not None:
+                else:
                     took = f" {outcome:.1f} s"
-                elif workers == 0:
-                    return failed, True
                 done += 1
                 bar.set_description(f"{done}/{len(wanted)} cells", refresh=False)
                 bar.set_postfix_str(f"last: {cell.label}{took}", refresh=False)
                 bar.update(cell.steps)
-    except KeyboardInterrupt:
-        return failed, True
-    finally:
-        bar.close()
-    return failed, False
+        return failed, stopped or asked()
+
+
+def _is_stopped(outcome: float | Failure | None) -> bool:
+    """Whether a cell was asked to end, and did nothing wrong."""
+    return outcome is None or (isinstance(outcome, Failure) and outcome.stopped)
 
 
 def _run_cell(task: tuple[str, str, dict[str, Any]]) -> float | None:
@@ -294,7 +300,7 @@ def _run_cell(task: tuple[str, str, dict[str, Any]]) -> float | None:
     begun = time.perf_counter()
     try:
         run_in_folder(job, config, Path(folder))
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         return None
     return time.perf_counter() - begun
 

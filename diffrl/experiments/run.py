@@ -132,14 +132,18 @@ def _open_logger(kind: str, folder: str, name: str) -> Any:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag, so that a run stops between two steps."""
+    """Turn SIGINT and SIGTERM into a flag, so that a run stops between two steps.
+
+    A second SIGINT stops at once. SIGTERM may come any number of times: batch systems send it to each process of a
+    group, and a comparison sends it to its workers once more.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # only the main thread hears signals
         return
     seen: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if seen:  # asked twice: stop at once
+        if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen.append(number)
 

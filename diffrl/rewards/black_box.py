@@ -39,7 +39,7 @@ class BlackBox:
         workers: threads or processes that call it side by side; 0 calls it here.
         backend: "thread", or "process": the reward must be picklable, and each process has a copy.
         timeout: seconds that one batch may take; needs workers. A thread that exceeds it is abandoned, not
-            stopped, and still runs; a process is killed and replaced.
+            stopped, and still runs (where 16 do, a call raises); a process is killed and replaced.
         retries: further attempts at what failed.
         on_failure: "raise"; "worst", the lowest reward so far; "mean", of the samples of the call that did not
             fail; or a number. All but "raise" warn, and are counted in `failures`.
@@ -48,7 +48,7 @@ class BlackBox:
     Raises:
         ValueError: an argument out of its range.
         RewardError: the reward cannot be sent to a process; a call failed and `on_failure` is "raise", or there is
-            nothing to take the worst or the mean of.
+            nothing to take the worst or the mean of; 16 abandoned threads still run.
     """
 
     def __init__(

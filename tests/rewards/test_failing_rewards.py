@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffrl import workers
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import RewardError
 from diffrl.rewards.faulty import Faulty
@@ -149,6 +151,23 @@ def test_retries(kind: Any, workers: int) -> None:
     assert box.retried == box.failures == (4 if kind == "exception" else 1)
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_reward_that_leaves_is_a_failure_like_others(threads: int) -> None:
+    """`sys.exit` ends neither the run nor the worker: it is tried again, and `on_failure` says what stands in."""
+
+    def reward(x0: Tensor, cond: Any) -> Tensor:
+        if float(x0[0, 0]) == 300:
+            sys.exit("out of licences")
+        return mean(x0)
+
+    box = BlackBox(reward, batch_size=1, workers=threads, retries=1, on_failure=-1.0)
+    with pytest.warns(RuntimeWarning, match="sample 1 of 2: SystemExit: out of licences; -1 stands in"):
+        assert box(points(1, 300)).tolist() == [1, -1]
+    assert (box.retried, box.failures) == (1, 1)
+    with pytest.raises(RewardError, match="sample 0 of 1: SystemExit: out of licences"):
+        BlackBox(reward, workers=threads)(points(300))
+
+
 # Workers
 
 
@@ -180,6 +199,20 @@ def test_a_thread_that_takes_too_long_is_left() -> None:
     release.set()  # the late answer goes nowhere
     assert box(points(5, 6, 7)).tolist() == [5, 6, 7]
     assert box.failures == 1
+
+
+def test_a_reward_that_always_hangs_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread that is left costs a descriptor too: there is an end to it, whatever `on_failure` says."""
+    monkeypatch.setattr(workers, "MOST_ABANDONED", 4)
+    release = threading.Event()
+    box = BlackBox(
+        lambda x, c: release.wait(30), batch_size=1, workers=2, timeout=0.05, retries=9, on_failure=0.0
+    )
+    with pytest.raises(
+        RewardError, match="longer than 0.05 s, and 4 threads that did so still run: backend='pro"
+    ):
+        box(points(1, 2))
+    release.set()
 
 
 def test_a_call_that_was_left_early_leaves_no_answers_behind() -> None:
