@@ -13,7 +13,7 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
-from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ChainValue
 from diffrl.objectives.weights import WeightTerms, weight_function
@@ -87,6 +87,7 @@ class ConsistencyLoss(DenoiserLoss):
         ValueError: an argument outside its range, or a denoiser in another form.
     """
 
+    fed_with = "diffrl.objectives.sample_consistency_pairs"
     out_keys = ["loss_value", "td_error"]
 
     def __init__(
@@ -100,7 +101,7 @@ class ConsistencyLoss(DenoiserLoss):
         ct_weight: str = "uniform",
         bootstrap: Literal["target", "own"] = "target",
     ) -> None:
-        if denoiser.prediction_type != "consistency":
+        if getattr(denoiser, "prediction_type", "consistency") != "consistency":
             raise InputError(
                 "consistency training needs f(x, σ_min) = x: set denoiser.prediction_type=consistency, "
                 f"not {denoiser.prediction_type}"
@@ -128,9 +129,9 @@ class ConsistencyLoss(DenoiserLoss):
         state = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         return [*state, keys.X0, keys.VALID, *((keys.NEXT, name) for name in state)]
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss of a batch of pairs [B, 1].
+        """The loss of a batch of pairs [B, 1]; as each pair stands for itself, another batch size means the same.
 
         Args:
             tensordict: what `sample_consistency_pairs` gives.
@@ -141,9 +142,18 @@ class ConsistencyLoss(DenoiserLoss):
 
         Raises:
             KeyError: an entry is missing.
+            ValueError: the batch is empty; a network that takes labels, without any.
         """
-        x_t, t, A, _, x0, valid, x_next, t_next, A_next, _ = (tensordict[key] for key in self.in_keys)
-        cond = tensordict.get(keys.COND, None)
+        try:
+            return self._loss(rows(tensordict))
+        except KeyError:
+            self._require_entries(tensordict)
+            raise
+
+    def _loss(self, pairs: TensorDictBase) -> TensorDictBase:
+        x_t, t, A, _, x0, valid, x_next, t_next, A_next, _ = (pairs[key] for key in self.in_keys)
+        cond = pairs.get(keys.COND, None)
+        self._first_look(x0, cond)
         f = self.value_network.module.denoise(x_t, t, cond)
         with torch.no_grad():
             f_next = self.bootstrap_network.module.denoise(x_next, t_next, cond)

@@ -1,17 +1,27 @@
 """What the losses of a denoiser share: the network that is trained, and the one that it bootstraps from."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, Self
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Self
 
-from tensordict import TensorDictParams
+from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives.common import LossModule
 
+from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError, InputKeyError, InputTypeError
+from diffrl.rl.estimators import require_time_last
 
-__all__ = ["DenoiserLoss"]
+__all__ = ["DenoiserLoss", "rows"]
+
+FAR_OFF = (
+    4.0  # ratio of the data's standard deviation to sigma_data, or the other way round, that is warned of
+)
+ENOUGH = 16  # data in a batch, to know their standard deviation well enough for that
 
 
 class DenoiserLoss(LossModule):
@@ -22,7 +32,13 @@ class DenoiserLoss(LossModule):
     Args:
         network: a module whose attribute `denoiser` is trained in place, in a TensorDictModule.
         target: whether to keep a target network, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`.
+
+    Raises:
+        TypeError: it is no denoiser: a bare network, for example.
     """
+
+    fed_with: ClassVar[str] = "diffrl.sample_chain(process, x0, num_steps=18)"
+    """What makes the states that the loss takes, for its errors."""
 
     value_network: TensorDictModule
     value_network_params: TensorDictParams
@@ -30,12 +46,19 @@ class DenoiserLoss(LossModule):
 
     def __init__(self, network: TensorDictModule, *, target: bool) -> None:
         super().__init__()
+        denoiser = network.module.denoiser
+        if not hasattr(denoiser, "process"):
+            raise InputTypeError(
+                f"{type(self).__name__} trains a denoiser, not a {type(denoiser).__name__}: "
+                "give diffrl.Denoiser(network, process)"
+            )
         self.convert_to_functional(network, "value_network", create_target_params=target)
         if target:
             self.__dict__["_target_network"] = copy.deepcopy(network).requires_grad_(False).eval()
         self._tie()
         self.network_evaluations = 0
         """States forwarded so far, over all networks."""
+        self._seen = False
 
     @property
     def denoiser(self) -> Denoiser:
@@ -51,6 +74,45 @@ class DenoiserLoss(LossModule):
         """Switch the denoiser too; a target network stays in evaluation mode."""
         self.value_network.train(mode)
         return super().train(mode)
+
+    def _first_look(self, x0: Tensor | None, cond: Tensor | None) -> None:
+        """At the first batch: does the denoiser fit the data? x0 [B, ...].
+
+        Raises:
+            ValueError: the network takes labels, and there are none.
+        """
+        if self._seen:
+            return
+        denoiser, self._seen = self.denoiser, True
+        num_classes = getattr(getattr(denoiser, "network", None), "num_classes", 0)
+        if cond is None and num_classes:
+            raise InputError(
+                f"the network takes labels (num_classes={num_classes}), but cond is missing: draw the states with "
+                f"cond=labels, where {num_classes} stands for no label"
+            )
+        sigma_data = getattr(denoiser, "sigma_data", None)
+        if sigma_data and x0 is not None and len(x0) >= ENOUGH:
+            std = float(x0.detach().std())
+            if not 1 / FAR_OFF < std / sigma_data < FAR_OFF:
+                warnings.warn(
+                    f"sigma_data is {sigma_data:g}, but the data's standard deviation is {std:.3g}: set "
+                    f"denoiser.sigma_data={std:.3g}, with noise levels to match, or scale the data",
+                    stacklevel=4,
+                )
+
+    def _require_entries(self, states: TensorDictBase, optional: Iterable[NestedKey] = ()) -> None:
+        """Say which entries are missing; `optional` ones may.
+
+        Raises:
+            KeyError: at least one is.
+        """
+        there = states.keys(True, True)
+        missing = [key for key in self.in_keys if key not in there and key not in optional]
+        if missing:
+            names = ", ".join(".".join(key) if isinstance(key, tuple) else key for key in missing)
+            raise InputKeyError(
+                f"{names} missing in what the loss is given: give what {self.fed_with} returns"
+            )
 
     def _tie(self) -> None:
         """Let the networks hold the tensors that this module registers: a copy or a cast parts them."""
@@ -70,3 +132,18 @@ class DenoiserLoss(LossModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tie()
+
+
+def rows(states: TensorDictBase) -> TensorDictBase:
+    """States [*b, K] as [B, K]; those that came as keywords, without a batch size, have that of their times.
+
+    Raises:
+        ValueError: there is no row of time, or nothing in it.
+    """
+    if states.ndim == 0:
+        states = states.copy()
+        states.batch_size = states[keys.T].shape[:-1]
+    require_time_last(states)
+    if states.batch_size.numel() == 0:
+        raise InputError(f"batch size {list(states.batch_size)}: the batch is empty")
+    return states.unsqueeze(0) if states.ndim == 1 else states.flatten(0, -2) if states.ndim > 2 else states

@@ -16,7 +16,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError, InputKeyError
-from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.weights import ChainTerms, weight_function
@@ -181,9 +181,12 @@ class ValueLoss(DenoiserLoss):
             names = {"reward": k.reward, "done": k.done, "terminated": k.terminated}
             self._value_estimator.set_keys(value=keys.STATE_VALUE, **names)
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss of a batch of chains [*b, K], or of single transitions [N].
+        """The loss of a batch of chains [*b, K]: as in TorchRL, the last dim is time and `done` ends a chain.
+
+        So [60] is one row of time, as a single environment's rollout has it. Single transitions are [N, 1]:
+        ``transitions.unsqueeze(-1)``.
 
         Args:
             tensordict: what `diffrl.sample_chain` or an environment's rollout gives.
@@ -194,19 +197,34 @@ class ValueLoss(DenoiserLoss):
         Raises:
             TypeError: x_t holds integers.
             KeyError: an entry is missing.
-            ValueError: a Monte Carlo target of a chain that is cut, without x0 or with γ < 1.
+            ValueError: the batch is empty; a step does not begin where the one before it ended; a Monte Carlo
+                target of a chain that is cut, without x0 or with γ < 1; a network that takes labels, without any.
         """
-        chain = tensordict.unsqueeze(1) if tensordict.ndim == 1 else tensordict
-        if chain.ndim > 2:
-            chain = chain.flatten(0, chain.ndim - 2)
-        x_t, t, x0 = chain[keys.X_T], chain[keys.T], chain.get(keys.X0, None)
+        try:
+            return self._loss(tensordict)
+        except KeyError:
+            optional = () if keys.X0 not in tensordict.keys() else ((keys.NEXT, self.tensor_keys.reward),)
+            self._require_entries(tensordict, optional)
+            raise
+
+    def _loss(self, tensordict: TensorDictBase) -> TensorDictBase:
+        chain = rows(tensordict)
+        x_t, t, x0, cond = (
+            chain[keys.X_T],
+            chain[keys.T],
+            chain.get(keys.X0, None),
+            chain.get(keys.COND, None),
+        )
         require_floating([(keys.X_T, x_t)])
+        self._first_look(x0, cond)
+        bootstraps = not isinstance(self.value_estimator, MonteCarlo)
+        if bootstraps:
+            self._require_order(chain)
         # a target network comes first: what is kept for the backward pass then takes the memory that it frees
-        target_first = self.bootstrap == "target" and not isinstance(self.value_estimator, MonteCarlo)
-        D_next = self._target_next(chain) if target_first else None
+        D_next = self._target_next(chain) if bootstraps and self.bootstrap == "target" else None
         network = self.value_network.module
         self.network_evaluations += t.numel()
-        D_x = network.denoise(x_t, t, chain.get(keys.COND, None))
+        D_x = network.denoise(x_t, t, cond)
         square = _square_mean(self._delta(chain, D_x, x0, D_next))
 
         terms = ChainTerms(chain, network.denoiser)
@@ -222,7 +240,7 @@ class ValueLoss(DenoiserLoss):
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
         if not tensordict.is_locked:
-            tensordict[keys.LOSS] = loss.detach().view(*tensordict.batch_size, 1)
+            tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
         importance = chain.get(keys.IMPORTANCE, None)
         if importance is not None:
             loss = importance * loss
@@ -255,6 +273,16 @@ class ValueLoss(DenoiserLoss):
         else:
             G = self._torchrl_returns(reached, V_next)
         return G - state_value(chain, D_x)
+
+    def _require_order(self, chain: TensorDictBase) -> None:
+        """Every step but one that ends a chain leads to the state that the next one leaves."""
+        reached = chain[keys.NEXT]
+        same = reached[keys.T][:, :-1] == chain[keys.T][:, 1:]
+        if not bool((same | reached[self.tensor_keys.done][:, :-1]).all()):
+            raise InputError(
+                "the last batch dim is time, but a step does not begin where the one before it ended: "
+                "give single transitions as [N, 1], by transitions.unsqueeze(-1)"
+            )
 
     def _own_next(self, chain: TensorDictBase, D_x: Tensor) -> Tensor:
         """D⁻ at the states reached, by the predictions at hand; anything finite where they are clean."""

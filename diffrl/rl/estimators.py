@@ -33,7 +33,15 @@ from diffrl.rl.returns import (
     n_step_returns,
 )
 
-__all__ = ["ESTIMATORS", "MonteCarlo", "NStep", "TDLambda", "VectorEstimator", "VectorEstimators"]
+__all__ = [
+    "ESTIMATORS",
+    "MonteCarlo",
+    "NStep",
+    "TDLambda",
+    "VectorEstimator",
+    "VectorEstimators",
+    "require_time_last",
+]
 
 
 class VectorEstimators(StrEnum):
@@ -124,8 +132,7 @@ class VectorEstimator(ValueEstimatorBase):
         steps = self.tensor_keys.steps_to_next_obs
         if tensordict.get(steps, None) is not None:
             raise InputError(f"{steps!r} says that rewards are sums over several steps: give single steps")
-        if tensordict.ndim == 0 or "time" in tensordict.names[:-1]:
-            raise InputError(f"batch size {list(tensordict.batch_size)}: the last dim must be time, [*B, K]")
+        require_time_last(tensordict)
         *batch, K = tensordict.batch_size
 
         def chains(x: Tensor) -> Tensor:  # [*B, K, ...] → [B, K, ...]
@@ -284,6 +291,17 @@ ESTIMATORS: dict[str, type[VectorEstimator]] = {
     VectorEstimators.N_STEP: NStep,
     VectorEstimators.MONTE_CARLO: MonteCarlo,
 }
+
+
+def require_time_last(states: TensorDictBase) -> None:
+    """Refuse states whose last batch dim is not time, by its name; a new dim [N, 1] makes each state a row of its own.
+
+    Raises:
+        ValueError: it is not, or there is no batch dim.
+    """
+    single = states.ndim > 1 and states.shape[-1] == 1 and states.names[-1] is None
+    if states.ndim == 0 or ("time" in states.names[:-1] and not single):
+        raise InputError(f"batch size {list(states.batch_size)}: the last dim must be time, [*b, K]")
 
 
 def _register() -> None:
