@@ -26,13 +26,16 @@ class Data:
 
     Args:
         name: name of the set in results.
-        test: points to evaluate on, never trained on, shape [M, *E]; images lie in [-1, 1].
+        test: points that are never trained on, shape [M, *E]; images lie in [-1, 1]. The denoising error is taken on
+            them, and the value error where `train` is None; with `train`, value error and sample distance are taken
+            on its rows.
         test_labels: their classes, int64 [M].
         train: points to train on, [N, *E]; None if batches are fresh draws.
         train_labels: their classes, int64 [N].
         num_classes: C, for labels in 0..C-1; 0 if there are no labels.
         mixture: the exact law, where it is known.
         draw: `draw(n, generator)` gives n fresh points.
+        classes: names of the C classes; none: they are called by their numbers.
 
     Raises:
         DataError: there is nothing to draw from, shapes or labels do not fit, or the data hold NaN or infinity, or
@@ -47,6 +50,7 @@ class Data:
     num_classes: int = 0
     mixture: Mixture | None = None
     draw: Callable[[int, Generator | None], Tensor] | None = None
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.train is None and self.mixture is None and self.draw is None:
@@ -67,6 +71,8 @@ class Data:
                 labels.shape != x.shape[:1] or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes
             ):
                 raise DataError(f"{where}: labels must be {x.shape[0]} numbers in 0..{self.num_classes - 1}")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise DataError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
         if self.sigma_data < 1e-9:
             raise DataError(f"{self.name}: every value is the same; there is nothing to learn")
 
@@ -85,6 +91,16 @@ class Data:
             assert self.draw is not None
             x = self.draw(100_000, Generator().manual_seed(SIGMA_SEED))
         return float(x.double().std(correction=0))
+
+    @cached_property
+    def class_shares(self) -> dict[str, float]:
+        """Share of each class among the training samples, by its name in the order of labels; empty without labels."""
+        labels = self.test_labels if self.train_labels is None else self.train_labels
+        if labels is None:
+            return {}
+        names = self.classes or tuple(map(str, range(self.num_classes)))
+        counts = labels.bincount(minlength=self.num_classes)
+        return dict(zip(names, (counts / len(labels)).tolist(), strict=True))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,26 +1,31 @@
 """Data sets that are read: scikit-learn's digits, and the user's own files."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from diffrl.data.dataset import Data
 from diffrl.data.image_files import (
+    MAX_GIB,
     DataError,
+    check_labels,
     events_from,
     images_from,
-    labels_from,
     read_idx,
-    read_image_folder,
     read_npz,
 )
+from diffrl.data.image_folders import read_image_folder
 from diffrl.data.registry import DATASETS
 from diffrl.extras import require
 
 __all__ = ["digits", "folder", "idx", "npz"]
 
-Part = tuple[Tensor, Tensor | None]  # samples [N, *E], and their labels [N] if they have any
+Part = tuple[
+    Tensor, NDArray[Any] | None
+]  # samples [N, *E], and the class of each, a number or a name, if it has any
 
 
 @DATASETS.register("digits")
@@ -40,9 +45,10 @@ def digits(conditional: bool = False) -> Data:
     """
     bunch = require("sklearn.datasets", "data").load_digits()
     x = torch.from_numpy(bunch.images[:, None] / 8 - 1).float()
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    rank = one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # 1 for the first image of its class
-    return _from_parts("digits", *_split("digits", (x, labels if conditional else None), rank % 5 == 0))
+    one_hot = np.eye(10)[bunch.target]
+    rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
+    part = x, bunch.target if conditional else None
+    return _from_parts("digits", *_split("digits", part, torch.from_numpy(rank % 5 == 0)))
 
 
 @DATASETS.register("idx")
@@ -52,6 +58,7 @@ def idx(
     test_path: str | None = None,
     test_labels: str | None = None,
     test_fraction: float = 0.1,
+    max_gib: float = MAX_GIB,
 ) -> Data:
     """Images of idx files, the format of MNIST, gzipped or not.
 
@@ -63,13 +70,14 @@ def idx(
         test_path: idx file of test samples; then test_fraction is unused.
         test_labels: idx file of their classes.
         test_fraction: part of `path` that is test, in (0, 1).
+        max_gib: GiB of memory that a file's samples may take.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
-    part = _idx_part(path, labels)
+    part = _idx_part(path, labels, max_gib)
     if test_path is not None:
-        return _from_parts("idx", part, _idx_part(test_path, test_labels))
+        return _from_parts("idx", part, _idx_part(test_path, test_labels, max_gib))
     if test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
     return _from_parts("idx", *_split("idx", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
@@ -77,27 +85,35 @@ def idx(
 
 @DATASETS.register("npz")
 def npz(
-    path: str, test_path: str | None = None, conditional: bool = False, test_fraction: float = 0.1
+    path: str,
+    test_path: str | None = None,
+    conditional: bool = False,
+    test_fraction: float = 0.1,
+    channels: str = "auto",
+    max_gib: float = MAX_GIB,
 ) -> Data:
     """Samples of an npz file (keys `x` or `images`, optional `labels`) or of an npy file.
 
-    uint8 arrays are images, [N, H, W], [N, C, H, W] or [N, H, W, C], and are scaled to [-1, 1]. Float arrays
-    keep their values: [N, C, H, W] must lie in [-1, 1]; vectors [N, D] and sequences [N, L, D] may lie
-    outside, and `sigma_data` follows them. Without `test_path`, the last round(test_fraction·N) samples are
-    test: shuffle a file that is sorted by class.
+    uint8 arrays are images, [N, H, W], [N, C, H, W] or [N, H, W, C], and are scaled to [-1, 1]. Float arrays keep
+    their values: images [N, C, H, W] or [N, H, W, C] must lie in [-1, 1]; vectors [N, D] and sequences [N, L, D] may
+    lie outside, and `sigma_data` follows them. Labels may be any whole numbers ≥ 0; classes are numbered in their
+    order. Without `test_path`, the last round(test_fraction·N) samples are test: shuffle a file that is sorted by
+    class.
 
     Args:
         path: the file.
         test_path: file of test samples; then test_fraction is unused.
-        conditional: use the labels, if there are any.
+        conditional: use the labels.
         test_fraction: part of `path` that is test, in (0, 1).
+        channels: where the channels of images lie: first, last, or auto, which tells it from the shape.
+        max_gib: GiB of memory that a file's samples may take.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
-    part = _npz_part(path, conditional)
+    part = _npz_part(path, conditional, channels, max_gib)
     if test_path is not None:
-        return _from_parts("npz", part, _npz_part(test_path, conditional))
+        return _from_parts("npz", part, _npz_part(test_path, conditional, channels, max_gib))
     return _from_parts("npz", *_split("npz", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
 
 
@@ -108,58 +124,76 @@ def folder(
     test_path: str | None = None,
     conditional: bool = False,
     test_fraction: float = 0.1,
+    max_gib: float = MAX_GIB,
 ) -> Data:
     """Images of a folder or zip, one sub-folder for each class, or all at the top (unconditional).
 
-    Images are ordered by name, classes too. Without `test_path`, index i is test where ⌊(i+1) f⌋ > ⌊i f⌋ with
-    f = test_fraction (0.1: i % 10 == 9), so that every class of more than 1/f images is in both parts.
+    Images are ordered by name, classes too; an archive of EDM's dataset_tool has its classes from its `dataset.json`.
+    Without `test_path`, index i is test where ⌊(i+1) f⌋ > ⌊i f⌋ with f = test_fraction (0.1: i % 10 == 9), so that
+    every class of more than 1/f images is in both parts.
 
     Args:
         path: folder or zip.
         size: crop each image at its centre and resize it to size × size; None: all must be of one size.
         test_path: folder or zip of test images with the same classes; then test_fraction is unused.
-        conditional: take classes from the sub-folders; False reads images anywhere and makes no labels.
+        conditional: take classes from the sub-folders or from `dataset.json`; False reads images anywhere and makes
+            no labels.
         test_fraction: part of `path` that is test, in (0, 1).
+        max_gib: GiB of memory that the images may take.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
+        FileError: a folder or file cannot be read.
         MissingExtra: pillow is not installed.
     """
-    part, names = _folder_part(path, size, conditional)
+    part = _folder_part(path, size, conditional, max_gib)
     if test_path is None:
         mask = _test_mask(len(part[0]), test_fraction, spaced=True)
         return _from_parts("folder", *_split("folder", part, mask))
-    test, test_names = _folder_part(test_path, size, conditional)
+    test = _folder_part(test_path, size, conditional, max_gib)
+    names, test_names = ([] if y is None else np.unique(y).tolist() for _, y in (part, test))
     if test_names != names:
         raise DataError(f"{test_path}: its class folders {test_names} are not those of {path}, {names}")
     return _from_parts("folder", part, test)
 
 
-def _idx_part(path: str, labels: str | None) -> Part:
-    x = events_from(read_idx(path), path)
-    return x, None if labels is None else labels_from(read_idx(labels), len(x), labels)
+def _idx_part(path: str, labels: str | None, max_gib: float) -> Part:
+    x = events_from(read_idx(path, max_gib), path)
+    return x, None if labels is None else check_labels(read_idx(labels, max_gib), len(x), labels)
 
 
-def _npz_part(path: str, conditional: bool) -> Part:
-    array, labels = read_npz(path)
-    x = events_from(array, path)
-    return x, labels_from(labels, len(x), path) if conditional and labels is not None else None
+def _npz_part(path: str, conditional: bool, channels: str, max_gib: float) -> Part:
+    array, labels = read_npz(path, max_gib)
+    x = events_from(array, path, channels)
+    if not conditional:
+        return x, None
+    if labels is None:
+        raise DataError(f"{path}: holds no array `labels`; set `conditional` to false, or store them")
+    return x, check_labels(labels, len(x), path)
 
 
-def _folder_part(path: str, size: int | None, conditional: bool) -> tuple[Part, list[str]]:
-    """Samples with labels, and the names of the classes."""
-    pixels, classes = read_image_folder(path, size, conditional)
-    names = sorted(set(classes or ()))
-    labels = None if classes is None else torch.tensor([names.index(c) for c in classes])
-    return (images_from(pixels), labels), names
+def _folder_part(path: str, size: int | None, conditional: bool, max_gib: float) -> Part:
+    pixels, classes = read_image_folder(path, size, conditional, max_gib)
+    if conditional and classes is None:
+        raise DataError(f"{path}: holds no class folders and no labels; set `conditional` to false")
+    return images_from(pixels), classes
 
 
 def _from_parts(name: str, train: Part, test: Part) -> Data:
+    """A set whose classes are those of its training labels, in order."""
     (x, y), (x_test, y_test) = train, test
     if (y is None) != (y_test is None):
         raise DataError(f"{name}: give labels for both the training and the test samples, or for neither")
-    num_classes = 0 if y is None or y_test is None else int(max(y.max(), y_test.max())) + 1
-    return Data(name, x_test, y_test, x, y, num_classes)
+    if y is None or y_test is None:
+        return Data(name, x_test, train=x)
+    classes = np.unique(y)
+    if untrained := sorted(set(y_test.tolist()) - set(classes.tolist())):
+        raise DataError(
+            f"{name}: class {untrained[0]!r} has test samples, but none to train on; shuffle a file that is sorted, "
+            "or change `test_fraction`"
+        )
+    numbers, test_numbers = (torch.from_numpy(np.searchsorted(classes, part)) for part in (y, y_test))
+    return Data(name, x_test, test_numbers, x, numbers, len(classes), classes=tuple(map(str, classes)))
 
 
 def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
@@ -167,9 +201,11 @@ def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
     x, y = part
     if bool(is_test.all()) or not bool(is_test.any()):
         raise DataError(
-            f"{name}: {len(x)} samples are too few for a train and a test part; change test_fraction"
+            f"{name}: {len(x)} samples are too few for a train and a test part; change `test_fraction`"
         )
-    return (x[~is_test], None if y is None else y[~is_test]), (x[is_test], None if y is None else y[is_test])
+    masks = (~is_test, is_test)
+    train, test = ((x[mask], None if y is None else y[mask.numpy()]) for mask in masks)
+    return train, test
 
 
 def _test_mask(N: int, test_fraction: float, spaced: bool) -> Tensor:

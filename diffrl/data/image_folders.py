@@ -1,0 +1,227 @@
+"""Readers of folders and zips of images. Every fault is a `DataError`."""
+
+import io
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffrl.data.image_files import MAX_GIB, DataError, check_labels, check_size, existing, readable
+from diffrl.extras import require
+from diffrl.text_files import file_errors
+
+__all__ = ["read_image_folder"]
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".jxl"}
+LABELS = "dataset.json"  # where an archive of EDM's dataset_tool keeps its labels
+GRAY_MODES = {"1", "L", "LA"}
+COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """What lies in a folder or zip: bytes of each file by name, all folders, and how to read a file."""
+
+    where: str
+    files: dict[str, int]
+    folders: list[str]
+    read_file: Callable[[str], bytes]
+    max_gib: float
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        check_size(self.files[name], self.max_gib, f"{self.where}: {name}")
+        with readable(self.where, f"{name} is unreadable"):
+            return self.read_file(name)
+
+    def images(self) -> list[str]:
+        """Names of the images, sorted."""
+        unread = [n for n in self.files if PurePosixPath(n).suffix.lower() in UNREAD_SUFFIXES]
+        if unread:
+            raise DataError(
+                f"{self.where}: {unread[0]} is of a kind that is not read; convert it to png or remove it"
+            )
+        images = sorted(n for n in self.files if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
+            raise DataError(f"{self.where}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        return images
+
+
+@contextmanager
+def _opened(path: Path, max_gib: float) -> Iterator[_Tree]:
+    """A folder or zip; hidden files are left out."""
+    if path.is_dir():
+        with readable(str(path), "unreadable folder"):
+            found = {p.relative_to(path).as_posix(): p for p in _walk(path)}
+            sizes = {name: _size_of(p) for name, p in found.items() if not p.is_dir()}
+        folders = [name for name in found if name not in sizes]
+        yield _Tree(str(path), sizes, folders, lambda name: found[name].read_bytes(), max_gib)
+        return
+    with readable(str(path), "neither a folder nor a readable zip"):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        members = {info.filename.replace("\\", "/"): info for info in archive.infolist()}  # Windows packs "\"
+        members = {n: info for n, info in members.items() if not any(map(_hidden, PurePosixPath(n).parts))}
+        for name, info in members.items():
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise DataError(
+                    f"{path}: {name} is a link, which cannot be followed in a zip; pack what it leads to"
+                )
+        sizes = {name: info.file_size for name, info in members.items() if not name.endswith("/")}
+        folders = [name.rstrip("/") for name in members if name not in sizes]
+        yield _Tree(str(path), sizes, folders, lambda name: archive.read(members[name]), max_gib)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Everything below a folder; links are followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise DataError(f"{folder}: a link that leads back to a folder above it; remove it")
+    with file_errors(folder):
+        entries = sorted(p for p in folder.iterdir() if not _hidden(p.name))
+    for entry in entries:
+        yield entry
+        if entry.is_dir():
+            yield from _walk(entry, (*above, real))
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a regular file."""
+    with file_errors(path):
+        found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: a pipe or a device and no file; remove it")
+    return found.st_size
+
+
+def _decode(raw: bytes, where: str, size: int | None, max_gib: float) -> NDArray[np.uint8]:
+    """One image as uint8 [C, H, W]."""
+    Image, ImageOps = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
+    with readable(where, "unreadable or truncated image"):
+        image = Image.open(io.BytesIO(raw))
+        check_size(4 * image.width * image.height, max_gib, where)
+        if image.mode not in GRAY_MODES | COLOUR_MODES:
+            raise DataError(f"{where}: image mode {image.mode} is not 8-bit; convert it to 8-bit gray or RGB")
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("P", "PA") and "transparency" in image.info:
+            image = image.convert("RGBA")
+        image = image.convert("L" if image.mode in GRAY_MODES else "RGB")
+        if size is not None:
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side))
+            image = square.resize((size, size), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+
+
+def _labels(tree: _Tree, images: list[str]) -> NDArray[Any] | None:
+    """Class of each image: a number of the archive's own table, or the name of its folder; None without any."""
+    tables = [n for n in tree.files if PurePosixPath(n).name == LABELS and n.count("/") <= 1]
+    if tables:
+        return _table_labels(tree, min(tables, key=len), images)
+    names = _folder_classes(images, tree.folders, tree.where)
+    return None if names is None else np.array(names)
+
+
+def _table_labels(tree: _Tree, table: str, images: list[str]) -> NDArray[Any] | None:
+    """Labels of dataset.json, ``{"labels": [["00000/img00000000.png", 6], ...]}`` or null.
+
+    Source: dataset_tool.py of EDM (Karras et al., 2022), https://github.com/NVlabs/edm.
+    """
+    where = f"{tree.where}: {table}"
+    with readable(tree.where, f"{table} is damaged, or no table of labels"):
+        pairs = json.loads(tree.read(table).decode("utf-8-sig"))["labels"]
+        if pairs is None:
+            return None
+        base = table.removesuffix(LABELS)
+        found = {base + name.replace("\\", "/"): label for name, label in pairs}
+    missing = [n for n in images if n not in found]
+    if missing:
+        raise DataError(f"{where} has no label for {missing[0]}; add it, or remove the image")
+    labels = [found[n] for n in images]
+    if not all(type(label) is int and abs(label) < 2**63 for label in labels):
+        raise DataError(f"{where}: labels must be whole numbers, one for each image")
+    return check_labels(np.array(labels), len(images), where)
+
+
+def _folder_classes(images: list[str], folders: list[str], where: str) -> list[str] | None:
+    """Class of each image by its folder; None if all lie at the top."""
+    parts = [PurePosixPath(n).parts for n in images]
+    wrapped = all(len(p) > 2 for p in parts) and len({p[0] for p in parts}) == 1
+    top = parts[0][0] + "/" if wrapped else ""
+    depths = {len(p) - wrapped for p in parts}
+    if len(depths) > 1 or max(depths) > 2:
+        name = max(images, key=lambda n: n.count("/"))
+        raise DataError(
+            f"{where}: images must all lie at the top or all in class/image; {name!r} does not fit"
+        )
+    if depths == {1}:
+        return None
+    names = [p[-2] for p in parts]
+    classes = [f.removeprefix(top) for f in folders if f.startswith(top) and f + "/" != top]
+    empty = sorted({f for f in classes if "/" not in f} - set(names))
+    if empty:
+        raise DataError(f"{where}: class folder {empty[0]!r} holds no image; fill or remove it")
+    return names
+
+
+def read_image_folder(
+    path: str | Path, size: int | None = None, conditional: bool = True, max_gib: float = MAX_GIB
+) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
+    """Images of a folder or zip, in the order of their names, and the class of each.
+
+    Images lie at the top (no classes) or in one folder for each class. If one single folder holds all of this, as in
+    many zips, its contents are taken. An archive with a `dataset.json`, as EDM's dataset_tool makes it, has its classes
+    from there. Links are followed. Hidden files, and files without the suffix of an image, are ignored.
+
+    Images are turned as their EXIF orientation says. Gray ones keep one channel unless there are colour images too;
+    palettes and CMYK become RGB; transparency and colour profiles are dropped; an animation gives its first frame.
+
+    Args:
+        path: folder or zip file.
+        size: crop each image at its centre to a square and resize it to size × size (Lanczos).
+        conditional: read classes; if False, images may lie anywhere.
+        max_gib: GiB of memory that all images may take as float32, and any file; checked before it is taken.
+
+    Returns:
+        uint8 [N, C, H, W], C ∈ {1, 3}, and the N classes, as names or as numbers, or None.
+
+    Raises:
+        DataError: missing, damaged or too large file, no image, empty class folder, images of different sizes, links
+            in a circle or in a zip.
+        FileError: a folder or file cannot be read.
+        MissingExtra: pillow is not installed.
+    """
+    if size is not None and size < 1:
+        raise DataError(f"`size` is {size}; it must be at least 1")
+    path = existing(path, folder=True)
+    with _opened(path, max_gib) as tree:
+        images = tree.images()
+        classes = _labels(tree, images) if conditional else None
+        check_size(4 * len(images) * (size or 1) ** 2, max_gib, str(path))
+        pixels: list[NDArray[np.uint8]] = []
+        for name in images:
+            pixels.append(_decode(tree.read(name), f"{path}: {name}", size, max_gib))
+            if pixels[-1].shape[1:] != pixels[0].shape[1:]:
+                (h, w), (H, W) = pixels[-1].shape[1:], pixels[0].shape[1:]
+                raise DataError(
+                    f"{path}: {name} is {w}x{h}, but {images[0]} is {W}x{H}; give `size` to resize all"
+                )
+            check_size(4 * len(images) * pixels[-1].size, max_gib, str(path))
+    channels = max(p.shape[0] for p in pixels)
+    return np.stack([np.broadcast_to(p, (channels, *p.shape[1:])) for p in pixels]), classes
