@@ -3,6 +3,7 @@
 Rows are trajectories, columns are steps.
 """
 
+import math
 from collections import deque
 from typing import Any, Literal
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns
 
-__all__ = ["FifoStatistics", "critic_advantages", "group_advantages", "rewards_to_go"]
+__all__ = ["FifoStatistics", "critic_advantages", "group_advantages", "rewards_to_go", "spread"]
 
 
 class FifoStatistics:
@@ -38,10 +40,9 @@ class FifoStatistics:
     """
 
     def __init__(self, buffer: int = 32, min_count: int = 16, tol: float = 1e-6) -> None:
-        if not 1 <= min_count <= buffer:
-            raise InputError(
-                f"min_count is {min_count} and buffer {buffer}: a key can hold at most `buffer` values"
-            )
+        require_int("buffer", buffer)
+        require_int("min_count", min_count, most=buffer)
+        require_number("tol", tol, 0)
         self.buffer, self.min_count, self.tol = buffer, min_count, tol
         self._values: dict[tuple[int, int], deque[float]] = {}
 
@@ -65,18 +66,15 @@ class FifoStatistics:
         for name, row in zip(keys, table.tolist(), strict=True):
             for k, value in enumerate(row):
                 self._values.setdefault((name, k), deque(maxlen=self.buffer)).append(value)
-        mean, std = (
-            table.mean(0).expand_as(table).clone(),
-            table.std(0, correction=0).expand_as(table).clone(),
-        )
+        adv = _standardised(table, table, self.tol)
         for name in set(keys):
             rows = torch.tensor([name == other for other in keys])
             for k in range(table.shape[1]):
                 kept = self._values[name, k]
                 if len(kept) >= self.min_count:
                     own = torch.tensor(kept, dtype=torch.float64)
-                    mean[rows, k], std[rows, k] = own.mean(), own.std(correction=0)
-        return ((table - mean) / (std + self.tol)).to(values).view_as(values)
+                    adv[rows, k] = _standardised(table[rows, k], own, self.tol)
+        return adv.to(values).view_as(values)
 
     def state_dict(self) -> dict[str, Any]:
         """The buffers of all keys, for a checkpoint."""
@@ -104,25 +102,44 @@ def group_advantages(
         tol: added to the standard deviation.
 
     Returns:
-        Advantages, of the shape of `values`.
+        Advantages, of the shape and dtype of `values`, computed in float64; 0 exactly in a group of equal values.
 
     Raises:
-        ValueError: another std.
+        ValueError: another std, or not one group for each row.
     """
     if std not in ("group", "global", "none"):
         raise InputError(f"std is {std!r}: give 'group', 'global' or 'none'")
-    table = values.reshape(len(values), -1)
+    if group.numel() != len(values):
+        raise InputError(f"group has {group.numel()} entries for {len(values)} rows: give one group a row")
+    table = values.double().reshape(len(values), -1)
     _, member = group.flatten().unique(return_inverse=True)
     one_hot = torch.nn.functional.one_hot(member).to(table)
     count = one_hot.sum(0)[:, None]
-    mean = (one_hot.T @ table) / count
-    centred = table - mean[member]
-    if std == "none":
-        return centred.view_as(values)
+    low = table.new_full((len(count), table.shape[1]), math.inf)
+    low = low.scatter_reduce(0, member[:, None].expand_as(table), table, "amin")
+    centred = (
+        table - low[member]
+    )  # first by a member: equal values become 0 exactly, large ones keep their digits
+    centred = centred - ((one_hot.T @ centred) / count)[member]
+    scale = torch.ones_like(centred)
     if std == "global":
-        return (centred / (table.std(0, correction=0) + tol)).view_as(values)
-    variance = (one_hot.T @ centred**2) / count
-    return (centred / (variance.sqrt()[member] + tol)).view_as(values)
+        scale = (table - table.amin(0)).std(0, correction=0) + tol
+    elif std == "group":
+        scale = ((one_hot.T @ centred**2) / count).sqrt()[member] + tol
+    return (centred / scale).to(values).view_as(values)
+
+
+def spread(values: Tensor) -> float:
+    """Standard deviation of all values, denominator n: exactly 0 if they are equal, whatever their size."""
+    x = values.detach().double()
+    return float((x - x.min()).std(correction=0))
+
+
+def _standardised(values: Tensor, known: Tensor, tol: float) -> Tensor:
+    """(v - mean)/(std + tol) by the mean and std of other values, column by column; 0 exactly where all are equal."""
+    low = known.amin(0)
+    shifted = known - low
+    return (values - low - shifted.mean(0)) / (shifted.std(0, correction=0) + tol)
 
 
 def rewards_to_go(reward: Tensor, *, gamma: float) -> Tensor:
