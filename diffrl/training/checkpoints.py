@@ -39,7 +39,10 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_weights",
+    "read_identity",
     "save_checkpoint",
+    "tidy",
 ]
 
 _FORMAT = 1
@@ -134,9 +137,7 @@ def save_checkpoint(
             path.rename(path.with_name(path.name + ".old"))
         temporary.rename(path)
         _sync(path.parent)
-        _sweep(path.parent)
-        for old in [known for known in list_checkpoints(path.parent) if _step(known) <= step][:-keep]:
-            _discard(old)
+        tidy(path.parent, keep, step)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {path} could not be written ({error}): make room or choose another folder; "
@@ -145,6 +146,20 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def tidy(folder: Path, keep: int, step: int | None = None) -> None:
+    """Removes what interrupted writes left, and all but the newest `keep` checkpoints up to `step`.
+
+    Args:
+        folder: need not exist.
+        keep: how many to keep.
+        step: later checkpoints stay; None: there are none.
+    """
+    _sweep(Path(folder))
+    known = [path for path in list_checkpoints(folder) if step is None or _step(path) <= step]
+    for old in known[:-keep]:
+        _discard(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -181,6 +196,36 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(path)}") from damage
 
 
+def load_weights(path: Path, name: str) -> dict[str, Tensor]:
+    """One set of weights of a checkpoint, compared with the manifest; no other file is read.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, or it has no set of that name.
+    """
+    path = Path(path)
+    try:
+        manifest = _read_manifest(path)
+        file = name + _WEIGHTS
+        if file not in manifest["files"]:
+            raise _Damage(f"{_MANIFEST} lists no {file}")
+        return _unpack_weights(file, _read_file(path / file, manifest["files"][file]))
+    except _Damage as damage:
+        raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(path)}") from damage
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What a checkpoint belongs to; empty where it is not known.
+
+    Raises:
+        CheckpointError: its manifest is damaged.
+    """
+    try:
+        identity: dict[str, Any] = _read_manifest(Path(path))["identity"]
+    except _Damage as damage:
+        raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(Path(path))}") from damage
+    return identity
+
+
 class _Damage(Exception):
     """What is wrong with a checkpoint that cannot be used any more."""
 
@@ -188,18 +233,28 @@ class _Damage(Exception):
 def _read(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     contents = {name: _read_file(path / name, entry) for name, entry in manifest["files"].items()}
-    weights = {}
-    for name, data in contents.items():
-        if name.endswith(_WEIGHTS):
-            try:
-                weights[name.removesuffix(_WEIGHTS)] = safetensors.torch.load(data)
-            except safetensors.SafetensorError as error:
-                raise _Damage(f"{name} is not a safetensors file ({error})") from error
+    weights = {
+        name.removesuffix(_WEIGHTS): _unpack_weights(name, data)
+        for name, data in contents.items()
+        if name.endswith(_WEIGHTS)
+    }
     try:
         training = torch.load(io.BytesIO(contents[_TRAINING]), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has a dozen types for a file that it cannot or will not read
-        raise _Damage(f"{_TRAINING} cannot be read ({str(error).splitlines()[0]})") from error
+        # what torch says would have the reader switch the protection off
+        raise _Damage(
+            f"{_TRAINING} cannot be read: it is cut short, or holds other things than numbers, texts and tensors"
+        ) from error
+    if not isinstance(training, dict):
+        raise _Damage(f"{_TRAINING} holds a {type(training).__name__} and no dict")
     return Checkpoint(manifest["step"], weights, training, manifest["versions"], manifest["identity"])
+
+
+def _unpack_weights(name: str, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise _Damage(f"{name} is not a safetensors file ({error})") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrl.errors import DiffrlError
+from diffrl.training.lock import RunFolderError
 
 __all__ = [
     "ACCEPT",
@@ -33,7 +33,7 @@ ACCEPT = "accept_changes"
 _ABSENT = "nothing"
 
 
-class RunChanged(DiffrlError, RuntimeError):
+class RunChanged(RunFolderError):
     """A checkpoint belongs to a run with other settings, data or methods than the one that goes on."""
 
 
@@ -50,7 +50,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Shapes, dtypes and bits of tensors in 16 hexadecimal digits of SHA-256: equal for equal ones on every machine."""
+    """Dtypes, shapes and bits of tensors, in 16 hexadecimal digits of SHA-256; the same on every machine."""
     digest = hashlib.sha256()
     for x in tensors:
         digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
@@ -77,9 +77,8 @@ def refuse_changes(
     of: object,
     steps: str,
     extend: bool = False,
-    accept_changes: bool = False,
 ) -> None:
-    """Refuse to go on with a run that has become another one.
+    """Refuse to go on with a run that has become another one, unless by `ACCEPT`.
 
     Facts that only `now` has are options that the code gained since, and not compared.
 
@@ -89,13 +88,10 @@ def refuse_changes(
         of: path of the checkpoint, for errors.
         steps: the fact that says how long the run is.
         extend: whether `now` may be longer.
-        accept_changes: whether everything may differ.
 
     Raises:
         RunChanged: it names every fact that differs, its old value and its new one.
     """
-    if accept_changes:
-        return
     now = json.loads(json.dumps(dict(now)))  # as it comes out of a file: tuples are lists
     changed = [key for key, value in kept.items() if key not in now or now[key] != value]
     longer = steps in changed and steps in now and now[steps] > kept[steps]

@@ -13,9 +13,18 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from diffrl.errors import InputError
-from diffrl.training.checkpoints import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from diffrl.errors import DiffrlError, InputError
+from diffrl.training.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    read_identity,
+    save_checkpoint,
+    tidy,
+)
 from diffrl.training.identity import Facts, refuse_changes, surroundings, warn_of_surroundings
+from diffrl.training.lock import folder_lock
 from diffrl.training.optim import NonFiniteLoss
 
 __all__ = ["Cadence", "Loop", "at_least_one", "step_generator"]
@@ -67,7 +76,6 @@ class Loop(ABC):
         seed: of everything random.
         device: where to work.
         autocast: dtype for the networks' arithmetic, e.g. torch.bfloat16; parameters stay as they are.
-        identity: what the caller knows of the run, such as its configuration, beyond `facts`.
     """
 
     unit: ClassVar[str] = "step"
@@ -85,9 +93,9 @@ class Loop(ABC):
         seed: int,
         device: torch.device | str,
         autocast: torch.dtype | None,
-        identity: Facts | None = None,
     ) -> None:
-        self.identity: Facts = identity or {}
+        self.identity: Facts = {}
+        """What its caller knows of the run beyond `facts`, such as its configuration."""
         self.length, self.folder, self.seed = length, folder, seed
         self.device, self.autocast = torch.device(device), autocast
         self.step, self.seconds = 0, 0.0
@@ -144,7 +152,17 @@ class Loop(ABC):
 
         A checkpoint is due only when the next step is asked for: what the caller does with the figures of a
         step is done when the step is saved, and lost with it otherwise.
+
+        Raises:
+            NonFiniteLoss: of the step that gave it; nothing is changed by it.
+            FolderInUse: another process writes checkpoints to the folder.
         """
+        with nullcontext() if self.folder is None else folder_lock(self.folder):
+            if self.folder is not None:
+                tidy(self.folder, self.length.keep_checkpoints)
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[Row]:
         self._set_mode()
         while self.step < self.length.total:
             start = time.perf_counter()
@@ -186,36 +204,52 @@ class Loop(ABC):
             device=self.device,
         )
 
-    def resume(self, *, extend: bool = False, accept_changes: bool = False) -> bool:
-        """Continue from the newest checkpoint; False if there is none.
-
-        With `extend` the schedules of learning rate and curriculum are those of the longer run from here on. Where
-        neither depends on the length, the end is that of a run that was as long from the start, bit for bit.
+    def compare(self, *, extend: bool = False, accept_changes: bool = False) -> Path | None:
+        """The newest checkpoint, if it belongs to this run; None if there is none.
 
         Args:
             extend: whether this run may be longer than the one that wrote the checkpoint.
             accept_changes: whether it may differ from it in everything.
 
         Raises:
-            RunChanged: it belongs to a run with other facts.
-            CheckpointError: it is damaged, or of something else.
+            RunChanged: the checkpoint belongs to a run with other facts.
+            CheckpointError: its manifest is damaged.
         """
         path = None if self.folder is None else latest_checkpoint(self.folder)
+        if path is not None and not accept_changes:
+            now = {**self.facts, **self.identity}
+            refuse_changes(read_identity(path), now, of=path, steps=self.total_key, extend=extend)
+        return path
+
+    def resume(self, *, extend: bool = False, accept_changes: bool = False) -> bool:
+        """Continue from the newest checkpoint; False if there is none.
+
+        A run that is longer than it was follows the schedules of its new length from here on, of learning rate and
+        curriculum. Where neither depends on the length, it ends as one that was as long from the start, bit for bit.
+
+        Args:
+            extend: see `compare`.
+            accept_changes: see `compare`.
+
+        Raises:
+            RunChanged: see `compare`.
+            CheckpointError: it is damaged, or of something else.
+        """
+        path = self.compare(extend=extend, accept_changes=accept_changes)
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
-        facts = {**self.facts, **self.identity}
-        refuse_changes(
-            checkpoint.identity,
-            facts,
-            of=path,
-            steps=self.total_key,
-            extend=extend,
-            accept_changes=accept_changes,
-        )
         warn_of_surroundings(checkpoint.versions, surroundings(self.device), of=path)
-        self._restore(checkpoint, path)
-        self.seconds, self.step = checkpoint.training["seconds"], checkpoint.step
+        try:
+            self._restore(checkpoint, path)
+            self.seconds, self.step = checkpoint.training["seconds"], checkpoint.step
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, DiffrlError):
+                raise
+            raise CheckpointError(
+                f"checkpoint {path} is not of this kind of run, or lacks a part of it "
+                f"({type(error).__name__}: {' '.join(str(error).split())}): choose another folder"
+            ) from error
         return True
 
     def fit(

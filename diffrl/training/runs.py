@@ -19,21 +19,17 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.errors import DiffrlError
 from diffrl.registry import IMPORT, user_modules
 from diffrl.text_files import read_json, write_atomically
 from diffrl.training.build import build_data, build_denoiser, build_sampler
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
 from diffrl.training.evaluation import draw_samples
+from diffrl.training.lock import RunFolderError
 
 __all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions"]
 
 GROUPS_SINCE_0_2 = {"rollouts": "chains", "updates": "steps"}
 """Groups without a choice in diffrl 0.1, and the option that runs of then had."""
-
-
-class RunFolderError(DiffrlError, RuntimeError):
-    """A run folder cannot be used as asked."""
 
 
 @dataclass(frozen=True)
