@@ -1,28 +1,30 @@
 """The command line: Hydra composes a configuration, and a mistake is one line that names it and its remedy."""
 
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from diffrl.configs.boundary import EXPECTED, explain, reported, write_utf8
 from diffrl.configs.groups import register
-from diffrl.errors import DiffrlError, InputError
-from diffrl.experiments.run import Interrupted
+from diffrl.errors import InputError
 from diffrl.registry import IMPORT, import_named
 from diffrl.training.runs import RunFolder
 
-__all__ = ["EXPECTED", "command", "explain", "import_users_modules", "one_line", "settings"]
+__all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_modules", "one_line", "settings"]
 
-EXPECTED = (HydraException, OmegaConfBaseException, DiffrlError)
+LARGEST = 2**63 - 1
+"""What a whole number of torch can hold."""
 
 
 def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
@@ -35,20 +37,24 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         def entry() -> None:
             given = os.environ.get("HYDRA_FULL_ERROR")
-            with _one_line(full=given == "1"):
+            full = given == "1"
+            write_utf8()
+            with reported(full=full):
                 import_users_modules()
+                register()
+                check_words(sys.argv[1:])
 
             def job(config: DictConfig) -> None:
-                with _one_line(full=given == "1"):  # inside too, or Hydra adds a line about its overrides
+                # inside too, or Hydra adds a line about its overrides
+                with reported(full=full, config=config):
                     main(settings(config, HydraConfig.get().overrides.task))
 
             compose = hydra.main(
                 version_base="1.3", config_path="pkg://diffrl.configs", config_name=config_name
             )
-            register()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version and exits
             try:
-                with _one_line(full=given == "1"):
+                with reported(full=full):
                     compose(job)()
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = given or "0"
@@ -76,6 +82,35 @@ def import_users_modules() -> None:
         sys.argv[1:] = rest
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words that Hydra cannot read, or would fail on with a traceback.
+
+    Raises:
+        OverrideParseException: a word is no override.
+        ValueError: a group is given something that is no name.
+    """
+    groups = ConfigStore.instance().repo
+    given = [word for word in words if "=" in word and not word.startswith("-")]
+    for word in OverridesParser.create().parse_overrides(given):
+        name = word.key_or_group
+        chosen = word.value() if isinstance(groups.get(name), dict) or name == "experiment" else ""
+        if not isinstance(chosen, str | dict | list | ChoiceSweep) and not word.is_delete():
+            raise InputError(f"{word.input_line}: {name} is a group: give the name of one of its options")
+
+
+def _check_numbers(config: Any, where: str = "") -> None:
+    """Refuse numbers that no constructor can use, in every setting alike."""
+    if isinstance(config, float) and not math.isfinite(config):
+        raise InputError(f"{where} is {config}: give a finite number")
+    if isinstance(config, int) and abs(config) > LARGEST:
+        raise InputError(f"{where} is {config}: give a number up to {LARGEST}")
+    parts = (
+        config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    )
+    for key, value in parts:
+        _check_numbers(value, f"{where}[{key}]" if isinstance(config, list) else f"{where}.{key}".lstrip("."))
+
+
 def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """The configuration to follow; with ``resume``, the one that the old run was started with.
 
@@ -92,6 +127,7 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
             raise InputError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
     chosen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(chosen, dict)
+    _check_numbers(chosen)
     if chosen.get("resume") is None:
         return {str(key): value for key, value in chosen.items()}
     given = [override for override in overrides if not override.startswith("resume=")]
@@ -101,51 +137,10 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     return {**stored, "resume": chosen["resume"], **({"device": chosen["device"]} if given else {})}
 
 
-def explain(error: BaseException) -> str:
-    """The error as one line; an unknown key comes with its nearest neighbours."""
-    cause: BaseException = error
-    while cause.__cause__ is not None and isinstance(cause, HydraException):
-        cause = cause.__cause__
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        where = str(cause.full_key)
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{where} has no default: give {where}=..."
-        parent, key = cause.parent_node, str(cause.key)
-        known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-        if known and key not in known:
-            near = _paths(parent, key) or get_close_matches(key, known, n=3) or sorted(set(known) - {"hydra"})
-            return f"unknown config key {where!r}; did you mean {', '.join(near)}?"
-        return f"{where}: {str(cause).splitlines()[0]}"
-    return " ".join(str(cause).partition("Config search path:")[0].split())
-
-
-def _paths(config: DictConfig, key: str) -> list[str]:
-    """Full names of a key that stands within a group and was given without it."""
-    return [
-        f"{group!s}.{key}"
-        for group, options in config.items_ex(resolve=False)
-        if group != "hydra" and isinstance(options, DictConfig) and key in options
-    ]
-
-
 @contextmanager
 def one_line() -> Iterator[None]:
     """For a command without Hydra: import the user's modules, and print what a user can mend in one line."""
-    with _one_line(full=os.environ.get("HYDRA_FULL_ERROR") == "1"):
+    write_utf8()
+    with reported():
         import_users_modules()
         yield
-
-
-@contextmanager
-def _one_line(*, full: bool) -> Iterator[None]:
-    """Print what a user can mend in one line, unless asked for it in full, and exit."""
-    try:
-        yield
-    except Interrupted as stop:
-        print(stop)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
-    except EXPECTED as error:
-        if full:
-            raise
-        sys.exit(f"error: {explain(error)}")

@@ -1,11 +1,12 @@
 """The config groups: `register` stores a schema for every name in the library's registries."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import MISSING, OmegaConf
 
 from diffrl.configs.plans import CompareConfig
 from diffrl.configs.schema import schema
@@ -37,7 +38,7 @@ from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import FinetuningOptim, Optim
 from diffrl.training.trainer import Average, Length, Target
 
-__all__ = ["FinetuneConfig", "TrainConfig", "register"]
+__all__ = ["FinetuneConfig", "TrainConfig", "commands_with", "register"]
 
 
 GROUPS: tuple[Registry, ...] = (
@@ -132,12 +133,20 @@ class FinetuneConfig:
     """What to train where model.path is null: words for the command line of `examples/train_td_lambda.py`."""
 
 
+COMMANDS = {"train": TrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}
+"""What each command's configuration must look like."""
+
+
+def commands_with(key: str) -> list[str]:
+    """The commands whose configuration has that key at its top."""
+    return [name for name, made in COMMANDS.items() if key in {f.name for f in fields(made)}]
+
+
 def register() -> None:
     """Fill Hydra's store."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
-    store.store(name="finetune_schema", node=FinetuneConfig)
-    store.store(name="compare_schema", node=CompareConfig)
+    for name, made in COMMANDS.items():
+        store.store(name=f"{name}_schema", node=made)
     for registry in GROUPS:
         for entry in registry.entries():
             store.store(
@@ -153,6 +162,24 @@ def register() -> None:
         store.store(group=METHODS.kind, name=name, node=_recipe_node(make()), package="_global_")
     for group, option, functions, omit in SINGLE:
         store.store(group=group, name=option, node=schema(group, *functions, omit=omit, tag=False))
+    OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
+
+
+def _options_of(command: str, choices: Mapping[str, Any]) -> str:
+    """For a command's help: the options of the groups that it chooses from, a line for each group."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = [group for group in choices if not group.startswith("hydra/")]
+    known = {*groups, "defaults", *(f.name for f in fields(COMMANDS[command]))}
+
+    def fits(experiment: str) -> bool:
+        """Whether an experiment is one of this command: it sets nothing that the command lacks."""
+        found = loader.repository.load_config(f"experiment/{experiment}")  # type: ignore[attr-defined]
+        return {*found.config, *(default.group.lstrip("/") for default in found.defaults_list)} <= known
+
+    options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
+    if "experiment" in options:
+        options["experiment"] = [*filter(fits, options["experiment"])]
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
 
 
 def _recipe_node(recipe: Recipe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffrl.errors import FileError
 
-__all__ = ["file_errors", "read_json", "read_text", "write_atomically"]
+__all__ = ["file_errors", "read_json", "read_text", "remedy", "write_atomically"]
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
@@ -24,7 +24,6 @@ REMEDIES = {
     errno.EISDIR: "it is a folder: give a file",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
 }
-"""What to do about an error of the operating system."""
 
 
 @contextmanager
@@ -40,8 +39,12 @@ def file_errors(path: Path | str, what: str = "read") -> Iterator[None]:
     except FileError:
         raise
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "see to the disk, and try again")
-        raise FileError(f"{path} cannot be {what} ({error.strerror or error}): {remedy}") from error
+        raise FileError(f"{path} cannot be {what} ({error.strerror or error}): {remedy(error)}") from error
+
+
+def remedy(error: OSError) -> str:
+    """What to do about an error of the operating system."""
+    return REMEDIES.get(error.errno or 0, "see to the disk or the network, and try again")
 
 
 def read_text(path: Path | str) -> str:
@@ -90,5 +93,6 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     with file_errors(path, "written"):
-        temporary.write_text(text, encoding="utf-8")
+        # names of files keep their bytes, where the locale could not read them
+        temporary.write_bytes(text.encode("utf-8", errors="surrogateescape"))
         os.replace(temporary, path)

@@ -189,11 +189,14 @@ def mistake(*words: str, name: str = "train") -> str:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["objective.lmbd=0.5"], "unknown config key 'objective.lmbd'; did you mean lmbda?"),
+        (["objective.lmbd=0.5"], "unknown config key 'objective.lmbd'; did you mean objective.lmbda?"),
         (["lmbda=0.5"], "unknown config key 'lmbda'; did you mean objective.lmbda?"),
         (["grad_steps=5"], "did you mean trainer.grad_steps?"),
         (["sed=1"], "unknown config key 'sed'; did you mean seed"),
-        (["trainer.zzz=1"], "did you mean batch_size"),
+        (["trainer.zzz=1"], "unknown config key 'trainer.zzz'; trainer has batch_size, "),
+        (["foo=1"], "unknown config key 'foo'; --help lists all that can be set"),
+        (["credit=critic"], "unknown config key 'credit'; the command finetune has it"),
+        (["experiment=sd15_ddpo"], "unknown config key 'recipe'"),
         (["data=digits", "data.dim=3"], "unknown config key 'data.dim'"),
         (["data=nope"], "Could not find 'data/nope' Available options in 'data': checkerboard digits"),
         (["nope=digits"], "unknown config key 'nope'"),
@@ -209,7 +212,13 @@ def mistake(*words: str, name: str = "train") -> str:
         (["+foo=1"], r"+foo=1: keys are neither added (+) nor removed (~)"),
         (["~seed"], "~seed: keys are neither added"),
         (["objective.lmbda"], "objective.lmbda"),
-        (["seed=[1"], "no viable alternative at input '[1'"),
+        (["seed=[1"], """'seed=[1' cannot be read: quote what it holds, as in 'seed="[1"'"""),
+        (["run_dir=köln"], """quote what it holds, as in 'run_dir="köln"'"""),
+        (["a b"], "'a b' cannot be read: write key=value"),
+        (["objective.lmbda=nan"], "objective.lmbda is nan: give a finite number"),
+        (["eval.sigmas=[1,inf]"], "eval.sigmas[1] is inf: give a finite number"),
+        (["trainer.grad_steps=1e30"], "trainer.grad_steps"),
+        (["seed=10000000000000000000000"], "seed is 10000000000000000000000: give a number up to"),
         (["resume=/nowhere/at/all"], "/nowhere/at/all holds no run"),
         (["resume=x", "seed=1", "data=gmm"], "seed=1, data=gmm: a run is resumed as it was started"),
     ],
@@ -304,4 +313,4 @@ def test_from_a_shell() -> None:
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 1 and ran.stdout == ""
-    assert ran.stderr == "error: unknown config key 'objective.lmbd'; did you mean lmbda?\n"
+    assert ran.stderr == "error: unknown config key 'objective.lmbd'; did you mean objective.lmbda?\n"

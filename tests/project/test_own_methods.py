@@ -11,12 +11,12 @@ from tests.kit.configs import TINY
 from tests.kit.paths import ROOT
 
 TOYS = ROOT / "tests" / "toys"
-KINDS = ("objective", "sampler", "schedule", "credit", "placement", "rollouts", "method")
+KINDS = ("objective", "sampler", "schedule", "credit", "placement", "rollouts", "method", "reward")
 TRAINING = ("objective", "sampler", "schedule")
-TUNING = ("credit", "placement", "rollouts", "method")
+TUNING = ("credit", "placement", "rollouts", "method", "reward")
 SETTINGS = [*TINY, "objective=toy_objective", "sampler=toy_sampler", "process=toy_process", "compare=false"]
 QUICK = [
-    *("reward=mode_distance", "reward.point=[0.8,0]", "heldout_reward=none", "policy.num_steps=4"),
+    *("reward=toy_reward", "reward.scale=2", "heldout_reward=none", "policy.num_steps=4"),
     *("loop.iterations=4", "loop.eval_every=2", "loop.checkpoint_every=2", "evaluation.samples=16"),
 ]
 
@@ -45,7 +45,7 @@ def test_they_are_in_the_help(tmp_path: Path) -> None:
     for name in ("toy_objective", "toy_sampler", "toy_process"):
         assert name in shown
     shown = shell("-m", "diffrl", "finetune", *imports(*TUNING), "--help", folder=tmp_path)
-    for name in ("toy_credit", "toy_placement", "toy_rollouts", "toy_method", "toy_surrogate"):
+    for name in ("toy_credit", "toy_placement", "toy_rollouts", "toy_method", "toy_surrogate", "toy_reward"):
         assert name in shown
 
 

@@ -1,0 +1,153 @@
+"""What a user can mend is printed in one line that names it and its remedy; programming errors keep their traceback."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from io import TextIOWrapper
+from typing import Any
+
+import torch
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from safetensors import SafetensorError
+from yaml import YAMLError
+
+from diffrl.configs.groups import commands_with
+from diffrl.errors import DiffrlError
+from diffrl.experiments.run import Interrupted
+from diffrl.shell_words import requoted
+from diffrl.text_files import remedy
+
+__all__ = ["EXPECTED", "explain", "reported", "write_utf8"]
+
+EXPECTED = (HydraException, OmegaConfBaseException, DiffrlError, OSError, YAMLError, SafetensorError)
+"""What a user can mend, beside a lack of memory."""
+
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|Storage size calculation overflowed", re.IGNORECASE
+)
+"""What torch's RuntimeErrors say of a tensor that does not fit."""
+
+SIZES = (
+    *("trainer.batch_size", "chain.num_steps", "network.hidden", "network.channels", "network.depth"),
+    *("data.size", "data.dim", "data.components", "data.test_size", "eval.points", "eval.samples"),
+    *(
+        "rollouts.trajectories",
+        "rollouts.at_once",
+        "policy.num_steps",
+        "evaluation.samples",
+        "loop.iterations",
+    ),
+)
+"""Settings that memory grows with."""
+
+
+def explain(error: BaseException) -> str:
+    """The error as one line; an unknown key comes with its nearest neighbours."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and isinstance(cause, HydraException):
+        cause = cause.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return _about_a_key(cause)
+    if isinstance(cause, OverrideParseException):
+        return f"{cause.override!r} cannot be read: {requoted(cause.override)}"
+    if unknown := re.match(r"(.*)Could not override '(\S+?)'\. No match", str(cause), re.DOTALL):
+        others = [name for name in commands_with(unknown[2]) if f"'{name}'" not in unknown[1]]
+        where = f"; the command {' and '.join(others)} has it" if others else ""
+        return _line(f"{unknown[1]}unknown config key {unknown[2]!r}{where}")
+    if isinstance(cause, OSError) and not isinstance(cause, DiffrlError | HydraException):
+        return _line(
+            f"{cause.filename or 'a file or connection'}: {cause.strerror or cause}: {remedy(cause)}"
+        )
+    if isinstance(cause, SafetensorError):
+        return _line(f"a safetensors file is damaged ({cause}): restore it from a copy")
+    return _line(str(cause).partition("Config search path:")[0])
+
+
+def _about_a_key(error: OmegaConfBaseException) -> str:
+    """What is wrong with the value or the name of a key."""
+    where, parent, key = str(error.full_key), error.parent_node, str(error.key)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{where} has no default: give {where}=..."
+    known = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
+    if not known or key in known:
+        return f"{where}: {str(error).splitlines()[0]}"
+    group = where.removesuffix(key)
+    if near := _paths(parent, key)[:3] or [group + k for k in get_close_matches(key, known, n=3)]:
+        return f"unknown config key {where!r}; did you mean {', '.join(near)}?"
+    if group:
+        return f"unknown config key {where!r}; {group[:-1]} has {', '.join(sorted(known))}"
+    return f"unknown config key {where!r}; --help lists all that can be set"
+
+
+def _paths(config: DictConfig, key: str) -> list[str]:
+    """Full names of a key that stands within a group and was given without it."""
+    return [
+        f"{group!s}.{key}"
+        for group, options in config.items_ex(resolve=False)
+        if group != "hydra" and isinstance(options, DictConfig) and key in options
+    ]
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether something was too large for the memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def _sizes(config: Mapping[Any, Any]) -> str:
+    """The settings that memory grows with, the largest first."""
+    found = {}
+    for name in SIZES:
+        group, _, key = name.partition(".")
+        if group in config and isinstance(config[group].get(key), int):
+            found[name] = config[group][key]
+    largest = sorted(found, key=lambda name: -found[name])[:3]
+    return ", ".join(f"{name} (now {found[name]})" for name in largest) or "the sizes"
+
+
+@contextmanager
+def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = None) -> Iterator[None]:
+    """Print what a user can mend in one line, unless asked for it in full, and exit with status 1.
+
+    Args:
+        config: what is followed, for advice on sizes.
+        full: whether to raise it with its traceback; None: what HYDRA_FULL_ERROR says.
+    """
+    if full is None:
+        full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        yield
+    except Interrupted as stop:
+        print(stop)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    except BrokenPipeError:  # the reader of the output has left, as `head` does
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python tries once more as it ends
+        sys.exit(1)
+    except EXPECTED as error:
+        if full:
+            raise
+        sys.exit(f"error: {explain(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if full or not _lacks_memory(error):
+            raise
+        sys.exit(f"error: not enough memory: lower {_sizes(config or {})} ({_line(str(error))[:200]})")
+
+
+def write_utf8() -> None:
+    """Let no letter stop a command: files and pipes get UTF-8; a terminal of few letters gets the code of others."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
