@@ -8,14 +8,17 @@ import torch
 from torch import Generator, Tensor
 
 from diffrl.data.dataset import Data
-from diffrl.data.image_files import DataError
+from diffrl.data.image_files import MAX_GIB, DataError
 from diffrl.data.mixtures import Mixture
 from diffrl.data.registry import DATASETS
+from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 
 __all__ = ["checkerboard", "gmm", "moons", "rings", "spirals"]
 
 # test points come from a random stream of their own, which no small user seed shares
 TEST_SEED = 1_597_334_677
+MAX_SCALE = 1e15  # squares of larger numbers leave float32
 
 
 @DATASETS.register("gmm")
@@ -39,13 +42,15 @@ def gmm(
         mixture_seed: chooses the mixture; it is independent of the seed of a run.
         test_size: points to evaluate on; batches are fresh draws.
     """
-    if dim < 1 or components < 1:
-        raise DataError(f"gmm: dim={dim} and components={components} must be at least 1")
+    _check_sizes("gmm", dim=dim, components=components)
+    _check_scales(std=std, spread=spread)
+    require_int("mixture_seed", mixture_seed, -(2**63), 2**63 - 1)
+    _check_memory("gmm", components * dim, "dim or components")
     g = Generator().manual_seed(mixture_seed)
     means = spread * torch.randn(components, dim, dtype=torch.float64, generator=g)
     weights = torch.randn(components, dtype=torch.float64, generator=g).softmax(0)
     stds = torch.full((components,), std, dtype=torch.float64)
-    return _synthetic("gmm", Mixture(means, stds, weights), test_size)
+    return _synthetic("gmm", Mixture(means, stds, weights), test_size, dim)
 
 
 @DATASETS.register("rings")
@@ -58,8 +63,9 @@ def rings(modes: int = 8, radius: float = 0.8, std: float = 0.05, test_size: int
         std: width of each Gaussian.
         test_size: points to evaluate on; batches are fresh draws.
     """
-    if modes < 1:
-        raise DataError(f"rings: modes={modes} must be at least 1")
+    _check_sizes("rings", modes=modes)
+    _check_scales(radius=radius, std=std)
+    _check_memory("rings", modes * 2, "modes")
     theta = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
     means = radius * torch.stack([theta.cos(), theta.sin()], 1)
     ones = torch.ones(modes, dtype=torch.float64)
@@ -74,8 +80,8 @@ def checkerboard(cells: int = 4, test_size: int = 4000) -> Data:
         cells: cells along one side, at least 1.
         test_size: points to evaluate on; batches are fresh draws.
     """
-    if cells < 1:
-        raise DataError(f"checkerboard: cells={cells} must be at least 1")
+    _check_sizes("checkerboard", cells=cells)
+    _check_memory("checkerboard", cells**2, "cells")
     return _synthetic("checkerboard", partial(_draw_checkerboard, cells=cells), test_size)
 
 
@@ -87,6 +93,7 @@ def moons(noise: float = 0.05, test_size: int = 4000) -> Data:
         noise: standard deviation around the curves, after scaling.
         test_size: points to evaluate on; batches are fresh draws.
     """
+    _check_scales(noise=noise)
     return _synthetic("moons", partial(_draw_moons, noise=noise), test_size)
 
 
@@ -100,14 +107,39 @@ def spirals(arms: int = 2, turns: float = 1.5, noise: float = 0.02, test_size: i
         noise: standard deviation around the curves.
         test_size: points to evaluate on; batches are fresh draws.
     """
-    if arms < 1:
-        raise DataError(f"spirals: arms={arms} must be at least 1")
+    _check_sizes("spirals", arms=arms)
+    _check_memory("spirals", arms, "arms")
+    _check_scales(turns=turns, noise=noise)
     return _synthetic("spirals", partial(_draw_spirals, arms=arms, turns=turns, noise=noise), test_size)
 
 
-def _synthetic(name: str, law: Mixture | Callable[[int, Generator | None], Tensor], test_size: int) -> Data:
-    if test_size < 1:
-        raise DataError(f"{name}: test_size is {test_size}; it must be at least 1")
+def _check_sizes(name: str, **sizes: int) -> None:
+    for option, size in sizes.items():
+        try:
+            require_int(option, size)
+        except InputError as error:
+            raise DataError(
+                f"{name}: `{option}` is {size!r}; it must be a whole number of at least 1"
+            ) from error
+
+
+def _check_scales(**scales: float) -> None:
+    for option, scale in scales.items():
+        require_number(option, scale, 0, MAX_SCALE)
+
+
+def _check_memory(name: str, numbers: int, options: str) -> None:
+    """Refuse more numbers in float64 than the memory of a data set."""
+    gib = 8 * numbers / 2**30
+    if gib > MAX_GIB:
+        raise DataError(f"{name}: takes {gib:.3g} GiB of memory, more than {MAX_GIB:g}; lower {options}")
+
+
+def _synthetic(
+    name: str, law: Mixture | Callable[[int, Generator | None], Tensor], test_size: int, dim: int = 2
+) -> Data:
+    _check_sizes(name, test_size=test_size)
+    _check_memory(name, test_size * dim, "dim or test_size")
     g = Generator().manual_seed(TEST_SEED)
     if isinstance(law, Mixture):
         return Data(name, law.sample(test_size, g).float(), mixture=law)
@@ -116,7 +148,9 @@ def _synthetic(name: str, law: Mixture | Callable[[int, Generator | None], Tenso
 
 def _draw_checkerboard(n: int, generator: Generator | None, *, cells: int) -> Tensor:
     """Uniform on the dark cells of a cells × cells board that fills [-1, 1]²: float32 [n, 2]."""
-    dark = torch.tensor([(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0])
+    square = torch.arange(cells)
+    i, j = torch.meshgrid(square, square, indexing="ij")
+    dark = torch.stack([i, j], -1)[(i + j) % 2 == 0]
     corner = dark[torch.randint(len(dark), (n,), generator=generator)]
     return (corner + torch.rand(n, 2, generator=generator)) * (2 / cells) - 1
 

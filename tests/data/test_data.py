@@ -14,7 +14,9 @@ from diffrl.data.image_files import DataError
 from diffrl.data.mixtures import Mixture
 from diffrl.data.registry import DATASETS
 from diffrl.data.synthetic import gmm, rings
+from diffrl.errors import InputError
 from diffrl.extras import MissingExtra
+from diffrl.training.build import build_data
 from tests.kit.oracles import generator
 
 SYNTHETIC = ["gmm", "rings", "checkerboard", "moons", "spirals"]
@@ -143,6 +145,29 @@ def test_spirals_without_noise_lie_on_their_curves() -> None:
 def test_synthetic_sets_refuse_empty_ones(name: str, arguments: dict[str, int]) -> None:
     with pytest.raises(DataError, match=f"{name}.*{next(iter(arguments))}.*at least 1"):
         DATASETS[name](**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("gmm", {"dim": 10**18}, r"takes .* GiB of memory, more than 8; lower dim or components"),
+        ("gmm", {"test_size": 10**12}, "GiB of memory, more than 8; lower dim or test_size"),
+        ("gmm", {"dim": 5.5}, r"data\.dim is 5.5; it must be a whole number"),
+        ("gmm", {"std": math.nan}, r"data\.std is nan, but must lie in \[0, 1e\+15\]"),
+        ("gmm", {"spread": math.inf}, r"data\.spread is inf"),
+        ("gmm", {"mixture_seed": 2**70}, r"data\.mixture_seed is 1180591620717411303424"),
+        ("rings", {"modes": 10**12}, "GiB of memory, more than 8; lower modes"),
+        ("rings", {"radius": -1.0}, r"data\.radius is -1.0"),
+        ("checkerboard", {"cells": 10**6}, "GiB of memory, more than 8; lower cells"),
+        ("moons", {"noise": -0.1}, r"data\.noise is -0.1"),
+        ("spirals", {"arms": 10**30}, "lower arms"),
+        ("spirals", {"turns": 1e300}, r"data\.turns is 1e\+300"),
+    ],
+)
+def test_synthetic_sets_refuse_what_cannot_be_drawn(name: str, arguments: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        build_data({"data": {"name": name, **arguments}})
+    assert "\n" not in str(error.value)
 
 
 # --- digits and finite data
