@@ -35,17 +35,23 @@ def files_of_the_tree(suffixes: set[str]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy of the sources: building writes beside them."""
-    source = tmp_path_factory.mktemp("source")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, in a folder of the name that git gives a clone: building writes beside them."""
+    source = tmp_path_factory.mktemp("work") / "diffrl"
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("diffrl", "envs", "configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
-    built = python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source))
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(clone: Path) -> Path:
+    """The wheel of a copy of the sources."""
+    built = python("-m", "build", "--wheel", "--no-isolation", "--outdir", str(clone / "dist"), str(clone))
     assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = (source / "dist").glob("*.whl")
+    (path,) = (clone / "dist").glob("*.whl")
     return path
 
 
@@ -73,6 +79,30 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     ran = python("-c", code, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert all(Path(line).is_relative_to(tmp_path.resolve()) for line in ran.stdout.splitlines()), ran.stdout
+
+
+def test_an_editable_install_is_found_from_the_folder_above_the_clone(clone: Path, tmp_path: Path) -> None:
+    """There, a folder named diffrl comes first on the path, and is not the package."""
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    built = python("-c", build, cwd=clone)
+    assert built.returncode == 0, built.stderr
+    (editable,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(editable).extractall(tmp_path / "site")  # all that an installer does
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "import diffrl, diffrl.envs, diffrl.configs\n"
+        "print(diffrl.EDM.__name__, diffrl.__file__)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=clone.parent,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["EDM", str(clone / "diffrl" / "__init__.py")]
 
 
 def test_version_has_one_home(wheel: Path) -> None:
