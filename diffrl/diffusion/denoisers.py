@@ -32,8 +32,8 @@ class Denoiser(nn.Module):
         prediction_type: what F predicts, see `diffrl.diffusion.predictions.scalings`; or "consistency", the form of
             consistency models, for which D(x, σ_min) = x, see `diffrl.diffusion.predictions.boundary_scalings`.
         time_input: the form in which the network gets t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
-            want it), "c_noise_x1000" (250 ln σ, as consistency models were published, for networks that embed
-            timesteps up to 1000), or "t" itself.
+            want it), "c_noise_x1000" (250 ln σ, as consistency models of 64×64 images were published, for networks
+            that embed timesteps up to 1000), or "t" itself.
 
     Raises:
         ValueError: an unknown prediction type or time input, or sigma_data ≤ 0.

@@ -57,7 +57,8 @@ def sample_consistency_pairs(
         i ~ U{0, …, N-2},    x_t = x0 + σ_i ε,    x_t' = x0 + σ_{i+1} ε
         valid: i < N-2; else x_t' lies at σ_min, where a consistency model is the identity
 
-    A and κ are those of the steps i → i+Δ and i+1 → i+1+Δ. The published TD term has the Markov posterior's
+    A and κ are those of the steps i → min(i+Δ, N-1) and i+1 → min(i+1+Δ, N-1): as in the released code, the grid
+    ends at σ_min. The published TD term has the Markov posterior's
     coefficients, A = 1 - (σ_s/σ_t)², although the pair shares its noise; "shared" has A = 1 - σ_s/σ_t.
 
     Source: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
@@ -95,7 +96,7 @@ def sample_consistency_pairs(
 
     def state(i: Tensor) -> dict[str, Tensor]:
         t = process.time(i, N)
-        A, kappa_t, _ = posterior(process, t, process.time(i + stride, N), eta)
+        A, kappa_t, _ = posterior(process, t, process.time((i + stride).clamp(max=N - 1), N), eta)
         t, A, kappa_t = (c.to(x0.dtype).view(B, 1, 1) for c in (t, A, kappa_t))
         x_t = datum + expand_like(t, datum) * noise
         return {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: kappa_t, keys.INDEX: i.view(B, 1, 1)}

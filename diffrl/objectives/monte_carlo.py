@@ -17,7 +17,7 @@ def monte_carlo_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
 
         loss = mean_i w_i ‖δ_i‖²/dim(E),    δ_i = A_i (x0 - D(x_i))
 
-    With weight "edm" it is EDM's loss.
+    With weight "edm" it is EDM's loss, but for the floor of that weight on very fine grids.
 
     Args:
         denoiser: D, trained in place.

@@ -30,8 +30,7 @@ def consistency(network: nn.Module | None = None, **options: Any) -> Denoiser:  
 
 
 def level(i: float, N: int) -> float:
-    """σ_i of the ρ-schedule; past its last level the clean state."""
-    if i > N - 1:
-        return 0.0
+    """σ_i of the ρ-schedule, which ends at σ_min: the released code clips indices to it."""
+    i = min(i, N - 1)
     high, low = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
     return (high + i / (N - 1) * (low - high)) ** RHO

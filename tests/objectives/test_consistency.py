@@ -145,7 +145,7 @@ def parted(loss: ConsistencyLoss | ValueLoss) -> Denoiser:
         {"td": True, "metric": "pseudo_huber", "td_weight": "sum", "c": 1.0},
         {"td": True, "metric": "l1", "kappa": "shared", "ct_weight": "karras"},
         {"td": True, "metric": "l2", "stride": 1.0, "c": 0.0},
-        {"td": True, "metric": "l2", "stride": 2.5},  # one-step means beyond the grid are the datum
+        {"td": True, "metric": "l2", "stride": 2.5},  # one-step means at the end of the grid
     ],
     ids=lambda options: "-".join(str(v) for v in options.values()),
 )

@@ -1,6 +1,7 @@
 """Pairs of consistency training: how many scales, the target's decay, what is drawn."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -94,3 +95,22 @@ def test_draw_follows_the_progress() -> None:
         EDM(), randn(8, 2), num_scales=9, stride=0.5, kappa="shared", generator=generator(3)
     )
     assert bool((pairs == same).all())
+
+
+@pytest.mark.parametrize(("kappa", "power"), [("markov", 2), ("shared", 1)])
+def test_the_grid_ends_at_the_lowest_level(kappa: Literal["markov", "shared"], power: int) -> None:
+    """A_t = 1 - (σ_s/σ_t)^p, σ_s of an index clipped to N-1: the last valid pair keeps a value when Δ > 1."""
+    N, grid = 151, EDM().time_grid(151)
+    pairs = sample_consistency_pairs(
+        EDM(),
+        torch.zeros(1, 1).double(),
+        num_scales=N,
+        stride=1.25,
+        kappa=kappa,
+        index=torch.tensor([N - 3]),
+        noise=torch.zeros(1, 1).double(),
+    )
+    wanted = 1 - float(grid[N - 1] / grid[N - 2]) ** power
+    assert bool(pairs["valid"]) and float(pairs["next", "A"]) == pytest.approx(wanted, rel=1e-9)
+    if kappa == "markov":
+        assert wanted == pytest.approx(0.278862, abs=1e-6)

@@ -24,7 +24,7 @@ from diffrl.diffusion.schedules.vp import VP
 from diffrl.diffusion.trajectories import sample_chain
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
-from diffrl.objectives.weights import WEIGHTS, WeightTerms, weight_function
+from diffrl.objectives.weights import WEIGHTS, ChainTerms, WeightTerms, weight_function
 from tests.kit.oracles import generator, randn
 
 PROCESSES = {
@@ -256,3 +256,16 @@ def test_a_config_gives_a_weight_its_numbers(objective: str) -> None:
     one = torch.ones(1, 1)
     weight = make(denoiser, **config)._weight(WeightTerms(one, one, one, one, 3 * one))
     assert float(weight) == pytest.approx(3 * 4**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("coupling", "N", "states"), [("markov", 500, 0), ("markov", 1000, 1), ("shared", 1000, 35)]
+)
+def test_where_the_floor_of_weight_edm_binds(coupling: str, N: int, states: int) -> None:
+    """Elsewhere it makes the loss of standard denoising the plain squared error of F."""
+    chain = sample_chain(EDM(), torch.zeros(1, 1).double(), num_steps=N, coupling=coupling)
+    D = Denoiser(nn.Identity(), EDM())
+    terms = ChainTerms(chain, D)
+    plain = weight_function("edm")(terms) * (terms.A * terms.c_out) ** 2
+    assert int((plain < 1 - 1e-9).sum()) == states
+    assert bool((plain.flatten()[: N - states] - 1).abs().max() < 1e-9)
