@@ -109,8 +109,8 @@ def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
         L = mean( valid ? w ‖δ‖² + c L_den : (1 + c) L_den ),    δ = A_t (x0 - D(x_t)) - A_t' (x0 - D⁻(x_t'))
 
     It is `ValueLoss` with n = 1 and a target network, which the caller moves: the released command uses
-    ``SoftUpdate(loss, tau=0.001)`` after every step. (A hard copy every 100 steps is the default of an inner function of
-    that code only; its command never leaves it at that.)
+    ``SoftUpdate(loss, tau=0.001)`` after every step. (A hard copy every 100 steps is the default of an inner function
+    only, which that command never leaves as it is.)
 
     Source: Temporal Difference Learning for Diffusion Models (2026) and its released command,
     https://arxiv.org/abs/2606.15048.

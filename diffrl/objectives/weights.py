@@ -69,8 +69,8 @@ def edm(w: WeightTerms) -> Tensor:
     """1/max(A_t² c_out(t)², 1e-8), the released EDM code: it measures δ in units of the network's output.
 
     In standard denoising that is the plain squared error of what the network predicts: EDM's F, ε, v, a velocity; but
-    where A_t c_out < 1e-4 the floor binds, and it is less. With EDM's defaults that is nowhere up to 500 levels; of 1000
-    levels it is the least noisy one under Markov coupling and the 35 least noisy ones under shared noise.
+    where A_t c_out < 1e-4 the floor binds, and it is less. With EDM's defaults that is nowhere up to 500 levels; of
+    1000 levels it is one under Markov coupling and 35 under shared noise, all near σ_min.
     """
     return 1 / ((w.A * w.c_out) ** 2).clamp(min=1e-8)
 
