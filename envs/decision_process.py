@@ -1,24 +1,28 @@
 """The Markov decision process of a denoising chain, on tensors; the TorchRL and Gymnasium environments wrap it."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.envs.arguments import as_conditions, as_dtype, as_shape
+from diffrl.envs.drawing import boxes
 from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import require_int, require_number
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
-from diffrl.shapes import column
+from diffrl.shapes import column, expand_like
 
-__all__ = ["ActionKind", "DecisionProcess", "Decision", "Latents", "RewardPlacement"]
+__all__ = ["ActionKind", "ActionScale", "DecisionProcess", "Decision", "Latents", "RewardPlacement"]
 
 ActionKind = Literal["next_latent", "x0_hat"]
+ActionScale = float | Literal["level"] | None
 RewardPlacement = Literal["terminal", "dense"]
 LARGEST_NOISE = 9.0  # torch's standard normal numbers are smaller: √(2·53 ln 2) = 8.6
 
@@ -50,12 +54,16 @@ class Decision(NamedTuple):
 class DecisionProcess:
     """Chains from noise to data: an agent chooses each next latent, and is rewarded for the clean sample.
 
-        x_{i+1} = a_i                            action "next_latent"
-        x_{i+1} ~ sampler's law at x_i with x̂_0 = a_i    action "x0_hat"
+        x_{i+1} = c_i a_i                                  action "next_latent"
+        x_{i+1} ~ sampler's law at x_i with x̂_0 = c_i a_i    action "x0_hat"
         r_i = R(x_K, c) where x_{i+1} is clean, else 0      placement "terminal"
         r_i = R(x̂_0 of step i, c)                            placement "dense"
 
-    It holds no state: latents, conditions and noise are arguments.
+    The unit c_i of an action is 1, a number, or that of the level: the half-width of a box around the latents there,
+
+        b_i = 2^⌈log₂(s α_i + 4 σ_i)⌉,    c_i = b_{i+1} for the next latent, s for x̂_0
+
+    with s the largest number of clean data; a power of two does not round. It holds no state: latents, conditions and noise are arguments.
 
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2,
     https://arxiv.org/abs/2305.13301; dense: Aligning Few-Step Diffusion Models with Dense Reward Difference
@@ -64,7 +72,7 @@ class DecisionProcess:
     Args:
         process: noise schedule.
         reward: R, called in batches without gradients. A plain function is wrapped in a `BlackBox`, which refuses NaN
-            and wrong shapes, counts queries and remembers rewards.
+            and wrong shapes and counts queries. It remembers no rewards: no two samples of a chain are equal.
         event_shape: *E of a latent.
         num_steps: K = N ≥ 1, the steps of a chain.
         sampler: gives the grid, and the law of the next latent for the action "x0_hat"; None: the process's grid.
@@ -72,13 +80,15 @@ class DecisionProcess:
         reward_placement: "terminal" or "dense".
         conditions: the M conditions that c is drawn from, [M, ...]; None: no condition.
         max_steps: cut chains at this position, > 0; None lets them run to clean data.
+        action_scale: c_i: a number > 0, "level", or None for 1.
+        data_scale: s > 0.
+        dtype: of latents, float32 or float64; rewards are float32.
 
     Raises:
         TypeError: process is no schedule, or the sampler's step is not one Gaussian.
-        ValueError: an argument is outside its range, or the action "x0_hat" without a sampler.
+        ValueError: an argument is outside its range, the action "x0_hat" without a sampler, or a sampler that does
+            not work on the process.
     """
-
-    dtype = torch.float32  # of latents and rewards
 
     def __init__(
         self,
@@ -90,8 +100,11 @@ class DecisionProcess:
         sampler: GaussianSampler | None,
         action: ActionKind,
         reward_placement: RewardPlacement,
-        conditions: Tensor | None,
+        conditions: Tensor | NDArray[Any] | None,
         max_steps: int | None,
+        action_scale: ActionScale,
+        data_scale: float,
+        dtype: torch.dtype,
     ) -> None:
         if not isinstance(process, Schedule):
             raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.Flow()")
@@ -107,17 +120,31 @@ class DecisionProcess:
             raise InputError(
                 "action 'x0_hat' needs a sampler that makes the next latent of it: give sampler=diffrl.Ancestral()"
             )
-        if max_steps is not None and max_steps < 1:
-            raise InputError(f"max_steps is {max_steps}: a chain makes at least one step; None for no cut")
-        if conditions is not None and (conditions.ndim == 0 or len(conditions) == 0):
-            raise InputError(f"conditions have shape {tuple(conditions.shape)}: give [M, ...], one a row")
-        self.process, self.reward, self.sampler = process, as_reward(reward), sampler
-        self.event_shape, self.num_steps = torch.Size(event_shape), num_steps
-        self.action, self.reward_placement, self.conditions = action, reward_placement, conditions
+        num_steps = require_int("num_steps", num_steps)
+        cut = num_steps if max_steps is None else require_int("max_steps", max_steps)
+        self.process, self.reward, self.sampler = process, as_reward(reward, cache=False), sampler
+        self.event_shape, self.num_steps = as_shape("event_shape", event_shape, least_dims=1), num_steps
+        self.action, self.reward_placement = action, reward_placement
+        self.conditions, self.dtype = as_conditions(conditions), as_dtype(dtype)
         self.grid = process.time_grid(num_steps) if sampler is None else sampler.grid(process, num_steps)
         """Times of the latents, the clean one last: float64, shape [K+1]."""
-        self.last = min(num_steps, max_steps or num_steps)
+        self.last = min(num_steps, cut)
         """Position at which a chain ends."""
+        s, alpha, sigma = require_number("data_scale", data_scale, 0, ends="()"), process.alpha, process.sigma
+        self.boxes = boxes(alpha(self.grid), sigma(self.grid), s)
+        """b_i, the half-width of a box around the latents of each level: float64, shape [K+1]."""
+        self.units = self._units(action_scale, s)
+        """c_i, the unit of the action of each step: float64, shape [K]; None: 1."""
+        self._law = None if sampler is None else _linear_law(sampler, process, self.grid)
+
+    def _units(self, action_scale: ActionScale, s: float) -> Tensor | None:
+        if action_scale is None:
+            return None
+        if isinstance(action_scale, str) and action_scale != "level":
+            raise InputError(f"action_scale is {action_scale!r}: give a number > 0, 'level' or None")
+        if action_scale == "level":
+            return self.boxes[1:] if self.action == "next_latent" else torch.full_like(self.grid[1:], s)
+        return torch.full_like(self.grid[1:], require_number("action_scale", action_scale, 0, ends="()"))
 
     @property
     def num_classes(self) -> int:
@@ -127,19 +154,25 @@ class DecisionProcess:
             return 0
         return int(c.max()) + 1
 
-    def largest_latent(self, largest_action: float) -> float:
-        """A bound on the numbers of a latent, if the numbers of actions lie within ± `largest_action`."""
-        largest = bound = LARGEST_NOISE * float(self.process.sigma(self.grid[0]))
+    def bounds(self) -> Tensor:
+        """Bounds on the numbers of the latents of each level for actions within ±1: float64, shape [K+1]."""
+        first = LARGEST_NOISE * self.process.sigma(self.grid[:1])
+        units = torch.ones_like(self.grid[1:]) if self.units is None else self.units
         if self.action == "next_latent":
-            return max(largest, largest_action)
-        assert self.sampler is not None
-        unit, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-        for t, s in itertools.pairwise(self.grid):  # the mean is linear in latent and estimate
-            on_x, std = self.sampler.law(self.process, unit, zero, t, s)
-            on_D = self.sampler.law(self.process, zero, unit, t, s).mean
-            bound = abs(float(on_x)) * bound + abs(float(on_D)) * largest_action + LARGEST_NOISE * float(std)
-            largest = max(largest, bound)
-        return largest
+            return torch.cat([first, units])
+        assert self._law is not None
+        bounds = [first[0]]
+        for on_x, on_D, std, unit in zip(*self._law, units, strict=True):
+            bounds.append(on_x.abs() * bounds[-1] + on_D.abs() * unit + LARGEST_NOISE * std)
+        return torch.stack(bounds)
+
+    def in_units(self, action: Tensor, index: Tensor, *, inverse: bool = False) -> Tensor:
+        """Actions [*b, *E] at positions [*b] as the latents or estimates that they mean; `inverse`: the way back."""
+        if self.units is None:
+            return action
+        c = self.units.to(action)[index.clamp(max=self.num_steps - 1)]
+        c = expand_like(c, action)
+        return action / c if inverse else action * c
 
     def draw_conditions(self, n: int, generator: Generator | None) -> Tensor | None:
         """Draw n conditions [n, ...] uniformly, with a generator of the CPU; None if there are none."""
@@ -147,6 +180,24 @@ class DecisionProcess:
             return None
         rows = torch.randint(len(self.conditions), (n,), generator=generator)
         return self.conditions[rows.to(self.conditions.device)]
+
+    def given_condition(self, cond: Tensor, batch: Sequence[int]) -> Tensor:
+        """Check conditions that the caller gives instead of drawing them, and return them, [*batch, ...].
+
+        Raises:
+            ValueError: the process has none, or they are of another kind.
+        """
+        c = self.conditions
+        if c is None:
+            raise InputError("there is a 'cond', but the environment has no conditions")
+        if cond.shape != (*batch, *c.shape[1:]) or cond.is_floating_point() != c.is_floating_point():
+            raise InputError(
+                f"cond is {cond.dtype} {tuple(cond.shape)}: give {c.dtype} {(*batch, *c.shape[1:])}, like the "
+                "conditions drawn from"
+            )
+        if self.num_classes and bool(((cond < 0) | (cond >= self.num_classes)).any()):
+            raise InputError(f"cond is outside the labels 0..{self.num_classes - 1} of the conditions")
+        return cond.to(c.dtype)
 
     def start(self, noise: Tensor) -> Latents:
         """The noisiest latents σ_0 ε, for standard normal numbers ε [*b, *E]."""
@@ -171,7 +222,7 @@ class DecisionProcess:
 
         Args:
             latents: the present ones.
-            action: the agent's, shape [*b, *E].
+            action: the agent's, shape [*b, *E], in units of c_i.
             cond: c of each chain, shape [*b, ...], or None.
             x0_hat: the clean estimates that the actions were made from, shape [*b, *E]. Only a dense reward of the
                 action "next_latent" uses them.
@@ -183,7 +234,7 @@ class DecisionProcess:
         K, E = self.num_steps, self.event_shape
         left = latents.index
         running = left < K
-        chosen = action.to(latents.x)
+        chosen = self.in_units(action.to(latents.x), left)
         reached = chosen if self.action == "next_latent" else self.denoise(latents, chosen, noise)
         x = torch.where(running.view(*left.shape, *[1] * len(E)), reached, latents.x)
         after = self.latents((left + 1).clamp(max=K), x)
@@ -207,7 +258,8 @@ class DecisionProcess:
         Deterministic steps take noise too, so that the numbers of one chain do not depend on the positions of the
         others.
         """
-        assert self.sampler is not None
+        if self.sampler is None:
+            raise InputError("sampler is None: give one such as diffrl.Ancestral() to draw the next latent")
         E, x = self.event_shape, latents.x
         i = latents.index.reshape(-1).cpu().clamp(max=self.num_steps - 1)
         flat, D_x = x.reshape(-1, *E), x0_hat.reshape(-1, *E)
@@ -216,8 +268,23 @@ class DecisionProcess:
 
     def _rewards(self, x0: Tensor, cond: Tensor | None, paid: Tensor) -> Tensor:
         """R of the rows in `paid`, 0 for the others, float32 [N]."""
-        rewards = torch.zeros(len(x0), dtype=self.dtype, device=x0.device)
+        rewards = torch.zeros(len(x0), device=x0.device)
         if bool(paid.any()):
             c = None if cond is None else cond[paid]
             rewards[paid] = self.reward(x0[paid], c).to(rewards)
         return rewards
+
+
+def _linear_law(sampler: GaussianSampler, process: Schedule, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How the mean of each step depends on latent and estimate, and its std: float64, shape [K] each.
+
+    Raises:
+        ValueError: the sampler does not work on the process.
+    """
+    one, zero = torch.ones(len(grid) - 1, 1, dtype=torch.float64), torch.zeros(len(grid) - 1, 1).double()
+    on_x, std = sampler.law(process, one, zero, grid[:-1], grid[1:])
+    on_D = sampler.law(process, zero, one, grid[:-1], grid[1:]).mean
+    law = on_x[:, 0], on_D[:, 0], std.reshape(-1).expand(len(one))
+    if not all(bool(part.isfinite().all()) for part in law):
+        raise InputError(f"{sampler!r} gives NaN or infinity on {process!r}: choose another sampler")
+    return law

@@ -1,128 +1,42 @@
-"""What the Gymnasium environments share: resets and seeds, arguments given by name, streams of random numbers."""
+"""What the Gymnasium environments share: resets, steps, autoreset and rendering, of one chain and of many."""
 
-import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import gymnasium
 import numpy as np
-import torch
-from gymnasium.error import ResetNeeded
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
-from torch import Generator, Tensor
 
-from diffrl.diffusion.laws import NoiseFn
-from diffrl.diffusion.samplers.base import Noise
+from diffrl.envs.gymnasium_chains import Array, Chains, Info, Mask, Observation
 from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import require_int
 
-__all__ = [
-    "Array",
-    "Chains",
-    "Info",
-    "Observation",
-    "SingleChainEnv",
-    "Streams",
-    "VectorChainEnv",
-    "copied",
-    "named",
-]
+__all__ = ["SingleChainEnv", "VectorChainEnv"]
 
-Array = NDArray[Any]
-Observation = dict[str, Array]
-Info = dict[str, Any]
 Action = TypeVar("Action")
-Single = TypeVar("Single", bound="SingleChainEnv[Any]")
-
-
-class Streams:
-    """Random numbers of n chains: one stream for all of them, or one for each.
-
-    Args:
-        n: how many chains.
-        noise: standard normal numbers for a tensor, in place of the streams'.
-    """
-
-    def __init__(self, n: int, noise: NoiseFn | None) -> None:
-        self.n, self.given = n, noise
-        self.generators: list[Generator] = []
-
-    @property
-    def shared(self) -> bool:
-        """Whether one stream serves all chains."""
-        return len(self.generators) == 1
-
-    def seed(self, sources: Sequence[np.random.Generator]) -> None:
-        """Seed the streams by numbers drawn from one source, or from one for each chain."""
-        self.generators = [Generator().manual_seed(int(rng.integers(2**63))) for rng in sources]
-
-    def seed_each(self, seeds: Sequence[int | None]) -> None:
-        """Give each chain a stream with a seed of its own.
-
-        Raises:
-            ValueError: another number of seeds than of chains.
-        """
-        if len(seeds) != self.n:
-            raise InputError(
-                f"there are {len(seeds)} seeds for {self.n} chains: give one for each, or a number"
-            )
-        self.seed([seeding.np_random(s)[0] for s in seeds])
-
-    def follow(self, rng: np.random.Generator, seed: int | None) -> None:
-        """Seed one stream for all by the environment's generator, if a seed was given or there is no stream yet."""
-        if seed is not None or not self.generators:
-            self.seed([rng])
-
-    def noise(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Standard normal numbers for x [R, *E], which belong to the chains `rows`, int64 [R]."""
-        if self.given is not None:
-            return self.given(x)
-        g = self.generators
-        return Noise(g[0] if self.shared else [g[row] for row in rows.tolist()])(x)
-
-
-class Chains(ABC):
-    """n chains as tensors. The arrays that it hands out are copies, which the caller may change.
-
-    Args:
-        n: how many chains.
-        noise: standard normal numbers for a tensor, in place of the streams'.
-    """
-
-    def __init__(self, n: int, noise: NoiseFn | None) -> None:
-        self.streams, self.rows = Streams(n, noise), torch.arange(n)
-        self.over = np.ones(n, bool)
-        """Which chains have ended, or have not started yet: bool [n]."""
-
-    @abstractmethod
-    def reset(self, mask: NDArray[np.bool_], given: Mapping[str, Array]) -> None:
-        """Start the chains of the mask, bool [n], as the options [n, ...] of a reset say."""
-
-    @abstractmethod
-    def seen(self) -> tuple[Observation, Info]:
-        """Observations and infos of all chains."""
-
-    def require_running(self) -> None:
-        """Refuse a step unless every chain runs.
-
-        Raises:
-            ResetNeeded: a chain has ended, or has not started.
-        """
-        if self.over.any():
-            ended = np.flatnonzero(self.over).tolist()
-            raise ResetNeeded(f"chains {ended} of {len(self.over)} are not running: call reset() first")
+RENDERING: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}
 
 
 class SingleChainEnv(gymnasium.Env[Observation, Action]):
-    """One chain: a subclass makes `_chains`, its spaces and its `step`."""
+    """One chain: a subclass makes its chains and its spaces."""
 
     options: ClassVar[tuple[str, ...]]
     """Names of the options of a reset; the class docstring says what they do."""
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: dict[str, Any] = RENDERING
     _chains: Chains
+
+    @abstractmethod
+    def chains(self, n: int) -> Chains:
+        """N such chains, with streams of their own."""
+
+    def _start_up(self, render_mode: str | None) -> None:
+        """What the subclass does last in its constructor."""
+        if render_mode not in (None, "rgb_array"):
+            raise InputError(f"render_mode is {render_mode!r}: give 'rgb_array' or None")
+        self.render_mode = render_mode
+        self._chains = self.chains(1)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -138,40 +52,60 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
         """
         super().reset(seed=seed)
         self._chains.streams.follow(self.np_random, seed)
-        given = {k: np.asarray(v)[None] for k, v in _known(options, self.options).items()}
-        self._chains.reset(np.ones(1, bool), given)
+        given = {k: v[None] for k, v in _known(options, self.options).items()}
+        self._chains.begin(np.ones(1, bool), given)
         observation, info = self._chains.seen()
-        return _first(observation), _first(info)
+        return _row(observation), _row(info)
 
-    def _stepped(
-        self, stepped: tuple[Observation, Array, Array, Array, Info]
-    ) -> tuple[Observation, Any, bool, bool, Info]:
-        """What a step of the one chain gave, without the leading dim."""
-        observation, reward, terminated, truncated, info = stepped
-        return _first(observation), reward[0], bool(terminated[0]), bool(truncated[0]), _first(info)
+    def step(self, action: Action) -> tuple[Observation, Any, bool, bool, Info]:
+        """Go one step; the class docstring says what an action is.
+
+        Raises:
+            TypeError: the action is of another type.
+            ValueError: it has another shape, holds NaN or infinity, or is none of the choices.
+            ResetNeeded: the chain has ended.
+        """
+        reward, terminated, truncated = self._chains.advance(np.asarray(action)[None], np.ones(1, bool))
+        observation, info = self._chains.seen()
+        paid = float(reward[0]) if reward.ndim == 1 else reward[0]
+        return _row(observation), paid, bool(terminated[0]), bool(truncated[0]), _row(info)
+
+    def render(self) -> Any:
+        """A picture of the chain, uint8 [H, W, 3]; see `diffrl.envs.drawing`.
+
+        Raises:
+            ResetNeeded: no chain has started.
+            ValueError: the environment was made without render_mode="rgb_array".
+        """
+        return self._chains.frames()[0]
 
 
 class VectorChainEnv(VectorEnv[Observation, Array, Array]):
-    """Many chains at once: a subclass makes `_chains` and its `step`."""
+    """Many chains at once: a subclass names the environment of one chain."""
 
-    _chains: Chains
+    single: ClassVar[Callable[..., SingleChainEnv[Any]]]
+    """The environment of one chain."""
 
-    def _adopt(
-        self, make: Callable[..., Single], num_envs: int, max_steps: int | None, variant: Mapping[str, Any]
-    ) -> Single:
-        """Take the spaces of the single environment that `make` builds from the keywords, and return it."""
-        if num_envs < 1:
-            raise InputError(f"num_envs is {num_envs}: give at least one")
-        cut: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
-        single = make(**cut, **variant)
-        self.num_envs, self._options = num_envs, (*single.options, "reset_mask")
-        self.autoreset_mode = AutoresetMode.DISABLED
-        self.metadata = {"render_modes": [], "autoreset_mode": self.autoreset_mode}
-        self.single_observation_space = single.observation_space
-        self.single_action_space = single.action_space
-        self.observation_space = batch_space(single.observation_space, num_envs)
-        self.action_space = batch_space(single.action_space, num_envs)
-        return single
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        **variant: Any,
+    ) -> None:
+        self.num_envs, self.autoreset_mode = require_int("num_envs", num_envs), _mode(autoreset_mode)
+        cut: dict[str, Any] = {} if max_episode_steps is None else {"max_steps": max_episode_steps}
+        self.template = type(self).single(**cut, **variant)
+        """One such environment, which knows the spaces and the process."""
+        self._options = (*self.template.options, "reset_mask")
+        self.render_mode = self.template.render_mode
+        self.metadata = {**RENDERING, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space = self.template.observation_space
+        self.single_action_space = self.template.action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._chains = self.template.chains(num_envs)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -194,58 +128,86 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
         else:
             super().reset(seed=seed)
             self._chains.streams.follow(self.np_random, seed)
-        given = {k: np.asarray(v) for k, v in _known(options, self._options).items()}
-        self._chains.reset(_mask(given.pop("reset_mask", None), self.num_envs), given)
-        return self._chains.seen()
+        given = _known(options, self._options)
+        self._chains.begin(_mask(given.pop("reset_mask", None), self.num_envs), given)
+        observation, info = self._chains.seen()
+        return observation, _masked(info, np.ones(self.num_envs, bool))
+
+    def step(self, actions: Array) -> tuple[Observation, Array, Array, Array, Info]:
+        """One step of every chain; actions as in the single environment, with a leading dim of num_envs.
+
+        Raises:
+            TypeError: the actions are of another type.
+            ValueError: they have another shape, hold NaN or infinity, or are none of the choices.
+            ResetNeeded: a chain has not started, or has ended and waits for its reset.
+        """
+        chains, every = self._chains, np.ones(self.num_envs, bool)
+        anew = self._anew()
+        reward, terminated, truncated = chains.advance(np.asarray(actions), ~anew)
+        chains.begin(anew, {})
+        observation, info = chains.seen()
+        info = _masked(info, every)
+        ended = chains.over.copy()
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
+            last = np.full(self.num_envs, None, object)
+            for row in np.flatnonzero(ended).tolist():
+                last[row] = _row(observation, row)
+            final = {"final_obs": last, "final_info": _masked(_only(chains.seen()[1], ended), ended)}
+            chains.begin(ended, {})
+            observation, info = chains.seen()
+            info = _masked(info, every) | _masked(final, ended)
+        return observation, reward, terminated, truncated, info
+
+    def _anew(self) -> Mask:
+        """Which chains start anew at the next step."""
+        return self._chains.over & self._chains.started & (self.autoreset_mode == AutoresetMode.NEXT_STEP)
+
+    def render(self) -> tuple[Array, ...]:
+        """A picture of each chain, uint8 [H, W, 3]; see `diffrl.envs.drawing`.
+
+        Raises:
+            ResetNeeded: a chain has not started.
+            ValueError: the environment was made without render_mode="rgb_array".
+        """
+        return self._chains.frames()
 
 
-def copied(x: Tensor) -> Array:
-    """The numbers of a tensor, as an array that shares no memory with it."""
-    return x.numpy().copy()
+def _row(arrays: Mapping[str, Array], row: int = 0) -> dict[str, Any]:
+    """The entries of one chain; a single floating number stays an array, which a Box takes."""
+    return {key: array[row, ...] if array.dtype.kind == "f" else array[row] for key, array in arrays.items()}
 
 
-def named(
-    kind: str, registry: Mapping[str, Callable[..., Any]], choice: Any, kwargs: Mapping[str, Any] | None
-) -> Any:
-    """The object that a name of the registry stands for, built with kwargs; an object is returned as it is.
-
-    Args:
-        kind: what to call it in an error.
-        registry: name → constructor.
-        choice: a name, or an object.
-        kwargs: keywords of the constructor.
-
-    Raises:
-        TypeError: a keyword that the constructor does not have.
-        ValueError: an unknown name, or keywords beside an object.
-    """
-    if not isinstance(choice, str):
-        if kwargs:
-            raise InputError(f"{kind}_kwargs goes with a name, but {kind} is an object already")
-        return choice
-    if choice not in registry:
-        raise InputError(f"{kind} is {choice!r}: choose from {', '.join(sorted(registry))}")
-    known = inspect.signature(registry[choice]).parameters
-    for key in kwargs or {}:
-        if key not in known:
-            raise InputTypeError(f"{kind}_kwargs has no {key!r}: {choice!r} takes {', '.join(known)}")
-    return registry[choice](**(kwargs or {}))
+def _masked(info: Info, mask: Mask) -> Info:
+    """Beside each entry, which chains have it, as Gymnasium's vector infos say it: `_index` for `index`."""
+    return info | {f"_{key}": mask.copy() for key in info}
 
 
-def _first(arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """The entries of the first chain."""
-    return {key: array[0] for key, array in arrays.items()}
+def _only(info: Info, mask: Mask) -> Info:
+    """Infos with zeros for the chains that are not in the mask."""
+    return {
+        key: np.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, np.zeros_like(a)) for key, a in info.items()
+    }
 
 
-def _known(options: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
-    """The options of a reset; one of another name is refused."""
+def _mode(given: AutoresetMode | str) -> AutoresetMode:
+    try:
+        return AutoresetMode(given)
+    except ValueError as error:
+        names = ", ".join(repr(mode.value) for mode in AutoresetMode)
+        raise InputError(f"autoreset_mode is {given!r}: choose from {names}") from error
+
+
+def _known(options: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Array]:
+    """The options of a reset as arrays; one of another name is refused."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputTypeError(f"options is {options!r}: give a dict with some of {', '.join(names)}")
     for key in options or {}:
         if key not in names:
             raise InputError(f"options has no {key!r}: choose from {', '.join(names)}")
-    return dict(options or {})
+    return {key: np.asarray(value) for key, value in (options or {}).items()}
 
 
-def _mask(given: Array | None, n: int) -> NDArray[np.bool_]:
+def _mask(given: Array | None, n: int) -> Mask:
     """Which of n chains start: all of them if no mask is given."""
     mask = np.ones(n, bool) if given is None else given
     if mask.shape != (n,) or mask.dtype != np.bool_:

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl import keys
@@ -15,17 +14,11 @@ from diffrl.data.dataset import Data
 from diffrl.data.registry import DATASETS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
-from diffrl.envs.gymnasium_common import (
-    Array,
-    Chains,
-    Info,
-    Observation,
-    SingleChainEnv,
-    VectorChainEnv,
-    copied,
-    named,
-)
-from diffrl.envs.reward_process import RewardProcess
+from diffrl.envs.arguments import as_device, as_tensor, largest_number, named
+from diffrl.envs.drawing import Picture
+from diffrl.envs.gymnasium_chains import Array, Chains, Info, Observation, copied
+from diffrl.envs.gymnasium_common import SingleChainEnv, VectorChainEnv
+from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.errors import InputError
 
 __all__ = ["DiffusionMRPEnv", "DiffusionMRPVectorEnv"]
@@ -37,11 +30,12 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
         x_s ~ N(A x0 + κ x_t, std²),    r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i
 
     The agent sees `Dict(x_t, t)`. The reward is an array of the event's shape, described by `reward_space`
-    and `reward_dim` as in MO-Gymnasium. `info` holds `A` and `kappa` of the value A E[x0 | x_t] + κ x_t, the
-    position `index`, the label `cond` where there are labels, and the datum `x0`, which is the chain's hidden
-    state: an agent must not read it.
+    and `reward_dim` as in MO-Gymnasium. `info` holds `A` and `kappa`, of shape [1] like t, of the value
+    A E[x0 | x_t] + κ x_t, the position `index`, the label `cond` where there are labels, and the datum `x0`, which is
+    the chain's hidden state: an agent must not read it.
 
     `reset(options={"x0": array})` starts a chain at this datum; for labelled data, give its label as "cond" too.
+    `render()` draws the chain, see `diffrl.envs.drawing`.
 
     >>> import diffrl, gymnasium
     >>> env = gymnasium.make("DiffusionMRP-v0", process="flow", data="rings", num_steps=8, coupling="shared")
@@ -61,12 +55,15 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
         stride: Δ > 0, levels of the step whose posterior mean is the value.
         value: "posterior_mean", or "clean": A = 1, κ = 0, and only the last step pays.
         reward_mode: "vector"; "flat", the same with one axis, which MO-Gymnasium's wrappers need for images; or
-            "sum" over the event as a float, with the array in `info["vector_reward"]`.
+            "sum" over the event as a float, with the array in `info["vector_reward"]` (0 at a reset).
         max_steps: cut the chain at this position: truncated; None lets it run to clean data.
         process_kwargs: arguments of the process named, e.g. {"sigma_max": 20.0}.
         data_kwargs: arguments of the data set named, e.g. {"modes": 5}.
         noise: standard normal numbers for a tensor of the wanted shape [n, *E], n = 1 here: called once at
             each reset and each step; None draws from the environment's own generator.
+        device: where states are computed; what the agent sees are arrays.
+        dtype: "float32" or "float64", of states and rewards; None: that of the data.
+        render_mode: "rgb_array", or None.
 
     Raises:
         TypeError: a keyword that is not known here, or not to the process or data set named.
@@ -80,7 +77,7 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
         self,
         *,
         process: str | Schedule = "edm",
-        data: str | Data | Tensor = "rings",
+        data: str | Data | Tensor | Array = "rings",
         num_steps: int = 18,
         coupling: float | str = "markov",
         span: int = 1,
@@ -91,6 +88,9 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
         process_kwargs: Mapping[str, Any] | None = None,
         data_kwargs: Mapping[str, Any] | None = None,
         noise: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        render_mode: str | None = None,
     ) -> None:
         if reward_mode not in ("vector", "flat", "sum"):
             raise InputError(f"reward_mode is {reward_mode!r}: give 'vector', 'flat' or 'sum'")
@@ -103,51 +103,46 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
             stride=stride,
             value=value,
             max_steps=max_steps,
+            dtype=dtype,
         )
-        self.reward_mode, self.noise = reward_mode, noise
-        self._chains = _Chains(self.reward_process, 1, noise)
+        self.reward_mode, self.noise, self.device = reward_mode, noise, as_device(device)
         chain, event = self.reward_process.chain, self.reward_process.event_shape
-        dtype = np.dtype(str(self.reward_process.dtype).removeprefix("torch."))
+        number: Any = np.dtype(str(self.reward_process.dtype).removeprefix("torch.")).type
         low, high = float(chain.t.min()), float(chain.t.max())
-        state = spaces.Box(-np.inf, np.inf, event, dtype.type)
-        time = spaces.Box(low, high, (1,), dtype.type)
+        state = spaces.Box(-np.inf, np.inf, event, number)
+        time = spaces.Box(low, high, (1,), number)
         self.observation_space = spaces.Dict({keys.X_T: state, keys.T: time})  # type: ignore[assignment]
         self.action_space: spaces.Space[int] = spaces.Discrete(1)  # type: ignore[assignment]
         if reward_mode != "sum":  # MO-Gymnasium and TorchRL take the attribute as the sign of vector rewards
             shape = event if reward_mode == "vector" else (event.numel(),)
-            self.reward_space = spaces.Box(-np.inf, np.inf, shape, dtype.type)
+            self.reward_space = spaces.Box(-np.inf, np.inf, shape, number)
             self.reward_dim = event.numel()
+        self._start_up(render_mode)
 
-    def step(self, action: int) -> tuple[Observation, Any, bool, bool, Info]:
-        """Wait for one step; the action is 0.
-
-        Raises:
-            ValueError: another action.
-            ResetNeeded: the chain has ended.
-        """
-        observation, reward, terminated, truncated, info = self._stepped(
-            self._chains.step(action, self.reward_mode)
-        )
-        return (
-            observation,
-            float(reward) if self.reward_mode == "sum" else reward,
-            terminated,
-            truncated,
-            info,
-        )
+    def chains(self, n: int) -> "_Chains":
+        """N such chains, with streams of their own."""
+        return _Chains(self, n)
 
 
 class DiffusionMRPVectorEnv(VectorChainEnv):
     """Many denoising chains at once; everything has a leading dim of `num_envs`, infos too.
 
-    A chain that has ended waits for ``reset(options={"reset_mask": mask})``, mask a bool array [num_envs]:
-    autoreset is DISABLED, which is what TorchRL reads without losing terminal observations.
+    What becomes of a chain that has ended, `autoreset_mode` says, as in Gymnasium's own vector environments:
+
+    | mode | the chain starts anew |
+    |---|---|
+    | "NextStep" | at the next step, which ignores its action and pays 0 |
+    | "SameStep" | at once; what it ended with is in `infos["final_obs"]` and `infos["final_info"]` |
+    | "Disabled" | by ``reset(options={"reset_mask": mask})``, mask a bool array [num_envs] |
+
+    TorchRL's wrapper takes the last two, and loses terminal observations under "SameStep": give it "Disabled".
 
     A seed given as a number makes one stream for all chains. A list of seeds, one for each, gives every chain
     a stream of its own, and so the numbers of a `DiffusionMRPEnv` with that seed; it is slower.
 
     Args:
         num_envs: the number of chains.
+        autoreset_mode: one of the above, or Gymnasium's `AutoresetMode`.
         max_episode_steps: `gymnasium.make_vec`'s name for max_steps.
         variant: keywords of `DiffusionMRPEnv`.
 
@@ -156,75 +151,77 @@ class DiffusionMRPVectorEnv(VectorChainEnv):
         ValueError: an argument is outside its range.
     """
 
-    _chains: "_Chains"
+    single = DiffusionMRPEnv
+    template: DiffusionMRPEnv
 
-    def __init__(self, num_envs: int = 1, *, max_episode_steps: int | None = None, **variant: Any) -> None:
-        single = self._adopt(DiffusionMRPEnv, num_envs, max_episode_steps, variant)
-        self.reward_process, self.reward_mode = single.reward_process, single.reward_mode
-        if self.reward_mode != "sum":
-            self.single_reward_space, self.reward_dim = single.reward_space, single.reward_dim
-            self.reward_space = batch_space(single.reward_space, num_envs)
-        self._chains = _Chains(self.reward_process, num_envs, single.noise)
+    def __init__(self, num_envs: int = 1, **variant: Any) -> None:
+        super().__init__(num_envs, **variant)
+        if self.template.reward_mode != "sum":
+            self.reward_dim = self.template.reward_dim
+            # TorchRL reads the entry of this dict, batched; MO-Gymnasium the attribute below, of one chain
+            vars(self)["reward_space"] = batch_space(self.template.reward_space, num_envs)
 
-    def step(self, actions: Array) -> tuple[Observation, Array, Array, Array, Info]:
-        """One step of every chain; all actions are 0.
+    @property
+    def reward_process(self) -> RewardProcess:
+        """What its chains do."""
+        return self.template.reward_process
 
-        Raises:
-            ValueError: another action.
-            ResetNeeded: a chain has ended.
-        """
-        return self._chains.step(actions, self.reward_mode)
+    @property
+    def reward_space(self) -> spaces.Box:
+        """Of the reward of one chain, as in MO-Gymnasium's own vector environments; none for reward_mode="sum"."""
+        return self.template.reward_space
+
+    @property
+    def single_reward_space(self) -> spaces.Box:
+        """The same, by the name that says so."""
+        return self.template.reward_space
 
 
 class _Chains(Chains):
-    """Chains of one reward process."""
+    """Chains of one environment."""
 
-    def __init__(
-        self, reward_process: RewardProcess, n: int, noise: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        super().__init__(n, noise)
-        self.reward_process = reward_process
-        self.x0 = torch.zeros(n, *reward_process.event_shape, dtype=reward_process.dtype)
-        self.cond = torch.zeros_like(self.rows) if reward_process.num_classes else None
-        self.states = reward_process.states(torch.zeros_like(self.rows), self.x0)
+    def __init__(self, env: DiffusionMRPEnv, n: int) -> None:
+        r, self.env, picture = env.reward_process, env, None
+        if env.render_mode is not None:
+            points = r.data if isinstance(r.data, Tensor) else r.data.test
+            picture = Picture(points, *r.chain.scales, largest_number(r.data), n)
+        super().__init__(n, env.noise, env.device, picture)
+        self.reward_process = r
+        self.x0 = torch.zeros(n, *r.event_shape, dtype=r.dtype, device=env.device)
+        self.reward = self.x0
+        self.cond = torch.zeros_like(self.rows) if r.num_classes else None
+        self.states = r.states(torch.zeros_like(self.rows), self.x0)
 
-    def reset(self, mask: NDArray[np.bool_], given: Mapping[str, Array]) -> None:
+    def reset(self, rows: Tensor, given: Mapping[str, Array]) -> None:
         x0, cond = (given.get(name) for name in DiffusionMRPEnv.options)
-        r, rows = self.reward_process, self.rows[torch.from_numpy(mask)]
-        if len(rows) == 0:
-            return
-        label = None if cond is None else torch.tensor(cond)
+        r = self.reward_process
+        label = None if cond is None else as_tensor("cond", cond)
         if x0 is None and label is None:
             datum, label = self._draw(rows)
         elif x0 is None:
             raise InputError("cond is given without x0: give both")
         else:
-            datum, label = r.given(torch.tensor(x0), label, tuple(self.rows.shape))
-            datum, label = datum[rows], None if label is None else label[rows]
+            datum, label = r.given(as_tensor("x0", x0), label, tuple(self.rows.shape))
+            datum, label = datum.to(rows.device)[rows], None if label is None else label.to(rows.device)[rows]
         start = r.start(torch.zeros_like(rows), datum, self.streams.noise(datum, rows))
-        index = self.states.index.index_copy(0, rows, start.index)
-        self.states = r.states(index, self.states.x.index_copy(0, rows, start.x))
+        self._set(rows, start)
         self.x0 = self.x0.index_copy(0, rows, datum)
+        self.reward = self.reward.index_fill(0, rows, 0)
         if self.cond is not None and label is not None:
             self.cond = self.cond.index_copy(0, rows, label)
-        self.over[mask] = False
 
-    def step(self, action: int | Array, reward_mode: str) -> tuple[Observation, Array, Array, Array, Info]:
-        if np.any(np.asarray(action) != 0):
-            raise InputError(f"action is {action}: the only one is 0, to wait")
-        self.require_running()
-        noise = self.streams.noise(self.states.x, self.rows)
-        self.states, r, terminated, truncated = self.reward_process.step(self.states, self.x0, noise)
-        self.over = (terminated | truncated).numpy()
-        observation, info = self.seen()
-        reward = r.numpy()
-        if reward_mode == "sum":
-            info["vector_reward"] = reward
-        if reward_mode != "vector":
-            reward = reward.reshape(len(reward), -1)
-        if reward_mode == "sum":
-            reward = reward.sum(1)
-        return observation, reward, terminated.numpy(), truncated.numpy(), info
+    def step(self, action: Array, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if action.shape != self.over.shape or np.any(action != 0):
+            what = action[0] if len(self.over) == 1 and action.shape == (1,) else action
+            raise InputError(f"action is {what}: the only one is 0, to wait, one for each chain")
+        r, x0, here = self.reward_process, self.x0[rows], self.states
+        noise = self.streams.noise(x0, rows)
+        reached, reward, terminated, truncated = r.step(r.states(here.index[rows], here.x[rows]), x0, noise)
+        self._set(rows, reached)
+        self.reward = torch.zeros_like(self.x0).index_copy(0, rows, reward)
+        if self.env.reward_mode != "vector":
+            reward = reward.flatten(1)
+        return reward.sum(1) if self.env.reward_mode == "sum" else reward, terminated, truncated
 
     def seen(self) -> tuple[Observation, Info]:
         s = self.states
@@ -232,15 +229,28 @@ class _Chains(Chains):
         info = {
             keys.X0: copied(self.x0),
             keys.INDEX: copied(s.index),
-            keys.A: copied(s.A),
-            keys.KAPPA: copied(s.kappa),
+            keys.A: copied(s.A)[:, None],
+            keys.KAPPA: copied(s.kappa)[:, None],
         }
+        if self.env.reward_mode == "sum":
+            info["vector_reward"] = copied(self.reward)
         return observation, info if self.cond is None else info | {keys.COND: copied(self.cond)}
+
+    def position(self) -> tuple[Tensor, Tensor]:
+        return self.states.index, self.states.x
+
+    def _set(self, rows: Tensor, states: States) -> None:
+        here = self.states
+        self.states = self.reward_process.states(
+            here.index.index_copy(0, rows, states.index), here.x.index_copy(0, rows, states.x)
+        )
 
     def _draw(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         generators = self.streams.generators
         if self.streams.shared:
-            return self.reward_process.draw(len(rows), generators[0])
-        draws = [self.reward_process.draw(1, generators[row]) for row in rows.tolist()]
+            draws = [self.reward_process.draw(len(rows), generators[0])]
+        else:
+            draws = [self.reward_process.draw(1, generators[row]) for row in rows.tolist()]
         labels = [label for _, label in draws if label is not None]
-        return torch.cat([x0 for x0, _ in draws]), torch.cat(labels) if labels else None
+        x0 = torch.cat([x0 for x0, _ in draws]).to(rows.device)
+        return x0, torch.cat(labels).to(rows.device) if labels else None

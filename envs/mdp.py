@@ -4,19 +4,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 
 from diffrl import keys
-from diffrl.data.image_files import check_finite
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.envs.decision_process import ActionKind, DecisionProcess, Latents, RewardPlacement
+from diffrl.envs.arguments import as_dtype, require_states
+from diffrl.envs.decision_process import ActionKind, ActionScale, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.torchrl_common import ChainEnv
 from diffrl.errors import InputError
+from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
-from diffrl.shapes import require_floating
 
 __all__ = ["DiffusionMDP"]
 
@@ -24,7 +25,7 @@ __all__ = ["DiffusionMDP"]
 class DiffusionMDP(ChainEnv):
     """A batch of denoising chains in which a policy chooses each next latent, for a reward of the clean sample.
 
-        x_0 ~ N(0, σ² I) at the noisiest level;    x_{i+1} = a_i;    r = R(x_K, c) on reaching clean data, else 0
+        x_0 ~ N(0, σ² I) at the noisiest level;    x_{i+1} = c_i a_i;    r = R(x_K, c) on reaching clean data, else 0
 
     With `diffrl.DenoisingPolicy` as its policy, a rollout draws that policy's samples. Rows of one group share
     their condition, and as a pair their first latent too; their steps are independent. All of the state travels
@@ -32,6 +33,9 @@ class DiffusionMDP(ChainEnv):
 
     `reset(td, set_state=True)` starts at the x_t of td, at its `index` (default 0), with its `cond` and `group`
     where there are any; what it lacks is drawn.
+
+    Actions are latents, c_i = 1 and their spec unbounded, which is what a `DenoisingPolicy` writes. With an
+    `action_scale` the spec is [-1, 1] and the units are those of `DiffusionMDP-v0`, for agents whose policy is bounded.
 
     >>> import diffrl, diffrl.envs, torch
     >>> process = diffrl.Flow()
@@ -60,9 +64,14 @@ class DiffusionMDP(ChainEnv):
             the action "next_latent", the policy must write that estimate as `x0_hat`.
         group_size: G ≥ 1, the number of neighbouring rows in one group; the batch is a multiple of it.
         pairs: groups are pairs, and rows 2p and 2p+1 share their first latent.
-        conditions: the M conditions that each group's is drawn from, [M, ...], on the CPU; None: no condition.
+        conditions: the M conditions that each group's is drawn from, a tensor or array [M, ...] on the CPU; None: no
+            condition.
         device: where states live.
         max_steps: cut chains at this position: truncated; None lets them run to clean data.
+        action_scale: c_i: None for 1, a number > 0, or "level" for that of the level: s α + 4 σ at the latent reached,
+            rounded up to a power of two (s for the action "x0_hat").
+        data_scale: s > 0, the largest number of clean data, which "level" needs.
+        dtype: "float32" or "float64", of latents.
         noise: standard normal numbers for a tensor of the wanted shape, as `Noise` gives: called once at
             each reset (for pairs, with one row a pair), and once at each step with the action "x0_hat"; None draws
             from the environment's own generator.
@@ -70,7 +79,8 @@ class DiffusionMDP(ChainEnv):
 
     Raises:
         TypeError: process is no schedule, the reward is not callable, or the sampler's step is not one Gaussian.
-        ValueError: an argument is outside its range, or the action "x0_hat" without a sampler.
+        ValueError: an argument is outside its range, the action "x0_hat" without a sampler, or a sampler that does
+            not work on the process.
     """
 
     _supports_set_state = True
@@ -88,15 +98,18 @@ class DiffusionMDP(ChainEnv):
         reward_placement: RewardPlacement = "terminal",
         group_size: int = 1,
         pairs: bool = False,
-        conditions: Tensor | None = None,
+        conditions: Tensor | NDArray[Any] | None = None,
         device: torch.device | str = "cpu",
         max_steps: int | None = None,
+        action_scale: ActionScale = None,
+        data_scale: float = 1.0,
+        dtype: torch.dtype | str = "float32",
         noise: Callable[[Tensor], Tensor] | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size=torch.Size(batch_size), device=torch.device(device), noise=noise)
-        if group_size < 1 or (pairs and group_size not in (1, 2)):
-            raise InputError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
+        super().__init__(batch_size=batch_size, device=device, noise=noise)
+        if require_int("group_size", group_size) not in (1, 2) and pairs:
+            raise InputError(f"group_size is {group_size}: groups are pairs, and for pairs leave it out")
         self.pairs, self.group_size = pairs, 2 if pairs else group_size
         if self.group_size > 1 and (len(batch_size) != 1 or batch_size[0] % self.group_size):
             raise InputError(
@@ -112,6 +125,9 @@ class DiffusionMDP(ChainEnv):
             reward_placement=reward_placement,
             conditions=conditions,
             max_steps=max_steps,
+            action_scale=action_scale,
+            data_scale=data_scale,
+            dtype=as_dtype(dtype),
         )
         self._make_specs()
         self._make_generators(seed)
@@ -155,7 +171,10 @@ class DiffusionMDP(ChainEnv):
             return spec
 
         self.observation_spec, self.state_spec = state(), state()
-        chosen = {keys.ACTION: real(*d.event_shape)}
+        chosen: dict[str, TensorSpec] = {keys.ACTION: real(*d.event_shape)}
+        if d.units is not None:
+            shape = (*b, *d.event_shape)
+            chosen[keys.ACTION] = Bounded(-1, 1, shape=shape, dtype=d.dtype, device=self.device)
         if d.reward_placement == "dense" and d.action == "next_latent":
             chosen[keys.X0_HAT] = real(*d.event_shape)
         self.action_spec = composite(chosen)
@@ -184,7 +203,7 @@ class DiffusionMDP(ChainEnv):
             assert cond is not None
             cond = cond.to(self.device).repeat_interleave(G, 0).view(*b, *cond.shape[1:])
         elif cond is not None:
-            self._check_condition(cond)
+            cond = d.given_condition(cond, b)
         x = given.get(keys.X_T, None)
         if x is None:
             if keys.INDEX in given:
@@ -202,37 +221,27 @@ class DiffusionMDP(ChainEnv):
 
     def _given(self, x: Tensor, index: Tensor | None) -> Latents:
         """The latents that the caller sets, after checks."""
-        b, d = self.batch_size, self.decision_process
-        require_floating([("x_t", x)])
-        if x.shape != (*b, *d.event_shape):
-            raise InputError(f"x_t has shape {tuple(x.shape)}, but {(*b, *d.event_shape)} is needed")
-        check_finite(x.reshape(-1, *d.event_shape), "x_t")
-        at = torch.zeros(b, dtype=torch.int64, device=self.device) if index is None else index.squeeze(-1)
-        if bool(((at < 0) | (at >= d.last)).any()):
-            raise InputError(f"set_state=True: a chain starts at an index in [0, {d.last - 1}]")
-        return d.latents(at, x.to(d.dtype))
-
-    def _check_condition(self, cond: Tensor) -> None:
-        b, d = self.batch_size, self.decision_process
-        if d.conditions is None:
-            raise InputError(
-                "set_state=True: the TensorDict has a 'cond', but the environment has no conditions"
+        d = self.decision_process
+        require_states(keys.X_T, x, self.batch_size, d.event_shape)
+        if index is None:
+            return d.latents(
+                torch.zeros(self.batch_size, dtype=torch.int64, device=self.device), x.to(d.dtype)
             )
-        if cond.shape != (*b, *d.conditions.shape[1:]) or cond.dtype != d.conditions.dtype:
-            raise InputError(
-                f"cond is {cond.dtype} {tuple(cond.shape)}, but the conditions drawn from are "
-                f"{d.conditions.dtype} {tuple(d.conditions.shape)}"
-            )
+        return d.latents(self._given_index(index, d.last), x.to(d.dtype))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         d = self.decision_process
+        action, x0_hat = tensordict.get(keys.ACTION), tensordict.get(keys.X0_HAT, None)
+        require_states(keys.ACTION, action, self.batch_size, d.event_shape)
+        if x0_hat is not None:
+            require_states(keys.X0_HAT, x0_hat, self.batch_size, d.event_shape)
         cond, group = tensordict.get(keys.COND, None), tensordict.get(keys.GROUP)
         left = d.latents(tensordict.get(keys.INDEX).squeeze(-1), tensordict.get(keys.X_T))
         latents, reward, terminated, truncated = d.step(
             left,
-            tensordict.get(keys.ACTION),
+            action,
             cond=cond,
-            x0_hat=tensordict.get(keys.X0_HAT, None),
+            x0_hat=x0_hat,
             noise=self._draw_noise,
         )
         reached = self._observe(latents, cond, group)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
@@ -11,6 +12,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from diffrl import keys
 from diffrl.data.dataset import Data
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.envs.arguments import require_states
 from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.envs.torchrl_common import ChainEnv
 from diffrl.errors import InputError
@@ -26,8 +28,8 @@ class DiffusionMRP(ChainEnv):
         x_s ~ N(A x0 + κ x_t, std²),    r_i = μ_i - μ_{i+k},    μ_i = A_i x0 + κ_i x_i
 
     `rollout(K)` draws from the same law as `diffrl.sample_chain`, and gives the same numbers for the same noise;
-    training uses the latter, which is faster. The action has width zero. All of the state travels in the TensorDict, so
-    `step` may be given any state; past the clean one nothing changes and nothing is paid.
+    training uses the latter, which is faster. The only action is 0, to wait. All of the state travels in the
+    TensorDict, so `step` may be given any state; past the clean one nothing changes and nothing is paid.
 
     `reset(td, set_state=True)` starts at the x0 of td (and its `cond`); with an `index` too, at that
     position; with `x_t` too, at that state.
@@ -41,7 +43,7 @@ class DiffusionMRP(ChainEnv):
 
     Args:
         process: noise schedule.
-        data: what x0 is drawn from: a data set, or points of a floating dtype, [M, *E].
+        data: what x0 is drawn from: a data set, or points of a floating dtype, a tensor or array [M, *E].
         num_steps: N ≥ 1, the noise levels; see `diffrl.diffusion.chains.Chain`.
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
         span: k ≥ 1, levels between successive states; K = ⌈N/k⌉ steps reach clean data.
@@ -66,7 +68,7 @@ class DiffusionMRP(ChainEnv):
     def __init__(
         self,
         process: Schedule,
-        data: Data | Tensor,
+        data: Data | Tensor | NDArray[Any],
         *,
         num_steps: int,
         coupling: float | str = "markov",
@@ -80,7 +82,7 @@ class DiffusionMRP(ChainEnv):
         noise: Callable[[Tensor], Tensor] | None = None,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size=torch.Size(batch_size), device=torch.device(device), noise=noise)
+        super().__init__(batch_size=batch_size, device=device, noise=noise)
         if reward_mode not in ("vector", "sum"):
             raise InputError(f"reward_mode is {reward_mode!r}: give 'vector' or 'sum'")
         self.reward_process = RewardProcess(
@@ -127,9 +129,14 @@ class DiffusionMRP(ChainEnv):
             return spec
 
         self.observation_spec, self.state_spec = state(), state()
-        self.action_spec = real(0)
+        self.action_spec = Categorical(1, shape=b, dtype=torch.int64, device=self.device)
         self.reward_spec = real(1) if self.reward_mode == "sum" else real(*r.event_shape)
         self.done_spec = self._flags_spec()
+
+    def rand_action(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        """The only action, which takes no random number."""
+        td = TensorDict({}, self.batch_size, device=self.device) if tensordict is None else tensordict
+        return td.update(self.full_action_spec.zero())
 
     def _reset(
         self,
@@ -156,10 +163,10 @@ class DiffusionMRP(ChainEnv):
             raise InputError(f"set_state=True: the TensorDict has no {missing!r}, which the state needs")
         x0, cond = r.given(x0, td.get(keys.COND, None), self.batch_size)
         if at is not None:
-            index = at.squeeze(-1)
-            if bool(((index < 0) | (index >= r.last)).any()):
-                raise InputError(f"set_state=True: a chain starts at an index in [0, {r.last - 1}]")
-        states = r.start(index, x0, self._draw_noise(x0)) if x is None else r.states(index, x)
+            index = self._given_index(at, r.last)
+        if x is not None:
+            require_states(keys.X_T, x, self.batch_size, r.event_shape)
+        states = r.start(index, x0, self._draw_noise(x0)) if x is None else r.states(index, x.to(r.dtype))
         return states, x0, cond
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:

@@ -1,17 +1,19 @@
 """The Markov reward process of a denoising chain, on tensors; the TorchRL and Gymnasium environments wrap it."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from diffrl.data.dataset import Data
-from diffrl.data.image_files import check_finite
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.envs.arguments import as_data, as_dtype, require_states
 from diffrl.errors import InputError, InputTypeError
-from diffrl.shapes import expand_like, require_floating
+from diffrl.ranges import require_int
+from diffrl.shapes import expand_like
 
 __all__ = ["RewardProcess", "States", "Transition"]
 
@@ -59,9 +61,10 @@ class RewardProcess:
 
     Args:
         process: noise schedule.
-        data: a data set, or points of a floating dtype, [M, *E], drawn uniformly with replacement.
+        data: a data set, or points of a floating dtype, a tensor or array [M, *E], drawn uniformly with replacement.
         num_steps, coupling, span, stride, value: of `diffrl.diffusion.chains.Chain`.
         max_steps: cut chains at this position, > 0; None lets them run to clean data.
+        dtype: of states and rewards, float32 or float64; None: that of the data.
 
     Raises:
         TypeError: process is no schedule, or data holds integers or is something else.
@@ -72,7 +75,7 @@ class RewardProcess:
     def __init__(
         self,
         process: Schedule,
-        data: Data | Tensor,
+        data: Data | Tensor | NDArray[Any],
         *,
         num_steps: int,
         coupling: float | str,
@@ -80,26 +83,19 @@ class RewardProcess:
         stride: float,
         value: Literal["posterior_mean", "clean"],
         max_steps: int | None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         if not isinstance(process, Schedule):
             raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
-        if not isinstance(data, (Data, Tensor)):
-            raise InputTypeError(
-                f"data is a {type(data).__name__}: give a diffrl.data.Data or a tensor [M, *E]"
-            )
-        if max_steps is not None and max_steps < 1:
-            raise InputError(f"max_steps is {max_steps}: a chain makes at least one step; None for no cut")
+        data = as_data(data)
         points = data if isinstance(data, Tensor) else data.test
-        require_floating([("data", points)])
-        if points.ndim < 2 or len(points) == 0:
-            raise InputError(f"data has shape {tuple(points.shape)}: give [M, *E], one point per row")
-        if isinstance(data, Tensor):
-            check_finite(data, "data")
+        num_steps = require_int("num_steps", num_steps)
+        cut = num_steps if max_steps is None else require_int("max_steps", max_steps)
         self.chain = Chain(process, num_steps, coupling, span, stride, value)
         self.data = data
-        self.event_shape, self.dtype = points.shape[1:], points.dtype
+        self.event_shape, self.dtype = points.shape[1:], points.dtype if dtype is None else as_dtype(dtype)
         self.num_classes = data.num_classes if isinstance(data, Data) else 0
-        self.last = min(self.chain.num_transitions, max_steps or self.chain.num_transitions)
+        self.last = min(self.chain.num_transitions, cut)
         """Position at which a chain ends."""
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -109,7 +105,7 @@ class RewardProcess:
             x0, labels = self.data.batch(n, generator)
             return x0.to(self.dtype), labels
         rows = torch.randint(len(self.data), (n,), generator=generator)
-        return self.data[rows.to(self.data.device)], None
+        return self.data[rows.to(self.data.device)].to(self.dtype), None
 
     def start(self, index: Tensor, x0: Tensor, noise: Tensor) -> States:
         """The states x = α x0 + σ ε at given positions.
@@ -150,10 +146,7 @@ class RewardProcess:
             ValueError: shapes or labels do not fit.
             DataError: x0 holds NaN or infinity.
         """
-        require_floating([("x0", x0)])
-        if x0.shape != (*batch, *self.event_shape):
-            raise InputError(f"x0 has shape {tuple(x0.shape)}, but {(*batch, *self.event_shape)} is needed")
-        check_finite(x0.reshape(-1, *self.event_shape), "x0")
+        require_states("x0", x0, batch, self.event_shape)
         if (cond is None) != (self.num_classes == 0):
             raise InputError(
                 f"the data have {self.num_classes} classes: "

@@ -1,5 +1,6 @@
 """What the TorchRL environments share: their generators, and the flags of a step."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,9 @@ from torchrl.envs import EnvBase
 
 from diffrl import keys
 from diffrl.diffusion.laws import NoiseFn
+from diffrl.envs.arguments import as_device, as_shape, fresh_noise, require_callable
+from diffrl.errors import InputError
+from diffrl.ranges import require_int
 
 __all__ = ["ChainEnv"]
 
@@ -23,8 +27,11 @@ class ChainEnv(EnvBase):
         noise: gives standard normal numbers for a tensor, in place of the generator.
     """
 
-    def __init__(self, *, batch_size: torch.Size, device: torch.device, noise: NoiseFn | None) -> None:
-        super().__init__(device=device, batch_size=batch_size)
+    def __init__(
+        self, *, batch_size: Sequence[int], device: torch.device | str, noise: NoiseFn | None
+    ) -> None:
+        require_callable("noise", noise, "that gives standard normal numbers for a tensor")
+        super().__init__(device=as_device(device), batch_size=as_shape("batch_size", batch_size))
         self.noise = noise
 
     def to(self, device: torch.device | str) -> Self:
@@ -39,7 +46,8 @@ class ChainEnv(EnvBase):
         self._generator = torch.Generator(self.device)
         on_cpu = self._generator.device.type == "cpu"
         self._cpu_generator = self._generator if on_cpu else torch.Generator()
-        self._set_seed(int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed)
+        drawn = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else seed
+        self._set_seed(require_int("seed", drawn, least=-(2**63), most=2**64 - 1))
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
@@ -48,8 +56,17 @@ class ChainEnv(EnvBase):
 
     def _draw_noise(self, x: Tensor) -> Tensor:
         if self.noise is not None:
-            return self.noise(x)
+            return fresh_noise(self.noise, x)
         return torch.randn(x.shape, generator=self._generator, dtype=x.dtype, device=x.device)
+
+    def _given_index(self, index: Tensor, last: int) -> Tensor:
+        """Positions [*b] that the caller sets, given as [*b, 1]."""
+        b = self.batch_size
+        if index.shape != (*b, 1) or index.is_floating_point() or index.dtype == torch.bool:
+            raise InputError(f"index is {index.dtype} {tuple(index.shape)}: give int64 {(*b, 1)}")
+        if bool(((index < 0) | (index >= last)).any()):
+            raise InputError(f"set_state=True: a chain starts at an index in [0, {last - 1}]")
+        return index.squeeze(-1).long()
 
     def _flags_spec(self) -> Composite:
         b, flags = self.batch_size, (keys.DONE, keys.TERMINATED, keys.TRUNCATED)

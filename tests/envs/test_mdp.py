@@ -103,7 +103,9 @@ def walk(form: str, actions: list[float], **variant: Any) -> Walk:
         return walk_gym(gymnasium.make_vec(ID, **variant), actions, batched=True)
     if form == "torchrl from gymnasium":
         return walk_torchrl(GymEnv(ID, **variant), actions, 4.0)
-    return walk_torchrl(GymWrapper(gymnasium.make_vec(ID, **variant)), actions, 4.0)
+    return walk_torchrl(
+        GymWrapper(gymnasium.make_vec(ID, autoreset_mode="Disabled", **variant)), actions, 4.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -80,19 +80,28 @@ def test_gymnasium_equals_native_given_the_same_actions_and_noise() -> None:
             calls = iter(range(K + 1))
             return lambda x: noise[rows, next(calls)].view(x.shape).to(x)  # noqa: B023
 
-        def run(env: Any, rows: slice | int, scale: float = 1.0) -> TensorDictBase:
+        def run(env: Any, rows: slice | int) -> TensorDictBase:
             td, steps = env.reset(), []
             for k in range(K):
-                steps.append(env.step(td.set(keys.ACTION, scale * actions[rows, k])))  # noqa: B023
+                steps.append(env.step(td.set(keys.ACTION, actions[rows, k])))  # noqa: B023
                 td = step_mdp(steps[-1])
             return torch.stack(steps, -1)
 
-        native = env_of(**common, sampler=Ancestral(), batch_size=[n], noise=feed(slice(None)))
-        scale = 4.0 if action == "next_latent" else 1.0
-        expected = run(native, slice(None), scale)
+        sampler = Ancestral()
+        native = env_of(
+            **common, sampler=sampler, batch_size=[n], noise=feed(slice(None)), action_scale="level"
+        )
+        expected = run(native, slice(None))
         variant = {**common, "reward": squares}
         views: list[tuple[Any, slice | int]] = [
-            (GymWrapper(gymnasium.make_vec(ID, num_envs=n, noise=feed(slice(None)), **variant)), slice(None)),
+            (
+                GymWrapper(
+                    gymnasium.make_vec(
+                        ID, autoreset_mode="Disabled", num_envs=n, noise=feed(slice(None)), **variant
+                    )
+                ),
+                slice(None),
+            ),
             *((GymEnv(ID, noise=feed(row), **variant), row) for row in range(n)),
         ]
         for env, rows in views:
@@ -103,7 +112,7 @@ def test_gymnasium_equals_native_given_the_same_actions_and_noise() -> None:
 
 def test_torchrl_checks_its_view_and_restarts_chains() -> None:
     check_env_specs(GymEnv(ID, num_steps=3))
-    env = GymWrapper(gymnasium.make_vec(ID, num_envs=3, num_steps=4))
+    env = GymWrapper(gymnasium.make_vec(ID, autoreset_mode="Disabled", num_envs=3, num_steps=4))
     check_env_specs(env)
     td = env.rollout(9, break_when_any_done=False)
     t, index = Flow().time_grid(4).float(), torch.arange(9) % 4
@@ -189,7 +198,7 @@ def test_ways_to_make_it() -> None:
         ID, num_envs=2, vectorization_mode="vector_entry_point", max_episode_steps=2
     )
     assert isinstance(default, DiffusionMDPVectorEnv) and isinstance(named, DiffusionMDPVectorEnv)
-    assert default.autoreset_mode is default.metadata["autoreset_mode"] is AutoresetMode.DISABLED
+    assert default.autoreset_mode is default.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     named.reset()
     zero = np.zeros((2, 2), np.float32)
     assert [named.step(zero)[3].tolist() for _ in range(2)] == [[False] * 2, [True] * 2]
@@ -210,7 +219,7 @@ def test_ways_to_make_it() -> None:
 
 
 def test_the_default_reward_is_minus_the_squared_distance_to_a_mode() -> None:
-    env: Any = gymnasium.make(ID, num_steps=1)
+    env: Any = gymnasium.make(ID, num_steps=1, action_scale=4.0)
     env.reset()
     assert env.step(np.array([0.1, 0.05], np.float32))[1] == pytest.approx(-((0.4 - 0.8) ** 2 + 0.2**2))
 
