@@ -1,16 +1,18 @@
 """Text files: always UTF-8, written whole or not at all, with errors that name the file and the remedy."""
 
+import csv
 import errno
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffrl.errors import FileError
 
-__all__ = ["file_errors", "read_json", "read_text", "remedy", "write_atomically"]
+__all__ = ["file_errors", "read_json", "read_text", "remedy", "write_atomically", "write_csv"]
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
@@ -96,3 +98,16 @@ def write_atomically(path: Path, text: str) -> None:
         # names of files keep their bytes, where the locale could not read them
         temporary.write_bytes(text.encode("utf-8", errors="surrogateescape"))
         os.replace(temporary, path)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table as `write_atomically` does; what a row lacks is left empty.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

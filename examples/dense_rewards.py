@@ -33,6 +33,7 @@ from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.class_probability import ClassProbability
 from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.pixels import Ink, Symmetry
+from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
 from diffrl.training.runs import versions
 
@@ -231,7 +232,7 @@ def main(arguments: argparse.Namespace) -> None:
         "versions": versions(),
     }
     text = json.dumps({**head, "tasks": tasks, "weights": share}, indent=1)
-    (arguments.out / "dense_rewards.json").write_text(text + "\n")
+    write_atomically(arguments.out / "dense_rewards.json", text + "\n")
     draw(tasks, arguments.out / "dense_rewards.png")
     print(f"\nfigure  {arguments.out / 'dense_rewards.png'}")
 

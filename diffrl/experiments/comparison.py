@@ -21,7 +21,7 @@ from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.run import Interrupted, interruptible
 from diffrl.experiments.train import run_experiment
 from diffrl.registry import Config
-from diffrl.text_files import write_atomically
+from diffrl.text_files import read_json, read_text, write_atomically
 from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions
 from diffrl.workers import Failure, run_tasks
 
@@ -187,7 +187,7 @@ def cell_figures(folder: Path) -> Mapping[str, Any]:
 def cell_error(folder: Path) -> str | None:
     """One line on why the run in a folder failed; None if it did not."""
     file = folder / "error.txt"
-    return file.read_text().splitlines()[0] if file.exists() else None
+    return (read_text(file) or "no reason was written").splitlines()[0] if file.exists() else None
 
 
 def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -203,8 +203,13 @@ def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
     file = out / "index.json"
     if not file.is_file():
         raise RunFolderError(f"{out} holds no comparison: there is no {file.name} in it")
-    index: dict[str, Any] = json.loads(file.read_text())
-    for cell in index["cells"]:
+    index: dict[str, Any] = read_json(file)
+    cells = index.get("cells")
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise RunFolderError(
+            f"{file} is damaged: it lists no cells: the comparison's own command writes it anew"
+        )
+    for cell in cells:
         if set(cell) != {*keys, "folder"}:
             found, wanted = ", ".join(key for key in cell if key != "folder"), ", ".join(keys)
             raise RunFolderError(

@@ -31,7 +31,7 @@ class Table:
         if unknown := set(row) - set(self.columns):
             raise InputKeyError(f"no column for {', '.join(sorted(unknown))}")
         new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns, restval="")
             if new:
                 writer.writeheader()
@@ -41,7 +41,7 @@ class Table:
         """All whole rows, as text; a crash may have cut the last one short."""
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        with self.path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def keep(self, wanted: Callable[[dict[str, str]], bool]) -> None:

@@ -7,7 +7,6 @@ out/
   figures/        PNG and PDF, the numbers of each as CSV
 """
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from diffrl.experiments.reports.run_table import distance_label
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.study_findings import COSTS, SCORE, Estimate, Panel, Quantity, StudyFindings
 from diffrl.metrics.intervals import Interval
-from diffrl.text_files import write_atomically
+from diffrl.text_files import write_atomically, write_csv
 from diffrl.text_tables import markdown_table
 
 __all__ = ["write_report"]
@@ -262,9 +261,4 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     columns = dict.fromkeys(key for row in rows for key in row)
     for last in ("metric", "folder", "error"):
         columns[last] = columns.pop(last)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    write_csv(path, list(columns), rows)
