@@ -29,6 +29,7 @@ from .finetuning.policy import DenoisingPolicy as DenoisingPolicy
 from .finetuning.tune import finetune as finetune
 from .metrics import diagnostics as diagnostics
 from .rl import returns as returns
+from .training.model_files import save as save
 from .training.runs import load as load
 
 __version__: str

@@ -12,6 +12,7 @@ from diffrl import keys
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
 from diffrl.errors import InputError
+from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
@@ -25,7 +26,8 @@ from diffrl.registry import Config, accepted
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import as_reward
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights
+from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
 
@@ -170,27 +172,30 @@ def run_finetuning(
         The run's folder, with all its results.
 
     Raises:
-        ValueError, MissingExtra, RunFolderError, CheckpointError: something in the configuration cannot be.
+        ValueError, MissingExtra, RunFolderError, CheckpointError, FileError: something cannot be as it was asked.
+        RunChanged: the run that is resumed was another one.
         CheckFailed: a self-check failed.
         RewardError, NonFiniteLoss: see `BlackBox` and `Finetuner`.
         Interrupted: the run is saved, and can be resumed.
     """
-    job = _Job(config, reward, heldout)
-    report = check_tuner(job.tuner)
     for group, own in (("reward", reward), ("heldout_reward", heldout)):
         if own is not None:  # so that nothing else is taken for it when the run is resumed without it
             config = {**config, group: {"name": f"{OWN}{as_reward(own).name}"}}
+    config = continued(config, "loop", "iterations")
+    job = _Job(config, reward, heldout)
+    job.compare()
+    report = check_tuner(job.tuner)
     label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
-    folder = RunFolder.start(config, label)
-    if progress:
-        print(f"{job.tuner.recipe}\n\n{report}\n")
-    results = folder.results()
-    if results:
-        return folder
-    with interruptible() as interrupted:
+    with RunFolder.start(config, label) as folder, interruptible() as interrupted:
+        if progress:
+            print(f"{job.tuner.recipe}\n\n{report}\n")
+        known = folder.results().get("finetuning", {})
+        if known.get("iteration") == job.tuner.length.total or known.get("stopped_early"):
+            job.tidy(folder)
+            return folder
         found = job.run(folder, interrupted, progress)
-    head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
-    folder.write_results({**head, "finetuning": found})
+        head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
+        folder.write_results({**head, "finetuning": found})
     return folder
 
 
@@ -235,10 +240,11 @@ def load_tuned(path: str | Path) -> TunedRun:
     """
     folder = RunFolder.reopen(Path(path))
     config = folder.config()
+    require_kind(folder.path, config, "finetune")
     model = _model({**config, "device": "cpu"})
     policy = _policy({**config, "device": "cpu"}, model)
     newest = latest_checkpoint(folder.checkpoints("policy"))
     if newest is None:
         raise CheckpointError(f"{folder.checkpoints('policy')} holds no checkpoint: has the run begun?")
-    load_policy_weights(policy, load_checkpoint(newest).weights["policy"], newest)
+    load_policy_weights(policy, load_weights(newest, "policy"), newest)
     return TunedRun(policy.eval(), config, folder.results(), model)

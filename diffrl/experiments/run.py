@@ -6,14 +6,18 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from diffrl.devices import usable_device
 from diffrl.errors import InputError
 from diffrl.extras import require_installed
+from diffrl.training.checkpoints import tidy
+from diffrl.training.identity import ACCEPT, identity_of
 from diffrl.training.loop import Loop
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
@@ -42,6 +46,7 @@ class Job(ABC):
 
     def __init__(self, config: Mapping[str, Any], name: str, loop: Loop) -> None:
         self.config, self.name, self.loop = config, name, loop
+        self.loop.identity = {**loop.identity, **identity_of(config)}
 
     @property
     @abstractmethod
@@ -65,10 +70,29 @@ class Job(ABC):
         """The run's metrics.csv."""
         return Table(folder.path / "metrics.csv", self.columns)
 
+    def compare(self) -> None:
+        """Refuse a run to resume whose data or methods are not what they were.
+
+        Raises:
+            RunChanged: see `Loop.compare`.
+        """
+        if self.config["resume"] is not None:
+            self.loop.folder = RunFolder(Path(self.config["resume"])).checkpoints(self.name)
+            self.loop.compare(**self._words())
+            self.loop.folder = None
+
+    def tidy(self, folder: RunFolder) -> None:
+        """Remove what a kill left among the checkpoints of a job that is done."""
+        tidy(folder.checkpoints(self.name), self.loop.length.keep_checkpoints)
+
+    def _words(self) -> dict[str, bool]:
+        extend, accepted = self.config.get("extend") is not None, bool(self.config.get(ACCEPT, False))
+        return {"extend": extend, ACCEPT: accepted}
+
     def resume(self, folder: RunFolder) -> None:
         """Continue from the newest checkpoint; rows that will be written again are dropped from the table."""
         self.loop.folder = folder.checkpoints(self.name)
-        self.loop.resume()
+        self.loop.resume(**self._words())
         done = range(self.loop.step + 1 if self.loop.step > 0 else 0)
 
         def wanted(row: dict[str, str]) -> bool:
@@ -109,10 +133,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise InputError(f"{key} is {config[key]!r}: give {', '.join(known)}")
     if config["logger"] != "csv":
         require_installed(config["logger"], extra=config["logger"])
-    try:
-        torch.zeros(1, device=config["device"])
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way to lack it
-        raise InputError(f"device is {config['device']!r}, which cannot be used: {error}") from error
+    usable_device(config["device"])
 
 
 def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.scheme import build_objective
@@ -34,25 +35,29 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
 
     Raises:
         ValueError, DataError, MissingExtra: something in the configuration cannot be; no folder is made.
-        RunFolderError: see `RunFolder.start`.
+        RunFolderError, RunChanged, FileError: see `RunFolder.start` and `continued`.
         NonFiniteLoss, CheckpointError: see `Trainer`.
         Interrupted: the run is saved, and can be resumed.
     """
+    config = continued(config, "trainer", "grad_steps")
     check_settings(config)
     data, main = build_data(config), config["objective"]["name"]
     objectives = [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
     for name in objectives:
-        TrainingJob(config, data, baseline=name != main).check()  # now, and not at the end of training
-    folder = RunFolder.start(config)
-    head = {"config": folder.config(), "seed": config["seed"], "versions": versions(), "objectives": {}}
-    results = folder.results() or head
-    with interruptible() as interrupted:
+        job = TrainingJob(config, data, baseline=name != main)
+        job.compare()
+        job.check()  # now, and not at the end of training
+    with RunFolder.start(config) as folder, interruptible() as interrupted:
+        results = folder.results() or {"objectives": {}}
+        head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
         for name in objectives:
-            if name in results["objectives"]:
-                continue
+            known = results["objectives"].get(name, {})
             job = TrainingJob(config, data, baseline=name != main)
+            if known.get("grad_steps") == job.trainer.length.total:
+                job.tidy(folder)
+                continue
             results["objectives"][name] = job.run(folder, interrupted, progress)
-            folder.write_results(results)
+            folder.write_results({**head, "objectives": results["objectives"]})
     return folder
 
 

@@ -1,5 +1,7 @@
 """From a configuration to the data, the denoiser and the sampler of a run."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -16,11 +18,24 @@ from diffrl.errors import of_group
 from diffrl.registry import Config
 
 __all__ = [
+    "Events",
     "build_data",
     "build_denoiser",
     "build_oracle",
     "build_sampler",
 ]
+
+
+class Events(NamedTuple):
+    """What a network is built for.
+
+    Args:
+        event_shape: *E, the shape of a sample.
+        num_classes: number of labels; 0: none.
+    """
+
+    event_shape: tuple[int, ...]
+    num_classes: int = 0
 
 
 def build_data(config: Config) -> Data:
@@ -35,15 +50,16 @@ def build_sampler(config: Config) -> Sampler:
     return sampler
 
 
-def build_denoiser(config: Config, data: Data) -> Denoiser:
-    """A fresh denoiser, its weights drawn from ``config["seed"]``; the global generator stays as it was."""
+def build_denoiser(config: Config, data: Data | Events) -> Denoiser:
+    """A fresh denoiser in the run's dtype, its weights drawn from ``config["seed"]``, all else left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         network: nn.Module = NETWORKS.build(
             config["network"], event_shape=data.event_shape, num_classes=data.num_classes
         )
     with of_group("denoiser", config["denoiser"]):
-        return Denoiser(network, PROCESSES.build(config["process"]), **config["denoiser"])
+        denoiser = Denoiser(network, PROCESSES.build(config["process"]), **config["denoiser"])
+    return denoiser.to(torch.float64) if config["dtype"] == "float64" else denoiser
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:

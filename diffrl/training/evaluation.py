@@ -14,6 +14,7 @@ from diffrl.diffusion.samplers.loop import trajectory
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.metrics.distances import sample_distance, value_error
+from diffrl.training.build import Events
 
 __all__ = ["Evaluation", "draw_samples", "grid_for"]
 
@@ -77,7 +78,7 @@ def _reference(data: Data) -> Tensor:
 
 def draw_samples(
     denoiser: Denoiser,
-    data: Data,
+    data: Data | Events,
     sampler: Sampler,
     *,
     num_steps: int,

@@ -6,6 +6,7 @@ import platform
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ __all__ = [
     "RunChanged",
     "fingerprint",
     "flat",
+    "identity_of",
     "refuse_changes",
+    "require_kind",
     "surroundings",
     "warn_of_surroundings",
 ]
@@ -29,6 +32,12 @@ Facts = Mapping[str, Any]
 
 ACCEPT = "accept_changes"
 """The word to go on all the same: on the command line and in Python."""
+
+KINDS = {"trainer": "train", "loop": "finetune"}
+"""The group that says how long a run is, and the command whose runs have it."""
+
+MOVABLE = ("device", "resume", "run_dir", "extend", ACCEPT)
+"""Settings that say where and how far a run goes, and not what it is."""
 
 _ABSENT = "nothing"
 
@@ -47,6 +56,33 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of a run, for its checkpoints: see `diffrl.training.identity`."""
+    return flat({key: value for key, value in config.items() if key not in MOVABLE})
+
+
+def require_kind(path: Path, config: Mapping[str, Any], wanted: str) -> None:
+    """Refuse the folder of another kind of run.
+
+    Args:
+        path: the folder.
+        config: what its config.yaml holds.
+        wanted: the command whose run it must be.
+
+    Raises:
+        RunFolderError: it holds a run of another command.
+    """
+    found = next((command for group, command in KINDS.items() if isinstance(config.get(group), dict)), None)
+    if found == wanted:
+        return
+    if found is None:
+        raise RunFolderError(f"{path} holds no run: its config.yaml has none of {', '.join(KINDS)}")
+    use = {"train": "diffrl.load", "finetune": "diffrl.load_tuned"}[found]
+    raise RunFolderError(
+        f"{path} holds a run of the command {found}, and not of {wanted}: resume it there, or load it with {use}"
+    )
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -13,7 +13,9 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from diffrl.devices import usable_device
 from diffrl.errors import DiffrlError, InputError
+from diffrl.ranges import require_int
 from diffrl.training.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -76,6 +78,7 @@ class Loop(ABC):
         seed: of everything random.
         device: where to work.
         autocast: dtype for the networks' arithmetic, e.g. torch.bfloat16; parameters stay as they are.
+        identity: what else a checkpoint belongs to, beside `facts`, such as a configuration.
     """
 
     unit: ClassVar[str] = "step"
@@ -93,11 +96,11 @@ class Loop(ABC):
         seed: int,
         device: torch.device | str,
         autocast: torch.dtype | None,
+        identity: Facts | None = None,
     ) -> None:
-        self.identity: Facts = {}
-        """What its caller knows of the run beyond `facts`, such as its configuration."""
-        self.length, self.folder, self.seed = length, folder, seed
-        self.device, self.autocast = torch.device(device), autocast
+        self.identity: Facts = identity or {}
+        self.length, self.folder, self.seed = length, folder, require_int("seed", seed, 0)
+        self.device, self.autocast = usable_device(device), autocast
         self.step, self.seconds = 0, 0.0
 
     @property

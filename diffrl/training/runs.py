@@ -5,26 +5,36 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
+import yaml
 from omegaconf import OmegaConf
-from torch import Tensor
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from yaml import YAMLError
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.samplers.base import Sampler
+from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.errors import FileError, InputError
 from diffrl.registry import IMPORT, user_modules
-from diffrl.text_files import read_json, write_atomically
-from diffrl.training.build import build_data, build_denoiser, build_sampler
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_checkpoint
+from diffrl.text_files import file_errors, read_json, read_text, remedy, write_atomically
+from diffrl.training.build import Events, build_data, build_denoiser, build_sampler
+from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights, read_identity
 from diffrl.training.evaluation import draw_samples
-from diffrl.training.lock import RunFolderError
+from diffrl.training.identity import ACCEPT, Facts, flat, identity_of, refuse_changes, require_kind
+from diffrl.training.lock import RunFolderError, folder_lock
+from diffrl.training.model_files import SUFFIX, events_of, read_model
 
 __all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions"]
 
@@ -43,61 +53,48 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def start(cls, config: Mapping[str, Any], label: str | None = None) -> "RunFolder":
-        """The folder to work in: with ``resume`` an old run's, else a new one.
+    @contextmanager
+    def start(cls, config: Mapping[str, Any], label: str | None = None) -> Iterator["RunFolder"]:
+        """Hold the folder to work in as its only writer: with ``resume`` an old run's, else a new one's.
+
+        A new run's gets its configuration, command and the versions it runs on.
 
         Args:
             config: the run's configuration.
-            label: see `create`.
+            label: what a new run is about, in the name of a folder that was not chosen; data and objective if None.
 
         Raises:
-            RunFolderError: there is another run in the folder, or none to resume.
+            RunFolderError: there is another run in the folder, or none to resume; or somebody else writes there.
+            FileError: the folder cannot be written to.
         """
-        if config["resume"] is None:
-            path = None if config["run_dir"] is None else Path(config["run_dir"])
-            return cls.create(path, config, label)
-        folder = cls.reopen(Path(config["resume"]))
-        stored, movable = folder.config(), ("device", "resume", "run_dir")
-        if other := [k for k in config if k not in movable and config[k] != stored.get(k)]:
-            raise RunFolderError(
-                f"{folder.path} holds a run with other settings of {', '.join(other)}: "
-                "it can only be resumed as it was started"
-            )
-        return folder
+        if config["resume"] is not None:
+            folder = cls.reopen(Path(config["resume"]))
+            with folder_lock(folder.path):
+                if identity_of(config) != identity_of(folder.config()):
+                    folder._write_config(config)
+                yield folder
+            return
+        label = label or f"{config['data']['name']}_{config['objective']['name']}"
+        folder = cls(_new_folder(config["run_dir"], f"{label}_s{config['seed']}"))
+        with folder_lock(folder.path):
+            folder._begin(config)
+            yield folder
 
-    @classmethod
-    def create(cls, path: Path | None, config: Mapping[str, Any], label: str | None = None) -> "RunFolder":
-        """A folder for a new run, with its config, command and the versions it runs on.
-
-        Args:
-            path: the folder; None picks a new one, runs/<time>_<label>_s<seed>.
-            config: the run's configuration.
-            label: what the run is about; data and objective if None.
-
-        Raises:
-            RunFolderError: it holds another run already.
-        """
-        if path is None:
-            label = label or f"{config['data']['name']}_{config['objective']['name']}"
-            path = _new_folder(f"{label}_s{config['seed']}")
-        folder = cls(path)
-        if folder.config_file.exists():
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        path = self.path
+        if self.config_file.exists():
             raise RunFolderError(
                 f"{path} already holds a run: continue it with resume={path}, or choose another run_dir"
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunFolderError(
-                f"{path} cannot be made a run folder ({error}): choose another run_dir"
-            ) from error
         write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
         write_atomically(path / "command.txt", command_line() + "\n")
         if modules := user_modules():
             write_atomically(path / "modules.json", json.dumps(modules))
-        whole = OmegaConf.create({**config, "run_dir": str(path)})
-        write_atomically(folder.config_file, OmegaConf.to_yaml(whole))
-        return folder
+        self._write_config(config)
+
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        whole = {**config, "run_dir": str(self.path), "resume": None, ACCEPT: False}
+        write_atomically(self.config_file, OmegaConf.to_yaml(OmegaConf.create(whole)))
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -122,7 +119,9 @@ class RunFolder:
         """
         folder, file = cls.open(path), path / "modules.json"
         made_with = read_json(file, list) if file.exists() else []
-        if missing := [str(module) for module in made_with if module not in user_modules()]:
+        if not all(isinstance(module, str) for module in made_with):
+            raise folder._damaged(file, "a name of a module is no text")
+        if missing := [module for module in made_with if module not in user_modules()]:
             raise RunFolderError(
                 f"{path} was made with methods of {', '.join(missing)}: give --import {missing[0]}, or in "
                 "Python import it first"
@@ -135,18 +134,41 @@ class RunFolder:
         return self.path / "config.yaml"
 
     def config(self) -> dict[str, Any]:
-        """The run's configuration."""
-        config = OmegaConf.to_container(OmegaConf.load(self.config_file))
-        assert isinstance(config, dict)
+        """The run's configuration.
+
+        Raises:
+            FileError: config.yaml cannot be read, or holds something else.
+        """
+        text = read_text(self.config_file)
+        try:
+            found = OmegaConf.to_container(OmegaConf.create(yaml.safe_load(text)), throw_on_missing=True)
+        except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+            raise self._damaged(self.config_file, str(error)) from error
+        config = {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
+        if missing := [key for key in ("seed", "dtype") if key not in config]:
+            raise self._damaged(self.config_file, f"there is no {' and no '.join(missing)} in it")
         for group, only in GROUPS_SINCE_0_2.items():
-            if group in config:
+            if isinstance(config.get(group), dict):
                 config[group] = {"name": only, **config[group]}
-        return {str(k): v for k, v in config.items()}
+        return config
+
+    def _damaged(self, file: Path, why: str) -> FileError:
+        return FileError(f"{file} is not a run's ({' '.join(why.split())}): restore it from a copy")
 
     def results(self) -> dict[str, Any]:
-        """What results.json holds so far; empty before the first objective is done."""
+        """What results.json holds so far; empty before the first objective is done.
+
+        Raises:
+            FileError: it cannot be read, or holds something else.
+        """
         file = self.path / "results.json"
-        return read_json(file) if file.exists() else {}
+        if not file.exists():
+            return {}
+        results: dict[str, Any] = read_json(file)
+        found = results.get("objectives", results.get("finetuning"))
+        if not isinstance(found, dict):
+            raise self._damaged(file, "there are neither objectives nor finetuning in it")
+        return results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Replace results.json at once."""
@@ -156,45 +178,90 @@ class RunFolder:
         """Folder of an objective's checkpoints."""
         return self.path / "checkpoints" / objective
 
+    def all_checkpoints(self) -> list[Path]:
+        """Folders of checkpoints, one an objective."""
+        return sorted(path for path in (self.path / "checkpoints").glob("*") if path.is_dir())
+
     def samples(self) -> dict[str, dict[str, Tensor]]:
         """Samples to look at: objective → network evaluations of each → [n, *E]; "data" → "0" → real ones."""
         files = sorted((self.path / "samples").glob("*.safetensors"))
-        return {file.stem: safetensors.torch.load_file(file) for file in files}
+        return {file.stem: _load_samples(file) for file in files}
 
     def write_samples(self, objective: str, by_nfe: Mapping[str, Tensor]) -> None:
         """Replace the samples of an objective at once."""
         file = self.path / "samples" / f"{objective}.safetensors"
-        file.parent.mkdir(exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
         tensors = {nfe: x.cpu().contiguous() for nfe, x in by_nfe.items()}
-        safetensors.torch.save_file(tensors, temporary)
-        os.replace(temporary, file)
+        with file_errors(file, "written"):
+            file.parent.mkdir(exist_ok=True)
+            temporary = file.with_name(file.name + ".tmp")
+            temporary.write_bytes(safetensors.torch.save(tensors))
+            os.replace(temporary, file)
+
+
+def _load_samples(file: Path) -> dict[str, Tensor]:
+    with file_errors(file):
+        raw = file.read_bytes()
+    try:
+        return safetensors.torch.load(raw)
+    except SafetensorError as error:
+        raise FileError(f"{file} is damaged ({error}): restore it from a copy, or remove it") from error
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run loaded from its folder.
+    """A run loaded from its folder, or a model from its file.
 
     Args:
         denoiser: the averaged denoiser, in eval mode.
-        config: the run's configuration.
-        results: what results.json holds.
-        objective: name of the objective that trained the denoiser.
-        data: the run's data set.
+        config: the run's configuration; of a model file its description.
+        results: what results.json holds; of a model file nothing.
+        objective: name of the objective that trained the denoiser; of a model file nothing.
+        events: shape and number of classes of a sample.
+        name: of the data; of a model file its own.
     """
 
     denoiser: Denoiser
     config: dict[str, Any]
     results: dict[str, Any]
     objective: str
-    data: Data
+    events: Events
+    name: str
 
-    def sample(self, samples: int, *, num_steps: int, seed: int = 0, guidance_scale: float = 1.0) -> Tensor:
-        """Samples [samples, *E] by the run's sampler on a grid of `num_steps` levels."""
-        sampler = build_sampler(self.config)
+    @cached_property
+    def data(self) -> Data:
+        """The run's data set, built when it is first asked for.
+
+        Raises:
+            DataError: it is not there any more.
+            InputError: a model file tells nothing of data.
+        """
+        if "data" not in self.config:
+            raise InputError(f"{self.name} is a model file, and tells nothing of data")
+        return build_data(self.config)
+
+    def sample(
+        self,
+        samples: int,
+        *,
+        num_steps: int,
+        seed: int = 0,
+        guidance_scale: float = 1.0,
+        sampler: Sampler | None = None,
+    ) -> Tensor:
+        """Samples [samples, *E] on a grid of `num_steps` levels, sample j from a generator seeded by seed + j.
+
+        Args:
+            samples: how many.
+            num_steps: noise levels N.
+            seed: of the first sample.
+            guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
+            sampler: the reverse step; None: the run's, and DDIM of a model file.
+        """
+        if sampler is None:
+            sampler = build_sampler(self.config) if "sampler" in self.config else DDIM()
         x, _ = draw_samples(
             self.denoiser,
-            self.data,
+            self.events,
             sampler,
             num_steps=num_steps,
             samples=samples,
@@ -204,43 +271,79 @@ class Run:
         return x
 
 
-def load(path: str | Path, objective: str | None = None) -> Run:
-    """Load a run folder: its denoiser (averaged weights), configuration and results.
+def load(path: str | Path, objective: str | None = None, *, network: nn.Module | None = None) -> Run:
+    """Load a model file of `diffrl.save`, or the averaged denoiser, configuration and results of a run folder.
+
+    Of a run folder neither the data nor the state of the optimiser is needed. Nothing that a file says is run.
 
     Args:
-        path: the run folder.
-        objective: which objective's denoiser; the run's main one if None.
+        path: the file or the folder.
+        objective: of a run folder, which objective's denoiser; the run's main one if None.
+        network: of a model file, the network that its weights go into: needed for one of your own.
 
     Raises:
-        RunFolderError: the folder holds no run.
+        RunFolderError: the folder holds no training run.
+        RunChanged: config.yaml says another model than the checkpoint's.
         CheckpointError: there is no checkpoint of that objective, or it is damaged.
+        FileError: the file is damaged, or no model of diffrl.
     """
-    folder = RunFolder.reopen(Path(path))
+    path = Path(path)
+    if path.is_file() or network is not None or path.suffix == SUFFIX:
+        denoiser, description = read_model(path, network)
+        return Run(denoiser.eval(), description, {}, "", events_of(description), path.name)
+    folder = RunFolder.reopen(path)
     config = folder.config()
+    require_kind(path, config, "train")
     objective = objective or config["objective"]["name"]
-    data = build_data(config)
-    dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
-    denoiser = build_denoiser(config, data).to(dtype)
     newest = latest_checkpoint(folder.checkpoints(objective))
     if newest is None:
         raise CheckpointError(
             f"{folder.checkpoints(objective)} holds no checkpoint: has {objective} been trained?"
         )
-    denoiser.load_state_dict(load_checkpoint(newest).weights["ema"])
-    return Run(denoiser.eval(), config, folder.results(), objective, data)
+    known = read_identity(newest)
+    _refuse_another_model(known, config, newest)
+    if "data.event_shape" in known:
+        events, name = (
+            Events(tuple(known["data.event_shape"]), known["data.num_classes"]),
+            known["data.title"],
+        )
+    else:  # of diffrl 0.2 and before
+        data = build_data(config)
+        events, name = Events(data.event_shape, data.num_classes), data.name
+    denoiser = build_denoiser(config, events)
+    try:
+        denoiser.load_state_dict(load_weights(newest, "ema"))
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {newest} is of another network: {reason}") from error
+    return Run(denoiser.eval(), config, folder.results(), objective, events, name)
 
 
-def _new_folder(label: str) -> Path:
-    """A folder that nobody else has: runs that start in the same second are numbered."""
+def _refuse_another_model(known: Facts, config: Mapping[str, Any], checkpoint: Path) -> None:
+    """The weights of a checkpoint mean something in the model only that they were trained in."""
+    of_model = ("process.", "network.", "denoiser.", "dtype")
+    now = {key: value for key, value in flat(config).items() if key.startswith(of_model)}
+    kept = {key: value for key, value in known.items() if key in now}
+    refuse_changes(kept, now, of=checkpoint, steps="")
+
+
+def _new_folder(chosen: str | None, name: str) -> Path:
+    """The folder that was chosen, or one of that name that nobody else has: runs of the same second are numbered."""
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = f"{now}_{label}"
+    path = first = Path("runs") / f"{now}_{name}" if chosen is None else Path(chosen)
     number = 1
     while True:
-        path = Path("runs") / (name if number == 1 else f"{name}_{number}")
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
+            path.mkdir(parents=True, exist_ok=chosen is not None)
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) and chosen is None):
+                raise RunFolderError(
+                    f"{path} cannot be made a run folder ({error.strerror}): {remedy(error)}; run_dir is its place"
+                ) from error
             number += 1
+            path = first.with_name(f"{first.name}_{number}")
         else:
             return path
 

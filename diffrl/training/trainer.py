@@ -15,7 +15,7 @@ from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.ema import EMA
-from diffrl.training.identity import flat
+from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.optim import Optim, Optimiser
 
@@ -102,6 +102,7 @@ class Trainer(Loop):
         target: how a target network follows.
         device: where to train.
         autocast: dtype for the network's arithmetic, e.g. torch.bfloat16; values stay in float32.
+        identity: what else a checkpoint belongs to, see `diffrl.training.identity`.
 
     Raises:
         NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
@@ -124,8 +125,11 @@ class Trainer(Loop):
         target: Target,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        identity: Facts | None = None,
     ) -> None:
-        super().__init__(length, folder=folder, seed=seed, device=device, autocast=autocast)
+        super().__init__(
+            length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity
+        )
         self.options = {"optim": optim, "ema": average, "target": target}
         self.objective, self.loss, self.data = objective, objective.loss, data
         self.denoiser = self.loss.denoiser

@@ -60,6 +60,7 @@ def assert_same_run(a: RunFolder, b: RunFolder) -> None:
 def test_folder(whole: RunFolder) -> None:
     names = {path.name for path in whole.path.iterdir()}
     assert names == {
+        ".lock",
         "config.yaml",
         "versions.json",
         "command.txt",
@@ -294,10 +295,10 @@ def test_a_folder_with_another_run(whole: RunFolder) -> None:
 
 def test_resuming_with_other_settings(whole: RunFolder) -> None:
     config = {**whole.config(), "resume": str(whole.path), "seed": 1}
-    with pytest.raises(RunFolderError, match="other settings of seed"):
+    with pytest.raises(RunFolderError, match="seed 0 → 1; take that back"):
         run_experiment(config, progress=False)
 
 
 def test_no_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no run"):
-        RunFolder.start({"resume": str(tmp_path), "run_dir": None})
+        run_experiment({**small(), "resume": str(tmp_path)}, progress=False)

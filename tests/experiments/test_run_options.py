@@ -47,7 +47,7 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         (["process=ddpm", "objective=td_edm"], "EDM"),
         (["process=vp", "sampler=edm_stochastic"], "EDM"),
         (["chain.t_max=0"], "t_max"),
-        (["seed=-1"], "negative"),
+        (["seed=-1"], "seed is -1"),
     ],
 )
 def test_nothing_is_made_of_a_wrong_configuration(overrides: list[str], message: str, tmp_path: Path) -> None:
@@ -130,7 +130,10 @@ def test_tensorboard(tmp_path: Path) -> None:
 def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = small()
-    folders = [RunFolder.start(config).path for _ in range(3)]
+    folders = []
+    for _ in range(3):
+        with RunFolder.start(config) as folder:
+            folders.append(folder.path)
     assert len(set(folders)) == 3 and all(path.parent == Path("runs") for path in folders)
     assert all(path.name.partition("_")[2].partition("_")[2].startswith("rings_td_s0") for path in folders)
     assert RunFolder(folders[2]).config()["run_dir"] == str(folders[2])

@@ -41,7 +41,8 @@ def test_a_trained_run_is_loaded_and_continued(tmp_path: Path) -> None:
     run = diffrl.load(path)
     assert run.sample(4, num_steps=2).isfinite().all()
     (path / "results.json").unlink()
-    folder = run_experiment({**RunFolder.open(path).config(), "resume": str(path)}, progress=False)
+    with pytest.warns(RuntimeWarning, match=r"was written elsewhere \(diffrl 0\.1\.0 → "):
+        folder = run_experiment({**RunFolder.open(path).config(), "resume": str(path)}, progress=False)
     old = RunFolder(OLD / "trained").results()["objectives"]["td"]
     assert folder.results()["objectives"]["td"]["value_error"] == pytest.approx(old["value_error"])
 
@@ -56,5 +57,8 @@ def test_a_tuned_run_is_loaded_and_its_training_refused(
     x = tuned.sample(8)
     assert x.shape == (8, 2) and x.isfinite().all() and torch.equal(x, tuned.sample(8))
     (path / "results.json").unlink()
-    with pytest.raises(CheckpointError, match="was written by diffrl 0.1: load it with diffrl.load_tuned"):
+    refused = pytest.raises(
+        CheckpointError, match="was written by diffrl 0.1: load it with diffrl.load_tuned"
+    )
+    with pytest.warns(RuntimeWarning, match="was written elsewhere"), refused:
         run_finetuning({**RunFolder.open(path).config(), "resume": str(path)}, progress=False)

@@ -51,6 +51,14 @@ class MLP(nn.Module):
         super().__init__()
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes = num_classes
+        self.options = {
+            "hidden": hidden,
+            "depth": depth,
+            "x_features": x_features,
+            "noise_features": noise_features,
+            "x_scale": x_scale,
+            "noise_scale": noise_scale,
+        }
         if hidden < 1 or depth < 1:
             raise InputError(f"hidden and depth must be at least 1, not {hidden} and {depth}")
         D = math.prod(self.event_shape)

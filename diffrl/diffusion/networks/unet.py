@@ -98,6 +98,14 @@ class UNet(nn.Module):
         noise_scale: float = 4.0,
     ) -> None:
         super().__init__()
+        self.options = {
+            "channels": channels,
+            "multipliers": tuple(multipliers),
+            "blocks": blocks,
+            "attention": attention,
+            "noise_features": noise_features,
+            "noise_scale": noise_scale,
+        }
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes, self.blocks = num_classes, blocks
         if blocks < 1 or channels < 4 or channels % 4 or not multipliers or min(multipliers) < 1:

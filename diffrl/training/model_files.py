@@ -1,0 +1,169 @@
+"""A model as one file, to hand over: weights and a description of the denoiser, without data, optimiser or pickle.
+
+The file is in the safetensors format. Its metadata hold a JSON text under the name ``diffrl``:
+
+    format        1
+    process       name in the registry and numbers of the noise schedule
+    network       the same of the network; null for one that is no network of the registry
+    denoiser      sigma_data, prediction_type, time_input
+    event_shape   of a sample
+    num_classes   labels that the network takes; 0: none
+    dtype         of the parameters
+"""
+
+import inspect
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import FileError, InputError
+from diffrl.text_files import file_errors
+from diffrl.training.build import Events
+
+__all__ = ["SUFFIX", "events_of", "read_model", "save"]
+
+SUFFIX = ".safetensors"
+_FORMAT = 1
+_OPTIONS = ("sigma_data", "prediction_type", "time_input")
+
+
+def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] | None = None) -> Path:
+    """Write a denoiser as one safetensors file, for `diffrl.load`.
+
+    >>> import tempfile, diffrl
+    >>> denoiser = diffrl.Denoiser(diffrl.networks.MLP((2,), hidden=8), diffrl.EDM(sigma_max=50.0))
+    >>> path = diffrl.save(denoiser, f"{tempfile.mkdtemp()}/model.safetensors")
+    >>> model = diffrl.load(path)
+    >>> model.denoiser.process, model.sample(4, num_steps=5).shape
+    (EDM(sigma_min=0.002, sigma_max=50.0, rho=7.0), torch.Size([4, 2]))
+
+    Args:
+        denoiser: D; a process and a network of the registries are described, so that loading builds them again. A
+            network of your own is given again to `diffrl.load`.
+        path: the file; its name ends with .safetensors.
+        event_shape: *E of a sample, where the network does not tell it by an attribute of that name.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: a process that is not registered, no event shape, or another ending of the name.
+        FileError: the file cannot be written; one that was there is as it was.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise InputError(f"{path} is to hold a model: give it a name that ends with {SUFFIX}")
+    network, process = denoiser.network, denoiser.process
+    shape = event_shape or getattr(network, "event_shape", None)
+    if shape is None:
+        raise InputError("the network has no attribute event_shape: give event_shape, the shape of a sample")
+    description = {
+        "format": _FORMAT,
+        "process": {
+            "name": PROCESSES.name_of(process),
+            **{field.name: getattr(process, field.name) for field in fields(process) if field.init},  # type: ignore[arg-type]
+        },
+        "network": _network_options(network),
+        "denoiser": {name: getattr(denoiser, name) for name in _OPTIONS},
+        "event_shape": list(shape),
+        "num_classes": int(getattr(network, "num_classes", 0)),
+        "dtype": "float64" if _dtype(denoiser) == torch.float64 else "float32",
+    }
+    options: dict[str, Any] = {
+        "copy": True,
+        "memory_format": torch.contiguous_format,
+    }  # tied ones may not share
+    tensors = {name: x.detach().to("cpu", **options) for name, x in denoiser.state_dict().items()}
+    raw = safetensors.torch.save(tensors, {"diffrl": json.dumps(description)})
+    with file_errors(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+    return path
+
+
+def events_of(description: dict[str, Any]) -> Events:
+    """What the network of a description is built for."""
+    return Events(tuple(description["event_shape"]), description["num_classes"])
+
+
+def read_model(path: Path, network: nn.Module | None = None) -> tuple[Denoiser, dict[str, Any]]:
+    """The denoiser of a model file and its description.
+
+    Args:
+        path: the file.
+        network: what the weights go into; None: the network that the file describes.
+
+    Raises:
+        FileError: it cannot be read, is damaged, or is no model of diffrl.
+        InputError: the network is needed and not given, or does not fit.
+    """
+    with file_errors(path):
+        raw = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(raw)
+        size = int.from_bytes(raw[:8], "little")
+        text = json.loads(raw[8 : 8 + size]).get("__metadata__", {}).get("diffrl")
+        description = None if text is None else json.loads(text)
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged ({error}): get the file again") from error
+    if not isinstance(description, dict):
+        raise FileError(
+            f"{path} holds weights, but no model of diffrl.save: load them into a network yourself"
+        )
+    if description.get("format") != _FORMAT:
+        raise FileError(
+            f"{path} has format {description.get('format')}, and this diffrl reads {_FORMAT}: upgrade diffrl"
+        )
+    if network is None and description.get("network") is None:
+        raise InputError(
+            f"{path} holds a network of its author's own: build it, and give it as diffrl.load(path, network=...)"
+        )
+    try:
+        denoiser = _build(description, network)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"the description in {path} cannot be followed ({' '.join(str(error).split())}): get the file again"
+        ) from error
+    try:
+        denoiser.load_state_dict(tensors, assign=network is None)
+    except RuntimeError as error:
+        raise InputError(
+            f"the weights in {path} are of another network: {' '.join(str(error).split())}"
+        ) from error
+    return denoiser, description
+
+
+def _build(description: dict[str, Any], network: nn.Module | None) -> Denoiser:
+    """The denoiser that is described; a network that is not given has no weights yet."""
+    if network is None:
+        with torch.device(
+            "meta"
+        ):  # whatever sizes it declares, no memory is taken before they meet the weights
+            network = NETWORKS.build(description["network"], **events_of(description)._asdict())
+    denoiser = Denoiser(network, PROCESSES.build(description["process"]), **description["denoiser"])
+    return denoiser.to(torch.float64) if description["dtype"] == "float64" else denoiser
+
+
+def _network_options(network: nn.Module) -> dict[str, Any] | None:
+    """Name and options of a network of the registry; None of another, or of one that does not tell its options."""
+    options = getattr(network, "options", None)
+    for entry in NETWORKS.entries():
+        if entry.make is type(network) and options is not None:
+            names = [n for n in inspect.signature(entry.make).parameters if n not in NETWORKS.omit]
+            return {"name": entry.name, **{name: options[name] for name in names}}
+    return None
+
+
+def _dtype(denoiser: Denoiser) -> torch.dtype:
+    return next((p.dtype for p in denoiser.parameters()), torch.float32)
