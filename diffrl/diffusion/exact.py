@@ -9,6 +9,8 @@ from diffrl.errors import InputError
 
 __all__ = ["EmpiricalDenoiser", "GaussianDenoiser", "MixtureDenoiser"]
 
+NUMBERS = 2**24  # distances that are held at once
+
 
 class GaussianDenoiser(nn.Module):
     """Exact denoiser of x0 ~ N(m, C), any covariance.
@@ -86,7 +88,8 @@ class MixtureDenoiser(nn.Module):
         means: m_c, shape [C, *E].
         stds: s_c ≥ 0, shape [C].
         weights: w_c ≥ 0, shape [C]; they are divided by their sum.
-        batch_size: number of states handled at once; memory holds batch_size × C distances.
+        batch_size: number of states handled at once, at most; there are fewer where C is large, as memory holds a
+            distance for each pair of them.
 
     Raises:
         ValueError: the numbers of means, stds and weights differ.
@@ -105,7 +108,8 @@ class MixtureDenoiser(nn.Module):
                 f"a mixture needs as many means ({len(means)}) as stds ({len(stds)}) "
                 f"and weights ({len(weights)})"
             )
-        self.process, self.batch_size, self.event_shape = process, batch_size, means.shape[1:]
+        self.process, self.event_shape = process, means.shape[1:]
+        self.batch_size = max(1, min(batch_size, NUMBERS // len(means)))
         self.register_buffer("means", means.double().flatten(1))
         self.register_buffer("stds", stds.double())
         self.register_buffer("log_weights", (weights.double() / weights.sum()).log())

@@ -2,6 +2,8 @@ from . import diagnostics as diagnostics
 from .diagnostics import gradient_variance as gradient_variance
 from .diagnostics import target_errors as target_errors
 from .distances import SAMPLE_DISTANCES as SAMPLE_DISTANCES
+from .distances import check_distance as check_distance
+from .distances import denoising_error as denoising_error
 from .distances import digits_features as digits_features
 from .distances import evaluation_noise as evaluation_noise
 from .distances import frechet_distance as frechet_distance

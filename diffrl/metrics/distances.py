@@ -14,9 +14,12 @@ from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.extras import require
+from diffrl.metrics.discrepancy import NUMBERS, clouds, mmd
 
 __all__ = [
     "SAMPLE_DISTANCES",
+    "check_distance",
+    "denoising_error",
     "digits_features",
     "evaluation_noise",
     "frechet_distance",
@@ -56,7 +59,6 @@ def _time_at(process: Schedule, sigma: float) -> Tensor:
     return t
 
 
-@torch.no_grad()
 def value_error(
     denoiser: DenoiserFn,
     oracle: DenoiserFn,
@@ -75,6 +77,10 @@ def value_error(
 
     The same noise of each point serves every level, and does not depend on `batch_size`. A module is
     evaluated in the mode it is in: call `.eval()` first.
+
+    With `EmpiricalDenoiser` the exact denoiser of a finite set is that of its own points, which it knows by heart: near
+    them the error says how well a network does so too, and on other points it is large for every network that
+    generalises. There, look at `denoising_error` on points that were never trained on.
 
     Source: c_out: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
     Table 1, https://arxiv.org/abs/2206.00364.
@@ -96,6 +102,62 @@ def value_error(
     Raises:
         ValueError: a sigma ≤ 0, or out of reach of a discrete process.
     """
+    return _errors(
+        denoiser, lambda x, *state: oracle(*state), x0, process, sigmas, sigma_data, seed, cond, batch_size
+    )
+
+
+def denoising_error(
+    denoiser: DenoiserFn,
+    x0: Tensor,
+    process: Schedule,
+    sigmas: Sequence[float],
+    *,
+    sigma_data: float,
+    seed: int = 0,
+    cond: Tensor | None = None,
+    batch_size: int = 1024,
+) -> dict[str, float]:
+    """Mean squared error of a denoiser against the clean points themselves, on the scale of a network's output.
+
+        mean over points of Σ_dims ‖D - x0‖² / c_out(t)²,    c_out = σ σd/√(σ² + α² σd²)
+
+    On points that were never trained on, this is how well it denoises what it has not seen. It needs no exact denoiser,
+    and its least value is not 0: it is the value error plus the error of the exact denoiser. The noise is that of
+    `value_error`.
+
+    Args:
+        denoiser: as for `value_error`.
+        x0: clean points, shape [M, *E].
+        process: noise schedule.
+        sigmas: noise-to-signal ratios σ/α > 0 (EDM's σ); a discrete process takes its nearest time.
+        sigma_data: σd, standard deviation of the data.
+        seed: seed of the evaluation noise.
+        cond: condition of each point, shape [M, ...], or None.
+        batch_size: number of points handled at once.
+
+    Returns:
+        The error at each level, by the key ``f"{sigma:g}"``.
+
+    Raises:
+        ValueError: a sigma ≤ 0, or out of reach of a discrete process.
+    """
+    return _errors(denoiser, lambda x, *state: x, x0, process, sigmas, sigma_data, seed, cond, batch_size)
+
+
+@torch.no_grad()
+def _errors(
+    denoiser: DenoiserFn,
+    truth: Callable[..., Tensor],
+    x0: Tensor,
+    process: Schedule,
+    sigmas: Sequence[float],
+    sigma_data: float,
+    seed: int,
+    cond: Tensor | None,
+    batch_size: int,
+) -> dict[str, float]:
+    """Mean of ‖D - truth(x0, x_t, t, cond)‖²/c_out² by σ."""
     times = {f"{sigma:g}": _time_at(process, sigma).to(x0.device) for sigma in sigmas}
     totals = dict.fromkeys(times, 0.0)
     for first in range(0, len(x0), batch_size):
@@ -105,30 +167,17 @@ def value_error(
         for key, time in times.items():
             t = time.to(x.dtype).expand(len(x))
             x_t = marginal(process, x, t, noise)
-            error = denoiser(x_t, t, c).double() - oracle(x_t, t, c).double()
+            error = denoiser(x_t, t, c).double() - truth(x, x_t, t, c).double()
             c_out = scalings(process, time, "edm", sigma_data).c_out
             totals[key] += float((error**2).sum() / c_out**2)
     return {key: total / len(x0) for key, total in totals.items()}
 
 
-def _clouds(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Two point clouds as float64 [n, D] and [m, D], checked."""
-    if x.ndim < 2 or y.ndim < 2 or x.shape[1:] != y.shape[1:] or len(x) == 0 or len(y) == 0:
-        raise InputError(f"samples must be [n, *E] and [m, *E], not {tuple(x.shape)} and {tuple(y.shape)}")
-    x, y = x.detach().flatten(1).double(), y.detach().flatten(1).double()
-    for name, cloud in (("x", x), ("y", y)):
-        bad = ~cloud.isfinite().all(1)
-        if bool(bad.any()):
-            raise InputError(
-                f"sample {int(bad.nonzero()[0])} of {name} holds NaN or infinity: no distance exists"
-            )
-    return x, y.to(x.device)
-
-
 def w2(x: Tensor, y: Tensor) -> float:
     """Exact 2-Wasserstein distance of two point clouds: √(min over couplings of E|x - y|²).
 
-    2,000 points take seconds; the time grows faster than n m. For few points in many dims the distance says little.
+    2,000 points take seconds; the time grows faster than n m, and memory is 42 bytes for each of the n m pairs. For few
+    points in many dims the distance says little.
 
     Args:
         x: [n, *E].
@@ -138,12 +187,15 @@ def w2(x: Tensor, y: Tensor) -> float:
         ValueError: shapes do not fit, NaN or infinity.
         MissingExtra: POT is not installed.
     """
-    x, y = _clouds(x, y)
+    x, y = clouds(x, y)
     ot = require("ot", "eval")
-    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square().cpu().numpy()
+    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_().cpu().numpy()
     squared, log = ot.emd2([], [], cost, numItermax=10_000_000, log=True)
     if log["warning"] is not None:
-        raise RuntimeError(f"optimal transport did not converge: {log['warning']}")
+        raise InputError(
+            f"w2: optimal transport did not converge ({str(log['warning']).splitlines()[0]}): give fewer samples, or "
+            "take sliced_w2"
+        )
     return math.sqrt(max(float(squared), 0.0))
 
 
@@ -164,7 +216,7 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 500, seed: int = 0) ->
     Raises:
         ValueError: shapes do not fit, NaN or infinity.
     """
-    x, y = _clouds(x, y)
+    x, y = clouds(x, y)
     n, m = len(x), len(y)
     g = torch.Generator().manual_seed(seed)
     theta = torch.randn(x.shape[1], projections, dtype=torch.float64, generator=g)
@@ -172,8 +224,11 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 500, seed: int = 0) ->
     # both quantile functions are constant between neighbouring multiples of 1/n and 1/m; unit: 1/(n m)
     steps = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
     left, width = steps[:-1].to(x.device), (steps.diff().double() / (n * m)).to(x.device)
-    u, v = (x @ theta).sort(0).values[left // m], (y @ theta).sort(0).values[left // n]
-    return math.sqrt(float((width[:, None] * (u - v) ** 2).sum(0).mean()))
+    squares = []
+    for part in theta.split(max(1, NUMBERS // len(left)), dim=1):
+        u, v = (x @ part).sort(0).values[left // m], (y @ part).sort(0).values[left // n]
+        squares.append((width[:, None] * (u - v) ** 2).sum(0))
+    return math.sqrt(float(torch.cat(squares).mean()))
 
 
 def frechet_distance(fx: Tensor, fy: Tensor) -> float:
@@ -194,48 +249,13 @@ def frechet_distance(fx: Tensor, fy: Tensor) -> float:
     Raises:
         ValueError: shapes do not fit, fewer than two samples, NaN or infinity.
     """
-    fx, fy = _clouds(fx, fy)
+    fx, fy = clouds(fx, fy)
     if len(fx) < 2 or len(fy) < 2:
         raise InputError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
     U, V = (torch.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r").R for f in (fx, fy))
     cross = torch.linalg.svdvals(U @ V.T).sum()
     distance = (fx.mean(0) - fy.mean(0)).square().sum() + U.square().sum() + V.square().sum() - 2 * cross
     return max(float(distance), 0.0)
-
-
-def mmd(x: Tensor, y: Tensor) -> float:
-    """Unbiased estimate of the squared maximum mean discrepancy; may be slightly negative.
-
-        mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2 mean_{i,j} k(x_i, y_j)
-        k(x, y) = exp(-|x - y|²/(2 h²))
-
-    h is the median distance between points of the two sets together.
-
-    Source: A Kernel Two-Sample Test (Gretton et al., 2012), eq. 3, https://jmlr.org/papers/v13/gretton12a.html.
-
-    Args:
-        x: [n, *E], n ≥ 2.
-        y: [m, *E], m ≥ 2.
-
-    Raises:
-        ValueError: shapes do not fit, fewer than two samples, all points equal, NaN or infinity.
-    """
-    x, y = _clouds(x, y)
-    n, m = len(x), len(y)
-    if n < 2 or m < 2:
-        raise InputError(f"mmd needs at least 2 samples of each, not {n} and {m}")
-    both = torch.cat([x, y])
-    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").cpu()
-    i, j = torch.triu_indices(n + m, n + m, offset=1)
-    h = float(np.median(distances[i, j].numpy()))
-    if h == 0:
-        raise InputError(
-            "mmd: more than half of the distances between points are 0, so there is no bandwidth"
-        )
-    k = torch.exp(-(distances**2) / (2 * h**2))
-    k_xx, k_yy, k_xy = k[:n, :n], k[n:, n:], k[:n, n:]
-    within = (k_xx.sum() - n) / (n * (n - 1)) + (k_yy.sum() - m) / (m * (m - 1))
-    return float(within - 2 * k_xy.mean())
 
 
 @torch.no_grad()
@@ -278,6 +298,30 @@ def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
     return SAMPLE_DISTANCES[name](x, y)
 
 
+def check_distance(name: str, n: int, m: int, dims: int, max_gib: float) -> None:
+    """Refuse a distance between sets of these sizes that would take too much memory.
+
+    Args:
+        name: in `SAMPLE_DISTANCES`.
+        n: number of samples.
+        m: number of points.
+        dims: numbers in each.
+        max_gib: GiB that may be taken.
+
+    Raises:
+        ValueError: an unknown name, or too many points.
+    """
+    if name not in SAMPLE_DISTANCES:
+        raise InputError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
+    gib = (PAIR_BYTES.get(name, 0) * n * m + 16 * (n + m) * dims) / 2**30
+    if not gib <= max_gib:
+        raise InputError(
+            f"{name} of {n:,} samples and {m:,} points takes {gib:.3g} GiB of memory, more than {max_gib:g}: give "
+            "fewer samples, take sliced_w2, or raise `max_gib`"
+        )
+
+
+PAIR_BYTES = {"w2": 42}  # measured; the others hold a bounded number of pairs
 SAMPLE_DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "w2": w2,
     "sliced_w2": sliced_w2,
