@@ -4,3 +4,4 @@ from .gymnasium_mrp import DiffusionMRPEnv as DiffusionMRPEnv
 from .gymnasium_mrp import DiffusionMRPVectorEnv as DiffusionMRPVectorEnv
 from .mdp import DiffusionMDP as DiffusionMDP
 from .mrp import DiffusionMRP as DiffusionMRP
+from .sb3 import sb3_vec_env as sb3_vec_env

@@ -19,7 +19,6 @@ from diffrl.shapes import require_floating
 __all__ = [
     "as_conditions",
     "as_data",
-    "as_device",
     "as_dtype",
     "as_shape",
     "as_tensor",
@@ -146,22 +145,6 @@ def as_shape(name: str, given: Sequence[int], *, least_dims: int = 0) -> torch.S
     if len(sizes) < least_dims:
         raise InputError(f"{name} is {sizes}: give at least {least_dims} size")
     return torch.Size(sizes)
-
-
-def as_device(given: torch.device | str) -> torch.device:
-    """A device that tensors can live on.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    try:
-        device = torch.device(given)
-        torch.empty(1, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise InputError(
-            f"device is {str(given)!r}, which this machine lacks: give 'cpu', or an accelerator that torch sees"
-        ) from error
-    return device
 
 
 def as_dtype(given: torch.dtype | str) -> torch.dtype:

@@ -63,7 +63,8 @@ class DecisionProcess:
 
         b_i = 2^⌈log₂(s α_i + 4 σ_i)⌉,    c_i = b_{i+1} for the next latent, s for x̂_0
 
-    with s the largest number of clean data; a power of two does not round. It holds no state: latents, conditions and noise are arguments.
+    with s the largest number of clean data; a power of two does not round. The process holds no state: latents,
+    conditions and noise are arguments.
 
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2,
     https://arxiv.org/abs/2305.13301; dense: Aligning Few-Step Diffusion Models with Dense Reward Difference

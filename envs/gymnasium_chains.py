@@ -66,6 +66,8 @@ class Streams:
 
     def noise(self, x: Tensor, rows: Tensor) -> Tensor:
         """Standard normal numbers for x [R, *E], which belong to the chains `rows`, int64 [R]."""
+        if len(rows) == 0:
+            return x
         if self.given is not None:
             return fresh_noise(self.given, x)
         g = self.generators

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.data.dataset import Data
 from diffrl.data.registry import DATASETS
+from diffrl.devices import usable_device
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.exact import EmpiricalDenoiser, MixtureDenoiser
 from diffrl.diffusion.laws import NoiseFn
@@ -20,7 +21,6 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.envs.arguments import (
     as_data,
-    as_device,
     as_dtype,
     as_tensor,
     largest_number,
@@ -48,10 +48,10 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
 
     The agent sees `Dict(x_t, t)`, and `cond` if there are conditions. Actions are arrays of the event's shape. Their
     space is [-1, 1], but numbers outside are not clipped. By default the unit c_i of an action is the half-width of a
-    box around the latents of the level that it leads to, b = s α + 4 σ, rounded up to a power of two, with s the largest
-    number of the data: so an agent that acts at random stays near the data whatever the process. With action "x0_hat" the agent gives the
-    clean estimate, in units of s, and the environment draws the next latent from the sampler's law.
-    `info` holds the position `index`.
+    box around the latents of the level that it leads to, b = s α + 4 σ, rounded up to a power of two, with s the
+    largest number of the data: so an agent that acts at random stays near the data whatever the process. With action
+    "x0_hat" the agent gives the clean estimate, in units of s, and the environment draws the next latent from the
+    sampler's law. `info` holds the position `index`.
 
     Observations are the latent and its time as a sampler has them; with `normalise` they are x_t / b_i, and the share
     of the chain that is left, which an agent from outside learns from more easily where σ is large.
@@ -152,7 +152,7 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
         )
         require_callable("denoiser", denoiser, "(x [N, *E], t [N], cond) -> clean estimates")
         self.reward_scale = require_number("reward_scale", reward_scale, 0, ends="()")
-        self.noise, self.normalise, self.device = noise, normalise, as_device(device)
+        self.noise, self.normalise, self.device = noise, normalise, usable_device(device)
         self.denoiser = _exact(law, d.process, self.device) if denoiser is None else denoiser
         self.observation_space = _observation_space(d, normalise)  # type: ignore[assignment]
         self.action_space = spaces.Box(-1, 1, d.event_shape, np.float32)

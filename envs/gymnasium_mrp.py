@@ -12,9 +12,10 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.data.dataset import Data
 from diffrl.data.registry import DATASETS
+from diffrl.devices import usable_device
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
-from diffrl.envs.arguments import as_device, as_tensor, largest_number, named
+from diffrl.envs.arguments import as_tensor, largest_number, named
 from diffrl.envs.drawing import Picture
 from diffrl.envs.gymnasium_chains import Array, Chains, Info, Observation, copied
 from diffrl.envs.gymnasium_common import SingleChainEnv, VectorChainEnv
@@ -105,7 +106,7 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
             max_steps=max_steps,
             dtype=dtype,
         )
-        self.reward_mode, self.noise, self.device = reward_mode, noise, as_device(device)
+        self.reward_mode, self.noise, self.device = reward_mode, noise, usable_device(device)
         chain, event = self.reward_process.chain, self.reward_process.event_shape
         number: Any = np.dtype(str(self.reward_process.dtype).removeprefix("torch.")).type
         low, high = float(chain.t.min()), float(chain.t.max())

@@ -10,8 +10,9 @@ from torchrl.data import Categorical, Composite
 from torchrl.envs import EnvBase
 
 from diffrl import keys
+from diffrl.devices import usable_device
 from diffrl.diffusion.laws import NoiseFn
-from diffrl.envs.arguments import as_device, as_shape, fresh_noise, require_callable
+from diffrl.envs.arguments import as_shape, fresh_noise, require_callable
 from diffrl.errors import InputError
 from diffrl.ranges import require_int
 
@@ -31,7 +32,7 @@ class ChainEnv(EnvBase):
         self, *, batch_size: Sequence[int], device: torch.device | str, noise: NoiseFn | None
     ) -> None:
         require_callable("noise", noise, "that gives standard normal numbers for a tensor")
-        super().__init__(device=as_device(device), batch_size=as_shape("batch_size", batch_size))
+        super().__init__(device=usable_device(device), batch_size=as_shape("batch_size", batch_size))
         self.noise = noise
 
     def to(self, device: torch.device | str) -> Self:
