@@ -118,8 +118,9 @@ class _Job(Job):
             self.run_loop(folder, interrupted, progress)
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
-        folder.write_samples("base", {nfe: shown(self.judge.base_samples)})
-        folder.write_samples("tuned", {nfe: shown(tuned)})
+        for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
+            folder.write_samples(name, {nfe: self.model.pictures(shown(x))})
+        self.model.export(folder.path)
         rows = [_numbers(row) for row in table.rows() if row["eval_reward"]]
         first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
         return {**self.tuner.figures, "final": last, "base": first, "stopped_early": self.stop.reason(rows)}

@@ -38,6 +38,11 @@ class Report:
         return tuple(c for c in self.checks if not c.passed)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing though it passed, such as a random reward."""
+        return tuple(f"{c.name}: {c.cause}" for c in self.checks if c.passed and c.cause)
+
+    @property
     def passed(self) -> bool:
         """Whether all checks passed."""
         return not self.failed

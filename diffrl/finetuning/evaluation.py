@@ -15,7 +15,8 @@ from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import trajectory_condition
 from diffrl.finetuning.rollouts.chains import collect_rollout
-from diffrl.metrics.distances import sample_distance
+from diffrl.metrics.distances import SAMPLE_DISTANCES, sample_distance
+from diffrl.ranges import require_int, require_number
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 
@@ -61,7 +62,7 @@ class TuningEvaluation:
         at_once: most of them drawn side by side; None: all.
 
     Raises:
-        ValueError: fewer than 2 samples.
+        ValueError: an argument outside its range.
     """
 
     samples: int = 256
@@ -69,8 +70,13 @@ class TuningEvaluation:
     at_once: int | None = None
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise InputError(f"evaluation.samples is {self.samples}: give at least 2")
+        require_int("evaluation.samples", self.samples, 2)
+        if self.at_once is not None:
+            require_int("evaluation.at_once", self.at_once)
+        if self.distance not in SAMPLE_DISTANCES:
+            raise InputError(
+                f"evaluation.distance is {self.distance!r}: give one of {', '.join(SAMPLE_DISTANCES)}"
+            )
 
 
 class Judge:
@@ -166,12 +172,12 @@ class EarlyStop:
     min_diversity: float | None = None
 
     def __post_init__(self) -> None:
-        if self.patience is not None and self.patience < 1:
-            raise InputError(f"stop.patience is {self.patience}: give at least 1, or null for never")
-        if self.max_kl is not None and not self.max_kl > 0:
-            raise InputError(f"stop.max_kl is {self.max_kl}: give nats > 0, or null for never")
-        if self.min_diversity is not None and not 0 < self.min_diversity < 1:
-            raise InputError(f"stop.min_diversity is {self.min_diversity}: it is a share in (0, 1)")
+        if self.patience is not None:
+            require_int("stop.patience", self.patience)
+        if self.max_kl is not None:
+            require_number("stop.max_kl", self.max_kl, 0, ends="()")
+        if self.min_diversity is not None:
+            require_number("stop.min_diversity", self.min_diversity, 0, 1, "()")
 
     def reason(self, rows: Sequence[Mapping[str, float]]) -> str | None:
         """Why to stop after these evaluations, the base's first; None to go on.

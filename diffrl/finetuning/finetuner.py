@@ -1,5 +1,6 @@
 """The fine-tuning loop: collect, pay, credit, update."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Generator, Tensor
 from diffrl import keys
 from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
+from diffrl.finetuning.identity import policy_facts, recipe_facts, reward_identity
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
@@ -21,10 +23,13 @@ from diffrl.finetuning.updates import micro_batches
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
+from diffrl.training.identity import fingerprint, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
-from diffrl.training.optim import FinetuningOptim, Optim, Optimiser
+from diffrl.training.optim import FinetuningOptim, NonFiniteLoss, Optim, Optimiser
 
 __all__ = ["Finetuner", "Iterations"]
+
+TELLING = ("ratio", "approx_kl")  # figures that only a policy far from the one that acted makes infinite
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class Finetuner(Loop):
     """
 
     unit: ClassVar[str] = "iteration"
+    total_key: ClassVar[str] = "loop.iterations"
     step_name: ClassVar[str] = "iteration"
     length: Iterations
 
@@ -100,7 +106,13 @@ class Finetuner(Loop):
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
-        super().__init__(length or Iterations(), folder=folder, seed=seed, device=device, autocast=autocast)
+        super().__init__(
+            length or Iterations(),
+            folder=folder,
+            seed=seed,
+            device=device,
+            autocast=autocast,
+        )
         self.policy, self.recipe, self.reward = policy.to(device).eval(), recipe, as_reward(reward)
         self.event_shape, self.conditions = tuple(event_shape), conditions
         self.references = References(policy, recipe.regulariser.decay)
@@ -111,11 +123,29 @@ class Finetuner(Loop):
                 raise InputError(reason)
         self.num_trainable = len(policy.stochastic_steps)
         setting = self._setting(optim or FinetuningOptim())
+        self._belongs_to = self._facts(setting.optim)
         recipe.credit.prepare(setting)
         self.roles = recipe.surrogate.roles(setting)
         """Networks that are trained, by name."""
         self.optimisers = {name: self._optimiser(role, setting.optim) for name, role in self.roles.items()}
         self.best = -torch.inf
+
+    def _facts(self, optim: Optim) -> dict[str, Any]:
+        """Taken before the first update: the base is part of them."""
+        return {
+            **policy_facts(self.policy),
+            **recipe_facts(self.recipe),
+            **flat({"optim": vars(optim)}),
+            "reward": reward_identity(self.reward),
+            "event_shape": list(self.event_shape),
+            "conditions": None if self.conditions is None else fingerprint([self.conditions]),
+            "dtype": str(self.autocast),
+        }
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Base, policy, reward, pieces of the recipe, optimiser, conditions."""
+        return {**super().facts, **self._belongs_to}
 
     def _setting(self, optim: Optim) -> Setting:
         kl = self.recipe.regulariser
@@ -126,6 +156,7 @@ class Finetuner(Loop):
             optim=optim,
             kl_coef=kl.kl_coef,
             kl_reference=self.references(kl.reference) if kl.kl_coef > 0 else None,
+            kl_by_time=kl.by_time,
             reference=self.references,
             seed=self.seed,
             device=self.device,
@@ -186,6 +217,9 @@ class Finetuner(Loop):
             generator: of first latents, noise and conditions.
             trajectories: B; the recipe's if None.
             credit: in place of the recipe's.
+
+        Raises:
+            NonFiniteLoss: the policy gives samples that are not finite, as after too large an update.
         """
         plan, n = self.recipe.rollouts, trajectories or self.recipe.rollouts.trajectories
         cond = None
@@ -202,6 +236,8 @@ class Finetuner(Loop):
                 generator=generator,
                 device=self.device,
             )
+        if not bool(rollout.get((keys.NEXT, keys.X_T)).isfinite().all()):
+            raise NonFiniteLoss("the policy's samples hold NaN or infinity")
         r = self.recipe.placement(rollout, self.reward)
         rollout.set((keys.NEXT, keys.REWARD), r)
         rollout.set(keys.ADVANTAGE, (credit or self.recipe.credit)(rollout, r).float())
@@ -255,6 +291,9 @@ class Finetuner(Loop):
             for key, value in out.items():
                 total[key] = total.get(key, 0) + share * value.detach()
         figures = {key: float(value) for key, value in total.items()}
+        for key in (k for k in TELLING if not math.isfinite(figures.get(k, 0.0))):
+            optimiser.adamw.zero_grad()
+            raise NonFiniteLoss(f"{key} is {figures[key]:g}")
         stepped = optimiser.step(sum(value for key, value in figures.items() if key.startswith("loss_")))
         return figures | {"grad_norm": stepped["grad_norm"]}
 
@@ -278,11 +317,6 @@ class Finetuner(Loop):
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
         weights, training = checkpoint.weights, checkpoint.training
-        if training["recipe"] != str(self.recipe):
-            raise CheckpointError(
-                f"checkpoint {path} is of another recipe: resume it as it was started, or choose another folder; "
-                f"it was\n{training['recipe']}"
-            )
         if "optimisers" not in training:
             raise CheckpointError(
                 f"checkpoint {path} was written by diffrl 0.1: load it with diffrl.load_tuned; to go on, tune anew"

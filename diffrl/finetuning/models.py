@@ -1,7 +1,7 @@
 """What can be tuned, by name: the denoiser of a run of this library, or a diffusers pipeline with adapters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from diffrl.data.dataset import Data
 from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
-from diffrl.diffusion.pipelines.lora import add_lora
+from diffrl.diffusion.pipelines.lora import add_lora, export_lora
 from diffrl.errors import InputError
+from diffrl.finetuning.prompts import Prompts, prompts_of
+from diffrl.ranges import require_int
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
@@ -35,6 +37,9 @@ class Tunable:
         wrap_reward: makes a reward of samples into one of latents.
         data: what the denoiser was trained on, where that is known.
         name: for people.
+        pictures: makes what people look at of latents [n, *E].
+        export: writes what was tuned into a folder as others read it, where there is such a form: adapters of a
+            pipeline as ``lora/pytorch_lora_weights.safetensors``, for diffusers' ``pipe.load_lora_weights``.
     """
 
     denoiser: nn.Module
@@ -43,6 +48,8 @@ class Tunable:
     wrap_reward: Callable[[Reward], Reward]
     data: Data | None
     name: str
+    pictures: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    export: Callable[[Path], None] = field(default=lambda folder: None)
 
 
 @MODELS.register("run")
@@ -97,13 +104,16 @@ def pipeline_model(
     *,
     prompts: list[str] = [],  # noqa: B006 (read, not changed: a configuration's default)
     prompts_file: str | None = None,
+    prompts_from: str | None = None,
     negative_prompt: str = "",
     guidance_scale: float = 1.0,
+    train_unconditional: bool = True,
     lora_rank: int | None = 4,
     lora_alpha: float | None = None,
     lora_layers: tuple[str, ...] = ATTENTION,
     weights: str = "bfloat16",
     variant: str | None = None,
+    leave_out: tuple[str, ...] = (),
     gradient_checkpointing: bool = False,
     latent_size: int | None = None,
     max_sequence_length: int = 256,
@@ -114,17 +124,23 @@ def pipeline_model(
 ) -> Tunable:
     """The network of a diffusers pipeline, with adapters; its reward gets decoded images and prompts.
 
+    A reward with a parameter `metadata` gets that of the prompts too: see `diffrl.finetuning.prompts`.
+
     Args:
         path: folder of the pipeline, or a name in the cache of the hub.
         prompts: what conditions are drawn from.
-        prompts_file: instead, a text file with one prompt a line.
+        prompts_file: instead, a text file with one prompt a line, or .jsonl with one object a line.
+        prompts_from: instead, a function of yours that gives them, by its name in
+            `diffrl.finetuning.prompts.PROMPTS`.
         negative_prompt: what guidance leads away from.
         guidance_scale: w ≥ 1; 1 is off.
+        train_unconditional: whether the unconditional part of guidance passes gradients too.
         lora_rank: of the adapters; None trains all weights, which must then be float32.
         lora_alpha: their scale; None: the rank.
         lora_layers: ends of the names of the layers that get them.
         weights: dtype of the frozen weights: "float32", "bfloat16" or "float16".
         variant: of the files, e.g. "fp16".
+        leave_out: components to do without, e.g. [text_encoder_3, tokenizer_3] of SD 3.x.
         gradient_checkpointing: less memory, more time.
         latent_size: height and width of latents; None: what the network was made for.
         max_sequence_length: tokens of the T5 encoder of SD 3.x.
@@ -136,16 +152,24 @@ def pipeline_model(
     Raises:
         MissingExtra, FileNotFoundError, ValueError: see `load_pipeline`, `PipelineDenoiser` and `add_lora`.
     """
-    _check_pipeline_options(path, weights, lora_rank, prompts, prompts_file)
-    assert path is not None
-    texts = list(prompts) or _lines(str(prompts_file))
-    pipe = load_pipeline(path, DTYPES[weights], device=device, variant=variant, download=download)
+    if path is None:
+        raise InputError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
+    for name, number in (("lora_rank", lora_rank), ("latent_size", latent_size)):
+        if number is not None:
+            require_int(f"model.{name}", number)
+    require_int("model.decode_batch_size", decode_batch_size)
+    _check_weights(weights, lora_rank)
+    given = prompts_of(prompts, prompts_file, prompts_from)
+    pipe = load_pipeline(
+        path, DTYPES[weights], device=device, variant=variant, leave_out=leave_out, download=download
+    )
     denoiser = PipelineDenoiser.from_pipeline(
         pipe,
-        texts,
+        given.texts,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
         max_sequence_length=max_sequence_length,
+        train_unconditional=train_unconditional,
     )
     if lora_rank is not None:
         generator = torch.Generator().manual_seed(seed)
@@ -155,23 +179,19 @@ def pipeline_model(
     channels, h, w = denoiser.event_shape
     size = (h, w) if latent_size is None else (latent_size, latent_size)
     decode = LatentDecoder(pipe.vae.requires_grad_(False))
-
-    name = Path(path).name.replace(" ", "-")
     return Tunable(
         denoiser,
         (channels, *size),
-        torch.arange(len(texts)),
-        lambda reward: _decoded(reward, decode, texts, decode_batch_size),
+        torch.arange(len(given.texts)),
+        lambda reward: _decoded(reward, decode, given, decode_batch_size),
         None,
-        name,
+        Path(path).name.replace(" ", "-"),
+        pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(decode_batch_size)]),
+        export=lambda folder: export_lora(denoiser, folder),
     )
 
 
-def _check_pipeline_options(
-    path: str | None, weights: str, lora_rank: int | None, prompts: list[str], prompts_file: str | None
-) -> None:
-    if path is None:
-        raise InputError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
+def _check_weights(weights: str, lora_rank: int | None) -> None:
     if weights not in DTYPES:
         raise InputError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
     if lora_rank is None and weights != "float32":
@@ -179,28 +199,15 @@ def _check_pipeline_options(
             "without adapters all weights are trained, and half precision loses small steps: set "
             "model.weights=float32, or model.lora_rank"
         )
-    if bool(prompts) == (prompts_file is not None):
-        raise InputError("give model.prompts or model.prompts_file, one of the two")
 
 
-def _decoded(reward: Reward, decode: LatentDecoder, texts: list[str], batch_size: int) -> Reward:
+def _decoded(reward: Reward, decode: LatentDecoder, prompts: Prompts, batch_size: int) -> Reward:
     """A reward of images and prompts as one of latents and numbers of prompts."""
     if isinstance(reward, WeightedSum):  # its statistics must not lie under a cache: decode for each part
         parts = {
-            name: (_decoded(part, decode, texts, batch_size), reward.weights[name])
+            name: (_decoded(part, decode, prompts, batch_size), reward.weights[name])
             for name, part in reward.parts.items()
         }
         return WeightedSum(parts, normalise=reward.normalise, tol=reward.tol)
     asked = reward.reward if isinstance(reward, BlackBox) else reward  # what counts queries lies outside
-    return DecodedReward(asked, decode, texts, batch_size)
-
-
-def _lines(file: str) -> list[str]:
-    """The lines of a text file that are not empty."""
-    try:
-        texts = [line.strip() for line in Path(file).read_text().splitlines()]
-    except OSError as error:
-        raise InputError(f"model.prompts_file {file} cannot be read: {error}") from error
-    if not any(texts):
-        raise InputError(f"model.prompts_file {file} holds no prompt: write one a line")
-    return [text for text in texts if text]
+    return DecodedReward(asked, decode, prompts.texts, batch_size, metadata=prompts.metadata)

@@ -46,6 +46,7 @@ class Setting:
             rollout was collected, "ema" its moving average.
         seed: of the run.
         device: where it runs.
+        kl_by_time: whether the KL term weights each step by its length in time.
     """
 
     policy: DenoisingPolicy
@@ -57,6 +58,7 @@ class Setting:
     reference: Callable[[str], DenoisingPolicy]
     seed: int
     device: torch.device
+    kl_by_time: bool = False
 
     @property
     def dim(self) -> int:

@@ -15,6 +15,7 @@ from diffrl.diffusion.laws import Gaussian, NoiseFn
 from diffrl.diffusion.samplers.base import GaussianSampler, Noise
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import column
 
 __all__ = ["ActionDistribution", "DenoisingPolicy"]
@@ -67,9 +68,9 @@ class DenoisingPolicy(TensorDictModuleBase):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise InputError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
-        if not std_floor >= 0:
-            raise InputError(f"std_floor is {std_floor}: it is a standard deviation >= 0")
-        if not all(0 <= i < num_steps for i in noise_steps or []):
+        num_steps = require_int("num_steps", num_steps, 1, MAX_STEPS)
+        require_number("std_floor", std_floor, 0)
+        if not all(i in range(num_steps) for i in noise_steps or []):
             raise InputError(f"noise_steps is {noise_steps}: the steps are 0..{num_steps - 1}")
         if not isinstance(sampler, GaussianSampler):
             raise InputTypeError(

@@ -4,10 +4,11 @@ import copy
 
 import torch
 
-from diffrl.finetuning.check_report import Report
+from diffrl.finetuning.check_report import CheckFailed, Report
 from diffrl.finetuning.checks import check
 from diffrl.finetuning.finetuner import Finetuner
 from diffrl.training.loop import step_generator
+from diffrl.training.optim import NonFiniteLoss
 
 __all__ = ["check_tuner"]
 
@@ -30,7 +31,12 @@ def check_tuner(tuner: Finetuner) -> Report:
     try:
         with torch.random.fork_rng(devices=[]):  # rewards may draw random numbers
             generator = step_generator(tuner.seed, 2**31, tuner.device)
-            rollout = tuner.collect(generator, trajectories=size, credit=credit)
+            try:
+                rollout = tuner.collect(generator, trajectories=size, credit=credit)
+            except NonFiniteLoss as error:
+                raise CheckFailed(
+                    f"before the first update, {error}: the denoiser overflows, or a step divides by a std of 0"
+                ) from error
         report = check(
             tuner.policy,
             tuner.loss if u.unit == "steps" else None,

@@ -28,6 +28,7 @@ __all__ = [
     "policy_figures",
     "reference_kl",
     "scaled_clip_range",
+    "step_lengths",
     "trainable_law",
 ]
 
@@ -130,7 +131,7 @@ def trainable_law(policy: DenoisingPolicy, steps: TensorDictBase) -> tuple[Gauss
 
 
 def reference_kl(reference: DenoisingPolicy, law: Gaussian, steps: TensorDictBase, mask: Tensor) -> Tensor:
-    """Mean KL(π ‖ π_ref) of the steps [N] under the mask; the reference gets no gradient.
+    """KL(π ‖ π_ref) of the n steps under the mask, shape [n]; the reference gets no gradient.
 
     Args:
         reference: π_ref.
@@ -140,7 +141,13 @@ def reference_kl(reference: DenoisingPolicy, law: Gaussian, steps: TensorDictBas
     """
     with torch.no_grad():
         other = _law_at(reference, steps, mask)
-    return law.kl(other, reference.reduction).mean()
+    return law.kl(other, reference.reduction)
+
+
+def step_lengths(policy: DenoisingPolicy, steps: TensorDictBase, mask: Tensor) -> Tensor:
+    """Δt = t_i - t_{i+1} of the steps under the mask, in the process's time, shape [n]."""
+    i = steps.get(keys.INDEX).squeeze(-1)[mask].cpu()
+    return (policy.grid[i] - policy.grid[i + 1]).to(mask.device, torch.float32)
 
 
 def _law_at(policy: DenoisingPolicy, steps: TensorDictBase, mask: Tensor) -> Gaussian:
@@ -152,12 +159,15 @@ def _law_at(policy: DenoisingPolicy, steps: TensorDictBase, mask: Tensor) -> Gau
     )
 
 
-def policy_figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
-    """What to watch of an update: mean ratio, share of |ratio - 1| > ε (0 without a clip), ½ mean (log ratio)²."""
-    ratio = log_ratio.detach().exp()
-    clipped = (ratio - 1).abs() > (clip_range if clip_range > 0 else torch.inf)
+def policy_figures(log_ratio: Tensor, clipped: Tensor) -> dict[str, Tensor]:
+    """What to watch of an update: mean ratio, share of what the clip acts on, ½ mean (log ratio)².
+
+    Args:
+        log_ratio: log π/π_old of steps, shape [n].
+        clipped: bool, any shape.
+    """
     return {
-        "ratio": ratio.mean(),
+        "ratio": log_ratio.detach().exp().mean(),
         "clip_fraction": clipped.float().mean(),
         "approx_kl": 0.5 * log_ratio.detach().square().mean(),
     }

@@ -1,11 +1,14 @@
 """Fine-tuning in one call: check, then tune a policy for a reward by a recipe."""
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from diffrl.diffusion.pipelines.lora import export_lora
 from diffrl.finetuning.finetuner import Finetuner, Iterations
+from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.run_checks import check_tuner
@@ -18,7 +21,7 @@ __all__ = ["finetune"]
 def finetune(
     policy: DenoisingPolicy,
     reward: Reward,
-    recipe: Recipe,
+    recipe: Recipe | str,
     *,
     event_shape: tuple[int, ...],
     iterations: int = 100,
@@ -28,6 +31,8 @@ def finetune(
     folder: Path | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    extend: bool = False,
+    accept_changes: bool = False,
 ) -> list[dict[str, float]]:
     """Check, then tune a policy for a reward, in place; returns the figures of every iteration.
 
@@ -44,24 +49,30 @@ def finetune(
     Args:
         policy: what is tuned.
         reward: R.
-        recipe: the method, e.g. `diffrl.finetuning.recipes.ddpo_is()`.
+        recipe: the method, e.g. `diffrl.finetuning.recipes.ddpo_is()`, or its name for the published pieces, "ddpo_is".
         event_shape: *E of a latent.
         iterations: rollouts in all.
         lr: learning rate of AdamW.
         conditions: what conditions are drawn from, [M, ...].
         seed: of everything random.
-        folder: for checkpoints, from which a stopped run continues; None keeps none.
+        folder: for checkpoints, from which a stopped run continues; at the end the adapters of a pipeline are written
+            there too, as diffusers reads them (``lora/``). None keeps nothing.
         device: where to tune.
-        progress: whether to show a bar.
+        progress: whether to show a bar, and the table of the self-checks before it.
+        extend: whether the run in the folder may become longer than it was planned.
+        accept_changes: whether it may go on with another policy, reward, recipe, seed or learning rate than before.
 
     Returns:
         The counts before the first iteration, if it is the first, then one dict an iteration that was run now;
         docs/metrics.md defines the figures. There is no evaluation: see `diffrl.finetuning.evaluation.Judge`.
 
     Raises:
-        CheckFailed: a self-check failed.
+        CheckFailed: a self-check failed. What they note without failing, such as a random reward or equal rewards, is
+            a warning.
+        RunChanged: the folder holds another run, or one of fewer iterations.
         ValueError, NonFiniteLoss: see `Finetuner`.
     """
+    recipe = METHODS[recipe]() if isinstance(recipe, str) else recipe
     tuner = Finetuner(
         policy,
         reward,
@@ -74,8 +85,15 @@ def finetune(
         optim=FinetuningOptim(lr=lr),
         device=device,
     )
-    check_tuner(tuner)
-    tuner.resume()
+    resumed = tuner.resume(extend=extend, accept_changes=accept_changes)
+    if not resumed:
+        report = check_tuner(tuner)
+        if progress:
+            print(report)
+        for note in report.notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
     rows: list[dict[str, float]] = []
     tuner.fit(report=rows.append, progress=progress)
+    if folder is not None:
+        export_lora(policy.denoiser, folder)
     return rows

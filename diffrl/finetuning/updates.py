@@ -14,6 +14,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.piece import Piece
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.ranges import require_int, require_number
 from diffrl.registry import Registry
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ class UpdatePlan(Piece, ABC):
 
     def _check(self) -> None:
         for name in ("minibatches", "passes", "micro_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"updates.{name} is {getattr(self, name)}: it must be at least 1")
+            require_int(f"updates.{name}", getattr(self, name))
 
 
 @UPDATES.register("steps")
@@ -106,6 +106,7 @@ class Updates(UpdatePlan):
         minibatches: parts that the trajectories are split into.
         passes: over the rollout.
         last: only the last so many of the stochastic steps; None: all.
+        drop_last: the very last so many of them are not trained, as Flow-GRPO's code leaves out one.
         fraction: share of those, drawn anew for every trajectory and pass, at least one.
         micro_batch: most states forwarded at once; gradients are accumulated over them.
 
@@ -118,6 +119,7 @@ class Updates(UpdatePlan):
     minibatches: int = 2
     passes: int = 1
     last: int | None = None
+    drop_last: int = 0
     fraction: float = 1.0
     micro_batch: int = 256
 
@@ -125,10 +127,10 @@ class Updates(UpdatePlan):
         if self.order not in ("trajectory", "step"):
             raise InputError(f"updates.order is {self.order!r}: give 'trajectory' or 'step'")
         self._check()
-        if self.last is not None and self.last < 1:
-            raise InputError(f"updates.last is {self.last}: give at least 1, or null for all steps")
-        if not 0 < self.fraction <= 1:
-            raise InputError(f"updates.fraction is {self.fraction}: it lies in (0, 1]")
+        if self.last is not None:
+            require_int("updates.last", self.last)
+        require_int("updates.drop_last", self.drop_last, 0)
+        require_number("updates.fraction", self.fraction, 0, 1, "(]")
 
     @property
     def single(self) -> bool:
@@ -137,7 +139,8 @@ class Updates(UpdatePlan):
 
     def steps_of(self, num_trainable: int) -> int:
         """Steps of each trajectory that a pass trains, of so many stochastic ones."""
-        return max(1, int(min(num_trainable, self.last or num_trainable) * self.fraction))
+        kept = num_trainable - self.drop_last
+        return max(1, int(min(kept, self.last or kept) * self.fraction))
 
     def count(self, num_trainable: int) -> int:
         """Optimiser updates of one rollout with so many stochastic steps."""
@@ -151,9 +154,14 @@ class Updates(UpdatePlan):
         return k * min(n, max(1, self.micro_batch // (k * group_size)) * group_size)
 
     def refuses(self, policy: DenoisingPolicy) -> str | None:
-        """Refuse a policy without a stochastic step."""
-        if policy.stochastic_steps:
+        """Refuse a policy without a stochastic step that is left to train."""
+        steps = len(policy.stochastic_steps)
+        if steps > self.drop_last:
             return None
+        if steps:
+            return (
+                f"updates.drop_last is {self.drop_last}, and only {steps} steps are stochastic: set it lower"
+            )
         return (
             "no step of the policy is stochastic, so none has a log-probability: give a sampler with noise, "
             "more steps, or policy.std_floor"
@@ -175,7 +183,7 @@ class Updates(UpdatePlan):
         """
         steps = self._trainable(rollout.get(keys.TRAINABLE)[::group_size, :, 0].cpu())
         rollout = rollout.select(*entries, keys.TRAINABLE, keys.COND, strict=False)
-        units, k = len(steps), self.steps_of(steps.shape[1])
+        units, k = len(steps), self.steps_of(steps.shape[1] + self.drop_last)
         if units < self.minibatches:
             raise InputError(f"{units} trajectories or pairs cannot make {self.minibatches} minibatches")
         members = torch.arange(group_size)
@@ -195,9 +203,13 @@ class Updates(UpdatePlan):
     def _trainable(self, mask: Tensor) -> Tensor:
         """Stochastic steps of each unit, [units, m]; a unit with fewer than the most is filled up with others."""
         m = int(mask.sum(1).max())
-        if m == 0:
-            raise InputError("no step is stochastic, so none can be trained: give a sampler with noise")
-        steps = mask.int().argsort(dim=1, stable=True)[:, -m:]  # stochastic ones come last, in order
+        if m <= self.drop_last:
+            beyond = f" but the last {self.drop_last}, which are dropped" if self.drop_last else ""
+            raise InputError(
+                f"no step is stochastic{beyond}, so none can be trained: give a sampler with noise"
+            )
+        steps = mask.int().argsort(dim=1, stable=True)  # stochastic ones come last, in order
+        steps = steps[:, -m : steps.shape[1] - self.drop_last]
         return steps if self.last is None else steps[:, -self.last :]
 
 
@@ -235,8 +247,7 @@ class SampleUpdates(UpdatePlan):
         self._check()
         if self.times not in ("uniform", "log_normal"):
             raise InputError(f"updates.times is {self.times!r}: give 'uniform' or 'log_normal'")
-        if self.draws < 1:
-            raise InputError(f"updates.draws is {self.draws}: it must be at least 1")
+        require_int("updates.draws", self.draws)
 
     def conflict(self, recipe: "Recipe") -> str | None:
         """Refuse rewards of single steps, which no sample has."""

@@ -1,6 +1,7 @@
 """Rewards of images and prompts, made into rewards of latents and prompt numbers."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 
 __all__ = ["DecodedReward", "LatentDecoder"]
@@ -56,6 +58,8 @@ class DecodedReward:
         decode: latents [n, *E] → images, e.g. `LatentDecoder`; called without gradients.
         prompts: those that conditions number, in the order of the denoiser's: ``denoiser.prompts``.
         batch_size: most latents decoded at once; the reward gets all images of a call together.
+        metadata: one mapping a prompt, which a reward with a parameter of that name gets as the keyword ``metadata``,
+            a list of n. (What a reward has to say beyond its number, it keeps itself: it is an object of yours.)
 
     Raises:
         TypeError: a reward or decoder that cannot be called, or one string for prompts.
@@ -69,6 +73,8 @@ class DecodedReward:
         decode: Callable[[Tensor], Tensor],
         prompts: Sequence[str] | None = None,
         batch_size: int = 8,
+        *,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         if not (callable(reward) and callable(decode)):
             raise InputTypeError(
@@ -76,8 +82,7 @@ class DecodedReward:
             )
         if isinstance(prompts, str):
             raise InputTypeError(f"prompts is the string {prompts!r}: give a list of strings")
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}: give at least 1")
+        require_int("batch_size", batch_size)
         if getattr(reward, "normalise", "none") != "none":
             raise InputError(
                 "a running sum of rewards depends on what came before, which no cache may remember: decode inside the "
@@ -85,6 +90,11 @@ class DecodedReward:
             )
         self.reward, self.decode, self.batch_size = reward, decode, batch_size
         self.prompts = None if prompts is None else list(prompts)
+        self.metadata = metadata if _takes_metadata(reward) else None
+        if self.metadata is not None and len(self.metadata) != len(self.prompts or ()):
+            raise InputError(
+                f"{len(self.metadata)} metadata for {len(self.prompts or ())} prompts: give one each"
+            )
         self.__name__ = str(
             getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
         )
@@ -92,21 +102,34 @@ class DecodedReward:
     @torch.no_grad()
     def __call__(self, x0: Tensor, cond: Any = None) -> Any:
         """What the reward says of latents [n, *E] under prompt numbers, integers [n] or [n, 1]."""
-        prompts = self._prompts(cond, len(x0))
+        rows = self._rows(cond, len(x0))
         images = torch.cat([self.decode(part) for part in x0.split(self.batch_size)])
         if len(images) != len(x0):
             raise InputError(f"decode gave {len(images)} images for {len(x0)} latents: give one each")
-        return self.reward(images, prompts)
+        prompts = cond if self.prompts is None else [self.prompts[row] for row in rows]
+        if self.metadata is None:
+            return self.reward(images, prompts)
+        ask: Any = self.reward
+        return ask(images, prompts, metadata=[self.metadata[row] for row in rows])
 
-    def _prompts(self, cond: Any, n: int) -> Any:
+    def _rows(self, cond: Any, n: int) -> list[int]:
+        """The number of each sample's prompt; none where there are no prompts."""
         if self.prompts is None:
-            return cond
+            return []
         known = len(self.prompts)
         if cond is None and known == 1:
-            return self.prompts * n
+            return [0] * n
         if not isinstance(cond, Tensor) or cond.is_floating_point() or cond.numel() != n:
             raise InputError(f"conditions must number the {known} prompts: give integers, shape [{n}]")
         rows = cond.flatten().tolist()
         if any(not 0 <= row < known for row in rows):
             raise InputError(f"prompts are numbered 0..{known - 1}, not {sorted(set(rows))}")
-        return [self.prompts[row] for row in rows]
+        return rows
+
+
+def _takes_metadata(reward: Reward) -> bool:
+    """Whether a reward has a parameter `metadata`; objects without a signature have none."""
+    try:
+        return "metadata" in inspect.signature(reward).parameters
+    except (TypeError, ValueError):
+        return False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
 
@@ -48,8 +49,8 @@ class WeightedSum:
         if normalise not in ("none", "running"):
             raise InputError(f"normalise is {normalise!r}: give 'none' or 'running'")
         for name, (_, weight) in rewards.items():
-            if not math.isfinite(weight):
-                raise InputError(f"the weight of {name!r} is {weight}: give a finite number")
+            require_number(f"the weight of {name!r}", weight)
+        require_number("tol", tol, 0)
         self.parts = {name: as_reward(reward) for name, (reward, _) in rewards.items()}
         for name, part in self.parts.items():
             part.name = name

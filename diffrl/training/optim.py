@@ -64,9 +64,12 @@ class Optim:
 
 @dataclass(frozen=True)
 class FinetuningOptim(Optim):
-    """`Optim` with the defaults of fine-tuning: those of DDPO's code, but for its accumulation.
+    """`Optim` with the defaults of fine-tuning, those of DDPO's code: a constant rate, made for adapters.
 
-    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), its code's defaults,
+    Its lr 3e-4, betas, weight decay 1e-4 and clip_norm 1 are equal; for all weights its paper has lr 1e-5. SDPO's code
+    differs by lr 1e-4.
+
+    Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024) and its code, config/base.py,
     https://arxiv.org/abs/2305.13301.
     """
 
@@ -119,7 +122,8 @@ class Optimiser:
             ``grad_norm`` before clipping, and ``lr``.
 
         Raises:
-            NonFiniteLoss: loss or gradient are not finite; nothing is changed but the gradients, which are cleared.
+            NonFiniteLoss: loss or gradient are not finite, and nothing is changed but the gradients, which are cleared;
+                or the learning rate is so large that the update cannot be computed.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self._foreach)
@@ -131,7 +135,12 @@ class Optimiser:
             torch.nn.utils.clip_grads_with_norm_(
                 self.parameters, self.optim.clip_norm, norm, foreach=self._foreach
             )
-        self.adamw.step()
+        try:
+            self.adamw.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise NonFiniteLoss(f"an update by the learning rate {figures['lr']:g} overflows") from error
         self.adamw.zero_grad()
         self.steps += 1
         self.schedule.step()

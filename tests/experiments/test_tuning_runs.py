@@ -16,6 +16,7 @@ from torch import Tensor
 import diffrl
 from diffrl.configs.cells import base_run, plan_finetuning
 from diffrl.configs.cli import settings
+from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser
 from diffrl.experiments.comparison import run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.method_findings import MethodFindings
@@ -350,12 +351,20 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     assert all("lora" in name for name in run.policy.denoiser.trainable_state())
     assert run.sample(2).shape[0] == 2
 
+    stock = stable_diffusion()
+    stock.load_lora_weights(folder.path / "lora")
+    loaded = PipelineDenoiser.from_pipeline(stock, ["a cat", "two dogs"], guidance_scale=5.0)
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0), torch.tensor([0, 1])
+    torch.testing.assert_close(loaded(x, t, cond), run.policy.denoiser(x, t, cond), rtol=1e-5, atol=1e-5)
+    for pictures in (folder.samples()["base"], folder.samples()["tuned"]):
+        assert [tuple(images.shape) for images in pictures.values()] == [(4, 3, 16, 16)]
+
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"path": None}, "model.path is null"),
-        ({"prompts": []}, "give model.prompts or model.prompts_file"),
+        ({"prompts": []}, "give model.prompts, model.prompts_file or model.prompts_from"),
         ({"weights": "int8"}, "model.weights is 'int8'"),
         ({"lora_rank": None}, "set model.weights=float32, or model.lora_rank"),
         ({"prompts": [], "prompts_file": "nowhere.txt"}, "model.prompts_file nowhere.txt cannot be read"),

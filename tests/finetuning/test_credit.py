@@ -184,11 +184,11 @@ def test_a_critic_of_labels_tells_them_apart() -> None:
         (lambda: Dense(mode="some"), "mode"),
         (lambda: Dense(timing="now"), "placement.timing is 'now'"),
         (lambda: Standardised(per="group"), "credit.per is 'group'"),
-        (lambda: Standardised(buffer=8), "credit.buffer is 8 and min_count 16"),
+        (lambda: Standardised(buffer=8), "credit.buffer is 8: it must hold credit.min_count, 16"),
         (lambda: RewardsToGo(gamma=1.5), "credit.gamma is 1.5"),
         (lambda: GroupRelative("all"), "credit.std is 'all'"),
         (lambda: LearnedCritic(lmbda=math.nan), "credit.lmbda is nan"),
-        (lambda: LearnedCritic(passes=0), "passes and hidden at least 1"),
+        (lambda: LearnedCritic(passes=0), "credit.passes is 0"),
         (
             lambda: Standardised()(rollout(B=2, cond=torch.randn(2, 3)), torch.ones(2, 5, 1)),
             "statistics are kept by integers",

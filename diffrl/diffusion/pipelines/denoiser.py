@@ -1,6 +1,7 @@
 """The network of a diffusers pipeline as a denoiser of latents, so that it can be tuned for a reward."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from diffrl.diffusion.predictions import PredictionType, to_x0
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import require_int, require_number
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["PipelineDenoiser", "load_pipeline", "process_of"]
@@ -84,7 +86,10 @@ class PipelineDenoiser(nn.Module):
             raise InputError(
                 f"embeddings need {len(prompts) + 1} rows: one a prompt, then the negative prompt's"
             )
-        if not guidance_scale >= 1:
+        require_int("train_steps", train_steps)
+        if timestep_scaling is not None:
+            require_number("timestep_scaling", timestep_scaling, 0, ends="()")
+        if not (guidance_scale >= 1 and math.isfinite(guidance_scale)):
             raise InputError(
                 f"guidance_scale is {guidance_scale}: give 1 for none (diffusers takes all from 0 to 1 for that)"
             )

@@ -1,8 +1,8 @@
 """Low-rank adapters on a pipeline's network, by peft: they are trained, and the network itself stays as it is."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from diffrl.extras import require
 from diffrl.ranges import require_int, require_number
 from diffrl.text_files import file_errors
 
-__all__ = ["ADAPTER", "adapters_disabled", "add_lora", "has_lora", "save_lora"]
+__all__ = ["ADAPTER", "adapters_disabled", "add_lora", "export_lora", "has_lora", "save_lora"]
 
 ADAPTER = "diffrl"  # the name that peft keeps the adapter under
 
@@ -100,7 +100,7 @@ def adapters_disabled(network: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_lora(denoiser: nn.Module, folder: str | Path) -> None:
     """Write the adapters as diffusers reads them: ``pipe.load_lora_weights(folder)`` gives a tuned pipeline.
 
     Args:
@@ -121,6 +121,12 @@ def save_lora(denoiser: nn.Module, folder: str | os.PathLike[str]) -> None:
     settings = network.peft_config[ADAPTER].to_dict()
     with file_errors(folder, "written"):
         loader[component].save_lora_weights(
-            os.fspath(folder),
+            str(folder),
             **{f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": settings},
         )
+
+
+def export_lora(denoiser: nn.Module, folder: Path) -> None:
+    """`save_lora` into the folder ``lora`` of a run's, if the denoiser has adapters; else nothing."""
+    if has_lora(getattr(denoiser, "network", denoiser)):
+        save_lora(denoiser, folder / "lora")

@@ -16,7 +16,8 @@ from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.piece import Setting
-from diffrl.rl.advantages import critic_advantages
+from diffrl.ranges import require_int, require_number
+from diffrl.rl.advantages import critic_advantages, spread
 
 __all__ = ["Critic", "LearnedCritic"]
 
@@ -100,10 +101,11 @@ class LearnedCritic(Credit):
     raw_std: float = field(init=False, default=math.nan, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.lmbda <= 1 and 0 <= self.gamma <= 1):
-            raise InputError(f"credit.lmbda is {self.lmbda} and gamma {self.gamma}: both lie in [0, 1]")
-        if not self.lr > 0 or self.passes < 1 or self.hidden < 1:
-            raise InputError("credit.lr must be > 0, passes and hidden at least 1")
+        require_number("credit.lmbda", self.lmbda, 0, 1)
+        require_number("credit.gamma", self.gamma, 0, 1)
+        require_number("credit.lr", self.lr, 0, ends="()")
+        require_int("credit.passes", self.passes)
+        require_int("credit.hidden", self.hidden)
         self._scale = (0.0, 0.0)  # mean and std of the returns of the first rollout that has any spread
 
     def prepare(self, setting: Setting) -> None:
@@ -126,12 +128,13 @@ class LearnedCritic(Credit):
         if self.critic is None:
             raise RuntimeError("the critic has no network yet: call prepare first")
         B, K = rollout.shape
-        R = reward.sum((1, 2))
-        if self._scale[1] == 0 and float(R.std(correction=0)) > 0:  # equal rewards have no scale: wait
-            self._scale = float(R.mean()), float(R.std(correction=0))
+        R = reward.double().sum((1, 2))
+        if self._scale[1] == 0 and spread(R) > 0:  # equal rewards have no scale: wait
+            self._scale = float(R.mean()), spread(R)
         m, s = self._scale if self._scale[1] > 0 else (float(R.mean()), 1.0)
-        r = reward / s
-        r[:, -1] -= m / s
+        r = reward.double()  # a large mean takes no digits away
+        r[:, -1] -= m
+        r = (r / s).to(reward)
         states = rollout.select(keys.X_T, keys.T, keys.COND, strict=False).flatten()
         cond = states.get(keys.COND, None)
         if cond is not None and (cond.ndim != 1 or cond.is_floating_point()):

@@ -11,6 +11,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.rollouts.base import trajectory_condition
+from diffrl.ranges import require_int, require_number
 from diffrl.rl.advantages import FifoStatistics, rewards_to_go
 
 __all__ = ["RewardsToGo", "Standardised"]
@@ -22,7 +23,7 @@ ROLLOUTS_KEPT = 4
 def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
     """The prompt of each row, by which statistics are kept apart: integers [B], or None for one buffer."""
     cond = trajectory_condition(rollout)
-    if per == "batch" or cond is None:
+    if per != "prompt" or cond is None:
         return None
     if cond.ndim != 1 or cond.is_floating_point():
         raise InputError(
@@ -38,31 +39,35 @@ class _Fifo(Credit):
 
     buffer: int | None = None
     min_count: int = 16
-    per: Literal["prompt", "batch"] = "prompt"
+    per: Literal["prompt", "batch", "rollout"] = "prompt"
     statistics: FifoStatistics | None = field(init=False, default=None, repr=False, compare=False)
     raw_std: float = field(init=False, default=math.nan, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.per not in ("prompt", "batch"):
-            raise InputError(f"credit.per is {self.per!r}: give 'prompt' or 'batch'")
-        if self.min_count < 1 or (self.buffer is not None and self.buffer < self.min_count):
+        if self.per not in ("prompt", "batch", "rollout"):
+            raise InputError(f"credit.per is {self.per!r}: give 'prompt', 'batch' or 'rollout'")
+        require_int("credit.min_count", self.min_count)
+        if self.buffer is not None and require_int("credit.buffer", self.buffer) < self.min_count:
             raise InputError(
-                f"credit.buffer is {self.buffer} and min_count {self.min_count}: a buffer must hold min_count >= 1"
+                f"credit.buffer is {self.buffer}: it must hold credit.min_count, {self.min_count}"
             )
 
     def _standardise(self, values: Tensor, rollout: TensorDictBase) -> Tensor:
         """Values [B] or [B, K] by the statistics of their prompts."""
         prompt = _prompt(rollout, self.per)
+        above = values.double() - values.double().amin(0)  # equal values are 0 exactly
+        self.raw_std = float((above - above.mean(0)).std(correction=0))
+        if self.per == "rollout":
+            return FifoStatistics(len(values), 1)(values)
         if self.statistics is None:
             size = self.buffer or (PROMPT_BUFFER if prompt is not None else ROLLOUTS_KEPT * len(values))
             self.statistics = FifoStatistics(size, min(self.min_count, size))
-        self.raw_std = float((values - values.mean(0)).std(correction=0))
         return self.statistics(values, prompt)
 
     def centred_over(self, *, one_condition: bool) -> Literal["batch"] | None:
         """The batch has mean 0 if one buffer holds all of it."""
         whole = self.buffer is None and (one_condition or self.per == "batch")
-        return "batch" if whole else None
+        return "batch" if whole or self.per == "rollout" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Values that are kept."""
@@ -89,7 +94,8 @@ class Standardised(_Fifo):
     Args:
         buffer: returns kept of a prompt; None: the published 32, or without prompts four rollouts' worth.
         min_count: returns that a prompt needs before its own statistics are used.
-        per: "prompt", or "batch": one buffer for all.
+        per: "prompt"; "batch": one buffer for all; or "rollout": no buffer, the rollout's own mean and standard
+            deviation, which is what the published code does with its tracking off.
 
     Raises:
         ValueError: an argument outside its range; when called, conditions that are no integers.
@@ -119,7 +125,9 @@ class RewardsToGo(_Fifo):
     Args:
         buffer: values kept of a prompt and step; None: the published 32, or without prompts four rollouts' worth.
         min_count: values needed before their own statistics are used.
-        per: "prompt", or "batch": one buffer a step for all.
+        per: "prompt"; "batch": one buffer a step for all; or "rollout": no buffer, each step among the rollout's
+            own. (With its tracking off, the published code takes all steps together: advantages early in the
+            chain are then nearly all above 0, late ones below.)
         gamma: γ ∈ [0, 1].
 
     Raises:
@@ -130,8 +138,7 @@ class RewardsToGo(_Fifo):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma <= 1:
-            raise InputError(f"credit.gamma is {self.gamma}: it lies in [0, 1]")
+        require_number("credit.gamma", self.gamma, 0, 1)
 
     def __call__(self, rollout: TensorDictBase, reward: Tensor) -> Tensor:
         """Advantages, each step's own."""

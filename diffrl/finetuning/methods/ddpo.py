@@ -24,9 +24,11 @@ from diffrl.finetuning.surrogate import (
     policy_figures,
     reference_kl,
     scaled_clip_range,
+    step_lengths,
     trainable_law,
 )
 from diffrl.finetuning.updates import Updates
+from diffrl.ranges import require_number
 
 __all__ = ["DDPOLoss", "PPOClip", "Reinforce", "ddpo_is", "ddpo_sf"]
 
@@ -36,7 +38,7 @@ class DDPOLoss(LossModule):
 
         score function (SF):      L = -mean adv log π(a|x)
         importance sampling (IS): r = π/π_old,  L = mean max(-adv r, -adv clip(r, 1-ε, 1+ε))
-        plus kl_coef · mean KL(π ‖ π_ref) where a reference is given
+        plus kl_coef · mean KL(π ‖ π_ref) where a reference is given, or kl_coef · mean Δt KL (`Regulariser`)
 
     The mean runs over the stochastic steps. SF is on-policy: one update per rollout. One ratio per step, not their
     product over the chain.
@@ -52,6 +54,7 @@ class DDPOLoss(LossModule):
         advantage_clip: advantages are clipped to ± this.
         reference: π_ref, frozen; None: no KL term.
         kl_coef: its weight.
+        kl_by_time: whether each step's KL is multiplied by Δt, its length in time; the figure `kl` never is.
 
     Raises:
         ValueError: an argument outside its range, kl_coef without a reference, or policies of different grids.
@@ -74,16 +77,19 @@ class DDPOLoss(LossModule):
         advantage_clip: float = 5.0,
         reference: DenoisingPolicy | None = None,
         kl_coef: float = 0.0,
+        kl_by_time: bool = False,
     ) -> None:
         super().__init__()
         if surrogate not in ("sf", "is"):
             raise InputError(f"surrogate is {surrogate!r}: give 'sf' or 'is'")
-        if not (clip_range > 0 and advantage_clip > 0 and kl_coef >= 0):
-            raise InputError("clip_range and advantage_clip must be > 0, and kl_coef >= 0")
+        require_number("clip_range", clip_range, 0, ends="()")
+        require_number("advantage_clip", advantage_clip, 0, ends="()")
+        require_number("kl_coef", kl_coef, 0)
         if kl_coef > 0 and reference is None:
             raise InputError("kl_coef needs a reference policy: give reference, or kl_coef=0")
         self.policy, self.surrogate = policy, surrogate
-        self.clip_range, self.advantage_clip, self.kl_coef = clip_range, advantage_clip, kl_coef
+        self.clip_range, self.advantage_clip = clip_range, advantage_clip
+        self.kl_coef, self.kl_by_time = kl_coef, kl_by_time
         self.__dict__["reference"] = reference  # not a part of what is trained or saved
 
     @property
@@ -109,10 +115,12 @@ class DDPOLoss(LossModule):
         else:
             r = log_ratio.exp()
             loss = torch.maximum(-adv * r, -adv * r.clamp(1 - eps, 1 + eps))
-        out = {"loss_policy": loss.mean(), **policy_figures(log_ratio, eps)}
+        clipped = log_ratio.detach().expm1().abs() > eps
+        out = {"loss_policy": loss.mean(), **policy_figures(log_ratio, clipped)}
         if self.__dict__["reference"] is not None:
             kl = reference_kl(self.__dict__["reference"], law, steps, mask)
-            out |= {"loss_kl": self.kl_coef * kl, "kl": kl.detach()}
+            weighted = kl * step_lengths(self.policy, steps, mask) if self.kl_by_time else kl
+            out |= {"loss_kl": self.kl_coef * weighted.mean(), "kl": kl.detach().mean()}
         return TensorDict(out)
 
 
@@ -123,11 +131,17 @@ class Reinforce(Surrogate):
 
     Args:
         advantage_clip: advantages are clipped to ± this.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     on_policy: ClassVar[bool] = True
     takes_kl: ClassVar[bool] = True
     advantage_clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_number("surrogate.advantage_clip", self.advantage_clip, 0, ends="()")
 
     def loss(self, setting: Setting) -> DDPOLoss:
         """`DDPOLoss` by score function."""
@@ -143,11 +157,19 @@ class PPOClip(Surrogate):
     Args:
         clip_range: ε, in units of the policy's reduction; None: `scaled_clip_range`.
         advantage_clip: advantages are clipped to ± this.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     takes_kl: ClassVar[bool] = True
     clip_range: float | None = None
     advantage_clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.clip_range is not None:
+            require_number("surrogate.clip_range", self.clip_range, 0, ends="()")
+        require_number("surrogate.advantage_clip", self.advantage_clip, 0, ends="()")
 
     def loss(self, setting: Setting) -> DDPOLoss:
         """`DDPOLoss` by importance sampling."""
@@ -167,6 +189,7 @@ def _ddpo_loss(
         advantage_clip=advantage_clip,
         reference=setting.kl_reference,
         kl_coef=setting.kl_coef,
+        kl_by_time=setting.kl_by_time,
     )
 
 

@@ -27,6 +27,7 @@ from diffrl.finetuning.surrogate import (
     trainable_law,
 )
 from diffrl.finetuning.updates import Updates
+from diffrl.ranges import require_number
 
 __all__ = ["RewardDifference", "SDPOLoss", "sdpo"]
 
@@ -40,6 +41,8 @@ class SDPOLoss(LossModule):
     q is the temporal weight, largest for the first, noisiest steps (the paper's λ), and s the log scale (its η).
     With published numbers |r| stays near 1e-4 and |Δadv| near 1: the target is never reached, and the gradient is that
     of a clipped policy gradient whose baseline is the other member of the pair. The value of the loss says nothing.
+    The figure clip_fraction is its code's: the share of pairs whose clipped square is the larger one, where the
+    clip holds the gradient back. (Of DDPO it is the share of steps whose ratio is further than ε from 1.)
 
     Source: Aligning Few-Step Diffusion Models with Dense Reward Difference Learning (Zhang et al., 2024) and its code,
     https://arxiv.org/abs/2411.11727. Not to be mistaken for self-distillation policy optimisation.
@@ -73,10 +76,10 @@ class SDPOLoss(LossModule):
         advantage_clip: float = 5.0,
     ) -> None:
         super().__init__()
-        if not 0 < temporal_weight <= 1:
-            raise InputError(f"temporal_weight is {temporal_weight}: it lies in (0, 1]")
-        if not (log_scale > 0 and advantage_clip > 0):
-            raise InputError("log_scale and advantage_clip must be > 0")
+        require_number("temporal_weight", temporal_weight, 0, 1, "(]")
+        require_number("log_scale", log_scale, 0, ends="()")
+        require_number("clip_range", clip_range)
+        require_number("advantage_clip", advantage_clip, 0, ends="()")
         self.policy, self.temporal_weight, self.log_scale = policy, temporal_weight, log_scale
         self.clip_range, self.advantage_clip = clip_range, advantage_clip
 
@@ -115,11 +118,11 @@ class SDPOLoss(LossModule):
         def squared_error(r: Tensor) -> Tensor:  # (w Δr - Δadv)²
             return (w * (r[0::2] - r[1::2]) - (adv[0::2] - adv[1::2])) ** 2
 
-        eps = self.clip_range
+        eps, trained = self.clip_range, kept[0::2]
         loss = squared_error(r)
-        if eps > 0:
-            loss = torch.maximum(loss, squared_error(r.clamp(-eps, eps)))
-        return TensorDict({"loss_policy": loss[kept[0::2]].mean(), **policy_figures(log_ratio, eps)})
+        clipped = squared_error(r.clamp(-eps, eps)) if eps > 0 else loss
+        figures = policy_figures(log_ratio, (clipped > loss)[trained])
+        return TensorDict({"loss_policy": torch.maximum(loss, clipped)[trained].mean(), **figures})
 
 
 @SURROGATES.register("reward_difference")
@@ -132,6 +135,9 @@ class RewardDifference(Surrogate):
         log_scale: s > 0.
         clip_range: ε, in units of the policy's reduction; None: `scaled_clip_range`; ≤ 0 does not clip.
         advantage_clip: each member's advantage is clipped to ± this.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     needs_pairs: ClassVar[bool] = True
@@ -139,6 +145,13 @@ class RewardDifference(Surrogate):
     log_scale: float = 1.0
     clip_range: float | None = None
     advantage_clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        require_number("surrogate.temporal_weight", self.temporal_weight, 0, 1, "(]")
+        require_number("surrogate.log_scale", self.log_scale, 0, ends="()")
+        if self.clip_range is not None:
+            require_number("surrogate.clip_range", self.clip_range)
+        require_number("surrogate.advantage_clip", self.advantage_clip, 0, ends="()")
 
     def loss(self, setting: Setting) -> SDPOLoss:
         """`SDPOLoss`; it has no KL term."""

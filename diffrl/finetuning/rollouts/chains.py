@@ -15,6 +15,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import RolloutPlan
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
+from diffrl.ranges import require_int
 
 __all__ = ["Rollouts", "Start", "collect_rollout"]
 
@@ -40,16 +41,16 @@ class Rollouts(RolloutPlan):
     at_once: int | None = None
 
     def __post_init__(self) -> None:
-        if self.group_size < 1 or (self.pairs and self.group_size not in (1, 2)):
-            raise InputError(
-                f"rollouts.group_size is {self.group_size}: give at least 1, and for pairs leave it at 1"
-            )
-        if self.trajectories < 1 or self.trajectories % self.rows_of_a_group:
+        require_int("rollouts.group_size", self.group_size)
+        require_int("rollouts.trajectories", self.trajectories)
+        if self.pairs and self.group_size not in (1, 2):
+            raise InputError(f"rollouts.group_size is {self.group_size}: for pairs leave it at 1")
+        if self.trajectories % self.rows_of_a_group:
             raise InputError(
                 f"rollouts.trajectories is {self.trajectories}: give a multiple of the group size, "
                 f"{self.rows_of_a_group}"
             )
-        if self.at_once is not None and self.at_once < self.rows_of_a_group:
+        if self.at_once is not None and require_int("rollouts.at_once", self.at_once) < self.rows_of_a_group:
             raise InputError(
                 f"rollouts.at_once is {self.at_once}: a group of {self.rows_of_a_group} is drawn together; give at "
                 "least that, or null for all"
@@ -176,10 +177,12 @@ def collect_rollout(
 
 
 def _group_size(batch_size: int, group_size: int, pairs: bool, cond: Tensor | None) -> int:
+    require_int("group_size", group_size)
+    require_int("batch_size", batch_size)
     G = 2 if pairs else group_size
-    if group_size < 1 or (pairs and group_size not in (1, 2)):
-        raise InputError(f"group_size is {group_size}: give at least 1, and for pairs leave it out")
-    if batch_size < 1 or batch_size % G:
+    if pairs and group_size not in (1, 2):
+        raise InputError(f"group_size is {group_size}: for pairs leave it out")
+    if batch_size % G:
         raise InputError(f"batch_size is {batch_size}: give a multiple of the group size, {G}")
     if cond is not None and len(cond) != batch_size // G:
         raise InputError(f"{len(cond)} conditions for {batch_size // G} groups: give one each")
