@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from diffrl.errors import InputTypeError
+from diffrl.errors import InputError, InputTypeError
 
-__all__ = ["column", "event_mean", "expand_like", "require_floating"]
+__all__ = ["column", "event_mean", "expand_like", "require_data", "require_finite", "require_floating"]
 
 
 def expand_like(a: Tensor, x: Tensor) -> Tensor:
@@ -35,14 +35,50 @@ def event_mean(x: Tensor, batch_dims: int) -> Tensor:
 
 
 def require_floating(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse tensors that hold integers, by name.
+    """Refuse what is no tensor, and tensors that hold integers, by name.
 
     Raises:
-        TypeError: a tensor is not of a floating dtype.
+        TypeError: one is no tensor, or not of a floating dtype.
     """
     for name, x in tensors:
+        if not isinstance(x, Tensor):
+            raise InputTypeError(
+                f"{name} is a {type(x).__name__}: give a tensor, torch.as_tensor({name}, dtype=torch.float32)"
+            )
         if not torch.is_floating_point(x):
             raise InputTypeError(
                 f"{name} has dtype {x.dtype}: diffusion needs a floating dtype; "
                 f"convert it, for 8-bit images by {name}.float() / 127.5 - 1"
             )
+
+
+def require_data(x0: Tensor, cond: Tensor | None = None) -> None:
+    """Check clean data x0 [B, *E] and their conditions [B, ...].
+
+    Raises:
+        TypeError: x0 is no tensor of a floating dtype, or cond no tensor.
+        ValueError: x0 has no batch dim or is empty, or cond is not one for each datum.
+    """
+    require_floating([("x0", x0)])
+    if x0.ndim < 2:
+        raise InputError(
+            f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
+        )
+    if x0.numel() == 0:
+        raise InputError(f"x0 has shape {tuple(x0.shape)}: the batch is empty")
+    if cond is not None and not isinstance(cond, Tensor):
+        raise InputTypeError(f"cond is a {type(cond).__name__}: give a tensor, torch.as_tensor(cond)")
+    if cond is not None and len(cond) != len(x0):
+        raise InputError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
+
+
+def require_finite(name: str, x: Tensor) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        ValueError: x [B, *E] holds some; the first row that does is named.
+    """
+    finite = x.isfinite()
+    if not (x.is_meta or bool(finite.all())):
+        row = int((~finite.flatten(1).all(1)).nonzero()[0])
+        raise InputError(f"{name} holds NaN or infinity, first in row {row} of {len(x)}: clean the data")

@@ -3,6 +3,7 @@
 `sample_chain`, the environments and the tests all work from one `Chain`.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 from diffrl.diffusion.posterior import Posterior, coupling_eta, posterior
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
+from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import expand_like
 
 __all__ = ["Chain"]
@@ -30,7 +32,7 @@ class Chain:
 
     Args:
         process: the noise schedule.
-        num_steps: N ≥ 1, the number of noise levels.
+        num_steps: N, the number of noise levels, a whole number in [1, 1,000,000].
         coupling: η ∈ [0, 1], or "markov" (1), "shared" (0): how successive states share their noise.
         span: k ≥ 1, index units between successive states.
         stride: Δ > 0, index units of the step whose posterior mean is the value; may be a fraction where the
@@ -55,22 +57,20 @@ class Chain:
 
     def __post_init__(self) -> None:
         coupling_eta(self.coupling)
-        if self.num_steps < 1 or int(self.num_steps) != self.num_steps:
-            raise InputError(f"num_steps is {self.num_steps}: a chain has a whole number of levels >= 1")
-        if self.span < 1 or int(self.span) != self.span:
-            raise InputError(
-                f"span is {self.span}: successive states are a whole number of levels >= 1 apart"
-            )
-        if not self.stride > 0:
-            raise InputError(f"stride is {self.stride}: the one-step stride must be > 0")
+        require_int("num_steps", self.num_steps, most=MAX_STEPS)
+        require_int("span", self.span)
+        if self.stride != math.inf:  # which is the value "clean"
+            require_number("stride", self.stride, 0, ends="()")
         if self.value not in ("posterior_mean", "clean"):
             raise InputError(f"value is {self.value!r}: give 'posterior_mean' or 'clean'")
-        if not -1 < self.offset < 1:
-            raise InputError(f"offset is {self.offset}: it shifts the grid by less than one level")
+        require_number("offset", self.offset, -1, 1, "()")
+        if self.t_max is not None:
+            require_number("t_max", self.t_max, self.process.t_clean, ends="()")
         if len(self.t) < 2:
+            given = [f"{name} = {getattr(self, name)}" for name in ("t_max", "offset") if getattr(self, name)]
+            without = f" with {' and '.join(given)}" if given else ""
             raise InputError(
-                f"no noise level is left of num_steps = {self.num_steps} with t_max = {self.t_max} and "
-                f"offset = {self.offset}"
+                f"no noise level is left of num_steps = {self.num_steps}{without}: give more levels"
             )
 
     @property

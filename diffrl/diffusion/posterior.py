@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
 
 __all__ = ["Posterior", "coupling_eta", "marginal", "posterior", "transition"]
@@ -31,10 +32,10 @@ def coupling_eta(coupling: float | str) -> float:
     Raises:
         ValueError: another name, or a number outside [0, 1].
     """
-    eta = {"markov": 1.0, "shared": 0.0}.get(coupling) if isinstance(coupling, str) else float(coupling)
-    if eta is None or not 0 <= eta <= 1:
+    eta = {"markov": 1.0, "shared": 0.0}.get(coupling) if isinstance(coupling, str) else coupling
+    if eta is None:
         raise InputError(f"coupling is {coupling!r}: give 'markov', 'shared' or a number in [0, 1]")
-    return eta
+    return require_number("coupling", eta, 0, 1)
 
 
 def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 from diffrl.registry import Registry
 
 __all__ = ["STARTS", "CurriculumStarts", "LossAwareStarts", "Starts", "UniformStarts"]
@@ -72,7 +73,7 @@ class LossAwareStarts(Starts):
     https://arxiv.org/abs/2102.09672.
 
     Args:
-        history: number of losses to remember of each start, ≥ 1.
+        history: number of losses to remember of each start, in [1, 100,000].
         uniform: u ∈ [0, 1], the share drawn uniformly.
 
     Raises:
@@ -80,10 +81,8 @@ class LossAwareStarts(Starts):
     """
 
     def __init__(self, history: int = 10, uniform: float = 0.001) -> None:
-        if history < 1:
-            raise InputError(f"history is {history}: remember at least one loss")
-        if not 0 <= uniform <= 1:
-            raise InputError(f"uniform is {uniform}: it is a share in [0, 1]")
+        require_int("history", history, most=100_000)
+        require_number("uniform", uniform, 0, 1)
         self.history, self.uniform = history, uniform
         # one row for each start, in which a new loss takes the place of the oldest
         self._losses = torch.zeros(0, history, dtype=torch.float64)
@@ -156,8 +155,7 @@ class CurriculumStarts(Starts):
         order: Literal["high_to_low", "low_to_high"] = "high_to_low",
     ) -> None:
         for name, number in (("clusters", clusters), ("patience", patience), ("every", every)):
-            if number < 1:
-                raise InputError(f"{name} is {number}: it must be at least 1")
+            require_int(name, number)
         if order not in ("high_to_low", "low_to_high"):
             raise InputError(f"order is {order!r}: give 'high_to_low' or 'low_to_high'")
         self.clusters, self.patience, self.every, self.order = clusters, patience, every, order

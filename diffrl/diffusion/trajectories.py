@@ -12,7 +12,8 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.starts import Starts, UniformStarts
 from diffrl.errors import InputError
-from diffrl.shapes import require_floating
+from diffrl.ranges import require_int
+from diffrl.shapes import require_data, require_finite
 
 __all__ = ["ChainSampler", "draw_chain", "sample_chain"]
 
@@ -53,9 +54,11 @@ def sample_chain(
         TensorDict of batch size [B, K] (or [B, window]); keys and shapes are those of `diffrl.keys`.
 
     Raises:
-        TypeError: x0 holds integers.
-        ValueError: x0 has no batch dim, or an argument is outside its range.
+        TypeError: x0 is no tensor, or holds integers.
+        ValueError: x0 has no batch dim, is empty, or holds NaN or infinity; an argument is outside its range.
     """
+    require_data(x0, cond)
+    require_finite("x0", x0)
     return draw_chain(
         Chain(process, coupling=coupling, **chain),
         x0,
@@ -94,7 +97,9 @@ def draw_chain(
         TypeError: x0 holds integers.
         ValueError: x0 has no batch dim, or an argument does not fit it.
     """
-    _check_data(x0, cond, window)
+    require_data(x0, cond)
+    if window is not None:
+        require_int("window", window)
     B, K, E = x0.shape[0], chain.num_transitions, x0.shape[1:]
     whole = window is None or window >= K
     W = K if whole or window is None else window
@@ -114,18 +119,6 @@ def draw_chain(
         raise InputError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
     x, reward = _states_and_rewards(table, x0, noise)
     return _transitions(chain, table, index, x, reward, x0, cond)
-
-
-def _check_data(x0: Tensor, cond: Tensor | None, window: int | None) -> None:
-    require_floating([("x0", x0)])
-    if x0.ndim < 2:
-        raise InputError(
-            f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data, e.g. x0.unsqueeze(0)"
-        )
-    if cond is not None and len(cond) != len(x0):
-        raise InputError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
-    if window is not None and window < 1:
-        raise InputError(f"window is {window}: keep at least one transition, or None for whole chains")
 
 
 def _states_and_rewards(table: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +195,8 @@ class ChainSampler:
         starts: where windows begin, see `diffrl.diffusion.starts`.
 
     Raises:
-        ValueError: starts other than uniform ones are given, but chains are whole.
+        ValueError: window is no whole number ≥ 1; starts other than uniform ones are given, but chains are whole; or a
+            shift may leave no level.
     """
 
     chain: Chain
@@ -211,16 +205,31 @@ class ChainSampler:
     starts: Starts = field(default_factory=UniformStarts)
 
     def __post_init__(self) -> None:
+        if self.window is not None:
+            require_int("window", self.window)
         whole = self.window is None or self.window >= self.chain.num_transitions
         if whole and not isinstance(self.starts, UniformStarts):
             raise InputError(
                 "starts say where windows of a chain begin, but chains are whole: set chain.window, e.g. to 1"
             )
+        if self._shifts and self.chain.process.continuous:
+            try:
+                for offset in (-0.5, 0.5):
+                    replace(self.chain, offset=offset)
+            except InputError as error:
+                raise InputError(
+                    f"num_steps is {self.chain.num_steps}: where the grid is shifted from batch to batch, no noise "
+                    "level may be left of so few; give more (2 at least), or jitter=False"
+                ) from error
+
+    @property
+    def _shifts(self) -> bool:
+        return self.chain.process.continuous if self.jitter is None else self.jitter
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
         """A batch of chains, see `sample_chain`."""
         chain = self.chain
-        if chain.process.continuous if self.jitter is None else self.jitter:
+        if self._shifts:
             offset = float(torch.rand((), generator=generator, device=generator.device)) - 0.5
             chain = replace(chain, offset=offset)
         W, K = self.window, chain.num_transitions

@@ -16,7 +16,8 @@ from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ChainValue
-from diffrl.objectives.weights import WeightTerms, weight_function
+from diffrl.objectives.weights import MAX_COEF, WeightTerms, weight_function
+from diffrl.ranges import require_number
 from diffrl.registry import options_of
 from diffrl.shapes import event_mean, expand_like
 
@@ -76,8 +77,8 @@ class ConsistencyLoss(DenoiserLoss):
 
     Args:
         denoiser: f, in the boundary form, prediction_type "consistency"; kept by reference, trained in place.
-        td_coef: b ≥ 0.
-        consistency_coef: c ≥ 0.
+        td_coef: b ∈ [0, 1e6].
+        consistency_coef: c ∈ [0, 1e6].
         td_weight: w, a name in `diffrl.objectives.weights.WEIGHTS`; the released code has "sum_sq" and "sum".
         metric: d, a name in `METRICS`.
         ct_weight: w_CT, "uniform" or "karras" (σ_t⁻² + σ_data⁻²).
@@ -106,7 +107,9 @@ class ConsistencyLoss(DenoiserLoss):
                 "consistency training needs f(x, σ_min) = x: set denoiser.prediction_type=consistency, "
                 f"not {denoiser.prediction_type}"
             )
-        if not (td_coef >= 0 and consistency_coef >= 0 and td_coef + consistency_coef > 0):
+        require_number("td_coef", td_coef, 0, MAX_COEF)
+        require_number("consistency_coef", consistency_coef, 0, MAX_COEF)
+        if not td_coef + consistency_coef > 0:
             raise InputError(f"td_coef is {td_coef} and consistency_coef {consistency_coef}: one must be > 0")
         if ct_weight == "edm":
             raise InputError(

@@ -12,7 +12,8 @@ from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
-from diffrl.shapes import expand_like, require_floating
+from diffrl.ranges import MAX_STEPS, require_int, require_number
+from diffrl.shapes import expand_like, require_data, require_finite
 
 __all__ = ["ConsistencyPairs", "num_scales", "sample_consistency_pairs", "target_decay"]
 
@@ -80,12 +81,12 @@ def sample_consistency_pairs(
 
     Raises:
         ValueError: another process, num_scales < 2, stride ≤ 0, or another kappa.
-        TypeError: x0 holds integers.
+        TypeError: x0 is no tensor, or holds integers.
     """
-    require_floating([("x0", x0)])
+    require_data(x0, cond)
+    require_finite("x0", x0)
     _check_pairs(process, stride, kappa)
-    if num_scales < 2:
-        raise InputError(f"num_scales is {num_scales}: a pair needs two levels")
+    require_int("num_scales", num_scales, 2, MAX_STEPS)
     B, N = len(x0), num_scales
     if index is None:
         index = torch.randint(N - 1, (B,), generator=generator, device=x0.device)
@@ -134,10 +135,9 @@ class ConsistencyPairs:
         kappa: Literal["markov", "shared"] = "markov",
     ) -> None:
         _check_pairs(process, stride, kappa)
-        if not 1 <= s_0 <= s_1:
-            raise InputError(f"s_0 is {s_0} and s_1 {s_1}: the levels grow, 1 <= s_0 <= s_1")
-        if not 0 < mu_0 <= 1:
-            raise InputError(f"mu_0 is {mu_0}: a decay lies in (0, 1]")
+        require_int("s_1", s_1, most=MAX_STEPS - 1)
+        require_int("s_0", s_0, most=s_1)
+        require_number("mu_0", mu_0, 0, 1, "(]")
         self.process, self.s_0, self.s_1, self.mu_0 = process, s_0, s_1, mu_0
         self.stride, self.kappa = stride, kappa
         self.set_progress(0, 1)
@@ -165,7 +165,6 @@ def _check_pairs(process: object, stride: float, kappa: str) -> None:
         raise InputError(
             f"consistency training is defined on the EDM process, not on {type(process).__name__}"
         )
-    if not stride > 0:
-        raise InputError(f"stride is {stride}: it must be > 0")
+    require_number("stride", stride, 0, ends="()")
     if kappa not in ("markov", "shared"):
         raise InputError(f"kappa is {kappa!r}: give 'markov' (as published) or 'shared'")

@@ -7,11 +7,11 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.one_step import one_step_chains
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.shapes import require_floating
+from diffrl.ranges import MAX_STEPS, require_int, require_number
+from diffrl.shapes import require_data, require_finite
 
 __all__ = ["sample_log_normal_states", "sample_uniform_states"]
 
@@ -41,8 +41,8 @@ def sample_log_normal_states(
     Args:
         process: noise schedule; one of discrete times gives the nearest.
         x0: clean data, floating dtype, shape [B, *E].
-        P_mean: mean of ln(σ_t/α_t).
-        P_std: its standard deviation.
+        P_mean: mean of ln(σ_t/α_t), in [-15, 15].
+        P_std: its standard deviation, in [0, 5].
         cond: condition of each datum, shape [B, ...].
         noise: ε to use, of x0's shape.
         generator: source of randomness; drawn in the order σ_t, ε.
@@ -52,12 +52,13 @@ def sample_log_normal_states(
         denoiser itself (A = 1, κ = 0), so that every target is the datum.
 
     Raises:
-        TypeError: x0 holds integers.
-        ValueError: P_std < 0.
+        TypeError: x0 is no tensor, or holds integers.
+        ValueError: P_mean or P_std outside its range.
     """
-    require_floating([("x0", x0)])
-    if not P_std >= 0:
-        raise InputError(f"P_std is {P_std}: it is a standard deviation >= 0")
+    require_data(x0, cond)
+    require_finite("x0", x0)
+    require_number("P_mean", P_mean, -15, 15)
+    require_number("P_std", P_std, 0, 5)
     z = torch.randn(len(x0), generator=generator, dtype=x0.dtype, device=x0.device)
     t = process.t_from_log_snr(-2 * (P_mean + P_std * z))
     return _states(process, x0, t, cond, noise, generator)
@@ -91,10 +92,12 @@ def sample_uniform_states(
         As `sample_log_normal_states`.
 
     Raises:
-        TypeError: x0 holds integers.
+        TypeError: x0 is no tensor, or holds integers.
         ValueError: num_steps < 1, or more than a discrete process has.
     """
-    require_floating([("x0", x0)])
+    require_data(x0, cond)
+    require_finite("x0", x0)
+    require_int("num_steps", num_steps, most=MAX_STEPS)
     u = torch.rand(len(x0), generator=generator, dtype=torch.float64, device=x0.device)
     i = u * (num_steps - 1) if process.continuous else (u * num_steps).floor()
     return _states(process, x0, process.time(i, num_steps).to(x0.dtype), cond, noise, generator)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
-from diffrl.rl.returns import check_unit_interval
+from diffrl.ranges import require_number
 
 __all__ = ["LambdaSchedule"]
 
@@ -45,12 +44,10 @@ class LambdaSchedule:
     nsr_high: float = 10.0
 
     def __post_init__(self) -> None:
-        check_unit_interval("low_noise", self.low_noise)
-        check_unit_interval("high_noise", self.high_noise)
-        if not 0 < self.nsr_low < self.nsr_high:
-            raise InputError(
-                f"LambdaSchedule needs 0 < nsr_low < nsr_high, not {self.nsr_low} and {self.nsr_high}"
-            )
+        require_number("low_noise", self.low_noise, 0, 1)
+        require_number("high_noise", self.high_noise, 0, 1)
+        require_number("nsr_low", self.nsr_low, 0, ends="()")
+        require_number("nsr_high", self.nsr_high, self.nsr_low, ends="()")
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         """λ of states of that log-SNR, infinite ones too: same shape and dtype."""

@@ -15,8 +15,9 @@ from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
+from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.registry import options_of
-from diffrl.shapes import expand_like, require_floating
+from diffrl.shapes import expand_like, require_data, require_finite
 
 __all__ = ["sample_td_edm_pairs", "td_edm_loss"]
 
@@ -55,11 +56,11 @@ def sample_td_edm_pairs(
         process: EDM.
         x0: clean data, shape [B, *E].
         coupling: "markov" or "shared"; the paper has no other.
-        num_steps: N of the ρ-grid.
+        num_steps: N ≥ 2 of the ρ-grid.
         span: k > 0, in index units.
         stride: Δ > 0, in index units.
-        P_mean: mean of ln σ_t.
-        P_std: standard deviation of ln σ_t.
+        P_mean: mean of ln σ_t, in [-15, 15].
+        P_std: standard deviation of ln σ_t, in [0, 5].
         cond: condition, shape [B, ...].
         sigma: σ_t to use, shape [B].
         noise: ε to use, of x0's shape.
@@ -70,15 +71,23 @@ def sample_td_edm_pairs(
         TensorDict of batch size [B, 1], with the entry ``valid`` beside those of a chain.
 
     Raises:
-        TypeError: x0 holds integers.
-        ValueError: another process or coupling, span or stride not positive, or a tensor of another shape.
+        TypeError: x0 is no tensor, or holds integers.
+        ValueError: another process or coupling, a number outside its range, x0 that is empty or holds NaN, or a tensor
+            of another shape.
     """
+    require_data(x0, cond)
+    require_finite("x0", x0)
     given = {
         "sigma": (sigma, x0.shape[:1]),
         "noise": (noise, x0.shape),
         "fresh_noise": (fresh_noise, x0.shape),
     }
-    _check(process, x0, coupling, span, stride, cond, given)
+    _check(process, coupling, given)
+    require_int("num_steps", num_steps, 2, MAX_STEPS)
+    require_number("span", span, 0, ends="()")
+    require_number("stride", stride, 0, ends="()")
+    require_number("P_mean", P_mean, -15, 15)
+    require_number("P_std", P_std, 0, 5)
     eta = coupling_eta(coupling)
 
     def randn(*shape: int) -> Tensor:
@@ -125,25 +134,14 @@ def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
 
 def _check(
     process: object,
-    x0: Tensor,
     coupling: float | str,
-    span: float,
-    stride: float,
-    cond: Tensor | None,
     given: Mapping[str, tuple[Tensor | None, torch.Size]],
 ) -> None:
     """Refuse what TD-EDM is not defined for; `given` are tensors, each with the shape that it must have."""
-    require_floating([("x0", x0)])
     if not isinstance(process, EDM):
         raise InputError(f"the process is {type(process).__name__}: TD-EDM is defined for EDM")
     if coupling_eta(coupling) not in (0.0, 1.0):
         raise InputError(f"coupling is {coupling!r}: TD-EDM is defined for 'markov' and 'shared'")
-    if not (span > 0 and stride > 0):
-        raise InputError(f"span is {span} and stride {stride}: both must be > 0")
-    if x0.ndim < 2:
-        raise InputError(f"x0 has shape {tuple(x0.shape)}: give [B, *E], a batch of data")
-    if cond is not None and len(cond) != len(x0):
-        raise InputError(f"cond has {len(cond)} entries, but there are {len(x0)} data")
     for name, (tensor, shape) in given.items():
         if tensor is not None and tensor.shape != shape:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")

@@ -19,7 +19,8 @@ from diffrl.errors import InputError, InputKeyError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.weights import ChainTerms, weight_function
+from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
+from diffrl.ranges import require_number
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated
 from diffrl.shapes import event_mean, expand_like, require_floating
@@ -90,7 +91,7 @@ class ValueLoss(DenoiserLoss):
             both ends.
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
         weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
-        denoising_coef: c ≥ 0, the added denoising loss. Where the chain marks a state not `valid`, its loss
+        denoising_coef: c ∈ [0, 1e6], the added denoising loss. Where the chain marks a state not `valid`, its loss
             is (1 + c) L_den.
 
     Raises:
@@ -121,8 +122,7 @@ class ValueLoss(DenoiserLoss):
     ) -> None:
         if bootstrap not in ("own", "target", "residual"):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
-        if not denoising_coef >= 0:
-            raise InputError(f"denoising_coef is {denoising_coef}: it is a weight >= 0")
+        require_number("denoising_coef", denoising_coef, 0, MAX_COEF)
         if lmbda is not None and n_steps is not None:
             raise InputError(
                 f"lmbda is {lmbda} and n_steps is {n_steps}: give lmbda or n_steps, not both, since they are two "

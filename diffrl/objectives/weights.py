@@ -12,8 +12,12 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 
-__all__ = ["WEIGHTS", "ChainTerms", "WeightTerms", "weight_function"]
+__all__ = ["MAX_COEF", "WEIGHTS", "ChainTerms", "WeightTerms", "weight_function"]
+
+MAX_COEF = 1e6
+"""Largest coefficient of a loss or number of a weight: more is a slip, and overflows soon."""
 
 
 class WeightTerms(NamedTuple):
@@ -187,10 +191,10 @@ def weight_function(name: str, options: Mapping[str, float] | None = None) -> Ca
 
     Args:
         name: in `WEIGHTS`.
-        options: numbers of its own, e.g. ``{"gamma": 0.5}`` for "p2".
+        options: numbers of its own in [0, 1e6], e.g. ``{"gamma": 0.5}`` for "p2".
 
     Raises:
-        ValueError: there is none, or it has no such number.
+        ValueError: there is none, it has no such number, or a number is outside its range.
     """
     if name not in WEIGHTS:
         raise InputError(f"weight is {name!r}: give one of {', '.join(WEIGHTS)}")
@@ -199,4 +203,5 @@ def weight_function(name: str, options: Mapping[str, float] | None = None) -> Ca
     for option in options:
         if option not in known:
             raise InputError(f"weight {name!r} has no number {option!r}: it has {', '.join(known) or 'none'}")
+        require_number(f"weight_options.{option}", options[option], 0, MAX_COEF)
     return partial(WEIGHTS[name], **options)

@@ -24,9 +24,8 @@ from torchrl.objectives.utils import register_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 from diffrl.rl.returns import (
-    check_n_steps,
-    check_unit_interval,
     is_truncated,
     lambda_returns,
     monte_carlo_returns,
@@ -81,7 +80,7 @@ class VectorEstimator(ValueEstimatorBase):
             device=device,
             deactivate_vmap=deactivate_vmap,
         )
-        check_unit_interval("gamma", gamma)
+        require_number("gamma", gamma, 0, 1)
         self.gamma = float(gamma)  # TorchRL keeps a float32 buffer, which rounds
 
     @abstractmethod
@@ -203,7 +202,7 @@ class TDLambda(VectorEstimator):
     def __init__(self, *, lmbda: float | Tensor | Callable[[TensorDictBase], Tensor], **options: Any) -> None:
         super().__init__(**options)
         if not (isinstance(lmbda, Tensor) or callable(lmbda)):
-            check_unit_interval("lmbda", lmbda)
+            require_number("lmbda", lmbda, 0, 1)
         self.lmbda = lmbda
 
     def returns(
@@ -243,7 +242,7 @@ class NStep(VectorEstimator):
 
     def __init__(self, *, n_steps: int, **options: Any) -> None:
         super().__init__(**options)
-        check_n_steps(n_steps)
+        require_int("n_steps", n_steps)
         self.n_steps = n_steps
 
     def returns(

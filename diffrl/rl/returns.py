@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 from diffrl.shapes import expand_like
 
 __all__ = ["is_truncated", "lambda_returns", "monte_carlo_returns", "n_step_returns"]
@@ -60,7 +61,7 @@ def lambda_returns(
     tensor([[0.7500, 1.0000]])
     """
     if not isinstance(lmbda, Tensor):
-        check_unit_interval("lmbda", lmbda)
+        require_number("lmbda", lmbda, 0, 1)
         if lmbda == 0:
             return n_step_returns(reward, next_value, terminated, done, n_steps=1, gamma=gamma)
         if lmbda == 1:
@@ -113,11 +114,11 @@ def n_step_returns(
     >>> n_step_returns(r, V, end, n_steps=1)
     tensor([[0.5000, 1.0000]])
     """
-    check_n_steps(n_steps)
+    require_int("n_steps", n_steps)
     if next_value.ndim >= 2 and n_steps >= next_value.shape[1]:
         return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
     if n_steps == 1:  # no recursion
-        check_unit_interval("gamma", gamma)
+        require_number("gamma", gamma, 0, 1)
         _check_chain(reward, next_value, terminated, done)
         V_next = next_value.masked_fill(expand_like(terminated.squeeze(-1), next_value), 0.0)
         return _paid(reward, gamma, V_next)
@@ -197,23 +198,11 @@ def is_truncated(terminated: Tensor, done: Tensor | None = None) -> bool:
     return cut_inside or not bool(terminated[:, -1].all())
 
 
-def check_unit_interval(name: str, value: float) -> None:
-    """Raise ValueError unless `value` lies in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise InputError(f"{name} is {value}, but must lie in [0, 1]")
-
-
-def check_n_steps(n_steps: int) -> None:
-    """Raise ValueError unless `n_steps` is an integer of at least 1."""
-    if not isinstance(n_steps, int) or isinstance(n_steps, bool) or n_steps < 1:
-        raise InputError(f"n_steps is {n_steps!r}, but must be an integer of at least 1")
-
-
 def _steps(
     reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None, gamma: float
 ) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor | None]]:
     """For each step the reward, the value (0 where terminated), and where chains stop (None: nowhere)."""
-    check_unit_interval("gamma", gamma)
+    require_number("gamma", gamma, 0, 1)
     _check_chain(reward, next_value, terminated, done)
     ended = terminated if done is None else terminated | done
     K = ended.shape[1]

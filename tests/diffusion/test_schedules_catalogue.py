@@ -177,10 +177,10 @@ def test_a_schedule_is_a_value(process: VP) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: VP("sigmoid", start=1.0, end=1.0), "start < end"),
-        (lambda: VP("sigmoid", tau=0.0), "tau > 0"),
-        (lambda: VP(input_scale=0.0), "input_scale > 0"),
-        (lambda: VP(log_snr_max=-1.0), "log_snr_max > 0"),
+        (lambda: VP("sigmoid", start=1.0, end=1.0), r"end is 1.0, but must lie in \(1, "),
+        (lambda: VP("sigmoid", tau=0.0), r"tau is 0.0, but must lie in \(0, "),
+        (lambda: VP(input_scale=0.0), "input_scale is 0.0, but must lie in"),
+        (lambda: VP(log_snr_max=-1.0), r"log_snr_max is -1.0, but must lie in \(0, 50\]"),
         (lambda: VP("linear", log_snr_max=15.0), "log_snr_max is 15"),
     ],
 )

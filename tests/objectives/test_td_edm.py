@@ -284,7 +284,7 @@ def test_published_target_update() -> None:
         ({"coupling": 0.5}, ValueError, "TD-EDM is defined for 'markov' and 'shared'"),
         ({"coupling": "shred"}, ValueError, "coupling is 'shred'"),
         ({"span": 0.0}, ValueError, "span is 0.0"),
-        ({"stride": -0.2}, ValueError, "stride -0.2"),
+        ({"stride": -0.2}, ValueError, "stride is -0.2"),
         ({"x0": torch.zeros(3, 2, dtype=torch.uint8)}, TypeError, "x0 has dtype torch.uint8"),
         ({"x0": torch.zeros(3)}, ValueError, "x0 has shape"),
         ({"sigma": torch.ones(2)}, ValueError, "sigma has shape"),

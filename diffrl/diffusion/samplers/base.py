@@ -9,7 +9,8 @@ from torch import Tensor
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import Gaussian, NoiseFn
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import MAX_STEPS, require_int
 from diffrl.shapes import column
 
 __all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "velocity"]
@@ -56,11 +57,18 @@ class Model:
         process: noise schedule.
         num_steps: N, the number of noise levels in the grid.
         cond: condition of each sample, shape [N, ...], or None.
+
+    Raises:
+        TypeError: process is no schedule.
+        ValueError: num_steps is no whole number in [1, 1,000,000].
     """
 
     def __init__(
         self, denoiser: DenoiserFn, process: Schedule, num_steps: int, cond: Tensor | None = None
     ) -> None:
+        if not isinstance(process, Schedule):
+            raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
+        require_int("num_steps", num_steps, most=MAX_STEPS)
         self.denoiser, self.process, self.num_steps, self.cond = denoiser, process, num_steps, cond
         self.nfe = 0
         """Calls of the denoiser so far; a guided one counts once, though it evaluates its network twice."""

@@ -12,6 +12,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 from diffrl.shapes import column
 
 __all__ = ["LCM", "Multistep"]
@@ -32,9 +33,16 @@ class Multistep(GaussianSampler):
         levels: σ below σ_max, in falling order, of which a chain of N levels takes the first N - 1; the paper
             searches for good ones by sample quality. None: those of the process's grid of N + 1 levels
             without its last, σ_min, where f returns its input.
+
+    Raises:
+        ValueError: a level is no number > 0.
     """
 
     levels: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for level in self.levels or ():
+            require_number("levels", level, 0, ends="()")
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
         """The grid: σ_max, the lower levels, then clean data: float64, shape [N+1].
@@ -93,8 +101,7 @@ class LCM(GaussianSampler):
     solver_steps: int = 50
 
     def __post_init__(self) -> None:
-        if self.solver_steps < 1:
-            raise InputError(f"solver_steps is {self.solver_steps}: give at least 1")
+        require_int("solver_steps", self.solver_steps)
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
         """The timesteps of the chain, then clean data: float64, shape [N+1].
@@ -106,7 +113,7 @@ class LCM(GaussianSampler):
             raise InputError(
                 f"LCM works on the DDPM process, not on {type(process).__name__}: use CPS(eta=1)"
             )
-        M, N = self.solver_steps, num_steps
+        M, N = self.solver_steps, require_int("num_steps", num_steps)
         if not 1 <= N <= M <= process.train_steps:
             raise InputError(
                 f"LCM needs 1 <= num_steps <= solver_steps <= train_steps, not {N}, {M} and {process.train_steps}"

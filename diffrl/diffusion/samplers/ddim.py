@@ -9,7 +9,7 @@ from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
+from diffrl.ranges import require_number
 from diffrl.shapes import column
 
 __all__ = ["DDIM", "Ancestral"]
@@ -34,8 +34,7 @@ class DDIM(GaussianSampler):
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta is {self.eta}: it lies in [0, 1]")
+        require_number("eta", self.eta, 0, 1)
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(A D + κ x, std²)."""

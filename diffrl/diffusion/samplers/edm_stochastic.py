@@ -1,5 +1,6 @@
 """EDM's stochastic sampler: Heun steps, with fresh noise before each."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from diffrl.diffusion.samplers.ode import Heun
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 
 __all__ = ["EDMStochastic"]
 
@@ -28,16 +30,27 @@ class EDMStochastic(Sampler):
     Algorithm 2 and Table 5 (ImageNet-64), https://arxiv.org/abs/2206.00364.
 
     Args:
-        S_churn: amount of fresh noise over the whole chain of N steps.
-        S_min: lowest noise level at which it is added.
-        S_max: highest such level.
-        S_noise: factor on the added noise, slightly above 1 to make up for what the denoiser removes too much.
+        S_churn: amount of fresh noise over the whole chain of N steps, ≥ 0.
+        S_min: lowest noise level at which it is added, ≥ 0.
+        S_max: highest such level; infinity is every level above S_min.
+        S_noise: factor on the added noise, in [0, 10], slightly above 1 to make up for what the denoiser removes too
+            much.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     S_churn: float = 40.0
     S_min: float = 0.05
     S_max: float = 50.0
     S_noise: float = 1.003
+
+    def __post_init__(self) -> None:
+        require_number("S_churn", self.S_churn, 0)
+        require_number("S_min", self.S_min, 0)
+        if self.S_max != math.inf:
+            require_number("S_max", self.S_max, self.S_min)
+        require_number("S_noise", self.S_noise, 0, 10)
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:
         """Add noise from t up to t̂, then take a Heun step down to s.

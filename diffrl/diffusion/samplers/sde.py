@@ -12,6 +12,7 @@ from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 from diffrl.shapes import column
 
 __all__ = ["CPS", "FlowSDE"]
@@ -32,17 +33,16 @@ class FlowSDE(GaussianSampler):
     https://arxiv.org/abs/2505.05470.
 
     Args:
-        a: amount of noise, ≥ 0; 0 is `Euler`.
+        a: amount of noise, in [0, 100]; 0 is `Euler`.
 
     Raises:
-        ValueError: a < 0.
+        ValueError: a outside its range.
     """
 
     a: float = 0.7
 
     def __post_init__(self) -> None:
-        if not self.a >= 0:
-            raise InputError(f"a is {self.a}: it is an amount of noise >= 0")
+        require_number("a", self.a, 0, 100)
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(mean, std²).
@@ -87,8 +87,7 @@ class CPS(GaussianSampler):
     eta: float = 0.7
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"eta is {self.eta}: it lies in [0, 1]")
+        require_number("eta", self.eta, 0, 1)
 
     def law(self, process: Schedule, x: Tensor, D_x: Tensor, t: Tensor, s: Tensor) -> Gaussian:
         """N(mean, std²)."""

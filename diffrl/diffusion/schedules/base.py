@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from diffrl.errors import InputError
+from diffrl.ranges import MAX_STEPS, require_int
 
 __all__ = ["Schedule"]
 
@@ -80,20 +80,19 @@ class Schedule(ABC):
 
         Args:
             index: i, any shape; whole numbers for a discrete process.
-            num_steps: N ≥ 1.
+            num_steps: N, a whole number in [1, 1,000,000].
 
         Returns:
             t, float64, of the shape of `index`.
 
         Raises:
-            ValueError: num_steps < 1, or a fraction for a discrete process.
+            ValueError: num_steps is something else, or an index is a fraction and the process discrete.
         """
-        if num_steps < 1:
-            raise InputError(f"num_steps is {num_steps}: a chain needs at least one noise level")
+        require_int("num_steps", num_steps, most=MAX_STEPS)
         i, last = index.double(), num_steps - 1
         # the tolerance: a rounded sum such as 16.8 + 0.2 must not fall off the grid
         return torch.where(i > last + 1e-9, self.t_clean, self._level(i.clamp(max=last), num_steps))
 
     def time_grid(self, num_steps: int) -> Tensor:
         """Times of the N levels, noisiest first, then of the clean state: float64, shape [N+1]."""
-        return self.time(torch.arange(num_steps + 1), num_steps)
+        return self.time(torch.arange(require_int("num_steps", num_steps, most=MAX_STEPS) + 1), num_steps)

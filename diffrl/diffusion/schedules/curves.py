@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 
 __all__ = ["Cosine", "Curve", "LinearBeta", "Scaled", "Sigmoid", "discrete_alphas_cumprod"]
 
@@ -44,8 +45,8 @@ class LinearBeta(Curve):
     eqs. 11 and 33, https://arxiv.org/abs/2011.13456.
 
     Args:
-        beta_min: β at t = 0, > 0.
-        beta_max: β at t = 1, ≥ beta_min.
+        beta_min: β at t = 0, in [1e-6, 200].
+        beta_max: β at t = 1, in [beta_min, 200], where α² is still a number in float32.
 
     Raises:
         ValueError: an argument outside its range.
@@ -55,8 +56,8 @@ class LinearBeta(Curve):
     beta_max: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max:
-            raise InputError(f"VP needs 0 < beta_min <= beta_max, not {self.beta_min} and {self.beta_max}")
+        require_number("beta_min", self.beta_min, 1e-6, 200)
+        require_number("beta_max", self.beta_max, self.beta_min, 200)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return -0.5 * (self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2)
@@ -124,10 +125,11 @@ class Sigmoid(Curve):
     tau: float
 
     def __post_init__(self) -> None:
-        if not self.start < self.end:
-            raise InputError(f"VP's sigmoid needs start < end, not {self.start} and {self.end}")
+        require_number("start", self.start, -1e3, 1e3)
+        require_number("end", self.end, self.start, 1e3, "(]")
+        require_number("tau", self.tau, 0, 1e3, "(]")
         if not self.tau > max(abs(self.start), abs(self.end)) / 500:
-            raise InputError(f"VP's sigmoid needs tau > 0 and not so small that it is a step, not {self.tau}")
+            raise InputError(f"tau is {self.tau}: VP's sigmoid is then a step; give more")
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -177,18 +179,17 @@ class Scaled(Curve):
 
     Args:
         curve: α and σ.
-        scale: b > 0.
+        scale: b ∈ [0.001, 1000].
 
     Raises:
-        ValueError: b ≤ 0.
+        ValueError: b outside its range.
     """
 
     curve: Curve
     scale: float
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise InputError(f"VP needs input_scale > 0, not {self.scale}")
+        require_number("input_scale", self.scale, 1e-3, 1e3)
 
     def _norm(self, t: Tensor) -> Tensor:
         return torch.hypot(self.scale * self.curve.alpha(t), self.curve.sigma(t))

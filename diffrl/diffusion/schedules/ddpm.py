@@ -11,6 +11,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.curves import discrete_alphas_cumprod
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 
 __all__ = ["DDPM"]
 
@@ -26,13 +27,13 @@ class DDPM(Schedule):
     Source: Denoising Diffusion Probabilistic Models (Ho et al., 2020), eq. 4, https://arxiv.org/abs/2006.11239.
 
     Args:
-        train_steps: T ≥ 1.
+        train_steps: T ∈ [1, 100,000].
         kind: "linear", "scaled_linear" or "cosine".
         beta_start: β_0 (not cosine), > 0.
         beta_end: β_{T-1} (not cosine), ≥ beta_start and < 1.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range; betas that leave no signal (ᾱ < 1e-24) at the noisiest timestep.
         IndexError: (alpha, sigma) a time outside -1..T-1.
     """
 
@@ -47,11 +48,13 @@ class DDPM(Schedule):
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "scaled_linear", "cosine"):
             raise InputError(f"DDPM has kinds scaled_linear, linear and cosine, not {self.kind!r}")
-        if self.train_steps < 1:
-            raise InputError(f"train_steps is {self.train_steps}: DDPM needs at least one timestep")
-        if not 0 < self.beta_start <= self.beta_end < 1:
+        require_int("train_steps", self.train_steps, most=100_000)
+        require_number("beta_start", self.beta_start, 1e-12, 1, "[)")
+        require_number("beta_end", self.beta_end, self.beta_start, 1, "[)")
+        if float(self.alphas_cumprod[-1]) < 1e-24:
             raise InputError(
-                f"DDPM needs 0 < beta_start <= beta_end < 1, not {self.beta_start} and {self.beta_end}"
+                f"beta_end is {self.beta_end}: no signal is left after train_steps = {self.train_steps}; "
+                "give smaller betas or fewer steps"
             )
 
     @cached_property

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
-from diffrl.errors import InputError
+from diffrl.ranges import require_number
 
 __all__ = ["EDM"]
 
@@ -23,9 +23,10 @@ class EDM(Schedule):
     https://arxiv.org/abs/2206.00364.
 
     Args:
-        sigma_min: least noisy level, in units of the data, > 0.
-        sigma_max: noisiest level.
-        rho: exponent of the grid, > 0; larger gives more small levels.
+        sigma_min: least noisy level, in units of the data, in [1e-6, 1e6): beyond, float32 holds the datum or the
+            noise alone.
+        sigma_max: noisiest level, in (sigma_min, 1e6].
+        rho: exponent of the grid, in [0.1, 100]; larger gives more small levels.
 
     Raises:
         ValueError: an argument outside its range.
@@ -36,12 +37,9 @@ class EDM(Schedule):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise InputError(
-                f"EDM needs 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}"
-            )
-        if not self.rho > 0:
-            raise InputError(f"EDM needs rho > 0, not {self.rho}")
+        require_number("sigma_min", self.sigma_min, 1e-6, 1e6, "[)")
+        require_number("sigma_max", self.sigma_max, self.sigma_min, 1e6, "(]")
+        require_number("rho", self.rho, 0.1, 100)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)

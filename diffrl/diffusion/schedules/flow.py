@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
-from diffrl.errors import InputError
+from diffrl.ranges import require_number
 
 __all__ = ["Flow"]
 
@@ -24,8 +24,8 @@ class Flow(Schedule):
     https://arxiv.org/abs/2403.03206.
 
     Args:
-        shift: s > 0, moves the levels, t → s t/(1 + (s-1) t): toward noise if s > 1.
-        t_min: the least noisy level before it is moved, in (0, 1); None: 1/N.
+        shift: s ∈ [0.001, 1000], moves the levels, t → s t/(1 + (s-1) t): toward noise if s > 1.
+        t_min: the least noisy level before it is moved, in [1e-6, 1); None: 1/N.
 
     Raises:
         ValueError: an argument outside its range.
@@ -35,10 +35,9 @@ class Flow(Schedule):
     t_min: float | None = None
 
     def __post_init__(self) -> None:
-        if self.t_min is not None and not 0 < self.t_min < 1:
-            raise InputError(f"Flow needs 0 < t_min < 1, not {self.t_min}")
-        if not self.shift > 0:
-            raise InputError(f"Flow needs shift > 0, not {self.shift}")
+        if self.t_min is not None:
+            require_number("t_min", self.t_min, 1e-6, 1, "[)")
+        require_number("shift", self.shift, 1e-3, 1e3)
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - t

@@ -12,6 +12,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.curves import Cosine, Curve, LinearBeta, Scaled, Sigmoid
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 
 __all__ = ["VP"]
 
@@ -33,15 +34,15 @@ class VP(Schedule):
 
     Args:
         kind: "linear", "cosine" or "sigmoid".
-        beta_min: β at t = 0, > 0 (linear).
-        beta_max: β at t = 1, ≥ beta_min (linear).
-        t_min: time of the least noisy level, > 0.
+        beta_min: β at t = 0, in [1e-6, 200] (linear).
+        beta_max: β at t = 1, in [beta_min, 200] (linear).
+        t_min: time of the least noisy level, in [1e-6, t_max).
         t_max: time of the noisiest level, ≤ 1.
         start, end: of the piece of the logistic curve, start < end (sigmoid).
         tau: τ > 0 (sigmoid).
-        input_scale: b > 0.
-        log_snr_max: if given, the levels run between the times at which the log-SNR, before a shift, is plus and
-            minus this; t_min and t_max are then unused. Simple diffusion has the cosine with 15.
+        input_scale: b ∈ [0.001, 1000].
+        log_snr_max: if given, in (0, 50]: the levels run between the times at which the log-SNR, before a shift, is
+            plus and minus this; t_min and t_max are then unused. Simple diffusion has the cosine with 15.
 
     Raises:
         ValueError: an argument outside its range.
@@ -61,10 +62,11 @@ class VP(Schedule):
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "cosine", "sigmoid"):
             raise InputError(f"VP has kinds sigmoid, linear and cosine, not {self.kind!r}")
-        if not 0 < self.t_min < self.t_max <= 1:
-            raise InputError(f"VP needs 0 < t_min < t_max <= 1, not {self.t_min} and {self.t_max}")
-        if self.log_snr_max is not None and not self.log_snr_max > 0:
-            raise InputError(f"VP needs log_snr_max > 0, not {self.log_snr_max}")
+        require_number("t_max", self.t_max, 1e-6, 1, "(]")
+        require_number("t_min", self.t_min, 1e-6, self.t_max, "[)")
+        require_number("input_scale", self.input_scale, 1e-3, 1e3)
+        if self.log_snr_max is not None:
+            require_number("log_snr_max", self.log_snr_max, 0, 50, "(]")
         if self._ends[1] > 1:
             raise InputError(f"log_snr_max is {self.log_snr_max}: the {self.kind} curve does not go so far")
 
