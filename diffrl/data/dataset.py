@@ -93,14 +93,13 @@ class Data:
         return float(x.double().std(correction=0))
 
     @cached_property
-    def class_shares(self) -> dict[str, float]:
-        """Share of each class among the training samples, by its name in the order of labels; empty without labels."""
+    def class_shares(self) -> tuple[float, ...]:
+        """Share of each class among the training samples; empty without labels."""
         labels = self.test_labels if self.train_labels is None else self.train_labels
         if labels is None:
-            return {}
-        names = self.classes or tuple(map(str, range(self.num_classes)))
+            return ()
         counts = labels.bincount(minlength=self.num_classes)
-        return dict(zip(names, (counts / len(labels)).tolist(), strict=True))
+        return tuple((counts.double() / len(labels)).tolist())
 
     @cached_property
     def fingerprint(self) -> str:

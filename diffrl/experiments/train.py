@@ -42,7 +42,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     config = continued(config, "trainer", "grad_steps")
     check_settings(config)
     data, main = build_data(config), config["objective"]["name"]
-    objectives = [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
+    objectives = planned_objectives(config)
     for name in objectives:
         job = TrainingJob(config, data, baseline=name != main)
         job.compare()
@@ -59,6 +59,12 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
             results["objectives"][name] = job.run(folder, interrupted, progress)
             folder.write_results({**head, "objectives": results["objectives"]})
     return folder
+
+
+def planned_objectives(config: Mapping[str, Any]) -> list[str]:
+    """What a run trains, in order: its objective, and with ``compare`` Monte Carlo beside it."""
+    main = config["objective"]["name"]
+    return [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
 
 
 class TrainingJob(Job):
@@ -91,10 +97,10 @@ class TrainingJob(Job):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Counts, figures of the loss, value errors."""
+        """Counts, figures of the loss, errors."""
         names = [*self.tag, *self.trainer.figures, "loss_value", "td_error", "grad_norm", "lr"]
-        sigmas = () if self.oracle is None else self.evaluation.sigmas
-        return (*names, *(f"value_error_{sigma:g}" for sigma in sigmas))
+        errors = ["denoising_error"] if self.oracle is None else ["value_error", "denoising_error"]
+        return (*names, *(f"{error}_{sigma:g}" for error in errors for sigma in self.evaluation.sigmas))
 
     @property
     def tag(self) -> dict[str, str]:
@@ -114,16 +120,19 @@ class TrainingJob(Job):
         states = trainer.objective.draw(x0, cond=labels, generator=generator)
         with torch.no_grad():
             trainer.loss(states)
-        self.evaluation.check(self.average, self.oracle, self.data)
-        self._draw(num_steps=1, samples=1)
+        self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
-    def value_error(self) -> dict[str, float]:
-        """Of the averaged denoiser, by σ."""
-        return self.evaluation.value_error(self.average, self.oracle, self.data)
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Of the averaged denoiser, by name and σ."""
+        return {
+            "value_error": self.evaluation.value_error(self.average, self.oracle, self.data),
+            "denoising_error": self.evaluation.denoising_error(self.average, self.data),
+        }
 
     def evaluate(self) -> dict[str, float]:
-        """Value errors."""
-        return {f"value_error_{sigma}": error for sigma, error in self.value_error().items()}
+        """The errors, by column."""
+        errors = self.errors().items()
+        return {f"{name}_{sigma}": error for name, found in errors for sigma, error in found.items()}
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
         """Train to the end, or raise `Interrupted`; the figures for results.json."""
@@ -139,7 +148,7 @@ class TrainingJob(Job):
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
-            "value_error": self.value_error(),
+            **self.errors(),
             "sample_distance": {"metric": metric, "by_nfe": by_nfe},
         }
 
@@ -151,4 +160,5 @@ class TrainingJob(Job):
             num_steps=num_steps,
             samples=samples,
             guidance_scale=self.config["guidance_scale"],
+            batch_size=self.evaluation.at_once,
         )

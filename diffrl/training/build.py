@@ -32,10 +32,12 @@ class Events(NamedTuple):
     Args:
         event_shape: *E, the shape of a sample.
         num_classes: number of labels; 0: none.
+        class_shares: of each class among the training samples, if it is known.
     """
 
     event_shape: tuple[int, ...]
     num_classes: int = 0
+    class_shares: tuple[float, ...] = ()
 
 
 def build_data(config: Config) -> Data:

@@ -1,8 +1,11 @@
-"""What a trained denoiser is worth: value error by noise level, sample distance by network evaluations."""
+"""What a trained denoiser is worth: errors by noise level, sample distance by network evaluations."""
 
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +15,12 @@ from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.samplers.base import Model, Noise, Sampler
 from diffrl.diffusion.samplers.loop import trajectory
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
-from diffrl.metrics.distances import sample_distance, value_error
+from diffrl.errors import InputError, of_group
+from diffrl.metrics.distances import check_distance, denoising_error, sample_distance, value_error
+from diffrl.ranges import require_int, require_number
 from diffrl.training.build import Events
 
-__all__ = ["Evaluation", "draw_samples", "grid_for"]
+__all__ = ["Evaluation", "class_labels", "draw_samples", "grid_for"]
 
 SAMPLE_SEED = 2_718_281  # evaluation noise is the same for every run, and no training seed's
 
@@ -26,11 +30,17 @@ class Evaluation:
     """What to measure.
 
     Args:
-        sigmas: noise-to-signal ratios at which the value error is taken.
-        points: data at which it is taken.
+        sigmas: noise-to-signal ratios at which the errors are taken.
+        points: data at which they are taken: of a finite set, training rows for the value error, and test rows for the
+            denoising error; else test points for both.
         num_steps: levels of the sampling grids.
         samples: samples drawn for each.
         distance: name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
+        at_once: points or samples that go through the network side by side.
+        max_gib: GiB of memory that the distance may take.
+
+    Raises:
+        ValueError: an argument outside its range.
     """
 
     sigmas: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0)
@@ -38,32 +48,91 @@ class Evaluation:
     num_steps: tuple[int, ...] = (3, 5, 8, 13, 18)
     samples: int = 2000
     distance: str = "sliced_w2"
+    at_once: int = 1000
+    max_gib: float = 8.0
 
     def __post_init__(self) -> None:
-        for name in ("points", "samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"eval.{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("points", "samples", "at_once"):
+            require_int(f"eval.{name}", getattr(self, name))
+        require_number("eval.max_gib", self.max_gib, 0)
         if not self.num_steps or min(self.num_steps) < 1:
             raise InputError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
 
-    def check(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> None:
-        """Evaluate a few points now, so that what cannot be evaluated is said at the start.
+    def check(
+        self,
+        denoiser: Denoiser,
+        oracle: DenoiserFn | None,
+        data: Data,
+        draw: Callable[[int, int], object] = lambda num_steps, samples: None,
+    ) -> None:
+        """Evaluate what the memory has to hold at once, so that what cannot be evaluated is said at the start.
+
+        Args:
+            denoiser: D.
+            oracle: D*, or None.
+            data: the set.
+            draw: draws samples: (number of levels, number of samples).
 
         Raises:
-            ValueError: a noise level out of reach, a distance that is unknown or does not fit the data.
+            ValueError: a noise level out of reach, a distance that is unknown or does not fit the data, or more than
+                the memory holds.
             MissingExtra: the distance needs a package that is not installed.
         """
+        reference = _reference(data)
+        with of_group("eval", ("max_gib",)):
+            check_distance(
+                self.distance, self.samples, len(reference), reference[0].numel(), max_gib=self.max_gib
+            )
+        sample_distance(self.distance, reference[:64], reference[:64])
         replace(self, points=1).value_error(denoiser, oracle, data)
-        few = _reference(data)[:64]
-        sample_distance(self.distance, few, few)
+        with self._in_memory():
+            full = replace(self, sigmas=self.sigmas[:1], points=min(self.points, self.at_once))
+            full.value_error(denoiser, oracle, data)
+            full.denoising_error(denoiser, data)
+            draw(1, min(self.samples, self.at_once))
+
+    @contextmanager
+    def _in_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "alloc" not in str(error):
+                raise
+            raise InputError(
+                f"eval.at_once is {self.at_once}, which the memory of the device does not hold: lower it"
+            ) from error
 
     def value_error(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> dict[str, float]:
-        """‖D - D*‖²/c_out² by σ; empty without an oracle. A conditional denoiser is asked without labels."""
+        """‖D - D*‖²/c_out² by σ; empty without an oracle. A conditional denoiser is asked without labels.
+
+        Of a finite set it is taken on the rows that were trained on, whose exact denoiser D* is.
+        """
         if oracle is None:
             return {}
-        x0, process = _reference(data)[: self.points], denoiser.process
-        x0 = x0.to(next(denoiser.parameters()))
-        return value_error(denoiser, oracle, x0, process, self.sigmas, sigma_data=denoiser.sigma_data)
+        x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
+        return value_error(
+            denoiser,
+            oracle,
+            x0,
+            denoiser.process,
+            self.sigmas,
+            sigma_data=denoiser.sigma_data,
+            batch_size=self.at_once,
+        )
+
+    def denoising_error(self, denoiser: Denoiser, data: Data) -> dict[str, float]:
+        """‖D - x0‖²/c_out² by σ on test points, never trained on; a conditional denoiser gets their labels."""
+        x0 = data.test[: self.points].to(next(denoiser.parameters()))
+        labels = data.test_labels if _num_classes(denoiser) else None
+        return denoising_error(
+            denoiser,
+            x0,
+            denoiser.process,
+            self.sigmas,
+            sigma_data=denoiser.sigma_data,
+            cond=None if labels is None else labels[: self.points].to(x0.device),
+            batch_size=self.at_once,
+        )
 
     def sample_distance(self, samples: Tensor, data: Data) -> float:
         """Distance between samples and the law that training saw; images are first clipped to [-1, 1]."""
@@ -74,6 +143,27 @@ class Evaluation:
 def _reference(data: Data) -> Tensor:
     """Points of the law that training sees: a finite set's training rows, else fresh points."""
     return data.test if data.train is None else data.train
+
+
+def _num_classes(denoiser: Denoiser) -> int:
+    """Labels that the network knows."""
+    return int(getattr(denoiser.network, "num_classes", 0))
+
+
+def class_labels(shares: Sequence[float], n: int) -> Tensor:
+    """Labels whose shares are those wanted, up to one sample, however many are taken: int64 [n].
+
+    Each is of the class that is furthest behind: argmax_c (share_c (j + 1) - count_c). Equal shares go in turn.
+
+    Args:
+        shares: of the classes 0..C-1, with sum 1.
+        n: how many.
+    """
+    wanted, counts, labels = np.array(shares), np.zeros(len(shares)), []
+    for j in range(n):
+        labels.append(int((wanted * (j + 1) - counts).argmax()))
+        counts[labels[-1]] += 1
+    return torch.tensor(labels)
 
 
 def draw_samples(
@@ -90,8 +180,8 @@ def draw_samples(
     """Samples of the data's shape, each from a seed of its own, so that the batch size changes nothing.
 
     Args:
-        denoiser: D; if its network takes labels, classes are drawn in turn.
-        data: for its event shape.
+        denoiser: D; if its network takes labels, classes are drawn with their shares in the data.
+        data: for its event shape and the shares of its classes; equal ones if it tells none.
         sampler: the reverse step.
         num_steps: noise levels N.
         samples: how many.
@@ -105,7 +195,7 @@ def draw_samples(
     Raises:
         ValueError: guidance of a network without labels.
     """
-    num_classes = int(getattr(denoiser.network, "num_classes", 0))
+    num_classes = _num_classes(denoiser)
     if guidance_scale != 1 and num_classes == 0:
         raise InputError(
             f"guidance_scale is {guidance_scale:g}, but there were no labels in training: "
@@ -113,12 +203,14 @@ def draw_samples(
         )
     parameter = next(denoiser.parameters())
     guided = GuidedDenoiser(denoiser, num_classes, guidance_scale) if num_classes else denoiser
+    classes = None
+    if num_classes:
+        shares = data.class_shares or [1 / num_classes] * num_classes
+        classes = class_labels(shares, samples).to(parameter.device)
     parts, nfe = [], 0
     for first in range(0, samples, batch_size):
         n = min(batch_size, samples - first)
-        labels = (
-            torch.arange(first, first + n, device=parameter.device) % num_classes if num_classes else None
-        )
+        labels = None if classes is None else classes[first : first + n]
         model = Model(guided, denoiser.process, num_steps, labels)
         x = torch.zeros(n, *data.event_shape, dtype=parameter.dtype, device=parameter.device)
         noise = Noise.per_sample(range(seed + first, seed + first + n))

@@ -303,13 +303,12 @@ def load(path: str | Path, objective: str | None = None, *, network: nn.Module |
     known = read_identity(newest)
     _refuse_another_model(known, config, newest)
     if "data.event_shape" in known:
-        events, name = (
-            Events(tuple(known["data.event_shape"]), known["data.num_classes"]),
-            known["data.title"],
-        )
+        shape, shares = known["data.event_shape"], known.get("data.class_shares", ())
+        events = Events(tuple(shape), known["data.num_classes"], tuple(shares))
+        name = known["data.title"]
     else:  # of diffrl 0.2 and before
         data = build_data(config)
-        events, name = Events(data.event_shape, data.num_classes), data.name
+        events, name = Events(data.event_shape, data.num_classes, data.class_shares), data.name
     denoiser = build_denoiser(config, events)
     try:
         denoiser.load_state_dict(load_weights(newest, "ema"))

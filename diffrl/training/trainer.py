@@ -168,6 +168,8 @@ class Trainer(Loop):
             "data.fingerprint": self.data.fingerprint,
             "data.event_shape": self.data.event_shape,
             "data.num_classes": self.data.num_classes,
+            "data.classes": self.data.classes,
+            "data.class_shares": self.data.class_shares,
             "data.title": self.data.name,
             "objective.name": self.name,
             "denoiser.prediction_type": self.denoiser.prediction_type,
@@ -179,7 +181,8 @@ class Trainer(Loop):
         self.denoiser.train()
 
     def _caption(self, row: dict[str, float], evaluated: dict[str, float]) -> str:
-        error = f"value error {sum(evaluated.values()) / len(evaluated):.3g}, " if evaluated else ""
+        errors = [error for name, error in evaluated.items() if name.startswith("value_error")]
+        error = f"value error {sum(errors) / len(errors):.3g}, " if errors else ""
         rate = row["samples"] / max(self.seconds, 1e-9)
         return f"loss {row['loss_value']:.3g}, {error}{rate:,.0f} samples/s"
 
