@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeVar
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
@@ -55,7 +56,7 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
         given = {k: v[None] for k, v in _known(options, self.options).items()}
         self._chains.begin(np.ones(1, bool), given)
         observation, info = self._chains.seen()
-        return _row(observation), _row(info)
+        return _observed(observation, self.observation_space), _told(info)
 
     def step(self, action: Action) -> tuple[Observation, Any, bool, bool, Info]:
         """Go one step; the class docstring says what an action is.
@@ -68,7 +69,13 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
         reward, terminated, truncated = self._chains.advance(np.asarray(action)[None], np.ones(1, bool))
         observation, info = self._chains.seen()
         paid = float(reward[0]) if reward.ndim == 1 else reward[0]
-        return _row(observation), paid, bool(terminated[0]), bool(truncated[0]), _row(info)
+        return (
+            _observed(observation, self.observation_space),
+            paid,
+            bool(terminated[0]),
+            bool(truncated[0]),
+            _told(info),
+        )
 
     def render(self) -> Any:
         """A picture of the chain, uint8 [H, W, 3]; see `diffrl.envs.drawing`.
@@ -151,7 +158,7 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
         if self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
             last = np.full(self.num_envs, None, object)
             for row in np.flatnonzero(ended).tolist():
-                last[row] = _row(observation, row)
+                last[row] = _observed(observation, self.single_observation_space, row)
             final = {"final_obs": last, "final_info": _masked(_only(chains.seen()[1], ended), ended)}
             chains.begin(ended, {})
             observation, info = chains.seen()
@@ -172,9 +179,17 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
         return self._chains.frames()
 
 
-def _row(arrays: Mapping[str, Array], row: int = 0) -> dict[str, Any]:
-    """The entries of one chain; a single floating number stays an array, which a Box takes."""
-    return {key: array[row, ...] if array.dtype.kind == "f" else array[row] for key, array in arrays.items()}
+def _observed(observation: Observation, space: Any, row: int = 0) -> Observation:
+    """What one chain shows: a label as a number, which Discrete takes, a single number of a Box as an array."""
+    return {
+        key: array[row] if isinstance(space[key], spaces.Discrete) else array[row, ...]
+        for key, array in observation.items()
+    }
+
+
+def _told(infos: Info, row: int = 0) -> Info:
+    """The infos of one chain."""
+    return {key: array[row] for key, array in infos.items()}
 
 
 def _masked(info: Info, mask: Mask) -> Info:

@@ -213,8 +213,8 @@ class _Chains(Chains):
 
     def step(self, action: Array, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if action.shape != self.over.shape or np.any(action != 0):
-            what = action[0] if len(self.over) == 1 and action.shape == (1,) else action
-            raise InputError(f"action is {what}: the only one is 0, to wait, one for each chain")
+            what = action[0] if action.shape == (1,) else action
+            raise InputError(f"action is {what.tolist()}: the only one is 0, to wait, one for each chain")
         r, x0, here = self.reward_process, self.x0[rows], self.states
         noise = self.streams.noise(x0, rows)
         reached, reward, terminated, truncated = r.step(r.states(here.index[rows], here.x[rows]), x0, noise)

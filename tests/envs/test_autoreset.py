@@ -117,7 +117,7 @@ def test_wrappers_see_what_they_see_of_gymnasiums_own(form: str) -> None:
     """Running means of observations and rewards, and the statistics of episodes."""
     variant = {"num_steps": 3} | ({"reward_mode": "sum"} if "MRP" in form else {})
 
-    def wrapped(env: VectorEnv) -> VectorEnv:
+    def wrapped(env: Any) -> Any:
         env = NormalizeObservation(FlattenObservation(RecordEpisodeStatistics(env)))
         return DictInfoToList(NormalizeReward(env, gamma=0.9))
 
