@@ -129,8 +129,8 @@ def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = Non
         yield
     except Interrupted as stop:
         print(stop)
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"error: {stop}" if str(stop) else "error: interrupted")
     except BrokenPipeError:  # the reader of the output has left, as `head` does
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()

@@ -21,9 +21,10 @@ from diffrl.configs.cli import explain
 from diffrl.configs.groups import register
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
+from diffrl.experiments.run import Interrupted
 from diffrl.experiments.studies import Comparison, Study, grid_scheme, study_cell
 
-__all__ = ["base_run", "plan_comparison", "plan_finetuning"]
+__all__ = ["base_run", "plan_comparison", "plan_finetuning", "plan_seeds"]
 
 OF_THE_COMMAND = {"out": "cell", "compare": [], "methods": {}, "seeds": [], "workers": 0, "pretrain": []}
 """Settings of the command `finetune` that say what is run and not what a run is, with their value in a cell."""
@@ -89,6 +90,27 @@ def plan_finetuning(config: Mapping[str, Any], words: Sequence[str], base: str) 
     return cells
 
 
+def plan_seeds(config: Mapping[str, Any], words: Sequence[str]) -> tuple[list[Cell], Path]:
+    """A cell for every seed in ``config["seeds"]``, and the folder for all of them.
+
+    Args:
+        config: what Hydra composed for the command `train`.
+        words: the command line's overrides, which hold for every seed.
+
+    Raises:
+        ValueError: `seed` is given too, or a seed twice.
+    """
+    if any(_key(word) == "seed" for word in words):
+        raise InputError(
+            "seed and seeds are both given: give seed=N for one run, or seeds=[N,M,...] for several"
+        )
+    composed = _composed("train", [word for word in words if _key(word) not in ("seeds", "workers", *PLACE)])
+    cells = [Cell("train", {"seed": c["seed"]}, (), i, c) for i, c in _by_seed(composed, config["seeds"])]
+    [(identity, one)] = _by_seed(composed, [0])  # more seeds later belong to the same folder
+    name = f"{one['data']['name']}_{one['objective']['name']}_seeds_{identity}"
+    return cells, Path(config["run_dir"] or Path("runs") / name)
+
+
 def base_run(pretrain: Sequence[str], root: Path, *, progress: bool = True) -> Path:
     """The folder of the training run that the words describe: it is trained now unless that was done before.
 
@@ -99,13 +121,17 @@ def base_run(pretrain: Sequence[str], root: Path, *, progress: bool = True) -> P
 
     Raises:
         ValueError: a word that is no setting.
-        Interrupted: the training was stopped, and is saved.
+        Interrupted: the training was stopped, and is saved; the same command continues.
     """
     path = root / f"base_{_digest(chr(10).join(pretrain))}"
     with _told_where("pretrain"):
         config = _plain(_composed("train", [*pretrain, "compare=false"]))
     if not cell_figures(path):
-        run_in_folder("train", config, path, progress=progress)
+        try:
+            run_in_folder("train", config, path, progress=progress)
+        except Interrupted as stop:
+            where = str(stop).partition(";")[0]
+            raise Interrupted(f"{where}: what is to be tuned; the same command continues") from stop
     return path
 
 
@@ -177,6 +203,8 @@ def _compose(name: str, words: tuple[str, ...]) -> DictConfig:
 
 def _by_seed(config: DictConfig, seeds: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The configuration with each seed, after the letters and digits that identify it."""
+    if twice := [seed for i, seed in enumerate(seeds) if seed in seeds[:i]]:
+        raise InputError(f"seeds has {twice[0]} twice: it is one run")
     for seed in seeds:
         config.seed = seed
         yield _digest(json.dumps(_deviations(config), sort_keys=True)), _plain(config)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffrl.configs.boundary import EXPECTED, explain, reported, write_utf8
 from diffrl.configs.groups import register
+from diffrl.configs.sweeps import job_reported, refuse_several_processes, sweep_reported
 from diffrl.errors import InputError
 from diffrl.registry import IMPORT, import_named
 from diffrl.training.runs import RunFolder
@@ -31,7 +32,8 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
     """Make a script's main function a command over the config of that name in `diffrl.configs`.
 
     Errors that a user can mend are printed in one line, with exit status 1; HYDRA_FULL_ERROR=1 gives the
-    traceback. A run that is stopped by a signal is saved, and ends with exit status 0.
+    traceback. A run that is stopped by a signal is saved, and ends with exit status 0. Of a sweep, a job that fails
+    ends no other, and one that is stopped ends it; the exit status is 1 then.
     """
 
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
@@ -39,14 +41,16 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
             given = os.environ.get("HYDRA_FULL_ERROR")
             full = given == "1"
             write_utf8()
+            failed: list[str] = []
             with reported(full=full):
+                refuse_several_processes()
                 import_users_modules()
                 register()
                 check_words(sys.argv[1:])
 
             def job(config: DictConfig) -> None:
                 # inside too, or Hydra adds a line about its overrides
-                with reported(full=full, config=config):
+                with job_reported(failed, full=full, config=config):
                     main(settings(config, HydraConfig.get().overrides.task))
 
             compose = hydra.main(
@@ -54,7 +58,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
             )
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own version and exits
             try:
-                with reported(full=full):
+                with reported(full=full), sweep_reported(failed):
                     compose(job)()
             finally:
                 os.environ["HYDRA_FULL_ERROR"] = given or "0"
@@ -142,5 +146,6 @@ def one_line() -> Iterator[None]:
     """For a command without Hydra: import the user's modules, and print what a user can mend in one line."""
     write_utf8()
     with reported():
+        refuse_several_processes()
         import_users_modules()
         yield

@@ -8,15 +8,16 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning
+from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning, plan_seeds
 from diffrl.configs.cli import command, one_line
-from diffrl.errors import InputError
+from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.check_run import check_run
 from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import objective_label, summary_table
+from diffrl.experiments.reports.seeds import seeds_table, write_seeds_report
 from diffrl.experiments.reports.training import write_report
 from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
@@ -35,8 +36,15 @@ def _require_demo() -> None:
 
 @command("train")
 def train(config: dict[str, Any]) -> None:
-    """Train, print the table, draw the figure."""
+    """Train, print the table, draw the figure; of several seeds one table with intervals."""
     _require_demo()
+    if config.get("seeds") and config["resume"] is None:
+        cells, out = plan_seeds(config, HydraConfig.get().overrides.task)
+        done = run_cells(cells, out, workers=config["workers"])
+        if done.finished:
+            print(f"{seeds_table(out)}\n\nruns    {out / 'cells'}\nreport  {write_seeds_report(out)}")
+        _end(done)
+        return
     folder = run_experiment(config)
     print(summary_table(folder.results()))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
@@ -69,7 +77,7 @@ def finetune(config: dict[str, Any]) -> None:
         print(f"\nrun folder  {folder.path}")
         return
     if path is None:
-        sys.exit("error: model.path is null: give what is to be tuned")
+        raise InputError("model.path is null: give what is to be tuned")
     cells = plan_finetuning(config, HydraConfig.get().overrides.task, str(path))
     done = run_cells(cells, out, workers=config["workers"])
     if done.finished:
@@ -96,9 +104,9 @@ def _end(done: Execution) -> None:
     for cell, error in done.failed.items():
         print(f"failed  {cell}: {error}")
     if done.interrupted:
-        sys.exit("interrupted: the same command continues")
+        raise KeyboardInterrupt("interrupted: the same command continues")
     if done.failed:
-        sys.exit(f"error: {len(done.failed)} cells failed; the same command runs them again")
+        raise DiffrlError(f"{len(done.failed)} cells failed; the same command runs them again")
 
 
 def sample() -> None:

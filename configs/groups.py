@@ -91,6 +91,10 @@ class TrainConfig:
     compare: bool = True
     run_dir: str | None = None
     resume: str | None = None
+    seeds: list[int] = field(default_factory=list)
+    """Of several runs, for a table with intervals; with none, one run is made with `seed`."""
+    workers: int = 2
+    """Processes of several seeds, with one thread each."""
 
 
 @dataclass

@@ -1,6 +1,9 @@
 """The commands: python -m diffrl train|check|finetune|compare|sample WORDS..."""
 
+import os
+import signal
 import sys
+from types import FrameType
 
 USAGE = """\
 usage: python -m diffrl COMMAND WORDS...
@@ -21,12 +24,31 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(USAGE, end="")
         return
-    from diffrl.configs import commands  # costs seconds
-
-    if name not in commands.COMMANDS:
-        sys.exit(f"error: there is no command {name!r}: give {', '.join(commands.COMMANDS)}")
     sys.argv = [f"-m diffrl {name}", *words]
-    commands.COMMANDS[name]()
+    run(name)
+
+
+def run(name: str) -> None:
+    """Run a command with the words in `sys.argv`; whenever Ctrl-C or SIGTERM come, it ends with a word."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, _leave) for number in numbers}
+    try:
+        from diffrl.configs import commands  # costs seconds
+
+        signal.signal(signal.SIGINT, old[signal.SIGINT])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the command reports it
+        if name not in commands.COMMANDS:
+            sys.exit(f"error: there is no command {name!r}: give {', '.join(commands.COMMANDS)}")
+        commands.COMMANDS[name]()
+    finally:
+        for number in numbers:
+            signal.signal(number, old[number])
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """While modules are imported, which may swallow an exception, and nothing can be lost."""
+    print("error: interrupted", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The same command continues where it stopped: finished cells are kept. A plan is 
 is one line of it: see configs/plan. It is the command `python -m diffrl compare`.
 """
 
-from diffrl.configs.commands import compare
+from diffrl.__main__ import run
 
 if __name__ == "__main__":
-    compare()
+    run("compare")

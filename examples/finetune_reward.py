@@ -9,7 +9,7 @@ With `compare` (the default) the same command continues where it stopped: finish
 null, a small denoiser is trained first, and kept beside `out` for the next time. It is `python -m diffrl finetune`.
 """
 
-from diffrl.configs.commands import finetune
+from diffrl.__main__ import run
 
 if __name__ == "__main__":
-    finetune()
+    run("finetune")

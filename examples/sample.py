@@ -6,7 +6,7 @@ python examples/sample.py runs/... --nfe 18 --objective monte_carlo --samples 10
 It is the command `python -m diffrl sample`.
 """
 
-from diffrl.configs.commands import sample
+from diffrl.__main__ import run
 
 if __name__ == "__main__":
-    sample()
+    run("sample")

@@ -7,7 +7,7 @@ python examples/train_td_lambda.py resume=runs/...                       # conti
 It is the command `python -m diffrl train`.
 """
 
-from diffrl.configs.commands import train
+from diffrl.__main__ import run
 
 if __name__ == "__main__":
-    train()
+    run("train")

@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.run import Interrupted, interruptible
-from diffrl.experiments.train import run_experiment
+from diffrl.experiments.train import planned_objectives, run_experiment
 from diffrl.registry import Config
-from diffrl.text_files import read_json, read_text, write_atomically
+from diffrl.text_files import file_errors, read_json, read_text, write_atomically
+from diffrl.training.identity import ACCEPT, flat
+from diffrl.training.lock import folder_lock
 from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions
 from diffrl.workers import Failure, run_tasks
 
@@ -38,7 +40,8 @@ __all__ = [
     "run_in_folder",
 ]
 
-PLACE = ("run_dir", "resume")  # settings that say where a run lies, and not what it is
+PLACE = ("run_dir", "resume", "extend", ACCEPT)
+"""Settings that say where a run lies and how it goes on, and not what it is."""
 ASCII = str.maketrans({"λ": "lambda", "η": "eta", "γ": "gamma", "τ": "tau", "σ": "sigma", "δ": "delta"})
 
 
@@ -132,8 +135,22 @@ def run_cells(
 
     Raises:
         RunFolderError: the folder of a cell holds a run with another configuration, or `out` another kind of
-            comparison.
+            comparison or a run; another process runs it.
+        FileError: a file of it is damaged, or cannot be written.
     """
+    with folder_lock(out):
+        return _run_cells(cells, out, only=only, about=about, workers=workers, progress=progress)
+
+
+def _run_cells(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    only: Sequence[Cell] | None,
+    about: Mapping[str, Any] | None,
+    workers: int,
+    progress: bool,
+) -> Execution:
     commands = _past_commands(out, cells)
     folders = _folders(cells, out / "cells")
     wanted: dict[Path, Cell] = {}
@@ -169,7 +186,8 @@ def run_in_folder(job: str, config: Config, folder: Path, *, progress: bool = Fa
     Raises:
         Interrupted: it was stopped, and is saved.
     """
-    (folder / "error.txt").unlink(missing_ok=True)
+    with file_errors(folder / "error.txt", "removed"):
+        (folder / "error.txt").unlink(missing_ok=True)
     if (folder / "config.yaml").exists():
         config = {**RunFolder.open(folder).config(), "resume": str(folder)}
     else:
@@ -181,6 +199,8 @@ def cell_figures(folder: Path) -> Mapping[str, Any]:
     """What the run in a folder measured, from its results.json; empty until the run is finished."""
     results = RunFolder(folder).results()
     found: list[Mapping[str, Any]] = [*results.get("objectives", {}).values(), results.get("finetuning", {})]
+    if "objectives" in results and len(found) <= len(planned_objectives(results["config"])):
+        return {}
     return found[0]
 
 
@@ -198,16 +218,17 @@ def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
         keys: what places a cell in this kind of comparison, such as study, case, scheme and seed.
 
     Raises:
-        RunFolderError: there is no comparison in the folder, or one of another kind.
+        RunFolderError: there is no comparison in the folder, or one of another kind, or the index is damaged.
     """
     file = out / "index.json"
     if not file.is_file():
         raise RunFolderError(f"{out} holds no comparison: there is no {file.name} in it")
     index: dict[str, Any] = read_json(file)
     cells = index.get("cells")
-    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+    listed = isinstance(cells, list) and isinstance(index.get("commands"), list)
+    if not listed or not all(map(_is_entry, cells)):
         raise RunFolderError(
-            f"{file} is damaged: it lists no cells: the comparison's own command writes it anew"
+            f"{file} is damaged: it lists no cells: remove it, and the comparison's own command writes it anew"
         )
     for cell in cells:
         if set(cell) != {*keys, "folder"}:
@@ -219,8 +240,15 @@ def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
     return index
 
 
+def _is_entry(cell: Any) -> bool:
+    """Whether it can be the place of a cell in an index."""
+    return isinstance(cell, dict) and isinstance(cell.get("folder"), str)
+
+
 def _past_commands(out: Path, cells: Sequence[Cell]) -> list[Any]:
     """The commands that this comparison was run with before."""
+    if (out / "config.yaml").exists():
+        raise RunFolderError(f"{out} holds a run, and not a comparison: choose another folder")
     if not cells or not (out / "index.json").exists():
         return []
     commands: list[Any] = read_index(out, tuple(cells[0].where))["commands"]
@@ -239,7 +267,7 @@ def _refuse_other_configuration(path: Path, cell: Cell) -> None:
     """The run in a folder must have the cell's configuration, in all settings that both know."""
     if not (path / "config.yaml").exists():
         return
-    stored, asked = _flat(RunFolder.open(path).config()), _flat(cell.config)
+    stored, asked = flat(RunFolder.open(path).config()), flat(cell.config)
     for key in sorted((stored.keys() & asked.keys()) - {*PLACE}):
         if stored[key] != asked[key]:
             raise RunFolderError(
@@ -248,16 +276,7 @@ def _refuse_other_configuration(path: Path, cell: Cell) -> None:
             )
 
 
-def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-    """A configuration without nesting: value by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _write_index(index: Mapping[str, Any], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
 
 
@@ -311,5 +330,6 @@ def _run_cell(task: tuple[str, str, dict[str, Any]]) -> float | None:
 
 
 def _write_error(folder: Path, failure: Failure) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with file_errors(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "error.txt", f"{failure.message}\n\n{failure.details}")

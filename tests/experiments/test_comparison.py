@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.experiments.comparison import JOBS, Cell, Execution, JobKind, run_cells
+from diffrl.experiments.comparison import JOBS, PLACE, Cell, Execution, JobKind, run_cells
 from diffrl.experiments.method_findings import MethodFindings
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.studies import Comparison, Study, run_comparison, study_cell
@@ -88,7 +88,7 @@ def test_configurations_are_what_the_command_line_would_give() -> None:
     with initialize_config_module("diffrl.configs", version_base="1.3"):
         whole = OmegaConf.to_container(compose("train", [*words, "seed=3", "compare=false"]), resolve=True)
     assert isinstance(whole, dict)
-    assert cell.config == {k: v for k, v in whole.items() if k not in ("run_dir", "resume")}
+    assert cell.config == {k: v for k, v in whole.items() if k not in PLACE}
 
 
 def test_a_grid_is_the_product_of_its_axes_after_the_named_schemes() -> None:

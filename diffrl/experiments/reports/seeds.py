@@ -1,0 +1,107 @@
+"""The report of one training configuration at several seeds, from the folder alone: a table with intervals.
+
+out/
+  index.json      the seeds and their folders, the commands that were run
+  cells/…         the run of each seed, a run folder as any other
+  report.md       the table
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from diffrl.experiments.findings import Findings
+from diffrl.experiments.reports.parts import commands_table
+from diffrl.experiments.reports.run_table import distance_label, mean_value_error, objective_label, title
+from diffrl.metrics.intervals import interval
+from diffrl.text_files import write_atomically
+from diffrl.text_tables import markdown_table, text_table
+from diffrl.training.runs import RunFolder, RunFolderError
+
+__all__ = ["SEEDS", "seeds_table", "write_seeds_report"]
+
+SEEDS = ("seed",)
+"""What places a run among those of other seeds."""
+
+
+class _SeedFindings(Findings):
+    """The runs of a configuration at several seeds."""
+
+    where: ClassVar[tuple[str, ...]] = SEEDS
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self.results = [RunFolder(cell.path).results() for cell in self.finished()]
+        """What results.json holds, of each finished run."""
+        if not self.results:
+            raise RunFolderError(f"{out}: no run is finished; the same command continues")
+
+
+def seeds_table(out: Path) -> str:
+    """Interquartile means over seeds with 95 % intervals, for a terminal.
+
+    Args:
+        out: folder of the comparison.
+
+    Raises:
+        RunFolderError: there is no comparison in the folder, or none of its runs is finished.
+    """
+    found = _SeedFindings(out)
+    return f"{_title(found)}\n\n{text_table(_rows(found))}"
+
+
+def write_seeds_report(out: Path) -> Path:
+    """Write report.md anew from the runs that are finished; the others are listed. Returns its path.
+
+    Args:
+        out: folder of the comparison.
+
+    Raises:
+        RunFolderError: as `seeds_table`.
+    """
+    found = _SeedFindings(out)
+    lines = [f"# {_title(found)}\n", commands_table(found.commands), markdown_table(_rows(found))]
+    rows = [
+        [str(cell.seed), cell.status, f"cells/{cell.path.name}", cell.error or ""] for cell in found.cells
+    ]
+    lines += ["## Runs\n", markdown_table([["seed", "", "folder", "why"], *rows])]
+    write_atomically(out / "report.md", "\n".join(lines))
+    return out / "report.md"
+
+
+def _title(found: _SeedFindings) -> str:
+    seeds = ", ".join(str(cell.seed) for cell in found.finished())
+    what = title(found.results[0]).rpartition(", seed ")[0]
+    return f"{what}, seeds {seeds}: interquartile mean and 95 % bootstrap interval"
+
+
+def _rows(found: _SeedFindings) -> list[list[str]]:
+    """One row a figure, one column an objective; of two objectives, a last column with their ratio by seed."""
+    first = found.results[0]
+    names = list(first["objectives"])
+    rows = [["", *(objective_label(name, first["config"]) for name in names), "ratio"][: 2 + len(names) // 2]]
+    figures = {name: [_figures(results["objectives"][name]) for results in found.results] for name in names}
+    for figure in figures[names[0]][0]:
+        values = [np.array([by_name[figure] for by_name in figures[name]]) for name in names]
+        if len(names) == 2:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values.append(values[0] / values[1])
+        rows.append([figure, *(_shown(x) for x in values)])
+    return rows
+
+
+def _shown(x: np.ndarray) -> str:
+    return f"{interval(x):#.3g}" if np.isfinite(x).all() else "not finite"
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an objective in a run, by words for people."""
+    errors, distance = found["value_error"], found["sample_distance"]
+    figures = {f"value error, σ = {sigma}": error for sigma, error in errors.items()}
+    if errors:
+        figures["value error, mean"] = mean_value_error(errors)
+    label = distance_label(distance["metric"])
+    figures |= {f"{label}, NFE {nfe}": x for nfe, x in distance["by_nfe"].items()}
+    return {**figures, "seconds of training": found["seconds"]}

@@ -1,0 +1,91 @@
+"""Comparisons whose parent, worker or whole group gets SIGTERM: all work is saved, and the same command continues."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffrl.experiments.train import run_experiment
+from tests.kit.configs import TINY, small
+from tests.kit.processes import Running, ended, members, send, start, wait_until, workers
+from tests.kit.run_states import assert_equal, state
+
+UNSAVED = 10_000_000  # no checkpoint comes before the end, but of a run that is stopped
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "run"
+    run_experiment(small("compare=false", f"run_dir={path}"), progress=False)
+    return path
+
+
+def words(kind: str, base: Path) -> list[str]:
+    """Four cells, each of some seconds."""
+    if kind == "compare":
+        tiny = [*TINY, "trainer.grad_steps=1000", "trainer.eval_every=1000", "trainer.report_every=20"]
+        tiny = [f"'{word}'" for word in (*tiny, f"trainer.checkpoint_every={UNSAVED}")]
+        return [
+            "compare", "plan=quick", "studies=[schemes]", f"plan.cases.gmm16=[{','.join(tiny)}]",
+            "plan.studies.schemes.cases=[gmm16]", "plan.studies.schemes.seeds=[0]",
+        ]  # fmt: skip
+    return [
+        "finetune", f"model.path={base}", "reward=mode_distance", "reward.point=[0.8,0]", "heldout_reward=none",
+        "policy.num_steps=4", "rollouts.trajectories=16", "loop.iterations=100", "loop.eval_every=100",
+        f"loop.checkpoint_every={UNSAVED}", "evaluation.samples=32", "compare=[DDPO-IS]", "seeds=[0,1,2,3]",
+    ]  # fmt: skip
+
+
+def runs(out: Path) -> dict[str, Path]:
+    return {file.parent.name: file.parent for file in out.glob("cells/*/results.json")}
+
+
+def have_begun(out: Path, count: int) -> bool:
+    tables = list(out.glob("cells/*/metrics.csv"))
+    return len([table for table in tables if table.read_text().count("\n") > 2]) >= count
+
+
+def to_a_worker(running: Running) -> None:
+    send(signal.SIGTERM, workers(running)[:1])
+
+
+def to_the_parent(running: Running) -> None:
+    send(signal.SIGTERM, [running.pid])
+
+
+def to_the_group(running: Running) -> None:
+    """As a batch system does it: each process, and some more than once."""
+    for _ in range(2):
+        send(signal.SIGTERM, members(running))
+
+
+@pytest.fixture(scope="module", params=["compare", "finetune"])
+def whole(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison, uninterrupted; its folder has the name of the command."""
+    out: Path = tmp_path_factory.mktemp("whole") / request.param
+    status, said = ended(start(*words(out.name, base), f"out={out}"))
+    assert status == 0, said
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminate", [to_a_worker, to_the_parent, to_the_group])
+def test_sigterm_saves_and_the_same_command_continues(
+    terminate: Callable[[Running], None], base: Path, whole: Path, tmp_path: Path
+) -> None:
+    given = [*words(whole.name, base), f"out={tmp_path}"]
+    running = start(*given)
+    wait_until(lambda: have_begun(tmp_path, 2), running)
+    terminate(running)
+    status, said = ended(running)
+    assert status == 1 and "interrupted: the same command continues" in said and "Traceback" not in said
+    stopped = [run for run in (tmp_path / "cells").iterdir() if run.name not in runs(tmp_path)]
+    assert len(stopped) == (1 if terminate is to_a_worker else 2)  # the others have not begun
+    assert all(list(run.glob("checkpoints/*/step_*/manifest.json")) for run in stopped), "work was lost"
+    assert not list(tmp_path.glob("cells/*/error.txt"))
+    status, said = ended(start(*given))
+    assert status == 0, said
+    assert runs(tmp_path).keys() == runs(whole).keys() and len(runs(tmp_path)) == 4
+    for name, run in runs(tmp_path).items():
+        assert_equal(state(run), state(whole / "cells" / name))
