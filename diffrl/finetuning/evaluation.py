@@ -112,7 +112,7 @@ class Judge:
         if conditions is not None:
             self.cond = conditions[torch.arange(evaluation.samples) % len(conditions)].to(device)
         self.base_samples = self.draw(base)[0]
-        sample_distance(evaluation.distance, self.base_samples[:64].cpu(), self.base_samples[:64].cpu())
+        sample_distance(evaluation.distance, self.base_samples.cpu(), self.base_samples.cpu())
 
     def draw(self, policy: DenoisingPolicy) -> tuple[Tensor, TensorDict]:
         """The policy's samples of the held-out noise, [samples, *E], and their rollout; not counted in its nfe."""
