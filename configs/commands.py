@@ -19,6 +19,7 @@ from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import objective_label, summary_table
 from diffrl.experiments.reports.seeds import seeds_table, write_seeds_report
 from diffrl.experiments.reports.training import write_report
+from diffrl.experiments.reports.tuning_figure import draw_tuning
 from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
@@ -74,7 +75,7 @@ def finetune(config: dict[str, Any]) -> None:
         names = [name for name in found["final"] if name in found["base"]]
         rows = [[n, f"{found['base'][n]:.3g}", f"{found['final'][n]:.3g}"] for n in names]
         print(text_table([["", "base", "tuned"], *rows]))
-        print(f"\nrun folder  {folder.path}")
+        print(f"\nrun folder  {folder.path}\nfigure      {draw_tuning(folder.path)}")
         return
     if path is None:
         raise InputError("model.path is null: give what is to be tuned")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from diffrl.experiments.findings import Finding, Findings
 from diffrl.experiments.studies import WHERE, Study
 from diffrl.metrics.intervals import Interval, interval
 from diffrl.metrics.seeds import iqm, probability_of_improvement
+from diffrl.training.runs import RunFolder
 
 __all__ = ["COSTS", "SCORE", "Curve", "Effort", "Estimate", "Panel", "Quantity", "StudyFindings"]
 
@@ -92,6 +93,12 @@ class Panel:
     case: str
     score_sigmas: tuple[str, ...]
     cells: Mapping[str, Mapping[int, Finding]]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the first finished cell; data and process are those of all."""
+        cell = next(cell for cells in self.cells.values() for cell in cells.values())
+        return RunFolder(cell.path).config()
 
     @property
     def schemes(self) -> list[str]:

@@ -23,7 +23,14 @@ from diffrl.training.table import Table
 
 SIGMAS, NFES = ("0.1", "0.3", "1", "3"), ("5", "9")
 STEPS = 100
-CONFIG = {"trainer": {"grad_steps": STEPS}}
+CONFIG = {
+    "trainer": {"grad_steps": STEPS},
+    "data": {"name": "gmm", "components": 12, "dim": 16},
+    "process": {"name": "edm"},
+    "dtype": "float32",
+    "objective": {"name": "td"},
+    "compare": False,
+}
 
 
 def figures(scheme: str, seed: int, *, oracle: bool = True) -> dict[str, Any]:
@@ -59,7 +66,8 @@ def make(out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = 
             raise RuntimeError("it broke | badly\nin a second line")
         path.mkdir(parents=True)
         found = figures(scheme, seed, oracle=oracle)
-        (path / "results.json").write_text(json.dumps({"objectives": {"td": found}}))
+        (path / "config.yaml").write_text(json.dumps({**CONFIG, "seed": seed}))
+        (path / "results.json").write_text(json.dumps({"config": CONFIG, "objectives": {"td": found}}))
         names = [f"value_error_{s}" for s in found["value_error"]]
         table = Table(path / "metrics.csv", ("objective", "grad_steps", "network_evaluations", *names))
         for step in range(0, STEPS + 1, 10):

@@ -76,13 +76,21 @@ def test_table_of_two() -> None:
     assert max(map(len, lines)) <= 80
 
 
+def test_table_has_the_errors_on_test_rows_where_they_were_taken() -> None:
+    new = {**found({"0.3": 1.0}, 0.5, 10), "denoising_error": {"0.3": 4.0}}
+    of_both = summary_table(results(td=new, monte_carlo={**new, "denoising_error": {"0.3": 2.0}}))
+    lines = {line[:33].strip(): line[33:].split() for line in of_both.splitlines()}
+    assert lines["denoising error, test, σ = 0.3"] == ["4.00", "2.00", "2.00"]
+    assert "denoising" not in summary_table(results(td=new, monte_carlo=found({"0.3": 1.0}, 0.5, 10)))
+
+
 def test_table_of_one_without_value_error() -> None:
     text = summary_table(results("data=checkerboard", td=found({}, 0.5, 10)))
     assert "value error" not in text and "ratio" not in text and "0.500" in text
 
 
 def test_title_says_which_mixture() -> None:
-    assert "gmm (5-D, 3 components)" in title(results("data=gmm", "data.dim=5", "data.components=3"))
+    assert "on a mixture of 3 Gaussians in 5-D:" in title(results("data=gmm", "data.dim=5", "data.components=3"))
 
 
 def test_labels_are_of_what_is_built() -> None:

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 
 from diffrl.errors import InputError
+from diffrl.experiments.reports.run_table import data_label
 from diffrl.experiments.reports.style import (
     BLUE,
     FAINT,
-    GREY,
     INK,
     ORANGE,
     draw_band,
     drawing,
+    legend_beside,
     plain_ticks,
     save_figure,
+    write_note,
+    write_title,
 )
 from diffrl.experiments.reports.target_figure import run_target_errors
 from diffrl.experiments.studies import grid_scheme
@@ -64,10 +67,11 @@ def target_outcomes(
         seed: of states' noise and draws.
 
     Returns:
-        ``study``, ``case``, ``baseline``, ``states``, ``draws``; ``seeds``: those at which all schemes that were begun
-        are finished; ``sigmas``: those of the chain's levels; ``cells``: for each λ and η the shares ``bias_sq``,
-        ``variance``, ``target_error`` (their sum) and ``value_error``, each by seed; ``rank_correlation`` of each share
-        with the value error, by seed, over the cells of "η = 1", whose fixed point is exact, and over "all".
+        ``study``, ``case``, ``data`` (in words), ``baseline``, ``states``, ``draws``; ``seeds``: those at which all
+        schemes that were begun are finished; ``sigmas``: those of the chain's levels; ``cells``: for each λ and η the
+        shares ``bias_sq``, ``variance``, ``target_error`` (their sum) and ``value_error``, each by seed;
+        ``rank_correlation`` of each share with the value error, by seed, over the cells of "η = 1", whose fixed point
+        is exact, and over "all".
 
     Raises:
         ValueError: no such study or case, other axes, no seed at which all is finished, or data without an
@@ -94,6 +98,7 @@ def target_outcomes(
     return {
         "study": study,
         "case": case,
+        "data": data_label(panel.config),
         "baseline": panel.study.baseline,
         "states": states,
         "draws": draws,
@@ -203,7 +208,7 @@ def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
     cells = sorted(found["cells"], key=lambda cell: (cell["η"], cell["λ"]))
     markov = [cell for cell in cells if cell["η"] == 1]
     sigmas = ", ".join(f"{sigma:.2g}" for sigma in found["sigmas"])
-    with drawing(figsize=(12, 4.3)) as figure:
+    with drawing(figsize=(13, 4.3)) as figure:
         targets, outcome, every = figure.subplots(1, 3)
         for name, label, colour, marker in (
             ("variance", "variance", BLUE, "o"),
@@ -215,7 +220,7 @@ def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
         targets.legend()
         _curve(outcome, markov, "value_error", color=INK, marker="D")
         rank = interval(found["rank_correlation"]["η = 1"]["target_error"])
-        outcome.set(title=f"Training at η = 1\nrank correlation with the sum {rank:.2f}")
+        outcome.set(title=f"Training at η = 1, by the sum\nrank correlation {rank:.2f}")
         for axes in (targets, outcome):
             axes.set(xlabel="λ", ylim=(-0.05, max(1.05, axes.get_ylim()[1])))
         _scatter(every, [cell for cell in cells if cell["λ"] < 1])
@@ -223,12 +228,14 @@ def draw_agreement(found: Mapping[str, Any], path: str | Path) -> Path:
         every.set(title=f"Training at every η, by bias²\nrank correlation {rank:.2f}")
         for axes in (outcome, every):
             axes.set_ylabel("value error, × Monte Carlo's")
-        figure.supxlabel(
-            f"{found['study']}, {found['case']}; means over σ = {sigmas}; interquartile mean and 95 % interval of "
-            f"{len(found['seeds'])} seeds.\nTargets bootstrap from the network that {found['baseline']} trained; "
-            f"{found['states']} states, {found['draws']} continuations of each.",
-            x=0.01, ha="left", fontsize=7.5, color=GREY,
-        )  # fmt: skip
+        legend_beside(figure, every)
+        write_title(figure, f"Do the errors of targets foretell those of training? ({found['data']})")
+        write_note(
+            figure,
+            f"Means over σ = {sigmas}; interquartile mean and 95 % interval of {len(found['seeds'])} seeds. "
+            f"Targets bootstrap from the network that {found['baseline']} trained; {found['states']} states, "
+            f"{found['draws']} continuations of each.",
+        )
         return save_figure(figure, Path(path))
 
 
@@ -249,7 +256,6 @@ def _scatter(axes: Any, cells: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(x, y, color=shade, marker=MARKERS[n % len(MARKERS)], linewidth=0.9, label=f"η = {eta:g}")
     axes.axhline(1, color=FAINT, linewidth=0.8)
     axes.set_xlabel("squared bias of the target, × Monte Carlo's error")
-    axes.legend()
     if any(len(line.get_xdata()) for line in axes.get_lines()[:-1]):
         axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):

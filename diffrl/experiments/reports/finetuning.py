@@ -6,7 +6,6 @@ out/
   figures/        PNG and PDF
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from diffrl.experiments.method_findings import AXES, MethodFindings
 from diffrl.experiments.reports.finetuning_figures import draw_curves, draw_pictures
-from diffrl.experiments.reports.parts import commands_table, write_summary
+from diffrl.experiments.reports.parts import commands_table, reward_label, write_summary
 from diffrl.metrics.intervals import interval
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table, text_table
@@ -47,8 +46,8 @@ def write_methods_report(out: Path) -> Path:
     policy = config["policy"]
     lines = [
         "# Fine-tuning methods compared\n",
-        f"Reward: {_options(config['reward'])}. Held-out reward, never trained on: "
-        f"{_options(config['heldout_reward'])}. Policy: {config['sampler']['name']}, {policy['num_steps']} steps, "
+        f"Reward: {reward_label(config['reward'])}. Held-out reward, never trained on: "
+        f"{reward_label(config['heldout_reward'])}. Policy: {config['sampler']['name']}, {policy['num_steps']} steps, "
         f"std_floor {policy['std_floor']:g}. Seeds {', '.join(map(str, method.seeds))}.\n",
         commands_table(found.commands),
         "Figures are interquartile means over seeds with 95 % bootstrap intervals, on noise that no training saw; "
@@ -143,8 +142,3 @@ def _summary(found: MethodFindings) -> dict[str, Any]:
             "curves": curves,
         }
     return {"commands": found.commands, "config": found.config, "methods": methods}
-
-
-def _options(config: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in config.items() if k != "name" and v is not None)
-    return f"{config['name']}({options})"

@@ -4,15 +4,23 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from diffrl.experiments.method_findings import AXES, Method, MethodFindings
+from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.style import (
     GREY,
     PALETTE,
     draw_band,
     drawing,
+    legend_beside,
     save_figure,
     show_images,
     show_points,
+    square_columns,
+    write_note,
+    write_title,
 )
 from diffrl.metrics.intervals import interval
 from diffrl.training.runs import RunFolder
@@ -37,22 +45,30 @@ def draw_curves(found: MethodFindings, folder: Path) -> list[tuple[str, Path]]:
         MissingExtra: matplotlib is not installed.
     """
     rewards = [name for name in REWARDS if name in found.figures]
-    drawn = []
+    reward, drawn = reward_label(found.config["reward"]), []
     for axis, words in AXES.items():
-        title = f"Reward by {words}"
+        title = f"{reward[0].upper()}{reward[1:]} by {words}"
         with drawing() as figure:
-            panels = _panels(figure, len(rewards), f"{title}: the same for all is {words}; the others differ")
+            panels = _panels(figure, len(rewards))
             for panel, name in zip(panels, rewards, strict=True):
                 _draw_reward(panel, found, name, axis)
-            _legend(figure, panels[0])
+            legend_beside(figure, panels[0])
+            write_title(figure, title)
+            note = (
+                f"Interquartile mean and 95 % interval over seeds. Dotted: as many {words} as all runs had."
+            )
+            if "heldout_reward" in rewards:
+                note += f" Held-out reward, never trained on: {reward_label(found.config['heldout_reward'])}."
+            write_note(figure, note)
             drawn.append((title, save_figure(figure, folder / f"reward_by_{axis}")))
-    title = "What the reward costs: diversity and distance to the base"
+    title = f"What tuning for {reward} costs in diversity and distance"
     likeness = [name for name in LIKENESS if name in found.figures]
     with drawing() as figure:
-        panels = _panels(figure, len(likeness), title)
+        panels = _panels(figure, len(likeness))
         for panel, name in zip(panels, likeness, strict=True):
             _draw_likeness(panel, found, name)
-        _legend(figure, panels[0])
+        legend_beside(figure, panels[0])
+        write_title(figure, title)
         return [*drawn, (title, save_figure(figure, folder / "likeness_by_reward"))]
 
 
@@ -69,21 +85,34 @@ def draw_pictures(found: MethodFindings, folder: Path) -> tuple[str, Path]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    base = next(iter(RunFolder(found.methods[0].folders[0]).samples()["base"].values()))
-    parts = [("base", base, GREY)]
+    first = found.methods[0]
+    base = samples_of(first.folders[0], "base")
+    parts = [("before tuning", base, first.first("eval_reward")[0], GREY)]
     for method, (colour, _) in zip(found.methods, cycle(PALETTE), strict=False):
-        tuned = next(iter(RunFolder(method.folders[0]).samples()["tuned"].values()))
-        parts.append((f"{method.name}, seed {method.seeds[0]}", tuned, colour))
-    title = "Samples before and after, from the same noise"
+        tuned, reward = samples_of(method.folders[0], "tuned"), method.last("eval_reward")[0]
+        parts.append((f"{method.name}, seed {method.seeds[0]}", tuned, reward, colour))
+    title = f"Samples before and after tuning for {reward_label(found.config['reward'])}, from the same noise"
+    frame = torch.cat([x for _, x, _, _ in parts])
     with drawing() as figure:
-        panels = _panels(figure, len(parts), title, width=2.8, columns=4)
-        for panel, (name, x, colour) in zip(panels, parts, strict=True):
-            if x.ndim == 4:
-                show_images(panel, x, columns=8)
-            else:
-                show_points(panel, x, base, colour)
-            panel.set_title(name, color=colour)
+        panels = _panels(figure, len(parts), width=2.8, columns=2 if len(parts) == 4 else 3)
+        for panel, (name, x, reward, colour) in zip(panels, parts, strict=True):
+            show_samples(panel, x, base, colour, frame)
+            panel.set_title(f"{name}\nreward {reward:.2f}", color=colour)
+        write_title(figure, title)
         return title, save_figure(figure, folder / "before_and_after")
+
+
+def samples_of(folder: Path, name: str) -> Tensor:
+    """The samples [n, *E] of that name in the folder of a fine-tuning run: "base" or "tuned"."""
+    return next(iter(RunFolder(folder).samples()[name].values()))
+
+
+def show_samples(panel: Any, x: Tensor, base: Tensor, colour: str, frame: Tensor) -> None:
+    """Draw samples [n, *E]: images as a sheet, points over those of the base, where all of `frame` is seen."""
+    if x.ndim == 4:
+        show_images(panel, x, columns=square_columns(len(x)))
+    else:
+        show_points(panel, x, base, colour, frame)
 
 
 def _draw_reward(panel: Any, found: MethodFindings, name: str, axis: str) -> None:
@@ -112,19 +141,12 @@ def _label(method: Method) -> str:
     return f"{method.name}, {len(method.seeds)} seed{'s' if len(method.seeds) > 1 else ''}"
 
 
-def _panels(figure: Any, count: int, title: str, *, width: float = 4.2, columns: int = 9) -> list[Any]:
-    """So many panels, in rows of at most `columns`, under a title."""
+def _panels(figure: Any, count: int, *, width: float = 4.2, columns: int = 9) -> list[Any]:
+    """So many panels, in rows of at most `columns`; room is left for a title and a legend."""
     across = min(count, columns)
     down = -(-count // across)
-    figure.set_size_inches(width * across, 0.4 + (width if down > 1 else 3.4) * down)
+    figure.set_size_inches(width * across + 1.8, 0.7 + (width if down > 1 else 3.4) * down)
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for empty in grid[count:]:
         empty.set_axis_off()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return grid[:count]
-
-
-def _legend(figure: Any, panel: Any) -> None:
-    """Under all panels, where it hides nothing."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=min(len(labels), 5), fontsize=8)

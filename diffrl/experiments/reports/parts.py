@@ -8,7 +8,7 @@ from typing import Any
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table
 
-__all__ = ["commands_table", "write_summary"]
+__all__ = ["commands_table", "reward_label", "write_summary"]
 
 
 def commands_table(commands: Sequence[Mapping[str, Any]]) -> str:
@@ -23,6 +23,17 @@ def commands_table(commands: Sequence[Mapping[str, Any]]) -> str:
         took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
         rows.append([f"`{command['command']}`", command["started"], str(command.get("cells", "")), took])
     return markdown_table(rows)
+
+
+def reward_label(config: Mapping[str, Any]) -> str:
+    """Name of a reward for people, such as "class probability (target=7)".
+
+    Args:
+        config: the part of a configuration that names it; options that are off are left out.
+    """
+    options = ", ".join(f"{k}={v}" for k, v in config.items() if k != "name" and v not in (None, False))
+    name = config["name"].replace("_", " ")
+    return f"{name} ({options})" if options else name
 
 
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:

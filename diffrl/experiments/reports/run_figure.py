@@ -1,6 +1,5 @@
 """The figure of a training run, drawn from the files in its folder, and pictures of samples."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,12 @@ from diffrl.experiments.reports.style import (
     plane_of,
     save_figure,
     show_images,
+    square_columns,
+    write_note,
+    write_title,
 )
 from diffrl.extras import require
+from diffrl.text_files import read_text
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
@@ -59,16 +62,15 @@ def draw_summary(folder: str | Path) -> Path:
         _draw_curves(curves, figures, names, results)
         letter = "d" if any(row["panel"] == "value_error" for row in figures) else "c"
         (_draw_strips if images else _draw_clouds)(pictures, letter, samples, names)
-        figure.suptitle(title(results), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        write_title(figure, title(results))
         command = run.path / "command.txt"
         if command.exists():
-            text = textwrap.fill(command.read_text().strip(), 190)
-            figure.supxlabel(text, x=0.01, ha="left", fontsize=7, color=FAINT, family="monospace")
+            write_note(figure, read_text(command).strip(), fontsize=7, color=FAINT, family="monospace")
         return save_figure(figure, run.path / "plots" / "summary.png", rows=figures)
 
 
 def draw_samples(
-    x: Tensor, path: str | Path, *, title: str, columns: int = 8, data: Tensor | None = None
+    x: Tensor, path: str | Path, *, title: str, columns: int | None = None, data: Tensor | None = None
 ) -> Path:
     """Draw samples as a sheet of images, or as points in the plane.
 
@@ -76,7 +78,7 @@ def draw_samples(
         x: samples [n, *E]; images are (1 or 3, H, W) in [-1, 1].
         path: the picture to write.
         title: what to write above.
-        columns: images in a row.
+        columns: images in a row; as many as make the sheet nearly square if None.
         data: real samples, drawn beneath the points; the plane is the one in which they are seen best.
 
     Returns:
@@ -88,13 +90,16 @@ def draw_samples(
     with drawing(figsize=(6, 6.3)) as figure:
         axes = figure.subplots()
         if x.ndim == 4:
-            show_images(axes, x, columns=columns)
+            across = min(columns or square_columns(len(x)), len(x))
+            show_images(axes, x, columns=across)
+            rows, (height, width) = -(-len(x) // across), x.shape[-2:]
+            figure.set_figheight(min(0.5 + 6 * (rows * height) / (across * width), 60))
         else:
             real = (x if data is None else data).numpy()
             plane, labels = plane_of(real)
             draw_points(axes, plane(x.numpy()), None if data is None else plane(real), BLUE, plane(real))
             axes.set(xlabel=labels[0], ylabel=labels[1])
-        axes.set_title(title)
+        write_title(figure, title)
         figure.savefig(path, dpi=150)
     return Path(path)
 
@@ -163,7 +168,7 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
         panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
     if known:
-        panels[0].set(title="a  Learning curves", ylabel="value error  $\\|D-D^*\\|^2/c_{\\mathrm{out}}^2$")
+        panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")
         panels[1].set(title="b  Value error by noise level", xscale="log")
         panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
         _name_ticks(panels[1], list(first["value_error"]))

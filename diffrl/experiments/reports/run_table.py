@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.text_tables import text_table
 
-__all__ = ["distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
+__all__ = ["data_label", "distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
 
 DISTANCES = {
     "w2": "W2 distance",
@@ -32,6 +33,19 @@ def objective_label(name: str, config: Mapping[str, Any]) -> str:
     return entry.label_for({**defaults, **config.get("objective", {})})
 
 
+def data_label(config: Mapping[str, Any]) -> str:
+    """Name for people of the data that a run was trained on, and of its noise process if it is not the usual one.
+
+    Args:
+        config: the run's configuration.
+    """
+    data, process = config["data"], config["process"]["name"]
+    name = Path(data["path"]).name if "path" in data else data["name"]
+    if name == "gmm":
+        name = f"a mixture of {data['components']} Gaussians in {data['dim']}-D"
+    return name if process == "edm" else f"{name}, process {process}"
+
+
 def distance_label(metric: str) -> str:
     """Name for people of ``results["objectives"][...]["sample_distance"]["metric"]``, without the count."""
     name = metric.partition("@")[0]
@@ -46,11 +60,10 @@ def mean_value_error(errors: Mapping[str, float]) -> float:
 def title(results: Mapping[str, Any]) -> str:
     """One line that says what was run."""
     config = results["config"]
-    data, length = config["data"], config["trainer"]
-    dim = f" ({data['dim']}-D, {data['components']} components)" if data["name"] == "gmm" else ""
+    length = config["trainer"]
     versus = " and ".join(objective_label(name, config) for name in results["objectives"])
     return (
-        f"{versus} on {data['name']}{dim}: {length['grad_steps']:,} gradient steps "
+        f"{versus} on {data_label(config)}: {length['grad_steps']:,} gradient steps "
         f"of {length['batch_size']} data, seed {results['seed']}"
     )
 
@@ -73,6 +86,10 @@ def summary_table(results: Mapping[str, Any]) -> str:
         add(f"value error, σ = {sigma}", [f["value_error"][sigma] for f in found])
     if found[0]["value_error"]:
         add("value error, mean", [mean_value_error(f["value_error"]) for f in found])
+        rows.append([])
+    if all("denoising_error" in f for f in found):  # runs of diffrl 0.2 and before have none
+        for sigma in found[0]["denoising_error"]:
+            add(f"denoising error, test, σ = {sigma}", [f["denoising_error"][sigma] for f in found])
         rows.append([])
     distance = distance_label(found[0]["sample_distance"]["metric"])
     for nfe in found[0]["sample_distance"]["by_nfe"]:

@@ -1,7 +1,7 @@
 """The look of all figures, in one place: colours, lines with bands, ticks, pictures of samples, saving."""
 
-import csv
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffrl.extras import require
 from diffrl.metrics.intervals import Interval
+from diffrl.text_files import write_csv
 
 __all__ = [
     "BLUE",
@@ -26,11 +27,15 @@ __all__ = [
     "draw_points",
     "drawing",
     "image_sheet",
+    "legend_beside",
     "plain_ticks",
     "plane_of",
     "save_figure",
     "show_images",
     "show_points",
+    "square_columns",
+    "write_note",
+    "write_title",
 ]
 
 Array = NDArray[Any]
@@ -51,6 +56,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,
+    "text.parse_math": False,  # what a user named may hold dollar signs
     "axes.grid": True,
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.6,
@@ -93,11 +99,34 @@ def save_figure(
         png.with_suffix(".pdf"), dpi=dpi, metadata={"CreationDate": None}
     )  # no date: the same each time
     if rows is not None:
-        with png.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(png.with_suffix(".csv"), list(rows[0]), rows)
     return png
+
+
+def write_title(figure: Any, text: str) -> None:
+    """Write the title of a figure, in as many lines as it needs."""
+    lines = textwrap.fill(text, int(11 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def write_note(figure: Any, text: str, **style: Any) -> None:
+    """Write what one must know to read a figure small beneath it, in as many lines as it needs."""
+    lines = textwrap.fill(text, int(16 * figure.get_figwidth()))
+    figure.supxlabel(lines, x=0.01, ha="left", **{"fontsize": 7.5, "color": GREY, **style})
+
+
+def legend_beside(figure: Any, axes: Any, title: str | None = None) -> None:
+    """The legend of these axes to the right of the figure, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside right center",
+        title=title,
+        fontsize=8,
+        title_fontsize=8,
+        alignment="left",
+    )
 
 
 def draw_band(axes: Any, x: Sequence[float] | Array, y: Sequence[Interval], **style: Any) -> None:
@@ -116,16 +145,16 @@ def draw_band(axes: Any, x: Sequence[float] | Array, y: Sequence[Interval], **st
 
 
 def plain_ticks(axis: Any, most: int = 9) -> None:
-    """Put round ticks on a logarithmic axis, at most so many: evenly spaced within a decade, else 1, 2, 5.
+    """Put round ticks on a logarithmic axis, two or more: evenly spaced within a decade, else 1, 2, 5.
 
     Args:
         axis: the x or y axis of matplotlib, whose limits are set.
-        most: how many ticks there may be.
+        most: how many ticks there may be, unless only more can be round.
     """
     low, high = axis.get_view_interval()
-    for ticks in _even_ticks(low, high) if high < 10 * low else _decade_ticks(low, high):
-        if len(ticks) <= most:
-            break
+    sets = _even_ticks(low, high) if high < 10 * low else _decade_ticks(low, high)
+    scales = [ticks for ticks in sets if len(ticks) > 1]  # from many ticks to few; one alone is no scale
+    ticks = next((ticks for ticks in scales if len(ticks) <= most), scales[-1])
     axis.set_ticks(ticks, [f"{tick:.4g}" for tick in ticks])
     axis.set_ticks([], minor=True)
 
@@ -133,7 +162,7 @@ def plain_ticks(axis: Any, most: int = 9) -> None:
 def _even_ticks(low: float, high: float) -> Iterator[list[float]]:
     """Ever fewer ticks, evenly spaced by a round step."""
     base = 10.0 ** math.floor(math.log10(high - low))
-    for step in (base / 20, base / 10, base / 5, base / 2, base, 2 * base, 5 * base):
+    for step in (base / 20, base / 10, base / 5, base / 2, base, 2 * base, 2.5 * base, 5 * base):
         yield [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -169,11 +198,15 @@ def image_sheet(x: Array, columns: int) -> Array:
     return sheet
 
 
-def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str) -> None:
-    """Draw samples [n, *E] as points over others, which fix the plane; the frame holds both."""
+def square_columns(count: int) -> int:
+    """In how many columns a sheet of so many images is nearly square."""
+    return math.isqrt(count - 1) + 1
+
+
+def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str, frame: Tensor) -> None:
+    """Draw samples [n, *E] as points over others, which fix the plane; `frame` [m, *E] fixes what is seen."""
     plane, _ = plane_of(beneath.numpy())
-    points, under = plane(x.numpy()), plane(beneath.numpy())
-    draw_points(axes, points, under, colour, np.concatenate([points, under]))
+    draw_points(axes, plane(x.numpy()), plane(beneath.numpy()), colour, plane(frame.numpy()))
 
 
 def draw_points(axes: Any, points: Array, beneath: Array | None, colour: str, frame: Array) -> None:

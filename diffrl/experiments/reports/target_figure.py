@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffrl.errors import InputError, InputKeyError
-from diffrl.experiments.reports.style import INK, ORANGE, drawing, save_figure
+from diffrl.experiments.reports.style import INK, ORANGE, drawing, plain_ticks, save_figure, write_title
 from diffrl.extras import require
 from diffrl.metrics.diagnostics import target_errors
 from diffrl.training.build import build_oracle
@@ -61,7 +61,7 @@ def draw_target_errors(
     path: str | Path,
     *,
     targets: Sequence[str] = SHOWN,
-    title: str = "",
+    title: str = "Errors of targets by noise level",
 ) -> Path:
     """Draw four panels by σ: squared bias, variance and total of the targets; value error, residual and best λ.
 
@@ -86,7 +86,7 @@ def draw_target_errors(
             f"no target {', '.join(missing)}: the table has {', '.join(levels[0]['targets'])}"
         )
     sigma = [level["sigma"] for level in levels]
-    with drawing(figsize=(9, 6.4)) as figure:
+    with drawing(figsize=(10.5, 6.4)) as figure:
         axes = figure.subplots(2, 2, sharex=True)
         colours = require("matplotlib", "plot").colormaps["viridis"]
         for axis, (quantity, heading) in zip(axes.flat, PANELS.items(), strict=False):
@@ -95,7 +95,6 @@ def draw_target_errors(
                 colour = colours(0.9 * n / max(len(targets) - 1, 1))
                 _line(axis, sigma, rows, quantity, color=colour, label=_label(name))
             axis.set_title(heading)
-        axes.flat[1].legend()
         last = axes.flat[3]
         _line(last, sigma, levels, "value_error", color=INK, label="value error")
         _line(last, sigma, levels, "bellman_residual", color=INK, linestyle="--", label="Bellman residual")
@@ -107,16 +106,16 @@ def draw_target_errors(
         choice.yaxis.label.set_color(ORANGE)
         choice.grid(visible=False)
         lines = [*last.get_lines(), *choice.get_lines()]
-        choice.legend(
-            lines, [line.get_label() for line in lines], loc="upper left", frameon=True, edgecolor="none"
-        )
+        names = [line.get_label() for line in lines]
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper")
+        figure.legend(lines, names, loc="outside right lower")
         axes.flat[0].set_xscale("log")
+        plain_ticks(axes.flat[0].xaxis)
         for axis in axes[1]:
             axis.set_xlabel("noise level σ/α")
         axes.flat[0].set_ylabel("in units of the network's output")
         axes.flat[2].set_ylabel("in units of the network's output")
-        if title:
-            figure.suptitle(title)
+        write_title(figure, title)
         return save_figure(figure, Path(path), dpi=200)
 
 
@@ -128,6 +127,7 @@ def _line(
     axis.plot(sigma, seen, marker="o", markersize=3, **style)
     if any(math.isfinite(value) for value in seen):
         axis.set_yscale("log")
+        plain_ticks(axis.yaxis)
 
 
 def _label(name: str) -> str:

@@ -2,26 +2,27 @@
 
 import itertools
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.run_table import data_label, distance_label
 from diffrl.experiments.reports.style import (
     BLUE,
     FAINT,
-    GREY,
     INK,
     ORANGE,
     PALETTE,
     Array,
     draw_band,
     drawing,
+    legend_beside,
     plain_ticks,
     save_figure,
+    write_note,
+    write_title,
 )
 from diffrl.experiments.studies import grid_scheme
 from diffrl.experiments.study_findings import SCORE, Panel, Quantity
@@ -35,7 +36,8 @@ Styles = Mapping[str, Mapping[str, Any]]
 """How the line of each scheme is drawn."""
 
 AXES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
-LEGEND = {"fontsize": 8, "title_fontsize": 8, "frameon": True, "framealpha": 0.8, "edgecolor": "none"}
+EFFORTS = {"grad_steps": (-0.13, ""), "network_evaluations": (0.13, "white")}
+"""How each cost is drawn: the shift of its mark, and what fills it, the scheme's colour if nothing else."""
 NOTES = {"intervals": " Grey: the interval holds 1, or there is one seed. †: not matched."}
 
 
@@ -54,26 +56,23 @@ def draw_figures(panel: Panel, folder: Path) -> list[tuple[str, Path]]:
     """
     if not panel.compared:
         return []
-    title = panel.study.title or "schemes against the baseline"
+    question = panel.study.title or "schemes against the baseline"
     kinds: list[tuple[str, str, Callable[[Any, Panel], Rows]]] = []
     if len(panel.study.axes) == 2:
-        kinds.append(("map", title, _draw_map))
+        kinds.append(("map", question, _draw_map))
     elif len(panel.compared) > 1:
-        kinds.append(("intervals", title, _draw_intervals))
+        kinds.append(("intervals", question, _draw_intervals))
     if SCORE in panel.quantities:
-        kinds.append(
-            ("learning", "learning curves, and the effort to reach the baseline's last error", _draw_learning)
-        )
+        kinds.append(("learning", f"{question}: learning curves and effort", _draw_learning))
     if any(quantity.kind == "sample_distance" for quantity in panel.quantities):
-        kinds.append(("nfe", "sample distance by network evaluations", _draw_nfe))
+        kinds.append(("nfe", f"{question}: sample distance by network evaluations", _draw_nfe))
     drawn = []
-    for kind, title, draw in kinds:
+    for kind, words, draw in kinds:
+        title = f"{words[0].upper()}{words[1:]} ({data_label(panel.config)})"
         with drawing() as figure:
             rows = draw(figure, panel)
-            heading = f"{panel.study.name}, {panel.case}: {title}"
-            figure.suptitle(heading, x=0.01, ha="left", fontsize=11, fontweight="bold")
-            footer = textwrap.fill(_footer(panel) + NOTES.get(kind, ""), int(17 * figure.get_figwidth()))
-            figure.supxlabel(footer, x=0.01, ha="left", fontsize=7.5, color=GREY)
+            write_title(figure, title)
+            write_note(figure, _footer(panel) + NOTES.get(kind, ""))
             path = folder / f"{panel.study.name}_{panel.case}_{kind}.png"
             drawn.append((title, save_figure(figure, path, rows=rows)))
     return drawn
@@ -125,7 +124,7 @@ def _draw_map(figure: Any, panel: Panel) -> Rows:
     across = min(3, len(quantities))
     down = math.ceil(len(quantities) / across)
     size = (0.62 * len(column_values) + 0.9, 0.36 * len(row_values) + 0.9)
-    figure.set_size_inches(max(across * size[0] + 0.9, 7), down * size[1] + 0.5)
+    figure.set_size_inches(max(across * size[0] + 0.9, 7), max(down * size[1] + 0.5, 3))
     grid = figure.subplots(down, across, squeeze=False).ravel()
     rows: Rows = []
     tables = []
@@ -142,7 +141,7 @@ def _draw_map(figure: Any, panel: Panel) -> Rows:
     bar = figure.colorbar(image, ax=list(grid), shrink=0.8, aspect=30)
     ticks = [t for t in (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4) if abs(math.log2(t)) <= most]
     bar.set_ticks([math.log2(t) for t in ticks], labels=[f"{t:g}" for t in ticks])
-    bar.set_label(f"× {panel.study.baseline}   (less is better; framed: best)")
+    bar.set_label(f"× {panel.study.baseline}\nless is better; framed: best")
     bar.outline.set_visible(False)
     return rows
 
@@ -238,75 +237,77 @@ def _how_many(chosen: Styles, panel: Panel) -> str:
 def _draw_learning(figure: Any, panel: Panel) -> Rows:
     """Left the score while training; right the share of the baseline's effort until its last score."""
     chosen = _selected(panel, [SCORE])
-    figure.set_size_inches(11, max(3.8, 1.4 + 0.3 * len(chosen)))
-    curves, shares = figure.subplots(1, 2, width_ratios=(1.6, 1))
-    return [*_draw_curves(curves, panel, chosen), *_draw_efforts(shares, panel, chosen)]
+    figure.set_size_inches(12.5, max(3.8, 1.4 + 0.3 * len(chosen)))
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    curves = [row for scheme in chosen for row in _curve_rows(panel, scheme)]
+    efforts = [row for scheme in chosen for row in _effort_rows(panel, scheme)]
+    _draw_curves(left, curves, panel.study.baseline, chosen)
+    _draw_efforts(right, efforts, panel.study.baseline, chosen)
+    legend_beside(figure, left, _how_many(chosen, panel))
+    return [*curves, *efforts]
 
 
-def _draw_curves(axes: Any, panel: Panel, chosen: Styles) -> Rows:
-    """The score at each evaluation that all seeds have, a line for each scheme."""
-    rows: Rows = []
-    for scheme, style in chosen.items():
-        runs = [panel.curve(scheme, seed) for seed in panel.seeds(scheme)]
-        length = min(len(run.score) for run in runs)
-        points = [interval([run.score[i] for run in runs]) for i in range(length)]
-        for i, point in enumerate(points):
-            steps, evaluations = float(runs[0].grad_steps[i]), float(runs[0].network_evaluations[i])
-            row = {
-                "panel": "curve",
-                "scheme": scheme,
-                "grad_steps": steps,
-                "network_evaluations": evaluations,
-            }
-            rows.append({**row, **point._asdict()})
-        draw_band(axes, runs[0].grad_steps[:length], points, linewidth=1.8, markersize=4, **style)
-    baseline = panel.study.baseline
+def _curve_rows(panel: Panel, scheme: str) -> Rows:
+    """The score of a scheme at each evaluation that all seeds have."""
+    runs = [panel.curve(scheme, seed) for seed in panel.seeds(scheme)]
+    rows = []
+    for i in range(min(len(run.score) for run in runs)):
+        steps, evaluations = float(runs[0].grad_steps[i]), float(runs[0].network_evaluations[i])
+        row = {"panel": "curve", "scheme": scheme, "grad_steps": steps, "network_evaluations": evaluations}
+        rows.append({**row, **interval([run.score[i] for run in runs])._asdict()})
+    return rows
+
+
+def _effort_rows(panel: Panel, scheme: str) -> Rows:
+    """What a scheme spends until it is as good as the baseline, in each cost."""
+    effort, rows = panel.effort(scheme), []
+    for cost in EFFORTS:
+        row = {"panel": f"effort_{cost}", "scheme": scheme, "grad_steps": "", "network_evaluations": ""}
+        missed = f"not reached at {effort.seeds - effort.reached} of {effort.seeds} seeds"
+        found: Interval | None = getattr(effort, cost)
+        rows.append({**row, **(found._asdict() if found else {"iqm": missed, "low": None, "high": None})})
+    return rows
+
+
+def _draw_curves(axes: Any, rows: Rows, baseline: str, styles: Styles) -> None:
+    """The score while training, a line for each scheme."""
+    for scheme, style in styles.items():
+        own = [row for row in rows if row["scheme"] == scheme]
+        points = [Interval(row["iqm"], row["low"], row["high"]) for row in own]
+        draw_band(axes, [row["grad_steps"] for row in own], points, linewidth=1.8, markersize=4, **style)
     axes.axhline(1, color=INK, linewidth=0.8)
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
     axes.annotate(f"{baseline}'s last", (0.01, 1), (0, -3), fontsize=8, color=INK, **place)
     axes.set(xlabel="gradient steps", ylabel=f"value error, × {baseline}'s last", title="Learning curves")
     _ratio_scale(axes, "y", least=0.75)  # leaves room for the words under the line
-    axes.legend(title=_how_many(chosen, panel), **LEGEND)
-    return rows
 
 
-def _draw_efforts(axes: Any, panel: Panel, chosen: Styles) -> Rows:
+def _draw_efforts(axes: Any, rows: Rows, baseline: str, styles: Styles) -> None:
     """What each scheme spends until it is as good as the baseline, in gradient steps and in evaluations."""
-    rows: Rows = []
-    for y, (scheme, style) in enumerate(chosen.items()):
-        effort = panel.effort(scheme)
-        for cost, shift, fill in (
-            ("grad_steps", -0.13, style["color"]),
-            ("network_evaluations", 0.13, "white"),
-        ):
-            row = {"panel": f"effort_{cost}", "scheme": scheme, "grad_steps": "", "network_evaluations": ""}
-            found: Interval | None = getattr(effort, cost)
-            if found is None:
-                missed = f"not reached at {effort.seeds - effort.reached} of {effort.seeds} seeds"
-                rows.append({**row, "iqm": missed, "low": None, "high": None})
-                if shift < 0:
-                    axes.text(0.02, y, missed, va="center", fontsize=8, color=FAINT)
-                continue
-            rows.append({**row, **found._asdict()})
-            ends = [found.iqm if end is None else end for end in (found.low, found.high)]
-            mark = {"color": style["color"], "markersize": 5.5, "markerfacecolor": fill}
-            axes.plot(ends, [y + shift] * 2, color=style["color"], linewidth=2.2, solid_capstyle="butt")
-            axes.plot(found.iqm, y + shift, "o", **mark)
+    places = {scheme: y for y, scheme in enumerate(styles)}
+    for row in rows:
+        y, colour = places[row["scheme"]], styles[row["scheme"]]["color"]
+        shift, fill = EFFORTS[row["panel"].removeprefix("effort_")]
+        if isinstance(row["iqm"], str):
+            axes.text(0.02, y, row["iqm"], va="center", fontsize=8, color=FAINT)
+            continue
+        ends = [row["iqm"] if end is None else end for end in (row["low"], row["high"])]
+        axes.plot(ends, [y + shift] * 2, color=colour, linewidth=2.2, solid_capstyle="butt")
+        axes.plot(row["iqm"], y + shift, "o", color=colour, markersize=5.5, markerfacecolor=fill or colour)
     axes.axvline(1, color=INK, linewidth=0.8)
-    axes.set_yticks(range(len(chosen)), list(chosen))
-    axes.set_ylim(len(chosen) - 0.5, -0.5)
+    axes.set_yticks(range(len(places)), list(places))
+    axes.set_ylim(len(places) - 0.5, -0.5)
     axes.set_xlim(0, max(1.1, axes.get_xlim()[1]))
     axes.grid(False, axis="y")
     axes.set_xlabel("● gradient steps   ○ network evaluations\nas a share of what the baseline spends in all")
-    axes.set_title(f"Effort to reach {panel.study.baseline}'s last error")
-    return rows
+    axes.set_title(f"Effort to reach {baseline}'s last error")
 
 
 def _draw_nfe(figure: Any, panel: Panel) -> Rows:
     """Left the distance itself, right as a multiple of the baseline's."""
     quantities = [quantity for quantity in panel.quantities if quantity.kind == "sample_distance"]
     chosen = _selected(panel, quantities)
-    figure.set_size_inches(10, 3.9)
+    figure.set_size_inches(12, 3.9)
     absolute, relative = figure.subplots(1, 2)
     rows: Rows = []
     for scheme, style in chosen.items():
@@ -328,7 +329,7 @@ def _draw_nfe(figure: Any, panel: Panel) -> Rows:
         axes.set_xticks([int(q.at) for q in quantities], [q.at for q in quantities], minor=False)
         axes.set_xticks([], minor=True)
         axes.set_xlabel("network evaluations per sample (NFE)")
-    absolute.legend(title=_how_many(chosen, panel), **LEGEND)
+    legend_beside(figure, absolute, _how_many(chosen, panel))
     plain_ticks(absolute.yaxis)
     return rows
 
