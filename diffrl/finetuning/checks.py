@@ -16,6 +16,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.check_report import Check, Report
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.surrogate import trainable_law
+from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import nondeterminism
 
@@ -69,7 +70,7 @@ def check(
     Raises:
         ValueError: entries of the rollout are missing, or an argument is outside its range.
     """
-    _refuse(rollout, batch_rows, centred)
+    _refuse(rollout, batch_rows, rollout_rows, centred)
     fits = _rollout(policy, rollout, needs_noise=loss is not None)
     checks = [fits]
     others = [reference, None if loss is None else vars(loss).get("reference")]
@@ -84,14 +85,17 @@ def check(
     return Report(tuple(checks))
 
 
-def _refuse(rollout: TensorDictBase, batch_rows: int | None, centred: str | None) -> None:
+def _refuse(
+    rollout: TensorDictBase, batch_rows: int | None, rollout_rows: int | None, centred: str | None
+) -> None:
     needed = (keys.X_T, keys.INDEX, keys.GROUP, keys.ACTION, keys.ACTION_LOG_PROB, keys.TRAINABLE)
     if missing := [key for key in (*needed, keys.ADVANTAGE) if rollout.get(key, None) is None]:
         raise InputError(f"the rollout has no {', '.join(missing)}: collect it and set its advantages first")
     if rollout.ndim != 2:
         raise InputError(f"the rollout has batch size {tuple(rollout.shape)}: give whole chains, [B, K]")
-    if batch_rows is not None and batch_rows < 1:
-        raise InputError(f"batch_rows is {batch_rows}: an update forwards at least one state")
+    for name, rows in (("batch_rows", batch_rows), ("rollout_rows", rollout_rows)):
+        if rows is not None:
+            require_int(name, rows)
     if centred not in ("group", "batch", None):
         raise InputError(f"centred is {centred!r}: give 'group', 'batch' or None")
 

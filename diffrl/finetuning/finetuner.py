@@ -20,11 +20,12 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.reference import References, load_policy_weights, policy_weights
 from diffrl.finetuning.surrogate import Role
 from diffrl.finetuning.updates import micro_batches
+from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.identity import fingerprint, flat
-from diffrl.training.loop import Loop, at_least_one, step_generator
+from diffrl.training.loop import Loop, step_generator
 from diffrl.training.optim import FinetuningOptim, NonFiniteLoss, Optim, Optimiser
 
 __all__ = ["Finetuner", "Iterations"]
@@ -53,7 +54,8 @@ class Iterations:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        at_least_one("loop", vars(self))
+        for name, value in vars(self).items():
+            require_int(f"loop.{name}", value)
 
     @property
     def total(self) -> int:
@@ -114,7 +116,8 @@ class Finetuner(Loop):
             autocast=autocast,
         )
         self.policy, self.recipe, self.reward = policy.to(device).eval(), recipe, as_reward(reward)
-        self.event_shape, self.conditions = tuple(event_shape), conditions
+        self.event_shape = tuple(require_int("event_shape", size) for size in event_shape)
+        self.conditions = conditions
         self.references = References(policy, recipe.regulariser.decay)
         if not any(p.requires_grad for p in policy.denoiser.parameters()):
             raise InputError("no parameter of the policy's denoiser requires a gradient: nothing to tune")

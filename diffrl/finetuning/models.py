@@ -13,7 +13,7 @@ from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora, export_lora
 from diffrl.errors import InputError
 from diffrl.finetuning.prompts import Prompts, prompts_of
-from diffrl.ranges import require_int
+from diffrl.ranges import require_int, require_number
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
@@ -74,6 +74,7 @@ def run_model(
     """
     if path is None:
         raise InputError("model.path is null: give the folder of a training run")
+    require_number("guidance_scale", guidance_scale)
     run = load(path, objective)
     num_classes = int(getattr(run.denoiser.network, "num_classes", 0))
     denoiser: nn.Module = run.denoiser

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffrl.errors import DiffrlError, InputError
+from diffrl.ranges import require_int, require_number
 
 __all__ = ["FinetuningOptim", "NonFiniteLoss", "Optim", "Optimiser"]
 
@@ -42,16 +43,17 @@ class Optim:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise InputError(f"optim.lr is {self.lr}: it must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        require_number("optim.lr", self.lr, 0, ends="()")
+        if len(self.betas) != 2:
             raise InputError(f"optim.betas is {self.betas}: give two decay rates in [0, 1)")
-        if self.warmup_steps < 0:
-            raise InputError(f"optim.warmup_steps is {self.warmup_steps}: it must be 0 or more")
+        for beta in self.betas:
+            require_number("optim.betas", beta, 0, 1, "[)")
+        require_number("optim.weight_decay", self.weight_decay, 0)
+        require_int("optim.warmup_steps", self.warmup_steps, 0)
         if self.decay not in ("cosine", "none"):
             raise InputError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"optim.clip_norm is {self.clip_norm}: it must be above 0; null does not clip")
+        if self.clip_norm is not None:
+            require_number("optim.clip_norm", self.clip_norm, 0, ends="()")
 
     def factor(self, step: int, grad_steps: int) -> float:
         """Share of `lr` at gradient step `step`, counted from 0, of `grad_steps`."""

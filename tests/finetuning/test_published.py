@@ -17,6 +17,7 @@ from diffrl.finetuning.credit.critic import LearnedCritic
 from diffrl.finetuning.credit.group import GroupRelative
 from diffrl.finetuning.credit.standardised import RewardsToGo, Standardised
 from diffrl.finetuning.evaluation import EarlyStop, TuningEvaluation
+from diffrl.finetuning.finetuner import Iterations
 from diffrl.finetuning.methods.ddpo import DDPOLoss, PPOClip, Reinforce
 from diffrl.finetuning.methods.sdpo import RewardDifference, SDPOLoss
 from diffrl.finetuning.placement.dense import Dense
@@ -199,6 +200,11 @@ POLICY: dict[str, Any] = {
     "reduction": "mean",
 }
 PLACES: list[tuple[Any, str, dict[str, Any]]] = [
+    *(
+        (Iterations, name, {})
+        for name in ("iterations", "eval_every", "checkpoint_every", "keep_checkpoints")
+    ),
+    *((FinetuningOptim, name, {}) for name in ("lr", "weight_decay", "warmup_steps", "clip_norm")),
     *(
         (Updates, name, {})
         for name in ("minibatches", "passes", "last", "drop_last", "fraction", "micro_batch")
