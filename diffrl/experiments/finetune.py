@@ -11,7 +11,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
-from diffrl.errors import InputError
+from diffrl.errors import FileError, InputError
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
 from diffrl.finetuning.build import build_recipe
@@ -30,6 +30,7 @@ from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
+from diffrl.training.table import Table
 
 __all__ = ["TunedRun", "load_tuned", "run_finetuning"]
 
@@ -113,7 +114,7 @@ class _Job(Job):
         """Tune to the end, or raise `Interrupted`; the figures for results.json."""
         self.resume(folder)
         table = self.table(folder)
-        self.judged = [_numbers(row) for row in table.rows() if row["eval_reward"]]
+        self.judged = _judged(table)
         if not self.judged or self.stop.reason(self.judged) is None:
             self.run_loop(folder, interrupted, progress)
         tuned = self.judge.draw(self.policy)[0]
@@ -121,7 +122,11 @@ class _Job(Job):
         for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
             folder.write_samples(name, {nfe: self.model.pictures(shown(x))})
         self.model.export(folder.path)
-        rows = [_numbers(row) for row in table.rows() if row["eval_reward"]]
+        rows = _judged(table)
+        if not rows:
+            raise FileError(
+                f"{table.path} holds no evaluation to report: restore it from a copy, or tune anew"
+            )
         first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
         return {**self.tuner.figures, "final": last, "base": first, "stopped_early": self.stop.reason(rows)}
 
@@ -151,8 +156,10 @@ def _shipped(config: Config) -> Reward:
     return reward
 
 
-def _numbers(row: Config) -> dict[str, float]:
-    return {key: float(value) for key, value in row.items() if value}
+def _judged(table: Table) -> list[dict[str, float]]:
+    """The rows with an evaluation."""
+    rows = ({key: float(value) for key, value in row.items() if value} for row in table.rows())
+    return [row for row in rows if "eval_reward" in row]
 
 
 def run_finetuning(

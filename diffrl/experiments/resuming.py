@@ -15,25 +15,27 @@ WORDS = ("device", "extend", ACCEPT)
 """Settings that can be given with ``resume``."""
 
 
-def resumed(chosen: Mapping[str, Any], given: Sequence[str]) -> dict[str, Any]:
+def resumed(chosen: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The configuration that the run in ``chosen["resume"]`` was started with, and the words of now.
 
     Args:
         chosen: what a command composed.
-        given: names of the settings that were given to it.
+        words: what was given to it, each as ``key=value``.
 
     Raises:
         InputError: something is given that a run cannot be resumed with.
         RunFolderError: there is no run, or one of another command.
     """
-    if others := [key for key in given if key not in (*WORDS, "resume")]:
+    given = {word.partition("=")[0]: word for word in words}
+    if others := [word for key, word in given.items() if key not in (*WORDS, "resume")]:
         raise InputError(
             f"{', '.join(others)}: a run is resumed as it was started; only {', '.join(WORDS)} can be given with resume"
         )
     folder = RunFolder.reopen(Path(chosen["resume"]))
     stored = folder.config()
     require_kind(folder.path, stored, next(kind for group, kind in KINDS.items() if group in chosen))
-    return {**stored, **{key: chosen[key] for key in ("resume", *given)}}
+    # what the file lacks, as an option that came later, has its default: a checkpoint knows whether that was so
+    return {**chosen, **stored, **{key: chosen[key] for key in ("resume", *given)}}
 
 
 def continued(config: Mapping[str, Any], group: str, key: str) -> dict[str, Any]:
@@ -45,14 +47,14 @@ def continued(config: Mapping[str, Any], group: str, key: str) -> dict[str, Any]
         key: its name in the group.
 
     Raises:
-        InputError: ``extend`` without ``resume``, or fewer steps than there are.
+        InputError: ``extend`` or ``accept_changes`` without ``resume``.
         RunFolderError: there is no run to resume, or one of another command.
         RunChanged: the run was started with other settings, or its config.yaml was edited since.
     """
     total, steps = config.get("extend"), f"{group}.{key}"
     if config["resume"] is None:
-        if total is not None:
-            raise InputError(f"extend is for a run that is resumed: give resume=PATH too, or {steps}={total}")
+        if total is not None or config.get(ACCEPT, False):
+            raise InputError(f"extend and {ACCEPT} are for a run that goes on: give resume=PATH too")
         return dict(config)
     folder = RunFolder.reopen(Path(config["resume"]))
     stored = folder.config()
@@ -65,10 +67,12 @@ def continued(config: Mapping[str, Any], group: str, key: str) -> dict[str, Any]
         refuse_changes(identity_of(stored), now, of=folder.path, steps=steps, extend=total is not None)
         for checkpoint in filter(None, map(latest_checkpoint, folder.all_checkpoints())):
             # of what else a checkpoint knows, the loop knows the present value
-            kept = {k: v for k, v in read_identity(checkpoint).items() if k in now or _group(k) not in config}
+            kept = {k: v for k, v in read_identity(checkpoint).items() if k in now or _lost(k, config)}
             refuse_changes(kept, now, of=checkpoint, steps=steps, extend=total is not None)
     return dict(config)
 
 
-def _group(key: str) -> str:
-    return key.partition(".")[0]
+def _lost(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether the group of a setting is not in the configuration any more."""
+    group, dot, _ = key.partition(".")
+    return bool(dot) and group not in config

@@ -19,7 +19,7 @@ from diffrl.extras import require_installed
 from diffrl.training.checkpoints import tidy
 from diffrl.training.identity import ACCEPT, identity_of
 from diffrl.training.loop import Loop
-from diffrl.training.runs import RunFolder
+from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 
 __all__ = ["AUTOCAST", "Interrupted", "Job", "as_tuples", "check_settings", "interruptible", "shown"]
@@ -68,7 +68,7 @@ class Job(ABC):
 
     def table(self, folder: RunFolder) -> Table:
         """The run's metrics.csv."""
-        return Table(folder.path / "metrics.csv", self.columns)
+        return Table(folder.path / "metrics.csv", self.columns, tuple(self.tag))
 
     def compare(self) -> None:
         """Refuse a run to resume whose data or methods are not what they were.
@@ -96,7 +96,9 @@ class Job(ABC):
         done = range(self.loop.step + 1 if self.loop.step > 0 else 0)
 
         def wanted(row: dict[str, str]) -> bool:
-            return any(row[k] != v for k, v in self.tag.items()) or int(row[self.count]) in done
+            return (
+                any(row.get(k) != v for k, v in self.tag.items()) or float(row.get(self.count) or -1) in done
+            )
 
         self.table(folder).keep(wanted)
 
@@ -109,6 +111,8 @@ class Job(ABC):
         table, logger = self.table(folder), _open_logger(self.config["logger"], str(folder.path), self.name)
 
         def report(row: dict[str, float]) -> None:
+            if not folder.config_file.exists():  # a checkpoint would make the folder again, without it
+                raise RunFolderError(f"{folder.path} was removed while the run went on: start it again")
             table.append({**self.tag, **row})
             if logger is not None:
                 for key, value in row.items():

@@ -165,9 +165,9 @@ class RunFolder:
         if not file.exists():
             return {}
         results: dict[str, Any] = read_json(file)
-        found = results.get("objectives", results.get("finetuning"))
-        if not isinstance(found, dict):
-            raise self._damaged(file, "there are neither objectives nor finetuning in it")
+        found = results.get("objectives", {"finetuning": results.get("finetuning")})
+        if not isinstance(found, dict) or not all(isinstance(figures, dict) for figures in found.values()):
+            raise self._damaged(file, "it holds figures neither of objectives nor of finetuning")
         return results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
