@@ -7,6 +7,7 @@ from .denoisers import Denoiser as Denoiser
 from .exact import EmpiricalDenoiser as EmpiricalDenoiser
 from .exact import GaussianDenoiser as GaussianDenoiser
 from .exact import MixtureDenoiser as MixtureDenoiser
+from .foreign import wrap_network as wrap_network
 from .guidance import GuidedDenoiser as GuidedDenoiser
 from .laws import Gaussian as Gaussian
 from .laws import Law as Law

@@ -3,6 +3,7 @@
 A denoiser is any callable (x_t [N, *E], t [N], cond [N, ...] or None) → [N, *E].
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from diffrl.diffusion.predictions import PredictionType, Scalings, boundary_scalings, scalings
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import require_number
 from diffrl.shapes import expand_like, require_floating
 
 __all__ = ["Denoiser", "DenoiserFn", "require_states"]
@@ -22,21 +24,43 @@ DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Denoiser(nn.Module):
     """A network with preconditioning: D(x_t, t) = c_skip x_t + c_out F(c_in x_t, c_noise, cond).
 
+    What scales what: c_in scales the network's input to unit variance, for every prediction type; c_skip and c_out turn
+    its output into a clean estimate. σd enters c_in always, and c_skip and c_out of "edm" and "consistency" only. A
+    network that was trained on unscaled states, as published ε- and velocity-networks are, must get them unscaled: that
+    is ``scale_input=False``, and `diffrl.wrap_network` makes such a denoiser in one line.
+
+    A network of your own is a module with ``forward(x, c_noise, cond)``, x [N, *E], c_noise [N], cond [N, ...] or None,
+    that returns a tensor of x's shape:
+
+    >>> import diffrl, torch
+    >>> class Mine(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2))
+    ...
+    ...     def forward(self, x, c_noise, cond=None):
+    ...         return self.layers(torch.cat([x, c_noise[:, None]], 1))
+    >>> denoiser = diffrl.Denoiser(Mine(), diffrl.EDM())
+    >>> denoiser(torch.randn(5, 2), torch.full((5,), 0.3)).shape
+    torch.Size([5, 2])
+
     Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), eq. 7,
     https://arxiv.org/abs/2206.00364.
 
     Args:
         network: F, any module (x [N, *E], c_noise [N], cond) → [N, *E].
         process: noise schedule.
-        sigma_data: σd, standard deviation of the data.
+        sigma_data: σd, standard deviation of the data, in (0, 1e6].
         prediction_type: what F predicts, see `diffrl.diffusion.predictions.scalings`; or "consistency", the form of
             consistency models, for which D(x, σ_min) = x, see `diffrl.diffusion.predictions.boundary_scalings`.
         time_input: the form in which the network gets t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
             want it), "c_noise_x1000" (250 ln σ, as consistency models of 64×64 images were published, for networks
             that embed timesteps up to 1000), or "t" itself.
+        scale_input: whether F gets c_in x_t; False gives it x_t.
 
     Raises:
-        ValueError: an unknown prediction type or time input, or sigma_data ≤ 0.
+        TypeError: a network that cannot be called so, or a process that is no schedule.
+        ValueError: an unknown prediction type or time input, or sigma_data outside its range.
     """
 
     def __init__(
@@ -46,21 +70,26 @@ class Denoiser(nn.Module):
         sigma_data: float = 0.5,
         prediction_type: PredictionType | Literal["consistency"] = "edm",
         time_input: Literal["c_noise", "c_noise_x1000", "t"] = "c_noise",
+        scale_input: bool = True,
     ) -> None:
         super().__init__()
-        if not sigma_data > 0:
-            raise InputError(f"sigma_data is {sigma_data}: the data's standard deviation is > 0")
+        if not isinstance(process, Schedule):
+            raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
+        require_number("sigma_data", sigma_data, 0, 1e6, "(]")
         if time_input not in ("c_noise", "c_noise_x1000", "t"):
             raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
+        _require_contract(network)
         self.network, self.process, self.sigma_data = network, process, sigma_data
-        self.prediction_type, self.time_input = prediction_type, time_input
+        self.prediction_type, self.time_input, self.scale_input = prediction_type, time_input, scale_input
         self.scalings(process.time_grid(1)[:1])  # refuses an unknown type now, not later in training
 
     def scalings(self, t: Tensor) -> Scalings:
-        """c_skip, c_out and c_in at times t."""
+        """c_skip, c_out and c_in at times t; c_in is 1 without scaling of the input."""
         if self.prediction_type == "consistency":
-            return boundary_scalings(self.process, t, self.sigma_data)
-        return scalings(self.process, t, self.prediction_type, self.sigma_data)
+            found = boundary_scalings(self.process, t, self.sigma_data)
+        else:
+            found = scalings(self.process, t, self.prediction_type, self.sigma_data)
+        return found if self.scale_input else found._replace(c_in=torch.ones_like(found.c_in))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Clean estimate of noisy states.
@@ -74,8 +103,9 @@ class Denoiser(nn.Module):
             D, of x_t's shape and dtype.
 
         Raises:
-            TypeError: x_t holds integers.
-            ValueError: t is not one time per state.
+            TypeError: x_t is no tensor or holds integers, its dtype is not that of the network, or the network returns
+                something else than a tensor.
+            ValueError: t is not one time per state, or the network returns another shape.
         """
         require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
@@ -85,9 +115,48 @@ class Denoiser(nn.Module):
             c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
             if self.time_input == "c_noise_x1000":
                 c_noise = 1000 * c_noise
-        F_x = self.network(c_in * x_t, c_noise, cond)
-        D_x = c_skip * x_t + c_out * F_x.to(x_t.dtype)
-        return D_x
+        F_x = self._predict(c_in * x_t, c_noise, cond)
+        return c_skip * x_t + c_out * F_x.to(x_t.dtype)
+
+    def _predict(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+        """F, a tensor of x's shape."""
+        try:
+            F_x = self.network(x, c_noise, cond)
+        except RuntimeError as error:
+            weights = next(self.network.parameters(), x)
+            if "dtype" not in str(error) or weights.dtype == x.dtype:
+                raise
+            raise InputTypeError(
+                f"x_t has dtype {x.dtype}, but the network's weights have {weights.dtype}: convert the data by "
+                f"x0.to({weights.dtype}), or the network by denoiser.to({x.dtype})"
+            ) from error
+        if not isinstance(F_x, Tensor):
+            raise InputTypeError(
+                f"the network returned a {type(F_x).__name__}, not a tensor: give one that returns its prediction, "
+                "or wrap it by diffrl.wrap_network(network, process)"
+            )
+        if F_x.shape != x.shape:
+            raise InputError(
+                f"the network returned shape {tuple(F_x.shape)} for states of shape {tuple(x.shape)}: it must be the "
+                "same; of a network that predicts a variance too, return the first half of the channels"
+            )
+        return F_x
+
+
+def _require_contract(network: nn.Module) -> None:
+    """Refuse a network that cannot be called with x, c_noise and cond, as far as its signature tells."""
+    try:
+        signature = inspect.signature(network.forward)
+    except (AttributeError, TypeError, ValueError):  # a plain function, or compiled code
+        return
+    try:
+        signature.bind("x", "c_noise", "cond")
+    except TypeError:
+        raise InputTypeError(
+            f"{type(network).__name__}.forward{signature} cannot be called as network(x, c_noise, cond), with "
+            "x [N, *E], c_noise [N], cond [N, ...] or None: give it these arguments, or wrap a network that was "
+            "trained elsewhere by diffrl.wrap_network(network, process)"
+        ) from None
 
 
 def require_states(x_t: Tensor, t: Tensor) -> None:

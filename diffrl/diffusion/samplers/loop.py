@@ -11,7 +11,8 @@ from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.diffusion.samplers.base import Model, Noise, Sampler
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import require_int
 
 __all__ = ["sample", "trajectory"]
 
@@ -39,12 +40,12 @@ def sample(
 
     Args:
         denoiser: D. Put a network in eval mode first.
-        shape: shape of the result, [N, *E].
+        shape: shape of the result, [N, *E], whole numbers ≥ 1.
         sampler: the reverse step, such as `diffrl.Heun()`; `diffrl.diffusion.samplers.SAMPLERS` has all.
         num_steps: N ≥ 1, the number of noise levels. A sampler of second order evaluates the network more often.
         process: noise schedule; taken from ``denoiser.process`` if None.
         cond: condition of each sample, shape [N, ...].
-        seed: sample j comes from a generator of its own with seed + j, so that it does not depend on the
+        seed: ≥ 0; sample j comes from a generator of its own with seed + j, so that it does not depend on the
             other samples. Give this or `noise`.
         noise: another source of standard normal numbers.
         device: where the samples are drawn.
@@ -54,13 +55,22 @@ def sample(
         Samples, shape [N, *E].
 
     Raises:
-        ValueError: neither or both of seed and noise; no process given, and the denoiser has none.
+        TypeError: sampler is no sampler.
+        ValueError: neither or both of seed and noise; no process given, and the denoiser has none; a size, a seed or
+            num_steps that is no whole number, or another number of conditions than of samples.
     """
+    if not isinstance(sampler, Sampler):
+        raise InputTypeError(f"sampler is {sampler!r}: give one such as diffrl.Heun()")
+    if not dtype.is_floating_point:
+        raise InputError(f"dtype is {dtype}: samples are of a floating dtype")
+    shape = [require_int("a size in shape", size) for size in shape]
+    if cond is not None and len(cond) != shape[0]:
+        raise InputError(f"cond has {len(cond)} entries, but shape asks for {shape[0]} samples")
     if (seed is None) == (noise is None):
         raise InputError("give either seed or noise")
     if noise is None:
-        assert seed is not None
-        noise = Noise.per_sample(range(seed, seed + shape[0]))
+        first = require_int("seed", seed, 0, 2**63 - 1 - shape[0])
+        noise = Noise.per_sample(range(first, first + shape[0]))
     process = process or getattr(denoiser, "process", None)
     if process is None:
         raise InputError("this denoiser does not know its process: give process=")
