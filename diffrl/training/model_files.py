@@ -5,7 +5,7 @@ The file is in the safetensors format. Its metadata hold a JSON text under the n
     format        1
     process       name in the registry and numbers of the noise schedule
     network       the same of the network; null for one that is no network of the registry
-    denoiser      sigma_data, prediction_type, time_input
+    denoiser      sigma_data, prediction_type, time_input, scale_input
     event_shape   of a sample
     num_classes   labels that the network takes; 0: none
     dtype         of the parameters
@@ -33,7 +33,7 @@ __all__ = ["SUFFIX", "events_of", "read_model", "save"]
 
 SUFFIX = ".safetensors"
 _FORMAT = 1
-_OPTIONS = ("sigma_data", "prediction_type", "time_input")
+_OPTIONS = ("sigma_data", "prediction_type", "time_input", "scale_input")
 
 
 def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] | None = None) -> Path:
