@@ -151,7 +151,7 @@ def _num_classes(denoiser: Denoiser) -> int:
 
 
 def class_labels(shares: Sequence[float], n: int) -> Tensor:
-    """Labels whose shares are those wanted, up to one sample, however many are taken: int64 [n].
+    """Labels whose shares are those wanted, up to about one sample, however many are taken: int64 [n].
 
     Each is of the class that is furthest behind: argmax_c (share_c (j + 1) - count_c). Equal shares go in turn.
 

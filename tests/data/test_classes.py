@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from diffrl.data.dataset import Data
 from diffrl.data.files import digits, npz
@@ -53,6 +54,12 @@ def test_errors_name_options_as_they_are_typed(tmp_path: Path) -> None:
     config = {"name": "npz", "path": stored(tmp_path / "a.npz", VECTORS), "conditional": True}
     with pytest.raises(DataError, match=r"set data\.conditional to false"):
         build_data({"data": config})
+    for side in (4, 5):
+        Image.new("L", (side, 4)).save(tmp_path / f"{side}.png")
+    with pytest.raises(DataError, match=r"5\.png is 5x4, but 4\.png is 4x4; give data\.size to resize all"):
+        build_data({"data": {"name": "folder", "path": str(tmp_path), "size": None}})
+    with pytest.raises(DataError, match=r"raise data\.max_gib to allow it"):
+        build_data({"data": {"name": "folder", "path": str(tmp_path), "size": 4, "max_gib": 1e-9}})
 
 
 def test_class_shares_are_those_of_the_training_rows() -> None:
