@@ -1,12 +1,13 @@
 """Training a denoiser: draw states, descend the loss, move averages and target networks."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torchrl.objectives import HardUpdate
 
 from diffrl.data.dataset import Data
@@ -172,6 +173,8 @@ class Trainer(Loop):
             "data.class_shares": self.data.class_shares,
             "data.title": self.data.name,
             "objective.name": self.name,
+            **{f"objective.{name}": value for name, value in _options(self.loss).items()},
+            "chain": repr(getattr(self.objective.draw, "chain", None)),
             "denoiser.prediction_type": self.denoiser.prediction_type,
             "denoiser.sigma_data": self.denoiser.sigma_data,
             "process": repr(self.denoiser.process),
@@ -261,6 +264,18 @@ class Trainer(Loop):
         if self.adaptive is not None:
             self.adaptive.load_state_dict(training["draw"])
         self.loss.network_evaluations = training["network_evaluations"]
+
+
+def _options(loss: nn.Module) -> dict[str, Any]:
+    """The options of a loss that it or its estimator keeps under their own names, where they are plain."""
+    homes = (loss, getattr(loss, "value_estimator", None))
+    found = {
+        name: getattr(home, name)
+        for name in inspect.signature(type(loss)).parameters
+        for home in homes
+        if hasattr(home, name)
+    }
+    return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
 
 
 def _target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:
