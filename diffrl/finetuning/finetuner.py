@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -121,6 +122,10 @@ class Finetuner(Loop):
         self.references = References(policy, recipe.regulariser.decay)
         if not any(p.requires_grad for p in policy.denoiser.parameters()):
             raise InputError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
+        if recipe.rollouts.overlap and getattr(reward, "normalise", "none") != "none":
+            raise InputError(
+                "a running sum of rewards depends on how they are asked: set rollouts.overlap=false"
+            )
         for piece in recipe.pieces:
             if reason := piece.refuses(policy):
                 raise InputError(reason)
@@ -230,7 +235,16 @@ class Finetuner(Loop):
             groups = n // plan.rows_of_a_group
             rows = torch.randint(len(self.conditions), (groups,), generator=_cpu(generator))
             cond = self.conditions[rows.to(self.conditions.device)]
-        with self.precision():
+        rollout, r = self._paid(n, cond, generator)
+        rollout.set((keys.NEXT, keys.REWARD), r)
+        rollout.set(keys.ADVANTAGE, (credit or self.recipe.credit)(rollout, r).float())
+        return rollout
+
+    def _paid(self, n: int, cond: Tensor | None, generator: Generator) -> tuple[TensorDict, Tensor]:
+        """A rollout [n, K] and its rewards [n, K, 1], which one thread asks for part by part where they overlap."""
+        plan, place, asked = self.recipe.rollouts, self.recipe.placement, []
+        with ThreadPoolExecutor(1) as thread, self.precision():
+            overlap = {"each": lambda part: asked.append(thread.submit(place, part, self.reward))}
             rollout = plan.collect(
                 self.policy,
                 self.event_shape,
@@ -238,13 +252,13 @@ class Finetuner(Loop):
                 cond=cond,
                 generator=generator,
                 device=self.device,
+                **(overlap if plan.overlap else {}),
             )
-        if not bool(rollout.get((keys.NEXT, keys.X_T)).isfinite().all()):
-            raise NonFiniteLoss("the policy's samples hold NaN or infinity")
-        r = self.recipe.placement(rollout, self.reward)
-        rollout.set((keys.NEXT, keys.REWARD), r)
-        rollout.set(keys.ADVANTAGE, (credit or self.recipe.credit)(rollout, r).float())
-        return rollout
+            if not bool(rollout.get((keys.NEXT, keys.X_T)).isfinite().all()):
+                raise NonFiniteLoss("the policy's samples hold NaN or infinity")
+            if asked:
+                return rollout, torch.cat([part.result() for part in asked])
+        return rollout, place(rollout, self.reward)
 
     def _advance(self) -> dict[str, float]:
         rollout = self.collect(step_generator(self.seed, self.step, self.device))

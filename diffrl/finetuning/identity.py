@@ -20,7 +20,7 @@ __all__ = ["policy_facts", "recipe_facts", "reward_identity"]
 
 LOOKED_AT = 4096  # values of a tensor of weights, evenly spread: billions would take a minute
 PLAIN = (bool, int, float, str, type(None))
-MEMORY_ONLY = ("at_once", "micro_batch")
+MEMORY_ONLY = ("at_once", "micro_batch", "overlap")
 """Options that decide about memory and speed: another machine may need others."""
 
 

@@ -57,7 +57,7 @@ class Recipe:
 
     >>> from diffrl import recipes
     >>> print(recipes.sdpo())
-    rollouts     Rollouts(trajectories=256, group_size=1, pairs=True, at_once=None)
+    rollouts     Rollouts(trajectories=256, group_size=1, pairs=True, at_once=None, overlap=False)
     placement    Dense(mode='anchor', timing='state', interior=True, guarded=True)
     credit       RewardsToGo(buffer=None, min_count=16, per='prompt', gamma=0.99)
     updates      Updates(order='step', minibatches=2, passes=1, last=None, drop_last=0, fraction=1.0, micro_batch=256)

@@ -1,6 +1,7 @@
 """`diffrl.finetune` in one call: what it says, what it refuses, what it leaves, and which folder it continues."""
 
 import functools
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,11 @@ from diffrl import recipes
 from diffrl.errors import InputError
 from diffrl.finetuning.check_report import CheckFailed
 from diffrl.finetuning.credit.group import GroupRelative
+from diffrl.finetuning.finetuner import Finetuner
 from diffrl.finetuning.identity import recipe_facts, reward_identity
 from diffrl.finetuning.recipe import Recipe
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.calls import RewardError
 from diffrl.rewards.decoded import DecodedReward
 from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.identity import RunChanged
@@ -236,3 +239,49 @@ def test_a_tuned_pipeline_is_loaded_by_stock_diffusers(kind: str, tmp_path: Path
         loaded, expected = (d(x, torch.full((P,), t), EACH) for d in (denoiser_of(stock, w=2.0), tuned))
     torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-5)
     assert differ(before, expected)
+
+
+# Rewards beside sampling
+
+
+@pytest.mark.parametrize("name", ["ddpo_is", "sdpo"])
+def test_rewards_asked_while_the_next_part_is_drawn_change_no_figure(name: str) -> None:
+    rows = []
+    for overlap in (False, True):
+        plan = recipes.Rollouts(16, pairs=name == "sdpo", at_once=4, overlap=overlap)
+        found = tune(recipe=getattr(recipes, name)(rollouts=plan), iterations=3)
+        rows.append([{k: v for k, v in row.items() if k != "seconds"} for row in found])
+    assert rows[0] == rows[1]
+
+
+def test_a_part_is_judged_before_the_next_one_is_drawn_whole() -> None:
+    """The second part does not begin before the reward was asked about the first: else this waits for ever."""
+    policy, answered = make_policy(), threading.Event()
+    act, asked = policy.act, 0
+
+    def watched(*args: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 5:  # the first of the second part's four steps
+            assert answered.wait(60), "the reward was not asked while sampling went on"
+        return act(*args, **options)
+
+    def reward(x0: Tensor, cond: Any = None) -> Tensor:
+        answered.set()
+        return right(x0)
+
+    policy.act = watched  # type: ignore[method-assign]
+    plan = recipes.Rollouts(8, at_once=4, overlap=True)
+    tuner = Finetuner(policy, reward, recipes.ddpo_is(rollouts=plan), event_shape=(2,))
+    assert next(tuner.steps())["reward_std"] > 0 and asked == 8
+
+
+def test_what_does_not_overlap_is_refused() -> None:
+    with pytest.raises(InputError, match=r"set rollouts\.at_once"):
+        recipes.Rollouts(overlap=True)
+    plan = recipes.Rollouts(16, at_once=4, overlap=True)
+    running = WeightedSum({"a": (right, 1.0)}, normalise="running")
+    with pytest.raises(InputError, match=r"depends on how they are asked: set rollouts\.overlap=false"):
+        tune(running, recipes.ddpo_is(rollouts=plan))
+    with pytest.raises(RewardError, match="failed for sample"):
+        tune(lambda x0, cond: x0[:, 0] * torch.nan, recipes.ddpo_is(rollouts=plan))

@@ -16,7 +16,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.piece import Setting
-from diffrl.ranges import require_int, require_number
+from diffrl.ranges import MAX_REPEATS, require_int, require_number
 from diffrl.rl.advantages import critic_advantages, spread
 
 __all__ = ["Critic", "LearnedCritic"]
@@ -104,7 +104,7 @@ class LearnedCritic(Credit):
         require_number("credit.lmbda", self.lmbda, 0, 1)
         require_number("credit.gamma", self.gamma, 0, 1)
         require_number("credit.lr", self.lr, 0, ends="()")
-        require_int("credit.passes", self.passes)
+        require_int("credit.passes", self.passes, 1, MAX_REPEATS)
         require_int("credit.hidden", self.hidden)
         self._scale = (0.0, 0.0)  # mean and std of the returns of the first rollout that has any spread
 

@@ -26,6 +26,8 @@ class RolloutPlan(Piece, ABC):
     """B, the rows of a rollout."""
     at_once: int | None = None
     """Most rows drawn side by side; None: all."""
+    overlap: bool = False
+    """Whether `collect` takes `each`, so that rewards are asked about a part while the next one is drawn."""
 
     @property
     def rows_of_a_group(self) -> int:
@@ -62,4 +64,6 @@ class RolloutPlan(Piece, ABC):
             cond: condition of each group, shape [B/G, ...], or None.
             generator: source of randomness.
             device: where trajectories live.
+
+        A plan with `overlap` also takes ``each``, which it calls with every part [b, K] as it was drawn, in order.
         """

@@ -1,6 +1,6 @@
 """Chains that a policy draws side by side, from noise to data or from a state on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +30,9 @@ class Rollouts(RolloutPlan):
         group_size: G, trajectories that share a condition.
         pairs: groups are pairs that share their first latent too; group_size is then left at 1.
         at_once: most trajectories drawn side by side; None: all.
+        overlap: ask the reward about each part of `at_once` while the next one is drawn. The figures are the same for a
+            reward and a placement that judge each trajectory by itself; it pays where the reward waits for something
+            else than this machine's cores, such as a server, another device or `reward_calls` with processes.
 
     Raises:
         ValueError: sizes that do not fit.
@@ -39,6 +42,7 @@ class Rollouts(RolloutPlan):
     group_size: int = 1
     pairs: bool = False
     at_once: int | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         require_int("rollouts.group_size", self.group_size)
@@ -54,6 +58,10 @@ class Rollouts(RolloutPlan):
             raise InputError(
                 f"rollouts.at_once is {self.at_once}: a group of {self.rows_of_a_group} is drawn together; give at "
                 "least that, or null for all"
+            )
+        if self.overlap and self.at_once is None:
+            raise InputError(
+                "rollouts.overlap asks about a part while the next is drawn: set rollouts.at_once"
             )
 
     @property
@@ -75,6 +83,7 @@ class Rollouts(RolloutPlan):
         cond: Tensor | None,
         generator: Generator,
         device: torch.device,
+        each: Callable[[TensorDict], object] = lambda part: None,
     ) -> TensorDict:
         """`collect_rollout` of whole chains."""
         return collect_rollout(
@@ -87,6 +96,7 @@ class Rollouts(RolloutPlan):
             generator=generator,
             device=device,
             at_once=self.at_once,
+            each=each,
         )
 
 
@@ -113,6 +123,7 @@ def collect_rollout(
     generator: Generator | Sequence[Generator] | None = None,
     device: torch.device | str = "cpu",
     at_once: int | None = None,
+    each: Callable[[TensorDict], object] = lambda part: None,
 ) -> TensorDict:
     """Chains that a policy draws: `DiffusionMDP.rollout(K, policy)`, the same TensorDict without stepping.
 
@@ -140,6 +151,7 @@ def collect_rollout(
             with pairs; None: torch's global one.
         device: where chains live.
         at_once: most chains drawn side by side, in whole groups; the others follow, with the numbers that come next.
+        each: called with every part [b, steps] of `at_once` chains as soon as it is drawn, in order.
 
     Returns:
         TensorDict [B, steps] with the keys of `DiffusionMDP`'s rollouts: x_t, t, index, group, cond, action,
@@ -173,6 +185,7 @@ def collect_rollout(
             )
             group = torch.arange(first, first + n, device=device).div(G, rounding_mode="floor")
             parts.append(_rollout(policy, walk, group, None if c is None else c[rows]))
+            each(parts[-1])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
