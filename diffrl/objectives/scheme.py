@@ -12,7 +12,7 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
-from diffrl.errors import InputError
+from diffrl.errors import InputError, of_group
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Config, Entry, accepted
@@ -92,16 +92,20 @@ def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = Fals
     draw = _draw(entry, options, config, denoiser)
     if baseline:
         entry = OBJECTIVES.entry("monte_carlo")
-    return Objective(entry.name, entry.make(denoiser, **accepted(entry.make, options)), draw)
+    with of_group("objective", options):
+        loss = entry.make(denoiser, **accepted(entry.make, options))
+    return Objective(entry.name, loss, draw)
 
 
 def _draw(entry: Entry, options: Config, config: Config, denoiser: Denoiser) -> Draw:
     """What draws the states of an objective: a sampler of its own, or one of chains."""
     starts: Starts = STARTS.build(config["starts"])
     if entry.also is None:
-        chain = Chain(denoiser.process, **accepted(Chain, config["chain"]))
-        return ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
+        with of_group("chain", config["chain"]):
+            chain = Chain(denoiser.process, **accepted(Chain, config["chain"]))
+            return ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
     if not isinstance(starts, UniformStarts):
         raise InputError(f"objective {entry.name} draws its states without a chain: set starts=uniform")
     make = partial(entry.also, denoiser.process, **accepted(entry.also, options))
-    return make() if inspect.isclass(entry.also) else make
+    with of_group("objective", options):
+        return make() if inspect.isclass(entry.also) else make

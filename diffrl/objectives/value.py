@@ -152,14 +152,17 @@ class ValueLoss(DenoiserLoss):
         Args:
             value_type: name, member of TorchRL's `ValueEstimators` (TD0, TD1, TDLambda), or an estimator,
                 class or instance; None is "td_lambda".
-            hyperparams: the estimator's own, e.g. ``lmbda=0.5``; with a name, gamma defaults to the loss's, and
-                the λ of "td_lambda" to 0.9.
+            hyperparams: the estimator's own, e.g. ``lmbda=0.5``. With a name, or a class of `VectorEstimator`, gamma
+                defaults to the loss's; the λ of "td_lambda" to 0.9.
         """
         if value_type in (None, VectorEstimators.TD_LAMBDA):
             value_type, hyperparams = VectorEstimators.TD_LAMBDA, {"lmbda": DEFAULT_LMBDA, **hyperparams}
         lmbda = hyperparams.get("lmbda")
         if isinstance(lmbda, LambdaSchedule):
             hyperparams["lmbda"] = lmbda.of_states(self.denoiser.process)
+        if isinstance(value_type, type) and issubclass(value_type, VectorEstimator):
+            ours = {"value_network": self.value_network, "gamma": self.gamma}
+            hyperparams = {**ours, "differentiable": self.bootstrap == "residual", **hyperparams}
         if isinstance(value_type, ValueEstimatorBase | type):
             super().make_value_estimator(value_type, **hyperparams)
         else:

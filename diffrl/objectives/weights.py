@@ -199,6 +199,8 @@ def weight_function(name: str, options: Mapping[str, float] | None = None) -> Ca
     if name not in WEIGHTS:
         raise InputError(f"weight is {name!r}: give one of {', '.join(WEIGHTS)}")
     options = options or {}
+    if not isinstance(options, Mapping):
+        raise InputError(f"weight_options is {options!r}: give names and numbers, such as {{gamma: 0.5}}")
     known = list(inspect.signature(WEIGHTS[name]).parameters)[1:]
     for option in options:
         if option not in known:

@@ -15,7 +15,9 @@ import torch
 import diffrl
 from diffrl import registry
 from diffrl.diffusion.networks.mlp import MLP
+from diffrl.errors import InputError
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.value import ValueLoss
 from tests.kit.configs import TINY
 from tests.kit.paths import ROOT
@@ -58,8 +60,41 @@ def test_the_mean_of_equal_targets_is_each_of_them(page: dict[str, Any]) -> None
     assert not torch.isclose(loss(), td0, rtol=1e-3)
     label = OBJECTIVES.entry("mean_target").label_for({"n_steps": 4})
     assert label == "mean of 1 and 4 steps"
-    with pytest.raises(ValueError, match="objective.n_steps is 0"):
+    with pytest.raises(InputError, match="n_steps is 0, but must be a whole number >= 1"):
         loss(n_steps=0)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.99])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_target_of_ones_own_arithmetic(gamma: float, hidden: bool) -> None:
+    """With and without x0 in the chain, so with and without a reward; γ is the loss's."""
+    defined: dict[str, Any] = {"__name__": "one_step"}
+    exec(
+        next(text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "OneStep" in text),
+        defined,
+    )
+    denoiser = diffrl.Denoiser(MLP((2,), hidden=8), diffrl.EDM()).double()
+    torch.nn.init.normal_(denoiser.network.last.weight)
+    x0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).double()
+    chain = diffrl.sample_chain(diffrl.EDM(), x0, num_steps=6, generator=torch.Generator().manual_seed(1))
+    chain = chain.exclude("x0") if hidden else chain
+    own = ValueLoss(denoiser, gamma=gamma).make_value_estimator(defined["OneStep"])
+    wanted = ValueLoss(denoiser, gamma=gamma, n_steps=1)(chain)["loss_value"]
+    torch.testing.assert_close(own(chain)["loss_value"], wanted, rtol=1e-9, atol=0)
+
+
+def test_what_an_objective_refuses_is_named_as_it_is_typed(page: dict[str, Any]) -> None:
+    denoiser = diffrl.Denoiser(MLP((2,), hidden=8), diffrl.EDM())
+    config = {
+        "objective": {"name": "mean_target", "n_steps": 0},
+        "starts": {"name": "uniform"},
+        "chain": {"num_steps": 6, "coupling": 1.0},
+    }
+    with pytest.raises(InputError, match=r"^objective\.n_steps is 0"):
+        build_objective(config, denoiser)
+    config["objective"]["n_steps"], config["chain"]["num_steps"] = 2, 1
+    with pytest.raises(InputError, match=r"^chain\.num_steps is 1: where the grid is shifted"):
+        build_objective(config, denoiser)
 
 
 def test_the_noise_levels_are_log_uniform(page: dict[str, Any]) -> None:
