@@ -34,12 +34,10 @@ class Mixture:
         if self.means.ndim != 2 or self.stds.shape != (C,) or self.weights.shape != (C,):
             shapes = [tuple(a.shape) for a in (self.means, self.stds, self.weights)]
             raise InputError(f"a mixture needs means [C, D], stds [C] and weights [C], not {shapes}")
-        if (
-            bool((self.stds < 0).any())
-            or bool((self.weights < 0).any())
-            or abs(float(self.weights.sum()) - 1) > 1e-6
-        ):
-            raise InputError("a mixture needs stds >= 0, and weights >= 0 that sum to 1")
+        whole = bool(self.means.isfinite().all() and self.stds.isfinite().all())
+        positive = bool((self.stds >= 0).all() and (self.weights >= 0).all())
+        if not (whole and positive and abs(float(self.weights.sum()) - 1) <= 1e-6):
+            raise InputError("a mixture needs finite means, stds >= 0, and weights >= 0 that sum to 1")
 
     @property
     def sigma_data(self) -> float:

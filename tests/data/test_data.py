@@ -58,6 +58,15 @@ def test_mixture_refuses_what_is_none(stds: list[float], weights: list[float]) -
         Mixture(torch.zeros(2, 3), torch.tensor(stds), torch.tensor(weights))
 
 
+@pytest.mark.parametrize("field", ["means", "stds", "weights"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_mixture_refuses_what_is_not_finite(field: str, value: float) -> None:
+    parts = {"means": torch.zeros(2, 3), "stds": torch.ones(2), "weights": torch.ones(2) / 2}
+    parts[field].view(-1)[0] = value
+    with pytest.raises(InputError, match="a mixture needs finite means"):
+        Mixture(**parts)
+
+
 def test_gmm_is_the_mixture_that_its_arguments_say() -> None:
     data = gmm(dim=500, components=40, std=0.05, spread=0.5, mixture_seed=3)
     mixture = data.mixture
