@@ -9,6 +9,7 @@ from .diffusion.exact import EmpiricalDenoiser as EmpiricalDenoiser
 from .diffusion.exact import GaussianDenoiser as GaussianDenoiser
 from .diffusion.exact import MixtureDenoiser as MixtureDenoiser
 from .diffusion.foreign import wrap_network as wrap_network
+from .diffusion.samplers.consistency import LCM as LCM
 from .diffusion.samplers.consistency import Multistep as Multistep
 from .diffusion.samplers.ddim import DDIM as DDIM
 from .diffusion.samplers.ddim import Ancestral as Ancestral
