@@ -14,4 +14,5 @@ from .laws import Law as Law
 from .predictions import from_x0 as from_x0
 from .predictions import to_x0 as to_x0
 from .trajectories import ChainSampler as ChainSampler
+from .trajectories import add_coefficients as add_coefficients
 from .trajectories import sample_chain as sample_chain

@@ -11,11 +11,11 @@ from diffrl import keys
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.starts import Starts, UniformStarts
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputKeyError
 from diffrl.ranges import require_int
 from diffrl.shapes import require_data, require_finite
 
-__all__ = ["ChainSampler", "draw_chain", "sample_chain"]
+__all__ = ["ChainSampler", "add_coefficients", "draw_chain", "sample_chain"]
 
 
 def sample_chain(
@@ -180,6 +180,55 @@ def _transitions(
         keys.DONE: done.expand(B, W, 1),
     }
     return TensorDict({**left, keys.NEXT: TensorDict(reached, [B, W])}, [B, W])
+
+
+def add_coefficients(states: TensorDict, chain: Chain) -> TensorDict:
+    """Write A and κ, by which a loss knows the value A E[x0 | x_t] + κ x_t, into steps that were recorded without them.
+
+    They follow from the times and the chain; what coupling, stride and kind of value it had cannot be seen in the data.
+
+    >>> import gymnasium
+    >>> import diffrl, torch
+    >>> from tensordict import TensorDict
+    >>> env = gymnasium.make("DiffusionMRP-v0", data="rings", num_steps=6)
+    >>> seen, _ = env.reset(seed=0)
+    >>> ended, steps = False, []
+    >>> while not ended:
+    ...     reached, reward, terminated, truncated, _ = env.step(0)
+    ...     ended = terminated or truncated
+    ...     flags = {"terminated": [terminated], "truncated": [truncated], "done": [ended]}
+    ...     steps.append(TensorDict({**seen, "next": {**reached, "reward": reward, **flags}}))
+    ...     seen = reached
+    >>> rollout = add_coefficients(torch.stack(steps), env.unwrapped.reward_process.chain)
+    >>> loss = diffrl.objectives.ValueLoss(diffrl.Denoiser(diffrl.networks.MLP((2,)), diffrl.EDM()))
+    >>> rollout.batch_size, loss(rollout)["loss_value"].shape
+    (torch.Size([6]), torch.Size([]))
+
+    Args:
+        states: steps with the times ``t`` and ``("next", "t")``, each [*b, 1].
+        chain: the chain that they are steps of; an environment has it as ``reward_process.chain``.
+
+    Returns:
+        The same TensorDict, with the entries ``A`` and ``kappa`` of both states, each [*b, 1].
+
+    Raises:
+        KeyError: a time is missing.
+        ValueError: a time is none of the chain's.
+    """
+    for part in (states, states[keys.NEXT]):
+        t = part.get(keys.T, None)
+        if t is None:
+            raise InputKeyError("t missing in the steps: A and kappa follow from the times of both states")
+        up = chain.t.flip(0).to(t.device)
+        place = torch.searchsorted((up[1:] + up[:-1]) / 2, t.double())  # the nearest
+        off = (t - up[place]).abs() > 1e-5 * (up[place].abs() + 1e-3)
+        if bool(off.any()):
+            raise InputError(
+                f"t holds {float(t[off][0]):g}, which is no time of {chain}: give the chain of these steps"
+            )
+        for name, c in zip((keys.A, keys.KAPPA), chain.value_coefficients, strict=True):
+            part[name] = c.flip(0).to(t)[place]
+    return states
 
 
 @dataclass(frozen=True)

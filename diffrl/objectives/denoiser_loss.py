@@ -37,7 +37,7 @@ class DenoiserLoss(LossModule):
         TypeError: it is no denoiser: a bare network, for example.
     """
 
-    fed_with: ClassVar[str] = "diffrl.sample_chain(process, x0, num_steps=18)"
+    fed_with: ClassVar[str]
     """What makes the states that the loss takes, for its errors."""
 
     value_network: TensorDictModule
@@ -111,7 +111,7 @@ class DenoiserLoss(LossModule):
         if missing:
             names = ", ".join(".".join(key) if isinstance(key, tuple) else key for key in missing)
             raise InputKeyError(
-                f"{names} missing in what the loss is given: give what {self.fed_with} returns"
+                f"{names} missing in what the loss is given: give the states of {self.fed_with}"
             )
 
     def _tie(self) -> None:

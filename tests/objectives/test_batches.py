@@ -103,7 +103,7 @@ def test_pairs_stand_for_themselves_in_every_batch_size() -> None:
 
 def test_a_loss_wants_chains() -> None:
     loss = ValueLoss(denoiser())
-    with pytest.raises(InputKeyError, match=r"^t, A, .* missing .*give what diffrl\.sample_chain"):
+    with pytest.raises(InputKeyError, match=r"^t, A, .* missing .*give the states of diffrl\.sample_chain"):
         loss(data())
     consistent = ConsistencyLoss(
         Denoiser(MLP((2,)), EDM(), prediction_type="consistency"),
