@@ -87,9 +87,9 @@ class ValueLoss(DenoiserLoss):
         gamma: discount γ ∈ [0, 1].
         bootstrap: what the target's values come from: "own", the network's own prediction on the chain,
             gradient stopped, at no further evaluation, which at λ = 0 beats Monte Carlo on small mixtures at one
-            learning rate, and stalls from 32 dimensions on unless Adam's β1 is near 0.5; "target", a target network in evaluation mode, to be
-            moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with gradient through
-            both ends.
+            learning rate, and stalls from 32 dimensions on unless Adam's β1 is near 0.5; "target", a target network in
+            evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with
+            gradient through both ends.
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
         weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
         denoising_coef: c ∈ [0, 1e6], the added denoising loss. Where the chain marks a state not `valid`, its loss

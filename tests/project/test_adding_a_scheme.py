@@ -132,6 +132,6 @@ def test_commands(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stderr
         shown.append(ran.stdout)
     trained, _, uniform, compared = shown
-    assert "mean of 1 and 4 steps and Monte Carlo on gmm" in trained
-    assert "Log-uniform denoising on gmm" in uniform
+    assert "mean of 1 and 4 steps and Monte Carlo on" in trained
+    assert "Log-uniform denoising on" in uniform
     assert "objective=mean_target" in compared and (tmp_path / "my_run" / "results.json").exists()
