@@ -78,8 +78,8 @@ def value_error(
     The same noise of each point serves every level, and does not depend on `batch_size`. A module is
     evaluated in the mode it is in: call `.eval()` first.
 
-    `EmpiricalDenoiser`, the exact one of a finite set, knows its points by heart: on other points the error is large for
-    every network that generalises. There, look at `denoising_error` on points that were never trained on.
+    `EmpiricalDenoiser`, the exact one of a finite set, knows its points by heart: on other points the error is large
+    for every network that generalises. There, look at `denoising_error` on points that were never trained on.
 
     Source: c_out: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022),
     Table 1, https://arxiv.org/abs/2206.00364.
