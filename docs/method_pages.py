@@ -102,9 +102,9 @@ def _import_rooms() -> None:
 
 
 def all_registries() -> dict[str, Registry]:
-    """Every registry of the library and of the user, by kind, in the order of `KINDS`."""
+    """Every registry that holds a method, of the library or of the user, by kind, in the order of `KINDS`."""
     _import_rooms()
-    found = registries()
+    found = {kind: registry for kind, registry in registries().items() if len(registry) > 0}
     order = [*(kind for kind in KINDS if kind in found), *sorted(found.keys() - KINDS.keys())]
     return {kind: found[kind] for kind in order}
 
