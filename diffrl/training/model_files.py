@@ -131,7 +131,7 @@ def read_model(path: Path, network: nn.Module | None = None) -> tuple[Denoiser, 
         )
     try:
         denoiser = _build(description, network)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileError(
             f"the description in {path} cannot be followed ({' '.join(str(error).split())}): get the file again"
         ) from error
@@ -147,10 +147,11 @@ def read_model(path: Path, network: nn.Module | None = None) -> tuple[Denoiser, 
 def _build(description: dict[str, Any], network: nn.Module | None) -> Denoiser:
     """The denoiser that is described; a network that is not given has no weights yet."""
     if network is None:
-        with torch.device(
-            "meta"
-        ):  # whatever sizes it declares, no memory is taken before they meet the weights
-            network = NETWORKS.build(description["network"], **events_of(description)._asdict())
+        events = events_of(description)
+        with torch.device("meta"):  # no memory is taken before declared sizes meet the weights
+            network = NETWORKS.build(
+                description["network"], event_shape=events.event_shape, num_classes=events.num_classes
+            )
     denoiser = Denoiser(network, PROCESSES.build(description["process"]), **description["denoiser"])
     return denoiser.to(torch.float64) if description["dtype"] == "float64" else denoiser
 

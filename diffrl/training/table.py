@@ -52,10 +52,13 @@ class Table:
         if not self.path.exists():
             return []
         whole, newline, rest = read_text(self.path).rpartition("\n")
-        if rest:
+        begun = ",".join(self.columns).startswith(rest.rstrip("\r")) or not self.columns
+        if rest and (whole or begun):
             warnings.warn(
                 f"{self.path} ends with half a row, which is left out", RuntimeWarning, stacklevel=2
             )
+        elif rest:  # of somebody else
+            whole = rest
         reader = csv.reader(io.StringIO(whole + newline, newline=""), strict=True)
         try:
             header = next(reader, [])
