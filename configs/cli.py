@@ -5,25 +5,26 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
 from diffrl.configs.boundary import EXPECTED, explain, reported, write_utf8
 from diffrl.configs.groups import register
 from diffrl.configs.sweeps import job_reported, refuse_several_processes, sweep_reported
 from diffrl.errors import InputError
+from diffrl.experiments.resuming import resumed
 from diffrl.registry import IMPORT, import_named
-from diffrl.training.runs import RunFolder
 
 __all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_modules", "one_line", "settings"]
 
+NAMED = ("+plan.cases.", "+plan.studies.", "+methods.")
+"""Begins of words that add a case, a study, a scheme or a method of fine-tuning under a name of the user's."""
 LARGEST = 2**63 - 1
 """What a whole number of torch can hold."""
 
@@ -46,7 +47,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
                 refuse_several_processes()
                 import_users_modules()
                 register()
-                check_words(sys.argv[1:])
+                check_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
 
             def job(config: DictConfig) -> None:
                 # inside too, or Hydra adds a line about its overrides
@@ -86,20 +87,21 @@ def import_users_modules() -> None:
         sys.argv[1:] = rest
 
 
-def check_words(words: Sequence[str]) -> None:
-    """Refuse words that Hydra cannot read, or would fail on with a traceback.
+def check_words(words: Sequence[str]) -> list[Override]:
+    """The overrides in words, without those that Hydra cannot read, or would fail on with a traceback.
 
     Raises:
         OverrideParseException: a word is no override.
         ValueError: a group is given something that is no name.
     """
     groups = ConfigStore.instance().repo
-    given = [word for word in words if "=" in word and not word.startswith("-")]
-    for word in OverridesParser.create().parse_overrides(given):
+    parsed = OverridesParser.create().parse_overrides([*words])
+    for word in parsed:
         name = word.key_or_group
         chosen = word.value() if isinstance(groups.get(name), dict) or name == "experiment" else ""
         if not isinstance(chosen, str | dict | list | ChoiceSweep) and not word.is_delete():
             raise InputError(f"{word.input_line}: {name} is a group: give the name of one of its options")
+    return parsed
 
 
 def _check_numbers(config: Any, where: str = "") -> None:
@@ -123,22 +125,17 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         overrides: what was given on the command line.
 
     Raises:
-        ValueError: a key is added or removed, or something besides `device` is given with `resume`.
+        ValueError: a key is added or removed, or something is given that cannot be with `resume`.
         RunFolderError: there is no run to resume.
     """
     for override in overrides:
-        if override.startswith(("+", "~")):
+        if override.startswith(("+", "~")) and not override.startswith(NAMED):
             raise InputError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
     chosen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(chosen, dict)
     _check_numbers(chosen)
-    if chosen.get("resume") is None:
-        return {str(key): value for key, value in chosen.items()}
-    given = [override for override in overrides if not override.startswith("resume=")]
-    if others := [override for override in given if not override.startswith("device=")]:
-        raise InputError(f"{', '.join(others)}: a run is resumed as it was started; only device can change")
-    stored = RunFolder.reopen(Path(chosen["resume"])).config()
-    return {**stored, "resume": chosen["resume"], **({"device": chosen["device"]} if given else {})}
+    found = {str(key): value for key, value in chosen.items()}
+    return found if found.get("resume") is None else resumed(found, overrides)
 
 
 @contextmanager

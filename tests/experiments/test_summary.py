@@ -90,7 +90,9 @@ def test_table_of_one_without_value_error() -> None:
 
 
 def test_title_says_which_mixture() -> None:
-    assert "on a mixture of 3 Gaussians in 5-D:" in title(results("data=gmm", "data.dim=5", "data.components=3"))
+    assert "on a mixture of 3 Gaussians in 5-D:" in title(
+        results("data=gmm", "data.dim=5", "data.components=3")
+    )
 
 
 def test_labels_are_of_what_is_built() -> None:

@@ -1,0 +1,150 @@
+"""Every command that is written down, as it stands there.
+
+All of them are read by the parser of their own command: Hydra composes and checks the words. Those of training,
+checking, sampling and fine-tuning are run too (slow), with words after them that make them small. Of `make` the target
+is looked up, of `pip install` the extras, of a script the file.
+"""
+
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffrl.__main__ import main
+from diffrl.configs.cli import settings
+from diffrl.experiments.finetune import run_finetuning
+from tests.kit.configs import composed
+from tests.kit.paths import ROOT
+from tests.kit.runs import run
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [page for page in (ROOT / "docs").rglob("*.md") if not {"methods", "api"} & set(page.parts)]
+PAGES += (ROOT / "results").rglob("README.md")
+SCRIPTS = {"train_td_lambda": "train", "finetune_reward": "finetune", "compare_bootstrapping": "compare"}
+RUN = ("train", "check", "sample", "finetune")
+EVALUATED = "eval.points=8 eval.samples=16 eval.num_steps=[2]"
+TRAINED = f"trainer.grad_steps=4 trainer.batch_size=4 chain.num_steps=3 {EVALUATED}"
+SMALL = {
+    "train": TRAINED,
+    "check": TRAINED,
+    "finetune": "loop.iterations=2 loop.eval_every=2 rollouts.trajectories=16 evaluation.samples=16 workers=0 "
+    f"pretrain=[trainer.grad_steps=4,network.channels=8,{EVALUATED.replace(' ', ',')}]",
+    "sample": "--samples 4",
+}
+
+
+def lines() -> list[str]:
+    """What stands in code blocks and between backquotes and begins with a program; comments are cut off."""
+    found: set[str] = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(\S*).*?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        code = [line for kind, block in blocks if kind != "python" for line in block.splitlines()]
+        code += re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)
+        code += [words.replace("\n", " ") for words in re.findall(r"`([^`]+)`", prose)]
+        found |= {line.split("  #")[0].removeprefix("$ ").strip() for line in code}
+    begins = r"(python(?: -m diffrl| (?:examples|docs|benchmarks)/\w+\.py)|make|pip install)(?: |$)"
+    return sorted(line for line in found if re.match(begins, line) and "COMMAND" not in line)
+
+
+def of_diffrl() -> list[tuple[str, str]]:
+    """(command, words) of those that are diffrl's; of words that are left out, `...`, none."""
+    found = set()
+    for line in lines():
+        script = re.match(r"python examples/(\w+)\.py", line)
+        if line.startswith("python -m diffrl "):
+            command, _, words = line.removeprefix("python -m diffrl ").partition(" ")
+            found.add((command, words))
+        elif script and script[1] in SCRIPTS:
+            found.add((SCRIPTS[script[1]], line[script.end() :].strip()))
+    return sorted(found)
+
+
+WRITTEN = of_diffrl()
+
+
+def is_of_the_reader(words: list[str]) -> bool:
+    """Whether they need a module that the reader writes: pages of own methods run those themselves."""
+    return "--import" in words
+
+
+@pytest.mark.parametrize(("command", "words"), WRITTEN)
+def test_words_are_understood(command: str, words: str) -> None:
+    given = shlex.split(words)
+    assert command in ("train", "check", "finetune", "compare", "sample")
+    if command == "compare" and is_of_the_reader(
+        given
+    ):  # a plan may speak of methods that are not imported yet
+        at = given.index("--import")
+        given = given[:at] + given[at + 2 :]
+    if command != "sample" and "--help" not in given and not is_of_the_reader(given):
+        chosen = [word for word in given if not word.startswith("resume=")]
+        name = "train" if command == "check" else command
+        assert settings(composed(*chosen, name=name), [w for w in chosen if not w.startswith("extend=")])
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the commands speak of: pictures, and a run as `runs/...`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(
+            tmp_path / "my_pictures" / f"{n}.png"
+        )
+    run(tmp_path / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "words"), [w for w in WRITTEN if w[0] in RUN])
+def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = shlex.split(words)
+    if is_of_the_reader(given) or "device=cuda" in given or "--help" in given:
+        pytest.skip("needs a module of the reader's, a GPU, or prints only")
+    given = [word.replace("runs/...", "runs/a") for word in given]
+    resumed = any(word.startswith("resume=") for word in given)
+    if command == "finetune" and resumed:
+        config = settings(composed("model.path=runs/a", *shlex.split(SMALL["finetune"]), name="finetune"), [])
+        run_finetuning({**config, "run_dir": "runs/a_tuned"}, progress=False)
+        given = [word.replace("runs/a", "runs/a_tuned") for word in given]
+    small = [] if resumed else shlex.split(SMALL[command])
+    monkeypatch.setattr(sys, "argv", ["diffrl", command, *given, *small])
+    main()
+
+
+# Other programs
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if line.startswith("make")])
+def test_targets_of_make_are_there(line: str) -> None:
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert [word for word in shlex.split(line)[1:] if "=" not in word][0] in targets
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if line.startswith("pip install")])
+def test_extras_are_there(line: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = re.search(r"(?:diffrl|\.)\[([\w,]+)\]", line)
+    assert asked is None or set(asked[1].split(",")) <= set(project["optional-dependencies"])
+    assert asked is not None or "diffrl" not in line
+    if "-c " in line:
+        assert (ROOT / shlex.split(line)[shlex.split(line).index("-c") + 1]).is_file()
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if re.match(r"python \w+/", line)])
+def test_scripts_are_there(line: str) -> None:
+    assert (ROOT / line.split()[1]).is_file()
+
+
+def test_commands_are_found_where_they_are_written() -> None:
+    words = {command for command, _ in WRITTEN}
+    assert words == {"train", "check", "finetune", "compare", "sample"}
+    assert ("train", "") in WRITTEN and len(WRITTEN) > 25
