@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
 from diffrl.errors import FileError, InputError
 from diffrl.experiments.resuming import continued
-from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
+from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, made_of, shown
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
@@ -45,6 +46,11 @@ JUDGED = (
 )
 
 
+def opened(config: Config) -> "_Job":
+    """A run in no folder, to try its pace."""
+    return _Job(config, None, None)
+
+
 class _Job(Job):
     """A fine-tuning run: its tuner, and how it is judged."""
 
@@ -60,8 +66,7 @@ class _Job(Job):
             reward = _shipped(config["reward"])
         if heldout is None and config["heldout_reward"]["name"] != "none":
             heldout = _shipped(config["heldout_reward"])
-        calls = config["reward_calls"]
-        box = as_reward(model.wrap_reward(reward), **calls)
+        box = made_of("reward_calls", partial(as_reward, model.wrap_reward(reward)), config)
         self.tuner = Finetuner(
             self.policy,
             box,
@@ -69,23 +74,25 @@ class _Job(Job):
             event_shape=model.event_shape,
             conditions=model.conditions,
             seed=config["seed"],
-            length=Iterations(**config["loop"]),
-            optim=Optim(**as_tuples(config["optim"])),
+            length=made_of("loop", Iterations, config),
+            optim=made_of("optim", Optim, config),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
         )
         super().__init__(config, "policy", self.tuner)
+        if heldout is not None:
+            heldout = made_of("reward_calls", partial(as_reward, model.wrap_reward(heldout)), config)
         self.judge = Judge(
-            TuningEvaluation(**config["evaluation"]),
+            made_of("evaluation", TuningEvaluation, config),
             self.tuner.base,
             box,
-            heldout=None if heldout is None else as_reward(model.wrap_reward(heldout), **calls),
+            heldout=heldout,
             event_shape=model.event_shape,
             conditions=model.conditions,
             device=config["device"],
             precision=self.tuner.precision,
         )
-        self.stop = EarlyStop(**config["stop"])
+        self.stop = made_of("stop", EarlyStop, config)
         self.judged: list[dict[str, float]] = []
         """Rows with an evaluation."""
 
@@ -142,7 +149,8 @@ def _policy(config: Config, model: Tunable) -> DenoisingPolicy:
     if not isinstance(sampler, GaussianSampler):
         known = ", ".join(samplers_with_law())
         raise InputError(f"sampler {config['sampler']['name']} has steps without a law: give {known}")
-    return DenoisingPolicy(model.denoiser, sampler, **config["policy"]).to(config["device"])
+    policy = made_of("policy", DenoisingPolicy, config, denoiser=model.denoiser, sampler=sampler)
+    return policy.to(config["device"])
 
 
 def _shipped(config: Config) -> Reward:

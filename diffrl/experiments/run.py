@@ -8,23 +8,34 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffrl.devices import usable_device
-from diffrl.errors import InputError
+from diffrl.errors import InputError, of_group
 from diffrl.extras import require_installed
+from diffrl.shell_words import setting
 from diffrl.training.checkpoints import tidy
 from diffrl.training.identity import ACCEPT, identity_of
 from diffrl.training.loop import Loop
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 
-__all__ = ["AUTOCAST", "Interrupted", "Job", "as_tuples", "check_settings", "interruptible", "shown"]
+__all__ = [
+    "AUTOCAST",
+    "Interrupted",
+    "Job",
+    "as_tuples",
+    "check_settings",
+    "interruptible",
+    "made_of",
+    "shown",
+]
 
 AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+Made = TypeVar("Made")
 LOGGERS = ("csv", "tensorboard", "wandb")
 
 
@@ -127,7 +138,9 @@ class Job(ABC):
         )
         if not ended:
             place = " of ".join([f"{self.loop.step_name} {self.loop.step}", *self.tag.values()])
-            raise Interrupted(f"stopped after {place}, and saved; continue with resume={folder.path}")
+            raise Interrupted(
+                f"stopped after {place}, and saved; continue with {setting('resume', folder.path)}"
+            )
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
@@ -143,6 +156,20 @@ def check_settings(config: Mapping[str, Any]) -> None:
 def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
     """Turn the lists of a configuration into the tuples that constructors take."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def made_of(group: str, make: Callable[..., Made], config: Mapping[str, Any], **more: Any) -> Made:
+    """What a group of one constructor describes; errors name an option as it is typed.
+
+    Args:
+        group: the config group.
+        make: the constructor.
+        config: of the run.
+        more: what is not configured.
+    """
+    options = as_tuples(config[group])
+    with of_group(group, options):
+        return make(**more, **options)
 
 
 def _open_logger(kind: str, folder: str, name: str) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.experiments.resuming import continued
-from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, shown
+from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.scheme import build_objective
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
@@ -61,6 +61,11 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     return folder
 
 
+def opened(config: Mapping[str, Any]) -> "TrainingJob":
+    """The main objective of a run in no folder, to try its pace."""
+    return TrainingJob(config, build_data(config), baseline=False)
+
+
 def planned_objectives(config: Mapping[str, Any]) -> list[str]:
     """What a run trains, in order: its objective, and with ``compare`` Monte Carlo beside it."""
     main = config["objective"]["name"]
@@ -81,16 +86,16 @@ class TrainingJob(Job):
             data,
             seed=config["seed"],
             folder=None,
-            length=Length(**config["trainer"]),
-            optim=Optim(**as_tuples(config["optim"])),
-            average=Average(**config["ema"]),
-            target=Target(**config["target"]),
+            length=made_of("trainer", Length, config),
+            optim=made_of("optim", Optim, config),
+            average=made_of("ema", Average, config),
+            target=made_of("target", Target, config),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
         )
         super().__init__(config, objective.name, self.trainer)
         self.data, self.sampler = data, build_sampler(config)
-        self.evaluation = Evaluation(**as_tuples(config["eval"]))
+        self.evaluation = made_of("eval", Evaluation, config)
         self.oracle = build_oracle(data, denoiser.process)
         if self.oracle is not None:
             self.oracle.to(config["device"])

@@ -42,6 +42,8 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         (["eval.num_steps=[]"], "num_steps"),
         (["eval.points=0"], "eval.points is 0"),
         (["ema.halflife=-1"], "halflife"),
+        (["optim.betas=[0.9,2]"], r"optim\.betas"),
+        (["target.decay=2", "objective.bootstrap=target"], r"target\.decay is 2"),
         (["optim.lr=-1"], "optim.lr"),
         (["trainer.batch_size=0"], "batch_size"),
         (["process=ddpm", "objective=td_edm"], "EDM"),
