@@ -24,11 +24,15 @@ from diffrl.text_files import remedy
 
 __all__ = ["EXPECTED", "explain", "reported", "write_utf8"]
 
-EXPECTED = (HydraException, OmegaConfBaseException, DiffrlError, OSError, YAMLError, SafetensorError)
+EXPECTED = (
+    *(HydraException, OmegaConfBaseException, DiffrlError),
+    *(OSError, YAMLError, SafetensorError, UnicodeDecodeError),
+)
 """What a user can mend, beside a lack of memory."""
 
 NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|Storage size calculation overflowed", re.IGNORECASE
+    r"can't allocate memory|not enough memory|std::bad_alloc|Storage size calculation overflowed",
+    re.IGNORECASE,
 )
 """What torch's RuntimeErrors say of a tensor that does not fit."""
 
@@ -65,6 +69,8 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(cause, SafetensorError):
         return _line(f"a safetensors file is damaged ({cause}): restore it from a copy")
+    if isinstance(cause, UnicodeDecodeError):
+        return f"a configuration file is no text in UTF-8 (byte {cause.start}): convert it"
     return _line(str(cause).partition("Config search path:")[0])
 
 

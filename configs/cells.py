@@ -11,13 +11,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffrl.configs.cli import explain
+from diffrl.configs.cli import check_words, explain
 from diffrl.configs.groups import register
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
@@ -176,7 +175,7 @@ def _digest(text: str) -> str:
 
 def _composed(name: str, words: Sequence[str]) -> DictConfig:
     """The configuration `name` with overrides; choices of groups are composed once for all that share them."""
-    parsed = OverridesParser.create().parse_overrides(list(words))
+    parsed = check_words(words)
     if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
         raise InputError(f"{swept[0]} has several values: write a scheme for each, or an axis")
     values = [o for o in parsed if _is_value(o)]

@@ -91,6 +91,11 @@ class TrainConfig:
     compare: bool = True
     run_dir: str | None = None
     resume: str | None = None
+    """Folder of a run to go on with."""
+    extend: int | None = None
+    """With `resume`: steps in all, more than the run was started with."""
+    accept_changes: bool = False
+    """With `resume`: whether settings, data and methods may differ from those of the checkpoint."""
     seeds: list[int] = field(default_factory=list)
     """Of several runs, for a table with intervals; with none, one run is made with `seed`."""
     workers: int = 2
@@ -123,6 +128,11 @@ class FinetuneConfig:
     logger: str = "csv"
     run_dir: str | None = None
     resume: str | None = None
+    """Folder of a run to go on with."""
+    extend: int | None = None
+    """With `resume`: steps in all, more than the run was started with."""
+    accept_changes: bool = False
+    """With `resume`: whether settings, data and methods may differ from those of the checkpoint."""
     compare: list[str] = field(default_factory=list)
     """Names of methods to run beside each other; with none, one run is made."""
     methods: dict[str, list[str]] = field(default_factory=dict)

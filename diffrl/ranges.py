@@ -7,10 +7,16 @@ from typing import Any
 
 from diffrl.errors import InputError
 
-__all__ = ["MAX_STEPS", "require_int", "require_number"]
+__all__ = ["MAX_LAYERS", "MAX_REPEATS", "MAX_STEPS", "require_int", "require_number"]
 
 MAX_STEPS = 1_000_000
 """Most levels of a grid: a table of more takes gigabytes."""
+
+MAX_LAYERS = 10_000
+"""Most layers or blocks of a network: building more takes minutes, and signals do not pass them."""
+
+MAX_REPEATS = 1_000_000
+"""Most repetitions of a step or an attempt within one call."""
 
 
 def require_int(name: str, value: Any, least: int = 1, most: int | None = None) -> int:

@@ -146,6 +146,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
             group: the config group, by which errors name an option; the kind if None.
             more: what is not configured.
         """
+        if "name" not in config:
+            raise InputError(f"{group or self.kind} is {config!r}: give the name of one of its options")
         options = dict(config)
         make = self[options.pop("name")]
         with of_group(group or self.kind, options):

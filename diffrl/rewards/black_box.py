@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError, InputTypeError
+from diffrl.ranges import MAX_REPEATS, require_int
 from diffrl.rewards.cache import RewardCache, cache_keys
 from diffrl.rewards.calls import Reward, RewardError, ask
 from diffrl.workers import Failure, WorkerPool, attempt
@@ -67,8 +68,8 @@ class BlackBox:
             raise InputTypeError(f"reward is {reward!r}: give a callable (x0 [N, *E], cond) -> N numbers")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: give at least 1, or None for all at once")
-        if workers < 0 or retries < 0:
-            raise InputError(f"workers is {workers} and retries {retries}: neither can be negative")
+        require_int("workers", workers, 0)
+        require_int("retries", retries, 0, MAX_REPEATS)
         if backend not in ("thread", "process"):
             raise InputError(f"backend is {backend!r}: give 'thread' or 'process'")
         if timeout is not None and not (timeout > 0 and workers):

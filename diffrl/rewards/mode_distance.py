@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffrl.data.mixtures import Mixture
 from diffrl.errors import InputError
+from diffrl.ranges import require_number
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["ModeDistance"]
@@ -43,7 +44,11 @@ class ModeDistance:
             if not 0 <= self.index < len(modes):
                 raise InputError(f"index is {self.index}, but the mixture has {len(modes)} modes")
             mu = modes[self.index]
-        object.__setattr__(self, "_mu", torch.tensor([float(c) for c in mu], dtype=torch.float64))
+        if isinstance(mu, str) or not isinstance(mu, Sequence | Tensor):
+            raise InputError(f"point is {mu!r}: give a list of numbers, one for each dimension of a sample")
+        object.__setattr__(
+            self, "_mu", torch.tensor([require_number("point", c) for c in mu], dtype=torch.float64)
+        )
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         """Rewards of samples [N, *E]: floats [N]."""

@@ -107,7 +107,7 @@ def test_no_samples_no_call() -> None:
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"workers": -1}, "workers is -1"),
-        ({"retries": -1}, "retries -1"),
+        ({"retries": -1}, "retries is -1"),
         ({"workers": 1, "backend": "fork"}, "backend is 'fork'"),
         ({"timeout": 1.0}, "workers >= 1, which can be left"),
         ({"workers": 1, "timeout": 0.0}, "timeout is 0.0"),

@@ -3,6 +3,7 @@
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.networks.unet import UNet
+from diffrl.ranges import require_int
 
 __all__ = ["auto"]
 
@@ -19,6 +20,8 @@ def auto(
         channels: of the UNet.
         hidden: units of the MLP's layers.
     """
+    require_int("channels", channels)  # of the one that is not made, too
+    require_int("hidden", hidden)
     if len(event_shape) == 3:
         return UNet(event_shape, num_classes, channels=channels)
     return MLP(event_shape, num_classes, hidden=hidden)

@@ -1,13 +1,17 @@
 """How scalars and labels enter a network: random Fourier features, and a table of label vectors."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from diffrl.diffusion.networks.inputs import MAX_SIZE
 from diffrl.errors import InputError
+from diffrl.ranges import require_int, require_number
 
-__all__ = ["FourierFeatures", "LabelEmbedding"]
+__all__ = ["FourierFeatures", "LabelEmbedding", "of_features"]
 
 
 class FourierFeatures(nn.Module):
@@ -24,12 +28,12 @@ class FourierFeatures(nn.Module):
 
     Args:
         in_features: D, the size of the input.
-        num_features: number of outputs, even: half cosines, half sines.
-        scale: standard deviation of a phase in radians, for an input of unit variance; above 0.
+        num_features: number of outputs, even, in [2, 65536]: half cosines, half sines.
+        scale: standard deviation of a phase in radians, for an input of unit variance; in (0, 1e6].
         generator: source of B; None is torch's global one, as for every other initialisation.
 
     Raises:
-        ValueError: `num_features` odd or below 2, or `scale` not above 0.
+        ValueError: `num_features` is odd, or one of them outside its range.
     """
 
     frequencies: Tensor
@@ -38,12 +42,12 @@ class FourierFeatures(nn.Module):
         self, in_features: int, num_features: int, scale: float, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        if num_features < 2 or num_features % 2:
+        require_int("num_features", num_features, 2, MAX_SIZE)
+        if num_features % 2:
             raise InputError(
-                f"the number of Fourier features must be even and at least 2, not {num_features}"
+                f"num_features is {num_features}, but Fourier features come in pairs: give an even number"
             )
-        if not scale > 0:
-            raise InputError(f"the scale of Fourier features must be above 0, not {scale}")
+        require_number("scale", scale, 0, 1e6, "(]")
         frequencies = torch.randn(num_features // 2, in_features, generator=generator)
         self.register_buffer("frequencies", frequencies * (scale / math.sqrt(in_features)))
 
@@ -53,6 +57,16 @@ class FourierFeatures(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             phase = x.to(self.frequencies.dtype) @ self.frequencies.mT
             return math.sqrt(2) * torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+@contextmanager
+def of_features(what: str) -> Iterator[None]:
+    """Name the numbers of `FourierFeatures` in errors as a network does: ``scale`` becomes ``noise_scale``."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error).replace("num_features", "features", 1)
+        raise InputError(f"{what}_{text}") from error
 
 
 class LabelEmbedding(nn.Module):

@@ -3,21 +3,26 @@
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_int
 
-__all__ = ["check_event_shape", "check_inputs"]
+__all__ = ["MAX_SIZE", "check_event_shape", "check_inputs"]
+
+MAX_SIZE = 65536
+"""Most units, channels or features of a layer: a matrix of them has 16 GiB."""
+MAX_CLASSES = 1_000_000
+"""Most labels."""
 
 
 def check_event_shape(event_shape: tuple[int, ...], num_classes: int) -> tuple[int, ...]:
     """Returns `event_shape` as a tuple of ints.
 
     Raises:
-        ValueError: an empty shape, a size below 1, or a negative `num_classes`.
+        ValueError: an empty shape, a size below 1, or `num_classes` outside 0 (no labels) to 1,000,000.
     """
-    shape = tuple(int(size) for size in event_shape)
-    if not shape or min(shape) < 1:
-        raise InputError(f"event_shape must hold one or more sizes of at least 1, such as (2,), not {shape}")
-    if num_classes < 0:
-        raise InputError(f"num_classes must be 0 (no labels) or more, not {num_classes}")
+    shape = tuple(require_int("a size in event_shape", size) for size in event_shape)
+    if not shape:
+        raise InputError("event_shape must hold one or more sizes of at least 1, such as (2,), not ()")
+    require_int("num_classes", num_classes, 0, MAX_CLASSES)
     return shape
 
 

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
-from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
+from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
+from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS
-from diffrl.errors import InputError
+from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
 __all__ = ["MLP"]
 
@@ -25,8 +25,8 @@ class MLP(nn.Module):
     Args:
         event_shape: *E, the shape of one event; it is flattened to D numbers.
         num_classes: number of labels; 0 builds no label table, and `cond` must then be None.
-        hidden: units of a hidden layer.
-        depth: number of hidden layers, at least 1.
+        hidden: units of a hidden layer, in [1, 65536].
+        depth: number of hidden layers, in [1, 10,000].
         x_features: number of Fourier features of x, even; 0 is none. x itself enters in any case.
         noise_features: number of Fourier features of c_noise, even.
         x_scale: standard deviation in radians of the phases of x, for x of unit variance, as preconditioning
@@ -59,11 +59,15 @@ class MLP(nn.Module):
             "x_scale": x_scale,
             "noise_scale": noise_scale,
         }
-        if hidden < 1 or depth < 1:
-            raise InputError(f"hidden and depth must be at least 1, not {hidden} and {depth}")
+        require_int("hidden", hidden, most=MAX_SIZE)
+        require_int("depth", depth, most=MAX_LAYERS)
+        require_int("x_features", x_features, 0, MAX_SIZE)
+        require_number("x_scale", x_scale, 0, 1e6, "(]")
         D = math.prod(self.event_shape)
-        self.x_embedding = FourierFeatures(D, x_features, x_scale) if x_features else None
-        self.noise_embedding = FourierFeatures(1, noise_features, noise_scale)
+        with of_features("x"):
+            self.x_embedding = FourierFeatures(D, x_features, x_scale) if x_features else None
+        with of_features("noise"):
+            self.noise_embedding = FourierFeatures(1, noise_features, noise_scale)
         self.label_embedding = LabelEmbedding(num_classes, hidden) if num_classes else None
         self.first = nn.Linear(D + x_features + noise_features, hidden)
         layers: list[nn.Module] = [nn.SiLU()]

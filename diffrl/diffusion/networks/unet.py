@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
-from diffrl.diffusion.networks.inputs import check_event_shape, check_inputs
+from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
+from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.errors import InputError
+from diffrl.ranges import MAX_LAYERS, require_int
 
 __all__ = ["UNet"]
 
@@ -108,10 +109,14 @@ class UNet(nn.Module):
         }
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes, self.blocks = num_classes, blocks
-        if blocks < 1 or channels < 4 or channels % 4 or not multipliers or min(multipliers) < 1:
+        require_int("blocks", blocks, most=MAX_LAYERS)
+        require_int("channels", channels, 4, MAX_SIZE)
+        for multiplier in multipliers:
+            require_int("a number of multipliers", multiplier, most=MAX_SIZE // channels)
+        if channels % 4 or not multipliers:
             raise InputError(
-                "a UNet needs blocks of at least 1, channels a multiple of 4 and multipliers of at least 1, "
-                f"not blocks={blocks}, channels={channels}, multipliers={tuple(multipliers)}"
+                "a UNet needs channels that are a multiple of 4 and at least one of multipliers, "
+                f"not channels={channels}, multipliers={tuple(multipliers)}"
             )
         factor = 2 ** (len(multipliers) - 1)
         if len(self.event_shape) != 3 or any(size % factor for size in self.event_shape[1:]):
@@ -120,8 +125,10 @@ class UNet(nn.Module):
                 f"by {factor}, not {self.event_shape}: pad the images or give fewer multipliers"
             )
         embedding = 4 * channels
+        with of_features("noise"):
+            features = FourierFeatures(1, noise_features, noise_scale)
         self.noise_embedding = nn.Sequential(
-            FourierFeatures(1, noise_features, noise_scale),
+            features,
             nn.Linear(noise_features, embedding),
             nn.SiLU(),
             nn.Linear(embedding, embedding),
