@@ -58,7 +58,7 @@ class Chain:
     def __post_init__(self) -> None:
         coupling_eta(self.coupling)
         require_int("num_steps", self.num_steps, most=MAX_STEPS)
-        require_int("span", self.span)
+        require_int("span", self.span, most=MAX_STEPS)
         if self.stride != math.inf:  # which is the value "clean"
             require_number("stride", self.stride, 0, ends="()")
         if self.value not in ("posterior_mean", "clean"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
-from diffrl.ranges import require_int, require_number
+from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.registry import Registry
 
 __all__ = ["STARTS", "CurriculumStarts", "LossAwareStarts", "Starts", "UniformStarts"]
@@ -155,7 +155,7 @@ class CurriculumStarts(Starts):
         order: Literal["high_to_low", "low_to_high"] = "high_to_low",
     ) -> None:
         for name, number in (("clusters", clusters), ("patience", patience), ("every", every)):
-            require_int(name, number)
+            require_int(name, number, most=MAX_STEPS)
         if order not in ("high_to_low", "low_to_high"):
             raise InputError(f"order is {order!r}: give 'high_to_low' or 'low_to_high'")
         self.clusters, self.patience, self.every, self.order = clusters, patience, every, order

@@ -46,8 +46,8 @@ class LambdaSchedule:
     def __post_init__(self) -> None:
         require_number("low_noise", self.low_noise, 0, 1)
         require_number("high_noise", self.high_noise, 0, 1)
-        require_number("nsr_low", self.nsr_low, 0, ends="()")
-        require_number("nsr_high", self.nsr_high, self.nsr_low, ends="()")
+        require_number("nsr_high", self.nsr_high, 0, ends="()")
+        require_number("nsr_low", self.nsr_low, 0, self.nsr_high, "()")
 
     def __call__(self, log_snr: Tensor) -> Tensor:
         """λ of states of that log-SNR, infinite ones too: same shape and dtype."""

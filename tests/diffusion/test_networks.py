@@ -255,7 +255,7 @@ def test_sizes() -> None:
         (MLP, (2,), {"depth": 0}, "depth"),
         (MLP, (2,), {"hidden": 0}, "hidden"),
         (MLP, (2,), {"x_features": 5}, "even"),
-        (MLP, (2,), {"noise_features": 0}, "at least 2"),
+        (MLP, (2,), {"noise_features": 0}, r"noise_features is 0, but must be a whole number in \[2, "),
         (MLP, (2,), {"x_scale": 0.0}, "scale"),
         (UNet, (2,), {}, r"\(C, H, W\)"),
         (UNet, (1, 7, 8), {}, r"divisible by 2, not \(1, 7, 8\)"),

@@ -169,7 +169,7 @@ def test_the_objective_of_that_name() -> None:
         (lambda: LambdaSchedule(-0.1, 1.0), "low_noise"),
         (lambda: LambdaSchedule(0.0, 1.1), "high_noise"),
         (lambda: LambdaSchedule(0.0, 1.0, nsr_low=0.0), "nsr_low"),
-        (lambda: LambdaSchedule(0.0, 1.0, nsr_low=2.0, nsr_high=1.0), "nsr_high is "),
+        (lambda: LambdaSchedule(0.0, 1.0, nsr_low=2.0, nsr_high=1.0), "nsr_low is 2.0"),
     ],
 )
 def test_a_bad_argument_is_named(wrong: Callable[[], object], message: str) -> None:

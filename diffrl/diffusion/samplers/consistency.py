@@ -12,7 +12,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
-from diffrl.ranges import require_int, require_number
+from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import column
 
 __all__ = ["LCM", "Multistep"]
@@ -101,7 +101,7 @@ class LCM(GaussianSampler):
     solver_steps: int = 50
 
     def __post_init__(self) -> None:
-        require_int("solver_steps", self.solver_steps)
+        require_int("solver_steps", self.solver_steps, most=MAX_STEPS)
 
     def grid(self, process: Schedule, num_steps: int) -> Tensor:
         """The timesteps of the chain, then clean data: float64, shape [N+1].

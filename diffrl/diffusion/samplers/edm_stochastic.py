@@ -49,7 +49,7 @@ class EDMStochastic(Sampler):
         require_number("S_churn", self.S_churn, 0)
         require_number("S_min", self.S_min, 0)
         if self.S_max != math.inf:
-            require_number("S_max", self.S_max, self.S_min)
+            require_number("S_max", self.S_max, 0)
         require_number("S_noise", self.S_noise, 0, 10)
 
     def step(self, model: Model, x: Tensor, t: Tensor, s: Tensor, noise: NoiseFn) -> Tensor:

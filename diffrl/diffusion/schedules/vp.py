@@ -65,6 +65,8 @@ class VP(Schedule):
         require_number("t_max", self.t_max, 1e-6, 1, "(]")
         require_number("t_min", self.t_min, 1e-6, self.t_max, "[)")
         require_number("input_scale", self.input_scale, 1e-3, 1e3)
+        LinearBeta(self.beta_min, self.beta_max)  # of the curves that are not chosen, too
+        Sigmoid(self.start, self.end, self.tau)
         if self.log_snr_max is not None:
             require_number("log_snr_max", self.log_snr_max, 0, 50, "(]")
         if self._ends[1] > 1:
