@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from diffrl.experiments import finetune, train
+from diffrl.experiments.estimates import Kind, estimate
 from diffrl.experiments.finetune import run_finetuning
-from diffrl.experiments.run import Interrupted, interruptible
+from diffrl.experiments.run import Interrupted, Job, interruptible
 from diffrl.experiments.train import planned_objectives, run_experiment
 from diffrl.registry import Config
 from diffrl.text_files import file_errors, read_json, read_text, write_atomically
@@ -52,11 +54,17 @@ class JobKind(NamedTuple):
     """Takes a configuration and ``progress``; raises `Interrupted` when it is stopped."""
     steps: Callable[[Config], int]
     """How many steps a run has, for the progress bar."""
+    opened: Callable[[Config], Job]
+    """A run in no folder, to try its pace."""
 
 
 JOBS = {
-    "train": JobKind(run_experiment, lambda config: int(config["trainer"]["grad_steps"])),
-    "finetune": JobKind(run_finetuning, lambda config: int(config["loop"]["iterations"])),
+    "train": JobKind(
+        run_experiment,
+        lambda config: int(config["trainer"]["grad_steps"]) * len(planned_objectives(config)),
+        train.opened,
+    ),
+    "finetune": JobKind(run_finetuning, lambda config: int(config["loop"]["iterations"]), finetune.opened),
 }
 
 
@@ -151,7 +159,7 @@ def _run_cells(
     workers: int,
     progress: bool,
 ) -> Execution:
-    commands = _past_commands(out, cells)
+    past = _past_index(out, cells)
     folders = _folders(cells, out / "cells")
     wanted: dict[Path, Cell] = {}
     for cell in cells if only is None else only:
@@ -161,12 +169,18 @@ def _run_cells(
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     command: dict[str, Any] = {"command": command_line(), "started": started, "versions": versions()}
     entries = [{**cell.where, "folder": folders[cell.identity].name} for cell in cells]
-    index = {**(about or {}), "commands": [*commands, command], "cells": entries}
+    took: dict[str, float] = past.get("seconds", {})
+    index = {
+        **(about or {}),
+        "commands": [*past.get("commands", []), command],
+        "cells": entries,
+        "seconds": took,
+    }
     _write_index(index, out)
 
     begun = time.perf_counter()
     todo = {path: cell for path, cell in wanted.items() if not cell_figures(path)}
-    failed, interrupted = _run_all(todo, [*wanted.values()], workers, progress)
+    failed, interrupted = _run_all(todo, wanted, workers, progress, took)
     finished = sum(bool(cell_figures(path)) for path in wanted)
     seconds = round(time.perf_counter() - begun, 1)
     command |= {"seconds": seconds, "cells": finished - (len(wanted) - len(todo))}
@@ -210,12 +224,13 @@ def cell_error(folder: Path) -> str | None:
     return (read_text(file) or "no reason was written").splitlines()[0] if file.exists() else None
 
 
-def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
+def read_index(out: Path, keys: Sequence[str], about: Sequence[str] = ()) -> dict[str, Any]:
     """The index of a comparison.
 
     Args:
         out: folder of the comparison.
         keys: what places a cell in this kind of comparison, such as study, case, scheme and seed.
+        about: what else the index must tell.
 
     Raises:
         RunFolderError: there is no comparison in the folder, or one of another kind, or the index is damaged.
@@ -226,6 +241,7 @@ def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
     index: dict[str, Any] = read_json(file)
     cells = index.get("cells")
     listed = isinstance(cells, list) and isinstance(index.get("commands"), list)
+    listed = listed and isinstance(index.get("seconds", {}), dict)
     if not listed or not all(map(_is_entry, cells)):
         raise RunFolderError(
             f"{file} is damaged: it lists no cells: remove it, and the comparison's own command writes it anew"
@@ -237,6 +253,10 @@ def read_index(out: Path, keys: Sequence[str]) -> dict[str, Any]:
                 f"{out} holds another kind of comparison, with one run for each {found} and not for each {wanted}: "
                 "choose another out"
             )
+    if lacking := [key for key in about if key not in index]:
+        raise RunFolderError(
+            f"{file} is damaged: it lacks {', '.join(lacking)}: the comparison's own command writes it anew"
+        )
     return index
 
 
@@ -245,14 +265,13 @@ def _is_entry(cell: Any) -> bool:
     return isinstance(cell, dict) and isinstance(cell.get("folder"), str)
 
 
-def _past_commands(out: Path, cells: Sequence[Cell]) -> list[Any]:
-    """The commands that this comparison was run with before."""
+def _past_index(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The index of this comparison as it was run before; empty if it was not."""
     if (out / "config.yaml").exists():
         raise RunFolderError(f"{out} holds a run, and not a comparison: choose another folder")
     if not cells or not (out / "index.json").exists():
-        return []
-    commands: list[Any] = read_index(out, tuple(cells[0].where))["commands"]
-    return commands
+        return {}
+    return read_index(out, tuple(cells[0].where))
 
 
 def _folders(cells: Sequence[Cell], root: Path) -> dict[str, Path]:
@@ -281,19 +300,57 @@ def _write_index(index: Mapping[str, Any], out: Path) -> None:
 
 
 def _run_all(
-    todo: Mapping[Path, Cell], wanted: Sequence[Cell], workers: int, progress: bool
+    todo: Mapping[Path, Cell],
+    wanted: Mapping[Path, Cell],
+    workers: int,
+    progress: bool,
+    took: dict[str, float],
 ) -> tuple[dict[str, str], bool]:
-    """Run cells; returns the errors by label, and whether it or a cell was interrupted."""
+    """Run cells; returns the errors by label, and whether it or a cell was interrupted.
+
+    `took` has the seconds of finished cells by folder, and gets those of more.
+    """
+    with interruptible() as asked:
+        if progress and (line := estimate(_kinds(todo, wanted, took), workers=workers, stop=asked)):
+            print(line, flush=True)
+        return _run_under_bar(todo, [*wanted.values()], workers, progress, took, asked)
+
+
+def _kinds(todo: Mapping[Path, Cell], wanted: Mapping[Path, Cell], took: Mapping[str, float]) -> list[Kind]:
+    """The cells by what they are but for their seed."""
+    kinds: dict[tuple[str, ...], list[Path]] = {}
+    for path, cell in wanted.items():
+        kinds.setdefault((cell.job, *cell.names), []).append(path)
+    return [
+        Kind(
+            JOBS[wanted[paths[0]].job].opened,
+            wanted[paths[0]].config,
+            wanted[paths[0]].steps,
+            sum(path in todo for path in paths),
+            [took[path.name] for path in paths if path.name in took and path not in todo],
+        )
+        for paths in kinds.values()
+    ]
+
+
+def _run_under_bar(
+    todo: Mapping[Path, Cell],
+    wanted: Sequence[Cell],
+    workers: int,
+    progress: bool,
+    took: dict[str, float],
+    asked: Callable[[], bool],
+) -> tuple[dict[str, str], bool]:
     cells, failed, done = list(todo.values()), dict[str, str](), len(wanted) - len(todo)
     tasks = [(str(path), cell.job, dict(cell.config)) for path, cell in todo.items()]
     total, left = (sum(cell.steps for cell in group) for group in (wanted, cells))
     bar = tqdm(total=total, initial=total - left, unit="step", unit_scale=True, disable=not progress)
     bar.set_description(f"{done}/{len(wanted)} cells")
     stopped = False
-    with bar, interruptible() as asked:
+    with bar:
         with closing(run_tasks(_run_cell, tasks, workers=workers, stop=asked)) as outcomes:
             for i, outcome in outcomes:
-                cell, took = cells[i], ""
+                cell, time_of_it = cells[i], ""
                 if _is_stopped(outcome):
                     stopped = True
                     bar.write(f"interrupted: {cell.label}")
@@ -305,10 +362,11 @@ def _run_all(
                     _write_error(Path(tasks[i][0]), outcome)
                     bar.write(f"failed: {cell.label}: {outcome.message}")
                 else:
-                    took = f" {outcome:.1f} s"
+                    time_of_it = f" {outcome:.1f} s"
+                    took[Path(tasks[i][0]).name] = round(outcome, 1)
                 done += 1
                 bar.set_description(f"{done}/{len(wanted)} cells", refresh=False)
-                bar.set_postfix_str(f"last: {cell.label}{took}", refresh=False)
+                bar.set_postfix_str(f"last: {cell.label}{time_of_it}", refresh=False)
                 bar.update(cell.steps)
         return failed, stopped or asked()
 

@@ -65,9 +65,11 @@ class Findings:
 
     where: ClassVar[tuple[str, ...]]
     """What places a cell in this kind of comparison."""
+    about: ClassVar[tuple[str, ...]] = ()
+    """What else the index of this kind tells."""
 
     def __init__(self, out: Path) -> None:
-        self.index = read_index(out, self.where)
+        self.index = read_index(out, self.where, self.about)
         self.commands: list[dict[str, Any]] = self.index["commands"]
         self.cells = [Finding.read(entry, out / "cells") for entry in self.index["cells"]]
 

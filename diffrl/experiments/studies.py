@@ -57,10 +57,20 @@ class Study:
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Study":
-        """A study as the index of a comparison has it, with lists for tuples."""
-        axes = {label: tuple(values) for label, values in entry["axes"].items()}
-        lists = {key: tuple(entry[key]) for key in ("cases", "schemes", "seeds")}
-        return cls(**{**entry, **lists, "axes": axes})
+        """A study as the index of a comparison has it, with lists for tuples.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            axes = {label: tuple(values) for label, values in entry["axes"].items()}
+            lists = {key: tuple(entry[key]) for key in ("cases", "schemes", "seeds")}
+            return cls(**{**entry, **lists, "axes": axes})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(
+                f"index.json is damaged: a study of it cannot be read ({error}): the comparison's own command writes "
+                "it anew"
+            ) from error
 
 
 @dataclass(frozen=True)

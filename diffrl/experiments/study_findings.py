@@ -227,6 +227,7 @@ class StudyFindings(Findings):
     """
 
     where = WHERE
+    about = ("plan", "score_sigmas", "studies")
 
     def __init__(self, out: Path) -> None:
         super().__init__(out)

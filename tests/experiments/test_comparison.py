@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
-from diffrl.experiments.comparison import JOBS, PLACE, Cell, Execution, JobKind, run_cells
+from diffrl.experiments.comparison import JOBS, PLACE, Cell, Execution, run_cells
 from diffrl.experiments.method_findings import MethodFindings
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.studies import Comparison, Study, run_comparison, study_cell
@@ -154,9 +154,7 @@ def test_cells_run_once_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (done.finished, done.total, dict(done.failed), done.interrupted) == (2, 2, {}, False)
     done = run_comparison(both, tmp_path, workers=0, progress=False)
     assert (done.finished, done.total) == (4, 4) and len(results(tmp_path)) == 4
-    monkeypatch.setitem(
-        JOBS, "train", JobKind(lambda *_, **__: pytest.fail("it was run"), JOBS["train"].steps)
-    )
+    monkeypatch.setitem(JOBS, "train", JOBS["train"]._replace(run=lambda *_, **__: pytest.fail("it was run")))
     assert run_comparison(both, tmp_path, workers=0, progress=False).finished == 4
 
     index = json.loads((tmp_path / "index.json").read_text())
@@ -210,7 +208,7 @@ def test_an_interrupted_cell_continues_to_the_same_figures(
                 job.run(config, progress=progress)
         raise Interrupted
 
-    monkeypatch.setitem(JOBS, "train", JobKind(stopped, job.steps))
+    monkeypatch.setitem(JOBS, "train", job._replace(run=stopped))
     done = run_comparison(made, tmp_path / "stopped", workers=0, progress=False)
     assert done.interrupted and done.finished == 0 and not results(tmp_path / "stopped")
     assert list((tmp_path / "stopped" / "cells").glob("*/checkpoints/*/step_*"))
