@@ -51,11 +51,6 @@ def opened(config: Config) -> "_Job":
     return _Job(config, None, None)
 
 
-def opened(config: Config) -> "_Job":
-    """A run in no folder, to try its pace."""
-    return _Job(config, None, None)
-
-
 class _Job(Job):
     """A fine-tuning run: its tuner, and how it is judged."""
 

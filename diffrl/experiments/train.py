@@ -66,11 +66,6 @@ def opened(config: Mapping[str, Any]) -> "TrainingJob":
     return TrainingJob(config, build_data(config), baseline=False)
 
 
-def opened(config: Mapping[str, Any]) -> "TrainingJob":
-    """The main objective of a run in no folder, to try its pace."""
-    return TrainingJob(config, build_data(config), baseline=False)
-
-
 def planned_objectives(config: Mapping[str, Any]) -> list[str]:
     """What a run trains, in order: its objective, and with ``compare`` Monte Carlo beside it."""
     main = config["objective"]["name"]
