@@ -26,7 +26,7 @@ from diffrl.extras import require_installed
 from diffrl.text_tables import text_table
 from diffrl.training.build import build_sampler
 from diffrl.training.evaluation import grid_for
-from diffrl.training.runs import load
+from diffrl.training.runs import RunFolder, load
 
 __all__ = ["COMMANDS"]
 
@@ -118,8 +118,9 @@ def sample() -> None:
 
 def _sample(arguments: argparse.Namespace) -> Path:
     """Load, sample, draw; returns the picture's path."""
-    run = load(arguments.run_folder, arguments.objective)
-    guided = run.data.num_classes > 0 and arguments.guidance_scale not in (0, 1)  # two evaluations a call
+    folder = RunFolder.open(Path(arguments.run_folder))
+    run = load(folder.path, arguments.objective)
+    guided = run.events.num_classes > 0 and arguments.guidance_scale not in (0, 1)  # two evaluations a call
     calls, rest = divmod(arguments.nfe, 2 if guided else 1)
     if rest:
         raise InputError(f"guidance evaluates the network twice a call: --nfe {arguments.nfe} must be even")
@@ -131,11 +132,12 @@ def _sample(arguments: argparse.Namespace) -> Path:
         guidance_scale=arguments.guidance_scale,
     )
     name = f"samples_{run.objective}_nfe{arguments.nfe}_seed{arguments.seed}.png"
-    out = arguments.out or Path(arguments.run_folder) / "plots" / name
+    out = arguments.out or folder.path / "plots" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     label = objective_label(run.objective, run.config)
-    title = f"{run.data.name}, {label}, NFE {arguments.nfe}, seed {arguments.seed}"
-    return draw_samples(x, out, title=title, data=run.data.test[:1000])
+    title = f"{run.name}, {label}, NFE {arguments.nfe}, seed {arguments.seed}"
+    real = folder.samples().get("data", {})  # the data need not be there any more
+    return draw_samples(x, out, title=title, data=real.get("0"))
 
 
 def _sample_words() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffrl.data.dataset import Data
 from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora, export_lora
@@ -35,7 +34,6 @@ class Tunable:
         event_shape: *E of a latent.
         conditions: what a condition is drawn from, [M, ...]; None: no condition.
         wrap_reward: makes a reward of samples into one of latents.
-        data: what the denoiser was trained on, where that is known.
         name: for people.
         pictures: makes what people look at of latents [n, *E].
         export: writes what was tuned into a folder as others read it, where there is such a form: adapters of a
@@ -46,7 +44,6 @@ class Tunable:
     event_shape: tuple[int, ...]
     conditions: Tensor | None
     wrap_reward: Callable[[Reward], Reward]
-    data: Data | None
     name: str
     pictures: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     export: Callable[[Path], None] = field(default=lambda folder: None)
@@ -92,7 +89,7 @@ def run_model(
     if guidance_scale != 1:
         denoiser = GuidedDenoiser(run.denoiser, num_classes, guidance_scale)
     denoiser.requires_grad_(True)
-    return Tunable(denoiser, run.data.event_shape, conditions, lambda reward: reward, run.data, run.data.name)
+    return Tunable(denoiser, run.events.event_shape, conditions, lambda reward: reward, run.name)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -185,7 +182,6 @@ def pipeline_model(
         (channels, *size),
         torch.arange(len(given.texts)),
         lambda reward: _decoded(reward, decode, given, decode_batch_size),
-        None,
         Path(path).name.replace(" ", "-"),
         pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(decode_batch_size)]),
         export=lambda folder: export_lora(denoiser, folder),

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import diffrl
+from diffrl.configs.commands import COMMANDS
 from diffrl.diffusion.samplers.ddim import DDIM
 from diffrl.diffusion.samplers.ode import Euler, Heun
+from diffrl.training import runs
 from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -56,3 +58,14 @@ def test_grid_for_others() -> None:
     assert grid_for(Euler(), diffrl.EDM(), 8) == grid_for(DDIM(), diffrl.DDPM(), 8) == 8
     with pytest.raises(ValueError, match="Heun cannot sample with 10 evaluations, but 9 or 11"):
         grid_for(Heun(), diffrl.EDM(), 10)
+
+
+def test_the_command_draws_samples_without_the_data(
+    whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "build_data", lambda config: pytest.fail("the data were built"))
+    out = tmp_path / "x.png"
+    words = [str(whole.path), "--nfe", "3", "--samples", "4", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["sample", *words])
+    COMMANDS["sample"]()
+    assert str(out) in capsys.readouterr().out and out.stat().st_size > 0
