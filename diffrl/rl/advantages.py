@@ -151,7 +151,11 @@ def rewards_to_go(reward: Tensor, *, gamma: float) -> Tensor:
 
     Returns:
         G, shape [B, K, 1].
+
+    Raises:
+        ValueError: another shape, or gamma outside [0, 1].
     """
+    _require_rows("reward", reward)
     terminated = torch.zeros_like(reward, dtype=torch.bool)
     terminated[:, -1] = True
     return monte_carlo_returns(reward, None, terminated, gamma=gamma)
@@ -177,10 +181,22 @@ def critic_advantages(
 
     Returns:
         adv and G, shape [B, K, 1] each.
+
+    Raises:
+        ValueError: another shape, or lmbda or gamma outside [0, 1].
     """
+    _require_rows("reward", reward)
+    _require_rows("value", value)
     value = value.detach()
     next_value = torch.cat([value[:, 1:], torch.zeros_like(value[:, :1])], 1)
     terminated = torch.zeros_like(reward, dtype=torch.bool)
     terminated[:, -1] = True
     target = lambda_returns(reward, next_value, terminated, lmbda=lmbda, gamma=gamma)
     return target - value, target
+
+
+def _require_rows(name: str, x: Tensor) -> None:
+    if x.ndim != 3 or x.shape[-1] != 1:
+        raise InputError(
+            f"{name} has shape {list(x.shape)}, but trajectories are rows and steps columns: [B, K, 1]"
+        )

@@ -9,12 +9,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks.mlp import MLP
+from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.diffusion.samplers.loop import sample
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.diffusion.schedules.vp import VP
+from diffrl.diffusion.trajectories import sample_chain
+from diffrl.objectives.value import ValueLoss
 from tests.kit.oracles import continuous, discrete, every_process, noisy_times
 
 
@@ -247,7 +253,7 @@ def test_a_schedule_is_a_value(process: Schedule) -> None:
     [
         (lambda: EDM(sigma_min=0.0), "sigma_min"),
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "sigma_max"),
-        (lambda: EDM(rho=0.0), r"rho is 0.0, but must lie in \[0.1, 100\]"),
+        (lambda: EDM(rho=0.0), r"rho is 0.0, but must lie in \[1, 100\]"),
         (lambda: VP("quadratic"), "linear and cosine, not 'quadratic'"),
         (lambda: VP(t_min=0.0), "t_min"),
         (lambda: VP(t_max=1.1), "t_max"),
@@ -273,3 +279,28 @@ def test_a_bad_argument_is_named(wrong: Callable[[], object], message: str) -> N
 def test_ddpm_has_no_other_timesteps(t: int) -> None:
     with pytest.raises(IndexError, match=r"outside -1\.\.999"):
         DDPM().alpha(torch.tensor([t]))
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        EDM(1e-6, 1e6),
+        EDM(1e-6, 1e6, 1.0),
+        EDM(1e-6, 1e6, 100.0),
+        Flow(1000.0, t_min=1e-6),
+        Flow(0.001),
+        VP(beta_min=200.0, beta_max=200.0),
+        VP(t_min=1e-6),
+        VP("cosine", log_snr_max=30.0, input_scale=1000.0),
+        DDPM(100_000, beta_start=1e-6, beta_end=1e-3),
+    ],
+)
+def test_what_is_taken_at_its_limits_trains_and_samples(process: Schedule) -> None:
+    """Finite losses, gradients and samples in float32; beyond these limits float32 is not enough."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(MLP((2,), hidden=8), process)
+    torch.nn.init.normal_(denoiser.network.last.weight)
+    loss = ValueLoss(denoiser, lmbda=0.5)(sample_chain(process, torch.randn(8, 2), num_steps=9))["loss_value"]
+    loss.backward()
+    assert bool(loss.isfinite()) and all(bool(p.grad.isfinite().all()) for p in denoiser.parameters())
+    assert bool(sample(denoiser.eval(), (4, 2), sampler=DDIM(), num_steps=9, seed=0).isfinite().all())

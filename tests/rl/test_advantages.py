@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffrl.rl.advantages import FifoStatistics, group_advantages, spread
+from diffrl.rl.advantages import FifoStatistics, critic_advantages, group_advantages, rewards_to_go, spread
 
 STDS = ["group", "global", "none"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -63,3 +63,13 @@ def test_statistics_name_what_they_cannot_use(options: dict[str, float], says: s
 def test_there_is_one_group_for_each_row() -> None:
     with pytest.raises(ValueError, match="group has 4 entries for 3 rows"):
         group_advantages(torch.zeros(3), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [(60,), (60, 1), (4, 15, 2)])
+def test_steps_are_columns_of_rows(shape: tuple[int, ...]) -> None:
+    """A flat [60, 1] is not guessed to be one trajectory or 60."""
+    wrong, right = torch.zeros(shape), torch.zeros(4, 15, 1)
+    with pytest.raises(ValueError, match="reward has shape"):
+        rewards_to_go(wrong, gamma=0.9)
+    with pytest.raises(ValueError, match="value has shape"):
+        critic_advantages(right, wrong, lmbda=0.5)

@@ -26,7 +26,7 @@ class EDM(Schedule):
         sigma_min: least noisy level, in units of the data, in [1e-6, 1e6): beyond, float32 holds the datum or the
             noise alone.
         sigma_max: noisiest level, in (sigma_min, 1e6].
-        rho: exponent of the grid, in [0.1, 100]; larger gives more small levels.
+        rho: exponent of the grid, in [1, 100]; larger gives more small levels.
 
     Raises:
         ValueError: an argument outside its range.
@@ -39,7 +39,7 @@ class EDM(Schedule):
     def __post_init__(self) -> None:
         require_number("sigma_min", self.sigma_min, 1e-6, 1e6, "[)")
         require_number("sigma_max", self.sigma_max, self.sigma_min, 1e6, "(]")
-        require_number("rho", self.rho, 0.1, 100)
+        require_number("rho", self.rho, 1, 100)
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
