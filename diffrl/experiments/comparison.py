@@ -240,9 +240,8 @@ def read_index(out: Path, keys: Sequence[str], about: Sequence[str] = ()) -> dic
         raise RunFolderError(f"{out} holds no comparison: there is no {file.name} in it")
     index: dict[str, Any] = read_json(file)
     cells = index.get("cells")
-    listed = isinstance(cells, list) and isinstance(index.get("commands"), list)
-    listed = listed and isinstance(index.get("seconds", {}), dict)
-    if not listed or not all(map(_is_entry, cells)):
+    listed = isinstance(index.get("commands"), list) and isinstance(index.get("seconds", {}), dict)
+    if not listed or not isinstance(cells, list) or not all(map(_is_entry, cells)):
         raise RunFolderError(
             f"{file} is damaged: it lists no cells: remove it, and the comparison's own command writes it anew"
         )
