@@ -47,8 +47,8 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
     (EDM(sigma_min=0.002, sigma_max=50.0, rho=7.0), torch.Size([4, 2]))
 
     Args:
-        denoiser: D; a process and a network of the registries are described, so that loading builds them again. A
-            network of your own is given again to `diffrl.load`.
+        denoiser: D; a process and a network of the registries are described, so that loading builds them again (a
+            network by its attribute ``options``). A network of your own is given again to `diffrl.load`.
         path: the file; its name ends with .safetensors.
         event_shape: *E of a sample, where the network does not tell it by an attribute of that name.
 

@@ -142,7 +142,7 @@ def described(path: Path, change: Any) -> Path:
         (lambda told: {**told, "event_shape": "ab"}, "cannot be followed"),
         (lambda told: {**told, "event_shape": None}, "cannot be followed"),
         (lambda told: {**told, "denoiser": {"sigma_data": -1}}, "cannot be followed .*sigma_data"),
-        (lambda told: {**told, "network": {**told["network"], "hidden": 2**20}}, "of another network"),
+        (lambda told: {**told, "network": {**told["network"], "hidden": 2**16}}, "of another network"),
         (lambda told: {**told, "network": {**told["network"], "hidden": 2**40}}, "cannot be followed"),
     ],
 )

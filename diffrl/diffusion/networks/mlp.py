@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
-from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
 __all__ = ["MLP"]
@@ -49,16 +49,9 @@ class MLP(nn.Module):
         noise_scale: float = 4.0,
     ) -> None:
         super().__init__()
+        self.options = options_among(locals())
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes = num_classes
-        self.options = {
-            "hidden": hidden,
-            "depth": depth,
-            "x_features": x_features,
-            "noise_features": noise_features,
-            "x_scale": x_scale,
-            "noise_scale": noise_scale,
-        }
         require_int("hidden", hidden, most=MAX_SIZE)
         require_int("depth", depth, most=MAX_LAYERS)
         require_int("x_features", x_features, 0, MAX_SIZE)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
-from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
 from diffrl.ranges import MAX_LAYERS, require_int
 
@@ -99,14 +99,7 @@ class UNet(nn.Module):
         noise_scale: float = 4.0,
     ) -> None:
         super().__init__()
-        self.options = {
-            "channels": channels,
-            "multipliers": tuple(multipliers),
-            "blocks": blocks,
-            "attention": attention,
-            "noise_features": noise_features,
-            "noise_scale": noise_scale,
-        }
+        self.options = options_among(locals())
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes, self.blocks = num_classes, blocks
         require_int("blocks", blocks, most=MAX_LAYERS)
