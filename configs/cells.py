@@ -22,6 +22,7 @@ from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.studies import Comparison, Study, grid_scheme, study_cell
+from diffrl.shell_words import override
 
 __all__ = ["base_run", "plan_comparison", "plan_finetuning", "plan_seeds"]
 
@@ -72,6 +73,7 @@ def plan_finetuning(config: Mapping[str, Any], words: Sequence[str], base: str) 
     Raises:
         ValueError: a method that is not known, or a word of it that is no setting, with the method's name.
     """
+    _refuse_words_of_one_run(words)
     cells = []
     for method in config["compare"]:
         if method not in config["methods"]:
@@ -80,7 +82,7 @@ def plan_finetuning(config: Mapping[str, Any], words: Sequence[str], base: str) 
         chosen = {*map(_key, own)}  # each is set once: by the method, else by the command line
         shared = [word for word in words if _key(word) not in chosen and not _is_of_the_command(word)]
         with _told_where(f"compare, {method}"):
-            composed = _composed("finetune", [*shared, *own, f"model.path='{base}'"])
+            composed = _composed("finetune", [*shared, *own, override("model.path", base)])
             for key, value in OF_THE_COMMAND.items():
                 composed[key] = value
             for identity, cell in _by_seed(composed, config["seeds"]):
@@ -97,8 +99,9 @@ def plan_seeds(config: Mapping[str, Any], words: Sequence[str]) -> tuple[list[Ce
         words: the command line's overrides, which hold for every seed.
 
     Raises:
-        ValueError: `seed` is given too, or a seed twice.
+        ValueError: `seed` is given too, a seed twice, or what is for one run.
     """
+    _refuse_words_of_one_run(words)
     if any(_key(word) == "seed" for word in words):
         raise InputError(
             "seed and seeds are both given: give seed=N for one run, or seeds=[N,M,...] for several"
@@ -164,6 +167,14 @@ def _key(word: str) -> str:
     return word.lstrip("+").partition("=")[0]
 
 
+def _refuse_words_of_one_run(words: Sequence[str]) -> None:
+    """Several runs continue by the same command, each as it was begun."""
+    if found := [word for word in words if _key(word) in PLACE and _key(word) != "run_dir"]:
+        raise InputError(
+            f"{found[0]} is for one run, and several are asked for: leave it out, or make one run"
+        )
+
+
 def _is_of_the_command(word: str) -> bool:
     """Whether an override is about what is run, and not about what a run is."""
     return _key(word).partition(".")[0] in (*OF_THE_COMMAND, *PLACE, "seed")
@@ -180,8 +191,8 @@ def _composed(name: str, words: Sequence[str]) -> DictConfig:
         raise InputError(f"{swept[0]} has several values: write a scheme for each, or an axis")
     values = [o for o in parsed if _is_value(o)]
     config = _compose(name, tuple(str(o.input_line) for o in parsed if not _is_value(o))).copy()
-    for override in values:
-        OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+    for given in values:
+        OmegaConf.update(config, given.key_or_group, given.value(), merge=True)
     return config
 
 

@@ -33,6 +33,7 @@ from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.class_probability import ClassProbability
 from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.pixels import Ink, Symmetry
+from diffrl.shell_words import override
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
 from diffrl.training.runs import versions
@@ -62,7 +63,7 @@ TRAINING = (
 def trained(seed: int, folder: Path, *words: str) -> Path:
     """A run folder with a small denoiser of digits; one that is there already is taken as it is."""
     if not (folder / "results.json").exists():
-        words = (*TRAINING, *words, f"seed={seed}", f"run_dir={folder}")
+        words = (*TRAINING, *words, f"seed={seed}", override("run_dir", folder))
         register()
         with initialize_config_module("diffrl.configs", version_base="1.3"):
             run_experiment(settings(compose("train", overrides=list(words)), list(words)))
@@ -146,6 +147,7 @@ LINES = {
     "last": (GREY, "D", "last (1)"),
 }
 TOP = 3.5  # of the errors drawn
+POWERS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def draw_line(axis: Any, j: int, cells: list[dict[str, Any]], colour: str, marker: str, label: str) -> None:
@@ -157,7 +159,7 @@ def draw_line(axis: Any, j: int, cells: list[dict[str, Any]], colour: str, marke
     axis.plot(x, np.minimum(y, TOP), color=colour, marker=marker, markersize=4.5, linewidth=1.2, label=label)
     for at, value in zip(x, y, strict=True):
         if value > TOP:
-            text = f"{value:.2g}" if value < 100 else f"$10^{{{np.log10(value):.0f}}}$"
+            text = f"{value:.2g}" if value < 100 else f"10{f'{np.log10(value):.0f}'.translate(POWERS)}"
             where = {"xytext": (0, 5 + 4 * j), "textcoords": "offset points", "ha": "center"}
             axis.annotate(text, (at, TOP), color=colour, **where)
 

@@ -1,11 +1,13 @@
 """The library's own errors, and text files."""
 
+import ast
 from pathlib import Path
 
 import pytest
 
 from diffrl.errors import DiffrlError, FileError, InputError, InputKeyError, InputTypeError, of_group
-from diffrl.text_files import file_errors, read_json, read_text, write_atomically
+from diffrl.text_files import file_errors, read_json, read_text, write_atomically, write_csv
+from tests.kit.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,31 @@ def test_an_error_of_the_system_names_the_file_and_the_remedy(tmp_path: Path) ->
         write_atomically(tmp_path / ("n" * 300), "text")
     with pytest.raises(FileError, match="make room on the disk"), file_errors(tmp_path, "written"):
         raise OSError(28, "No space left on device")
+
+
+def test_a_table_is_utf_8_and_leaves_out_what_a_row_lacks(tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", ["λ", "loss"], [{"λ": 0.5}, {"λ": 1, "loss": 2}])
+    assert read_text(tmp_path / "t.csv").splitlines() == ["λ,loss", "0.5,", "1,2"]
+
+
+def test_a_name_that_the_locale_could_not_read_keeps_its_bytes(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "command.txt", "run_dir=k\udcc3\udcb6ln")
+    assert read_text(tmp_path / "command.txt") == "run_dir=köln"
+
+
+@pytest.mark.parametrize("room", ["diffrl", "envs", "configs", "examples", "benchmarks", "docs"])
+def test_no_text_is_read_or_written_in_the_locale_s_encoding(room: str) -> None:
+    """A rule of ruff looks at `open` and at what it knows to be a path; this looks at every method of that name."""
+
+    def is_text(call: ast.Call) -> bool:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        owner = ast.unparse(call.func).split(".")[0]
+        modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        by_method = isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
+        opened = name == "open" and owner not in ("os", "gzip", "archive", "Image", "cls", "RunFolder")
+        return by_method or (opened and not any("b" in mode for mode in modes))
+
+    for file in (ROOT / room).rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and is_text(call):
+                assert any(word.arg == "encoding" for word in call.keywords), f"{file}:{call.lineno}"

@@ -28,6 +28,7 @@ from diffrl.diffusion.samplers.base import Sampler
 from diffrl.diffusion.samplers.ddim import DDIM
 from diffrl.errors import FileError, InputError
 from diffrl.registry import IMPORT, user_modules
+from diffrl.shell_words import setting
 from diffrl.text_files import file_errors, read_json, read_text, remedy, write_atomically
 from diffrl.training.build import Events, build_data, build_denoiser, build_sampler
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights, read_identity
@@ -84,7 +85,7 @@ class RunFolder:
         path = self.path
         if self.config_file.exists():
             raise RunFolderError(
-                f"{path} already holds a run: continue it with resume={path}, or choose another run_dir"
+                f"{path} already holds a run: continue it with {setting('resume', path)}, or choose another run_dir"
             )
         write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
         write_atomically(path / "command.txt", command_line() + "\n")
