@@ -72,7 +72,9 @@ def test_every_chain_of_a_vector_is_drawn(form: str, data: str) -> None:
 def test_what_cannot_be_rendered(form: str) -> None:
     env: Any = gymnasium.make(form).unwrapped
     env.reset()
-    with pytest.raises(InputError, match="render_mode is None: make the environment with render_mode='rgb_array'"):
+    with pytest.raises(
+        InputError, match="render_mode is None: make the environment with render_mode='rgb_array'"
+    ):
         env.render()
     with pytest.raises(ResetNeeded, match="nothing to render"):
         gymnasium.make(form, render_mode="rgb_array").unwrapped.render()
@@ -88,7 +90,9 @@ def test_wrappers_that_show_and_record(tmp_path: Path, monkeypatch: pytest.Monke
     shown.close()
     pytest.importorskip("moviepy")
     recorded: Any = RecordVideo(
-        gymnasium.make(FORMS[0], num_steps=3, render_mode="rgb_array"), str(tmp_path / "videos"), disable_logger=True
+        gymnasium.make(FORMS[0], num_steps=3, render_mode="rgb_array"),
+        str(tmp_path / "videos"),
+        disable_logger=True,
     )
     recorded.reset(seed=0)
     for _ in range(3):
