@@ -268,7 +268,7 @@ class Trainer(Loop):
 
 def _options(loss: nn.Module) -> dict[str, Any]:
     """The options of a loss that it or its estimator keeps under their own names, where they are plain."""
-    homes = (loss, getattr(loss, "value_estimator", None))
+    homes = (loss, getattr(loss, "_value_estimator", None))  # the property would make one
     found = {
         name: getattr(home, name)
         for name in inspect.signature(type(loss)).parameters
