@@ -170,6 +170,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write(found: dict[str, Any], out: Path) -> None:
+    """The numbers and the table, as files."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "agents.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    seeds = max(len(runs) for runs in found["agents"].values())
+    text = (
+        "# Agents from outside\n\nMean reward of a chain of `DiffusionMDP-v0` with its defaults; in brackets the\n"
+        f"lowest and highest over seeds ({seeds}), {found['chains']} chains each. The best possible is 0.\n"
+        f"*random* acts uniformly in the action space, *before* is the untrained agent.\n\n{table(found)}\n"
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print the table and write it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -183,15 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     runs = {name: {str(s): train(name, s, options.steps) for s in options.seeds} for name in options.agents}
     found = {"environment": ID, "steps": options.steps, "chains": CHAINS, "agents": runs}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "agents.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = (
-        "# Agents from outside\n\nMean reward of a chain of `DiffusionMDP-v0` with its defaults; in brackets the\n"
-        f"lowest and highest of {len(options.seeds)} seeds, {CHAINS} chains each. The best possible is 0.\n"
-        "*random* acts uniformly in the action space, *before* is the untrained agent.\n\n"
-        f"{table(found)}\n"
-    )
-    (options.out / "README.md").write_text(text, encoding="utf-8")
+    write(found, options.out)
     print(table(found))
 
 

@@ -159,7 +159,9 @@ def test_infos_have_the_same_keys_at_resets_and_steps() -> None:
     assert not env.reset()[1]["vector_reward"].any() and env.step(0)[4]["vector_reward"].any()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its folder to the end
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # it leaves its folder to the end
 def test_minari_records_and_gives_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/environments.md shows."""
     minari = pytest.importorskip("minari")
