@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 __all__ = ["DiffrlError", "FileError", "InputError", "InputKeyError", "InputTypeError", "of_group"]
 
+UNKNOWN = re.compile(r"got an unexpected keyword argument '(\w+)'")
+
 
 class DiffrlError(Exception):
     """Something that the user can mend: the text names the thing and the remedy. Commands print it in one line."""
@@ -46,3 +48,10 @@ def of_group(group: str, options: Iterable[str]) -> Iterator[None]:
         if text == str(error):
             raise
         raise type(error)(text) from error
+    except TypeError as error:
+        unknown = UNKNOWN.search(str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        raise InputTypeError(
+            f"{group}.{unknown[1]} is no option: take it out of the configuration"
+        ) from error

@@ -34,6 +34,16 @@ def test_errors_name_an_option_as_it_is_typed(text: str, named: str) -> None:
     assert str(caught.value) == named
 
 
+def test_an_option_that_is_none_is_named_and_other_type_errors_pass() -> None:
+    def make(a: int) -> None: ...
+
+    with pytest.raises(InputTypeError, match=r"denoiser\.b is no option"), of_group("denoiser", ["b"]):
+        make(b=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError) as caught, of_group("denoiser", ["b"]):
+        make(c=1)  # type: ignore[call-arg]
+    assert not isinstance(caught.value, DiffrlError)
+
+
 def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     file = tmp_path / "köln.txt"
     write_atomically(file, "λ = ½")

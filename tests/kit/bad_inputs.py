@@ -86,6 +86,8 @@ def throw(command: str, words: Sequence[str], *, begin: bool = False, real: bool
             change(mock.patch("hydra.main", _composing))
             told = SimpleNamespace(overrides=SimpleNamespace(task=[*words]), mode=RunMode.RUN)
             change(mock.patch("hydra.core.hydra_config.HydraConfig.get", lambda: told))
+        for name in ("draw_summary", "draw_tuning", "draw_samples"):  # pictures take longer than runs
+            change(mock.patch.object(commands, name, lambda *args, **options: None))
         if not begin:
             change(mock.patch.object(RunFolder, "start", _accept))
             change(mock.patch.object(commands, "run_comparison", _accept))

@@ -151,7 +151,7 @@ def readers(file: Path, copy: Path) -> list[tuple[str, list[str]]]:
 
 def throw_at_files(runs: Path, place: Path, take: Callable[[int], bool]) -> Counter[str]:
     """Damage the files, and let the commands read them."""
-    counts, number = Counter[str](), itertools.count()
+    counts, number, fell = Counter[str](), itertools.count(), list[str]()
     for file, damage in itertools.product(run_files(runs), DAMAGES):
         for i in range(len(readers(file, place))):
             if not take(next(number)):
@@ -159,7 +159,11 @@ def throw_at_files(runs: Path, place: Path, take: Callable[[int], bool]) -> Coun
             copy = damaged(runs, file, damage, place)
             command, words = readers(file, copy)[i]
             before = contents(copy)
-            said = thrown(command, words, begin=True, real=True)
+            try:
+                said = thrown(command, words, begin=True)
+            except AssertionError as error:
+                fell.append(f"{file} {damage}: {error}")
+                continue
             counts["refused" if said else "accepted"] += 1
             if said and "cells failed" not in said:
                 after = {
@@ -167,16 +171,17 @@ def throw_at_files(runs: Path, place: Path, take: Callable[[int], bool]) -> Coun
                 }
                 kept = {name: digest for name, digest in before.items() if not name.endswith(".lock")}
                 assert after.items() >= kept.items(), (command, file, damage, said)
+    assert not fell, "\n".join(fell)
     return counts
 
 
 def test_every_file_of_a_run_damaged(runs: Path, tmp_path: Path) -> None:
     """Each file with some of the damages, for some of its readers; a soak test tries all."""
-    counts = throw_at_files(runs, tmp_path, lambda number: number % 5 == 0)
+    counts = throw_at_files(runs, tmp_path, lambda number: number % 7 == 0)
     print(
         f"files of runs: {counts.total()} inputs, {counts['refused']} refused, {counts['accepted']} accepted"
     )
-    assert counts["refused"] > 20
+    assert counts["refused"] > 10 and counts["accepted"] > 10
 
 
 @pytest.mark.soak
