@@ -105,7 +105,7 @@ class Command:
 
 def _command(given: list[str], log: Path) -> None:
     os.setsid()
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
@@ -207,9 +207,8 @@ HEAD = """# Kills
 
     python -m pytest -m soak tests/soak/test_kills.py
 
-Each command was killed at random moments, continued, and killed again until it ended by itself; half of the kills were
-of the command alone, half of all its processes at once. Every run that ended holds what an uninterrupted one holds:
-weights, optimiser and samples bit for bit, the rows of metrics.csv, and results.json but for seconds. It took
-{minutes:.0f} min.
+Each command was hit at random moments, continued, and hit again until it ended by itself; every other kill -9 was of all
+its processes at once, and SIGTERM always. Every run that ended holds what an uninterrupted one holds: weights, optimiser
+and samples bit for bit, the rows of metrics.csv, and results.json but for seconds. It took {minutes:.0f} min.
 
 """
