@@ -207,8 +207,8 @@ HEAD = """# Kills
 
     python -m pytest -m soak tests/soak/test_kills.py
 
-Each command was hit at random moments, continued, and hit again until it ended by itself; every other kill -9 was of all
-its processes at once, and SIGTERM always. Every run that ended holds what an uninterrupted one holds: weights, optimiser
-and samples bit for bit, the rows of metrics.csv, and results.json but for seconds. It took {minutes:.0f} min.
+Each command was hit at random moments, continued, and hit again until it ended by itself; every other kill -9 was of
+all its processes at once, and SIGTERM always. Every run that ended holds what an uninterrupted one holds: weights,
+optimiser and samples bit for bit, the rows of metrics.csv, and results.json but for seconds. It took {minutes:.0f} min.
 
 """
