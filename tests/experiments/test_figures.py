@@ -16,6 +16,7 @@ from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import data_label
 from diffrl.experiments.reports.style import drawing, plain_ticks, square_columns
+from diffrl.experiments.reports.target_figure import draw_target_errors
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.reports.tuning_figure import draw_tuning
 from diffrl.training.runs import RunFolder
@@ -29,8 +30,10 @@ LONG = {"name": "class_probability", "target": 7, "among": "all_the_digits_of_th
 
 
 def seen_whole(figures: list[Figure]) -> bool:
-    """Whether nothing reaches beyond the canvas, and no legend lies over points."""
-    return bool(figures) and all(cut_off(f) < 0.05 and not points_under_legends(f) for f in figures)
+    """Whether nothing reaches beyond the canvas, no legend lies over points, and no formula stands as its source."""
+    sources = [text for f in figures for text in f.findobj(Text) if "\\mathdefault" in text.get_text()]
+    whole = all(cut_off(f) < 0.05 and not points_under_legends(f) for f in figures)
+    return bool(figures) and whole and not sources
 
 
 # Fine-tuning
@@ -129,6 +132,29 @@ def test_figures_of_a_study_are_whole_and_without_keys(changes: dict[str, Any], 
     assert all(title.startswith("Which is best") for title in titles)
     assert all(title.endswith("(a mixture of 12 Gaussians in 16-D)") for title in titles)
     assert not [text for figure in figures for text in figure.findobj(Text) if "key_of" in text.get_text()]
+
+
+def test_errors_of_targets_are_whole(tmp_path: Path) -> None:
+    def level(sigma: float) -> dict[str, Any]:
+        parts = {
+            "bias_sq": 0.1 * sigma,
+            "bias_sq_error": 0.0,
+            "variance": 20 / sigma,
+            "total": 20 / sigma + 0.1 * sigma,
+        }
+        targets = dict.fromkeys(("lmbda=0", "lmbda=0.5", "lmbda=0.9", "monte_carlo"), parts)
+        return {
+            "sigma": sigma,
+            "targets": targets,
+            "value_error": sigma,
+            "bellman_residual": 0.2,
+            "best_lmbda": 0.5,
+        }
+
+    with drawn() as figures:
+        draw_target_errors({"levels": [level(0.01 * 3**k) for k in range(9)]}, tmp_path / "targets")
+    assert seen_whole(figures) and title_of(figures[0]) == "Errors of targets by noise level"
+    assert all(len(axes.get_yticks()) > 1 for axes in figures[0].axes)
 
 
 def test_names_of_data() -> None:

@@ -27,14 +27,15 @@ PAGES += [page for page in (ROOT / "docs").rglob("*.md") if not {"methods", "api
 PAGES += (ROOT / "results").rglob("README.md")
 SCRIPTS = {"train_td_lambda": "train", "finetune_reward": "finetune", "compare_bootstrapping": "compare"}
 RUN = ("train", "check", "sample", "finetune")
-EVALUATED = "eval.points=8 eval.samples=16 eval.num_steps=[2]"
-TRAINED = f"trainer.grad_steps=4 trainer.batch_size=4 chain.num_steps=3 {EVALUATED}"
+EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
+TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", *EVALUATED]
+PRETRAIN = ",".join(f'"{word}"' for word in ("trainer.grad_steps=4", "network.channels=8", *EVALUATED))
+TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=16", "evaluation.samples=16"]
 SMALL = {
     "train": TRAINED,
     "check": TRAINED,
-    "finetune": "loop.iterations=2 loop.eval_every=2 rollouts.trajectories=16 evaluation.samples=16 workers=0 "
-    f"pretrain=[trainer.grad_steps=4,network.channels=8,{EVALUATED.replace(' ', ',')}]",
-    "sample": "--samples 4",
+    "finetune": [*TUNED, "workers=0", f"pretrain=[{PRETRAIN}]"],
+    "sample": ["--samples", "4"],
 }
 
 
@@ -112,10 +113,10 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
     given = [word.replace("runs/...", "runs/a") for word in given]
     resumed = any(word.startswith("resume=") for word in given)
     if command == "finetune" and resumed:
-        config = settings(composed("model.path=runs/a", *shlex.split(SMALL["finetune"]), name="finetune"), [])
+        config = settings(composed("model.path=runs/a", *SMALL["finetune"], name="finetune"), [])
         run_finetuning({**config, "run_dir": "runs/a_tuned"}, progress=False)
         given = [word.replace("runs/a", "runs/a_tuned") for word in given]
-    small = [] if resumed else shlex.split(SMALL[command])
+    small = [] if resumed else SMALL[command]
     monkeypatch.setattr(sys, "argv", ["diffrl", command, *given, *small])
     main()
 

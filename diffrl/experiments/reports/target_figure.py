@@ -110,7 +110,11 @@ def draw_target_errors(
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper")
         figure.legend(lines, names, loc="outside right lower")
         axes.flat[0].set_xscale("log")
-        plain_ticks(axes.flat[0].xaxis)
+        for axis in (
+            axes.flat[0].xaxis,
+            *(panel.yaxis for panel in axes.flat if panel.get_yscale() == "log"),
+        ):
+            plain_ticks(axis)
         for axis in axes[1]:
             axis.set_xlabel("noise level σ/α")
         axes.flat[0].set_ylabel("in units of the network's output")
@@ -127,7 +131,6 @@ def _line(
     axis.plot(sigma, seen, marker="o", markersize=3, **style)
     if any(math.isfinite(value) for value in seen):
         axis.set_yscale("log")
-        plain_ticks(axis.yaxis)
 
 
 def _label(name: str) -> str:
