@@ -83,7 +83,7 @@ def test_what_cannot_be_rendered(form: str) -> None:
 def test_wrappers_that_show_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SDL_VIDEODRIVER", "dummy")  # no screen
     pytest.importorskip("pygame")
-    shown = HumanRendering(gymnasium.make(FORMS[0], num_steps=2, render_mode="rgb_array"))
+    shown: Any = HumanRendering(gymnasium.make(FORMS[0], num_steps=2, render_mode="rgb_array"))
     shown.reset(seed=0)
     shown.step(shown.action_space.sample())
     assert shown.screen_size == (256, 256)
