@@ -151,12 +151,8 @@ def pipeline_model(
         MissingExtra, FileNotFoundError, ValueError: see `load_pipeline`, `PipelineDenoiser` and `add_lora`.
     """
     if path is None:
-        raise InputError("model.path is null: give the folder of a pipeline, or a name in the hub's cache")
-    for name, number in (("lora_rank", lora_rank), ("latent_size", latent_size)):
-        if number is not None:
-            require_int(f"model.{name}", number)
-    require_int("model.decode_batch_size", decode_batch_size)
-    _check_weights(weights, lora_rank)
+        raise InputError("model.path is null: give a pipeline's folder, or a name in the hub's cache")
+    _check_options(weights, lora_rank, latent_size, decode_batch_size)
     given = prompts_of(prompts, prompts_file, prompts_from)
     pipe = load_pipeline(
         path, DTYPES[weights], device=device, variant=variant, leave_out=leave_out, download=download
@@ -170,25 +166,42 @@ def pipeline_model(
         train_unconditional=train_unconditional,
     )
     if lora_rank is not None:
-        generator = torch.Generator().manual_seed(seed)
-        add_lora(denoiser, lora_rank, lora_alpha, lora_layers, generator=generator)
+        first = torch.Generator().manual_seed(seed)
+        add_lora(denoiser, lora_rank, lora_alpha, lora_layers, generator=first)
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    decode, name = LatentDecoder(pipe.vae.requires_grad_(False)), Path(path).name.replace(" ", "-")
+    return _tunable(denoiser, given, latent_size, decode, decode_batch_size, name=name)
+
+
+def _tunable(
+    denoiser: PipelineDenoiser,
+    given: Prompts,
+    size: int | None,
+    decode: LatentDecoder,
+    at_once: int,
+    *,
+    name: str,
+) -> Tunable:
     channels, h, w = denoiser.event_shape
-    size = (h, w) if latent_size is None else (latent_size, latent_size)
-    decode = LatentDecoder(pipe.vae.requires_grad_(False))
     return Tunable(
         denoiser,
-        (channels, *size),
+        (channels, h, w) if size is None else (channels, size, size),
         torch.arange(len(given.texts)),
-        lambda reward: _decoded(reward, decode, given, decode_batch_size),
-        Path(path).name.replace(" ", "-"),
-        pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(decode_batch_size)]),
+        lambda reward: _decoded(reward, decode, given, at_once),
+        name,
+        pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(at_once)]),
         export=lambda folder: export_lora(denoiser, folder),
     )
 
 
-def _check_weights(weights: str, lora_rank: int | None) -> None:
+def _check_options(
+    weights: str, lora_rank: int | None, latent_size: int | None, decode_batch_size: int
+) -> None:
+    for name, number in (("lora_rank", lora_rank), ("latent_size", latent_size)):
+        if number is not None:
+            require_int(f"model.{name}", number)
+    require_int("model.decode_batch_size", decode_batch_size)
     if weights not in DTYPES:
         raise InputError(f"model.weights is {weights!r}: give {', '.join(DTYPES)}")
     if lora_rank is None and weights != "float32":
