@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 __all__ = ["DiffrlError", "FileError", "InputError", "InputKeyError", "InputTypeError", "of_group"]
 
-UNKNOWN = re.compile(r"got an unexpected keyword argument '(\w+)'")
+UNKNOWN = re.compile(r"got an unexpected keyword argument '(.+?)'")
 
 
 class DiffrlError(Exception):

@@ -115,7 +115,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(number: signal.Signals)
     running = start("train", *TINY)
     maps = Path(f"/proc/{running.pid}/maps")
     end = time.monotonic() + 60
-    while "libtorch" not in maps.read_text():  # in the middle of the import of torch
+    while "libtorch" not in maps.read_text(encoding="utf-8"):  # in the middle of the import of torch
         assert time.monotonic() < end and running.poll() is None
         time.sleep(0.005)
     send(number, members(running))
