@@ -115,7 +115,7 @@ def orphans(tmp_path: Path, program: str) -> int:
 def runs(pid: int) -> bool:
     """Whether the process runs: not one that waits for somebody to ask how it ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 

@@ -121,9 +121,7 @@ def test_every_objective_builds(name: str) -> None:
 def test_every_group_of_the_configuration_has_options() -> None:
     register()
     groups = {name for name, options in ConfigStore.instance().repo.items() if isinstance(options, dict)}
-    assert {
-        field.name for field in fields(TrainConfig) if field.default == "???"
-    } <= groups
+    assert {field.name for field in fields(TrainConfig) if field.default == "???"} <= groups
 
 
 # The constructors' signatures are the only home of a default

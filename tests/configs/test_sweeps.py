@@ -124,8 +124,8 @@ def test_a_signal_while_modules_are_imported_is_one_line(number: signal.Signals)
 
 def test_handlers_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(sys, "argv", ["diffrl", "trian"])
-    with pytest.raises(SystemExit, match="there is no command 'trian': give train, check"):
+    monkeypatch.setattr(sys, "argv", ["diffrl", "tarin"])
+    with pytest.raises(SystemExit, match="there is no command 'tarin': give train, check"):
         program.main()
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert os.environ.get("HYDRA_FULL_ERROR", "0") != "1"

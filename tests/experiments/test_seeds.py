@@ -86,7 +86,9 @@ def test_a_run_of_two_objectives_is_finished_with_the_second(
 def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = f"run_dir={tmp_path}"
     assert "seed and seeds are both given" in refused(monkeypatch, "seeds=[1]", "seed=1", where)
-    assert "extend=9 is for one run, and several are asked for" in refused(monkeypatch, "seeds=[1]", "extend=9")
+    assert "extend=9 is for one run, and several are asked for" in refused(
+        monkeypatch, "seeds=[1]", "extend=9"
+    )
     assert "seeds has 3 twice" in refused(monkeypatch, "seeds=[3,4,3]", where)
     train(monkeypatch, "seed=1", "compare=false", where)
     assert f"{tmp_path} holds a run, and not a comparison" in refused(monkeypatch, "seeds=[1]", where)

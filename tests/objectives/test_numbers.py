@@ -44,10 +44,10 @@ def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
         yield name, make, partial(make, (1, 8, 8))
     for entry in OBJECTIVES.entries():
         yield entry.name, entry.make, lambda entry=entry, **options: entry.make(consistent(), **options)
-        if inspect.isclass(entry.also):
-            yield f"{entry.name} states", entry.also, partial(entry.also, EDM())
-        elif entry.also is not None:
-            yield f"{entry.name} states", entry.also, partial(entry.also, EDM(), X0)
+        also: Any = entry.also
+        if also is not None:
+            given = (EDM(),) if inspect.isclass(also) else (EDM(), X0)
+            yield f"{entry.name} states", also, partial(also, *given)
     yield "chain", Chain, lambda **options: Chain(EDM(), **{"num_steps": 6, "coupling": "markov", **options})
     chain = Chain(EDM(), 6, "markov")
     yield "chain sampler", ChainSampler, partial(ChainSampler, chain)

@@ -57,7 +57,7 @@ def loss(process: Any, **options: Any) -> ValueLoss:
 @pytest.mark.parametrize("target", [{"lmbda": 0.5}, {"n_steps": 1}, {"lmbda": 1.0}])
 def test_the_loss_is_that_of_the_same_chain(variant: dict[str, Any], target: dict[str, float]) -> None:
     made = {"data": "rings", "num_steps": 6, "dtype": "float64", **variant}
-    env = gymnasium.make("DiffusionMRP-v0", **made).unwrapped
+    env: Any = gymnasium.make("DiffusionMRP-v0", **made).unwrapped
     chain = env.reward_process.chain
     K = chain.num_transitions
     steps, infos = record(env, 3 * K)

@@ -20,4 +20,4 @@ def test_the_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         shapes.append(tuple(getattr(names.get("samples"), "shape", ())))
     assert len(snippets) == 6 and shapes == [(), (), (64, 16), (64, 16), (64, 2), (64, 2)]
     assert (tmp_path / "model.safetensors").is_file()
-    assert len(names["rows"]) == 21  # type: ignore[arg-type]
+    assert len(names["rows"]) == 21

@@ -118,8 +118,8 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
         given = [word.replace("runs/a", "runs/a_tuned") for word in given]
     small = [] if resumed else SMALL[command]
     if command == "finetune" and not resumed:
-        words = [*composed(*given, name="finetune").pretrain, "trainer.grad_steps=4", *EVALUATED]
-        small = [*small, "pretrain=[" + ",".join(f'"{word}"' for word in words) + "]"]
+        trained = [*composed(*given, name="finetune").pretrain, "trainer.grad_steps=4", *EVALUATED]
+        small = [*small, "pretrain=[" + ",".join(f'"{word}"' for word in trained) + "]"]
     monkeypatch.setattr(sys, "argv", ["diffrl", command, *given, *small])
     main()
 
