@@ -79,7 +79,7 @@ def test_a_name_that_the_locale_could_not_read_keeps_its_bytes(tmp_path: Path) -
     assert read_text(tmp_path / "command.txt") == "run_dir=köln"
 
 
-@pytest.mark.parametrize("room", ["diffrl", "envs", "configs", "examples", "benchmarks", "docs"])
+@pytest.mark.parametrize("room", ["diffrl", "envs", "configs", "examples", "benchmarks", "docs", "tests"])
 def test_no_text_is_read_or_written_in_the_locale_s_encoding(room: str) -> None:
     """A rule of ruff looks at `open` and at what it knows to be a path; this looks at every method of that name."""
 

@@ -31,10 +31,10 @@ def work(task: Any) -> Any:
             raise kind(3)
         case ("deaf", folder):  # to SIGTERM
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            (Path(folder) / "pid").write_text(str(os.getpid()))
+            (Path(folder) / "pid").write_text(str(os.getpid()), encoding="utf-8")
             time.sleep(60)
         case ("hang", folder):  # in C code that lets no other thread run
-            (Path(folder) / "pid").write_text(str(os.getpid()))
+            (Path(folder) / "pid").write_text(str(os.getpid()), encoding="utf-8")
             re.fullmatch("(a+)+b", "a" * 64)
         case ("threads",):
             import torch
@@ -49,10 +49,10 @@ def wait_for_sigterm(folder: Path) -> None:
     """Say that it runs, and after SIGTERM that it has saved."""
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    (folder / "pid").write_text(str(os.getpid()))
+    (folder / "pid").write_text(str(os.getpid()), encoding="utf-8")
     while not stopped:
         time.sleep(0.01)
-    (folder / "saved").write_text(f"{len(stopped)}")
+    (folder / "saved").write_text(f"{len(stopped)}", encoding="utf-8")
 
 
 def wait_until(condition: Any, seconds: float = 60.0) -> None:
@@ -91,9 +91,9 @@ def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
     assert next(outcomes) == (0, 10)
     wait_until((tmp_path / "pid").exists)
     outcomes.close()
-    assert (tmp_path / "saved").read_text() == "1"
+    assert (tmp_path / "saved").read_text(encoding="utf-8") == "1"
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(int((tmp_path / "pid").read_text(encoding="utf-8")), 0)
 
 
 def orphans(tmp_path: Path, program: str) -> int:
@@ -101,15 +101,16 @@ def orphans(tmp_path: Path, program: str) -> int:
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys; from tests.test_workers import work; from diffrl import workers\n"
-        f"if __name__ == '__main__':\n    folder = sys.argv[1]\n    {program}\n"
+        f"if __name__ == '__main__':\n    folder = sys.argv[1]\n    {program}\n",
+        encoding="utf-8",
     )
     path = os.pathsep.join([str(ROOT), *sys.path])
     words = [sys.executable, str(script), str(tmp_path)]
     parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path})
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(encoding="utf-8"))
     parent.kill()
     parent.wait()
-    return int((tmp_path / "pid").read_text())
+    return int((tmp_path / "pid").read_text(encoding="utf-8"))
 
 
 def runs(pid: int) -> bool:
@@ -151,7 +152,7 @@ def test_tasks_end_when_they_are_to_stop(tmp_path: Path, workers: int) -> None:
     for outcome in run_tasks(work, tasks, workers=workers, stop=stop):
         found.append(outcome)
     assert found == [(0, 10)]
-    assert not workers or (tmp_path / "saved").read_text() == "1"
+    assert not workers or (tmp_path / "saved").read_text(encoding="utf-8") == "1"
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
@@ -262,7 +263,8 @@ def test_workers_know_the_methods_of_the_user(tmp_path: Path, monkeypatch: pytes
         "@REWARDS.register('sum')\n"
         "class Sum:\n"
         "    def __call__(self, x0, cond=None):\n"
-        "        return x0.flatten(1).sum(1)\n"
+        "        return x0.flatten(1).sum(1)\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "_USERS", {})

@@ -30,7 +30,9 @@ def swept(monkeypatch: pytest.MonkeyPatch, script: str, *words: str) -> str:
 
 
 def seeds(folder: Path) -> list[int]:
-    return sorted(json.loads(file.read_text())["seed"] for file in folder.glob("runs/*/results.json"))
+    return sorted(
+        json.loads(file.read_text(encoding="utf-8"))["seed"] for file in folder.glob("runs/*/results.json")
+    )
 
 
 def test_a_failed_job_ends_no_other_and_is_named_at_the_end(
@@ -43,7 +45,10 @@ def test_a_failed_job_ends_no_other_and_is_named_at_the_end(
         said.startswith("error: 1 jobs failed: job 1 (") and "objective.lmbda=2" in said and "\n" not in said
     )
     assert said.endswith("the others are done") and "failed  job 1 (" in capsys.readouterr().out
-    found = [json.loads(file.read_text())["config"] for file in tmp_path.glob("runs/*/results.json")]
+    found = [
+        json.loads(file.read_text(encoding="utf-8"))["config"]
+        for file in tmp_path.glob("runs/*/results.json")
+    ]
     assert sorted(config["objective"]["lmbda"] for config in found) == [0, 0.5]
 
 

@@ -83,7 +83,9 @@ def write_table(root: Path) -> tuple[Path, Path]:
     write_images(root, "png")
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
     table = root / "dataset.json"
-    table.write_text(json.dumps({"labels": [[name, i // 2 % 2] for i, name in enumerate(names)]}))
+    table.write_text(
+        json.dumps({"labels": [[name, i // 2 % 2] for i, name in enumerate(names)]}), encoding="utf-8"
+    )
     return root, table
 
 

@@ -250,7 +250,7 @@ def tree(root: Path, per_class: int = 6, size: tuple[int, ...] = (4, 6, 3)) -> d
 def test_folder_is_ordered_by_name_and_split_within_classes(tmp_path: Path, form: str) -> None:
     root = tmp_path / "root"
     pixels = tree(root)
-    (root / "notes.txt").write_text("no image")
+    (root / "notes.txt").write_text("no image", encoding="utf-8")
     (root / "cat" / ".hidden.png").write_bytes(b"no image")
     path = str(root) if form == "folder" else zip_of(root, tmp_path / "a.zip", "top/" * (form != "zip"))
     data = folder(path, conditional=True, test_fraction=0.5)
@@ -327,7 +327,7 @@ def damage_bytes(root: Path) -> None:
 
 
 def damage_text(root: Path) -> None:
-    (root / "cat" / "03.png").write_text("not an image")
+    (root / "cat" / "03.png").write_text("not an image", encoding="utf-8")
 
 
 def damage_empty_class(root: Path) -> None:

@@ -385,7 +385,7 @@ def test_a_folder_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
             load_pipeline(tmp_path)
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
         weights.rename(weights.with_suffix(".bin")) if weights.exists() else None
-    (tmp_path / "model_index.json").write_text("{")
+    (tmp_path / "model_index.json").write_text("{", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="cannot be loaded"):
         load_pipeline(tmp_path)
 

@@ -97,7 +97,7 @@ def test_value_errors_are_those_of_the_result_files(out: Path) -> None:
 
     def errors(scheme: str, seed: int) -> NDArray[np.float64]:
         [file] = (out / "cells").glob(f"gmm16_{scheme}_s{seed}_*/results.json")
-        [figures] = json.loads(file.read_text())["objectives"].values()
+        [figures] = json.loads(file.read_text(encoding="utf-8"))["objectives"].values()
         return np.array([figures["value_error"][s] for s in ("0.1", "0.3", "1")])
 
     for cell in found["cells"]:
@@ -150,7 +150,7 @@ def test_the_command_writes_numbers_and_figure(
     runpy.run_path(str(script), run_name="__main__")
     png = out / "figures" / "targets_map_gmm16.png"
     assert capsys.readouterr().out.strip() == str(png) and png.exists()
-    assert json.loads(png.with_suffix(".json").read_text())["states"] == 4
+    assert json.loads(png.with_suffix(".json").read_text(encoding="utf-8"))["states"] == 4
     monkeypatch.setattr(sys, "argv", [str(script), str(out), "--case", "none"])
     with pytest.raises(SystemExit, match="error: no study map on case none"):
         runpy.run_path(str(script), run_name="__main__")
@@ -165,7 +165,7 @@ def test_the_command_takes_a_run_folder_too(
     runpy.run_path(str(script), run_name="__main__")
     png = run / "plots" / "targets.png"
     assert capsys.readouterr().out.strip() == str(png) and png.stat().st_size > 10_000
-    found = json.loads(png.with_suffix(".json").read_text())
+    found = json.loads(png.with_suffix(".json").read_text(encoding="utf-8"))
     assert found["states"] == 4 and len(found["levels"]) == 4  # the run's own chain
     board = StudyFindings(out).finished(case="board")[0].path
     monkeypatch.setattr(sys, "argv", [str(script), str(board)])

@@ -55,7 +55,7 @@ def results(out: Path) -> dict[str, Any]:
     """Figures of each finished cell but for its seconds, by folder."""
     found = {}
     for file in (out / "cells").glob("*/results.json"):
-        [figures] = json.loads(file.read_text())["objectives"].values()
+        [figures] = json.loads(file.read_text(encoding="utf-8"))["objectives"].values()
         found[file.parent.name] = {k: v for k, v in figures.items() if k != "seconds"}
     return found
 
@@ -157,7 +157,7 @@ def test_cells_run_once_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(JOBS, "train", JOBS["train"]._replace(run=lambda *_, **__: pytest.fail("it was run")))
     assert run_comparison(both, tmp_path, workers=0, progress=False).finished == 4
 
-    index = json.loads((tmp_path / "index.json").read_text())
+    index = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))
     assert [command["cells"] for command in index["commands"]] == [2, 2, 0]
     folders = {(c["study"], c["scheme"], c["seed"]): c["folder"] for c in index["cells"]}
     assert folders["a", "MC", 1] == folders["b", "Monte Carlo", 1] != folders["a", "TD", 1]
@@ -180,7 +180,7 @@ def test_a_failed_cell_is_listed_sinks_no_other_and_runs_again(tmp_path: Path) -
         list(done.failed) == ["tiny, wild, seed 0"] and "NonFiniteLoss" in done.failed["tiny, wild, seed 0"]
     )
     [file] = (tmp_path / "cells").glob("*/error.txt")
-    assert "Traceback" in file.read_text()
+    assert "Traceback" in file.read_text(encoding="utf-8")
     again = run_comparison(broken, tmp_path, workers=0, progress=False)
     assert again.failed.keys() == done.failed.keys() and again.finished == 1
 
@@ -221,10 +221,12 @@ def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     made = plan_comparison(plan(a=study(seeds=[0])))
     run_comparison(made, tmp_path, workers=0, progress=False)
     [file, *_] = sorted((tmp_path / "cells").glob("*TD*/config.yaml"))
-    file.write_text(file.read_text().replace("gamma: 1.0", "gamma: 0.5"))
+    file.write_text(file.read_text(encoding="utf-8").replace("gamma: 1.0", "gamma: 0.5"), encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"objective.gamma=0.5, but now it is 1.0: delete that folder"):
         run_comparison(made, tmp_path, workers=0, progress=False)
-    file.write_text(file.read_text().replace("  gamma: 0.5\n", "  gone: 3\n"))  # options come and go
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("  gamma: 0.5\n", "  gone: 3\n"), encoding="utf-8"
+    )  # options come and go
     assert run_comparison(made, tmp_path, workers=0, progress=False).finished == 2
 
 
@@ -315,13 +317,13 @@ def test_the_quick_plan_takes_less_than_three_minutes_of_two_cores(tmp_path: Pat
     said, _ = (running := command("plan=quick", f"out={tmp_path}")).communicate(timeout=280)
     assert running.returncode == 0, said
     assert processor_seconds() - begun < 2 * 180
-    report = (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "24 of 24 cells are finished" in report and "Cells without a result" not in report
     for image in (part.partition(")")[0] for part in report.split("](")[1:]):
         assert (tmp_path / image).stat().st_size > 10_000
     (tmp_path / "report.md").unlink()
     said, _ = (running := command("report=true", f"out={tmp_path}")).communicate(timeout=250)
-    assert running.returncode == 0 and (tmp_path / "report.md").read_text() == report
+    assert running.returncode == 0 and (tmp_path / "report.md").read_text(encoding="utf-8") == report
 
 
 @pytest.mark.parametrize(
@@ -356,7 +358,9 @@ def test_multirun_with_joblib_gives_each_job_a_folder(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
-    seeds = [json.loads(file.read_text())["seed"] for file in tmp_path.glob("runs/*/results.json")]
+    seeds = [
+        json.loads(file.read_text(encoding="utf-8"))["seed"] for file in tmp_path.glob("runs/*/results.json")
+    ]
     assert sorted(seeds) == [0, 1, 2]
 
 

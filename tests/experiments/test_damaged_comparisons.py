@@ -85,12 +85,12 @@ def test_two_cannot_run_one_comparison(tmp_path: Path, made: Comparison) -> None
 
 
 def test_a_place_where_no_folder_can_be(tmp_path: Path, made: Comparison) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(DiffrlError, match=r"file/out.* cannot be written .*: a part of its path is a file"):
         run_cells(made.cells, tmp_path / "file" / "out", workers=0, progress=False)
 
 
 def test_a_reason_that_was_lost(tmp_path: Path) -> None:
     assert cell_error(tmp_path) is None
-    (tmp_path / "error.txt").write_text("")
+    (tmp_path / "error.txt").write_text("", encoding="utf-8")
     assert cell_error(tmp_path) == "no reason was written"

@@ -67,7 +67,7 @@ def test_a_comparison_tells_it_before_it_starts(tmp_path: Path, capsys: pytest.C
     made = plan_comparison(plan(a=study()))
     run_cells(made.cells[:1], tmp_path, workers=0)
     assert capsys.readouterr().out.startswith("1 run left, 1 at a time: about ")
-    [(folder, seconds)] = json.loads((tmp_path / "index.json").read_text())["seconds"].items()
+    [(folder, seconds)] = json.loads((tmp_path / "index.json").read_text(encoding="utf-8"))["seconds"].items()
     assert (tmp_path / "cells" / folder).is_dir() and seconds > 0
     run_cells(made.cells, tmp_path, workers=0)
     said = capsys.readouterr().out

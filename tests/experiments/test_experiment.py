@@ -34,7 +34,7 @@ from tests.kit.runs import checkpoint, run
 
 def rows(folder: RunFolder) -> list[dict[str, str]]:
     """metrics.csv without its clock."""
-    with (folder.path / "metrics.csv").open(newline="") as file:
+    with (folder.path / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
@@ -69,12 +69,14 @@ def test_folder(whole: RunFolder) -> None:
         "checkpoints",
         "samples",
     }
-    assert json.loads((whole.path / "versions.json").read_text())["torch"] == torch.__version__
+    assert (
+        json.loads((whole.path / "versions.json").read_text(encoding="utf-8"))["torch"] == torch.__version__
+    )
     assert [path.name for path in list_checkpoints(whole.checkpoints("td"))] == ["step_000020", "step_000030"]
 
 
 def test_results_are_as_documented(whole: RunFolder) -> None:
-    found = json.loads((whole.path / "results.json").read_text())
+    found = json.loads((whole.path / "results.json").read_text(encoding="utf-8"))
     assert found.keys() == {"config", "seed", "versions", "objectives"}
     assert list(found["objectives"]) == ["td", "monte_carlo"] and found["seed"] == 0
     for figures in found["objectives"].values():
@@ -251,7 +253,7 @@ def test_killed_and_resumed(whole: RunFolder, tmp_path: Path) -> None:
     assert list_checkpoints(folder.checkpoints("td"))[-1].name == "step_000020"
     assert int(rows(folder)[-1]["grad_steps"]) == 24  # reported, but not saved
     (folder.checkpoints("td") / "step_000025.tmp-1").mkdir()  # as if in the middle of a checkpoint
-    with (folder.path / "metrics.csv").open("a") as file:
+    with (folder.path / "metrics.csv").open("a", encoding="utf-8") as file:
         file.write("td,26,")  # and of a row
     with pytest.warns(RuntimeWarning, match="ends with half a row, which is left out"):
         resumed = run_experiment({**folder.config(), "resume": str(folder.path)}, progress=False)

@@ -96,7 +96,8 @@ def test_names_of_rewards() -> None:
 def test_a_single_tuning_run_is_drawn(tmp_path: Path) -> None:
     folder = RunFolder(methods(tmp_path, "SDPO").methods[0].folders[0])
     (folder.path / "config.yaml").write_text(
-        "{reward: {name: ink}, heldout_reward: {name: none}, loop: {iterations: 9}, seed: 3, dtype: float32}"
+        "{reward: {name: ink}, heldout_reward: {name: none}, loop: {iterations: 9}, seed: 3, dtype: float32}",
+        encoding="utf-8",
     )
     folder.write_results({"finetuning": {"base": {"eval_reward": 0.25}, "final": {"eval_reward": 0.75}}})
     table = Table(
@@ -218,7 +219,7 @@ def test_dollars_are_dollars(tmp_path: Path) -> None:
     with drawn() as figures:
         draw_samples(torch.zeros(4, 1, 4, 4), tmp_path / "x.png", title=DOLLARS)
         folder = run(tmp_path / "run", "compare=false", "trainer.grad_steps=4")
-        (folder.path / "command.txt").write_text(f"python train.py 'run_dir={DOLLARS}'\n")
+        (folder.path / "command.txt").write_text(f"python train.py 'run_dir={DOLLARS}'\n", encoding="utf-8")
         draw_summary(folder.path)
         draw_curves(methods(tmp_path / "m", DOLLARS, "$$", "$x^{$"), tmp_path)
     assert title_of(figures[0]) == DOLLARS

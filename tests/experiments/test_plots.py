@@ -39,7 +39,7 @@ def test_summary(rings: RunFolder) -> None:
 def test_the_numbers_beside_the_figure_are_the_run_s(rings: RunFolder) -> None:
     if not (rings.path / "plots" / "summary.csv").exists():
         draw_summary(rings.path)
-    with (rings.path / "plots" / "summary.csv").open(newline="") as file:
+    with (rings.path / "plots" / "summary.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     for name, figures in rings.results()["objectives"].items():
         own = [row for row in table if row["objective"] == name]
@@ -81,7 +81,7 @@ def test_figures_that_are_not_positive_are_drawn(rings: RunFolder, tmp_path: Pat
     results = folder.results()
     for figures in results["objectives"].values():
         figures["sample_distance"] = {"metric": "mmd@40", "by_nfe": {"3": -0.001, "7": 0.0}}
-    (folder.path / "results.json").write_text(json.dumps(results))
+    (folder.path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert is_drawn(draw_summary(folder.path))
 
 

@@ -66,8 +66,10 @@ def make(out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = 
             raise RuntimeError("it broke | badly\nin a second line")
         path.mkdir(parents=True)
         found = figures(scheme, seed, oracle=oracle)
-        (path / "config.yaml").write_text(json.dumps({**CONFIG, "seed": seed}))
-        (path / "results.json").write_text(json.dumps({"config": CONFIG, "objectives": {"td": found}}))
+        (path / "config.yaml").write_text(json.dumps({**CONFIG, "seed": seed}), encoding="utf-8")
+        (path / "results.json").write_text(
+            json.dumps({"config": CONFIG, "objectives": {"td": found}}), encoding="utf-8"
+        )
         names = [f"value_error_{s}" for s in found["value_error"]]
         table = Table(path / "metrics.csv", ("objective", "grad_steps", "network_evaluations", *names))
         for step in range(0, STEPS + 1, 10):
@@ -149,7 +151,7 @@ def test_effort_is_the_first_evaluation_at_the_baselines_level(tmp_path: Path) -
 
 def report(out: Path) -> str:
     """The text of the report, with one space where tables have several."""
-    return re.sub(" +", " ", write_report(out).read_text())
+    return re.sub(" +", " ", write_report(out).read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_files_hold_every_number_and_the_report_shows_them(tmp_path: Path) -> No
     schemes = ("λ=0, η=0.0", "λ=0, η=1.0", "λ=1, η=0.0", "λ=1, η=1.0")
     findings = make(tmp_path, study(), study("map", schemes=schemes, baseline=schemes[-1], axes=grid))
     text = report(tmp_path)
-    with (tmp_path / "summary.csv").open(newline="") as file:
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
         rows = {(r["study"], r["scheme"], int(r["seed"])): r for r in csv.DictReader(file)}
     assert len(rows) == 5 * 3 + 5 * 4
     for (_, scheme, seed), row in rows.items():
@@ -174,7 +176,7 @@ def test_files_hold_every_number_and_the_report_shows_them(tmp_path: Path) -> No
         ]
         assert float(row["seconds"]) == wanted["seconds"] and row["status"] == "finished"
 
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     shown = 0
     for panel in findings.panels():
         for (scheme, quantity), estimate in panel.estimates.items():
@@ -199,7 +201,7 @@ def test_files_hold_every_number_and_the_report_shows_them(tmp_path: Path) -> No
         assert f"](figures/{stem}.png)" in text
         for suffix in ("png", "pdf", "csv"):
             assert (tmp_path / "figures" / f"{stem}.{suffix}").stat().st_size > 100
-    with (tmp_path / "figures" / "map_gmm_map.csv").open(newline="") as file:
+    with (tmp_path / "figures" / "map_gmm_map.csv").open(newline="", encoding="utf-8") as file:
         drawn = list(csv.DictReader(file))
     _, map_panel = findings.panels()
     assert len(drawn) == 4 * 3
@@ -281,7 +283,7 @@ def test_a_grid_with_holes_is_drawn(tmp_path: Path) -> None:
     [panel] = make(tmp_path, study(schemes=schemes, baseline=schemes[-1], axes=grid), skip=holes).panels()
     [(_, path), *_] = draw_figures(panel, tmp_path)
     assert path.name == "a_gmm_map.png"
-    with path.with_suffix(".csv").open(newline="") as file:
+    with path.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
         assert {(row["λ"], row["η"]) for row in csv.DictReader(file)} == {("1", "0.0"), ("1", "1.0")}
 
 
@@ -289,9 +291,9 @@ def test_a_grid_with_holes_is_drawn(tmp_path: Path) -> None:
 def test_figures_that_are_not_finite_are_called_so(tmp_path: Path) -> None:
     make(tmp_path, study())
     file = next(path for path in (tmp_path / "cells").glob("*lambda=0.5_s2*/results.json"))
-    results = json.loads(file.read_text())
+    results = json.loads(file.read_text(encoding="utf-8"))
     results["objectives"]["td"]["sample_distance"]["by_nfe"]["5"] = math.inf
-    file.write_text(json.dumps(results))
+    file.write_text(json.dumps(results), encoding="utf-8")
     [panel] = StudyFindings(tmp_path).panels()
     assert panel.estimates["λ=0.5", Quantity("sample_distance", "5")] is None
     assert panel.estimates["λ=0.5", Quantity("sample_distance", "9")] is not None

@@ -18,7 +18,7 @@ from tests.kit.runs import checkpoint, run
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RunFolderError, match="cannot be made a run folder"):
         run(tmp_path / "file" / "run")
 

@@ -72,10 +72,10 @@ def test_a_run_of_two_objectives_is_finished_with_the_second(
 ) -> None:
     train(monkeypatch, "seeds=[1]", f"run_dir={tmp_path}")
     [cell] = (tmp_path / "cells").iterdir()
-    results = json.loads((cell / "results.json").read_text())
+    results = json.loads((cell / "results.json").read_text(encoding="utf-8"))
     assert cell_figures(cell)
     del results["objectives"]["monte_carlo"]  # as it stands between the two
-    (cell / "results.json").write_text(json.dumps(results))
+    (cell / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert not cell_figures(cell)
     with pytest.raises(RunFolderError, match="no run is finished; the same command continues"):
         seeds_table(tmp_path)

@@ -43,7 +43,7 @@ def runs(out: Path) -> dict[str, Path]:
 
 def have_begun(out: Path, count: int) -> bool:
     tables = list(out.glob("cells/*/metrics.csv"))
-    return len([table for table in tables if table.read_text().count("\n") > 2]) >= count
+    return len([table for table in tables if table.read_text(encoding="utf-8").count("\n") > 2]) >= count
 
 
 def to_a_worker(running: Running) -> None:

@@ -185,7 +185,7 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
     assert run_cells(cells(base), tmp_path, workers=0, progress=False).finished == 6
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("cells/*/results.json")}
 
-    report = re.sub(" +", " ", write_methods_report(tmp_path).read_text())
+    report = re.sub(" +", " ", write_methods_report(tmp_path).read_text(encoding="utf-8"))
     tuning = MethodFindings(tmp_path)
     assert [m.name for m in tuning.methods] == ["DDPO-SF", "DDPO-IS", "SDPO"]
     assert tuning.common("trajectories") == 32 and tuning.common("queries") == 32
@@ -197,7 +197,7 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
     assert sdpo.at("eval_reward", "updates", 2) == pytest.approx(by_hand)
     for word in ("| DDPO-SF |", "32 trajectories", "2 optimiser updates", "before_and_after.png", "| base |"):
         assert word in report
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["methods"]["SDPO"]["final"]["eval_reward"]) == 2
     assert all(
         (tmp_path / "figures" / f"reward_by_{axis}.png").stat().st_size for axis in ("queries", "updates")
@@ -315,7 +315,7 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     from tests.kit.pipelines import stable_diffusion
 
     stable_diffusion().save_pretrained(tmp_path / "pipe")
-    (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n")
+    (tmp_path / "prompts.txt").write_text("a cat\n\ntwo dogs\n", encoding="utf-8")
     given = [
         "experiment=sd15_ddpo",
         f"model.path={tmp_path / 'pipe'}",

@@ -29,7 +29,7 @@ def test_a_file_of_objects_has_metadata(tmp_path: Path) -> None:
     assert found.texts == ["two cats", "λ"] and found.metadata is not None
     assert [about.get("count") for about in found.metadata] == [2, None]
     for line in ("two cats", '{"text": "a"}', "[1]", "3"):
-        file.write_text(f'{{"prompt": "a"}}\n{line}\n')
+        file.write_text(f'{{"prompt": "a"}}\n{line}\n', encoding="utf-8")
         with pytest.raises(InputError, match=r'prompts\.jsonl, line 2, is no JSON object with a "prompt"'):
             prompts_of([], str(file), None)
 

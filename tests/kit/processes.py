@@ -51,7 +51,7 @@ def members_of(session: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            state, _, _, its_session = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:4]
         except OSError:  # it has ended
             continue
         if int(its_session) == session and state != "Z":

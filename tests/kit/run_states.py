@@ -16,8 +16,10 @@ CLOCKS_AND_PLACES = ("seconds", "run_dir", "resume", "versions")
 
 def state(run: Path) -> dict[str, Any]:
     """Weights of the newest checkpoints, samples, rows and results; equal by `assert_equal` alone."""
-    found: dict[str, Any] = {"results": _timeless(json.loads((run / "results.json").read_text()))}
-    with (run / "metrics.csv").open(newline="") as table:
+    found: dict[str, Any] = {
+        "results": _timeless(json.loads((run / "results.json").read_text(encoding="utf-8")))
+    }
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as table:
         found["rows"] = [_timeless(row) for row in csv.DictReader(table)]
     for folder in sorted((run / "checkpoints").iterdir()):
         newest = latest_checkpoint(folder)

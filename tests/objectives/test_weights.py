@@ -264,7 +264,7 @@ def test_a_config_gives_a_weight_its_numbers(objective: str) -> None:
 def test_where_the_floor_of_weight_edm_binds(coupling: str, N: int, states: int) -> None:
     """Elsewhere it makes the loss of standard denoising the plain squared error of F."""
     chain = sample_chain(EDM(), torch.zeros(1, 1).double(), num_steps=N, coupling=coupling)
-    D = Denoiser(nn.Identity(), EDM())
+    D = Denoiser(network(), EDM())
     terms = ChainTerms(chain, D)
     plain = weight_function("edm")(terms) * (terms.A * terms.c_out) ** 2
     less = plain < 1 - 1e-9

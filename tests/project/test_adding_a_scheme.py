@@ -22,7 +22,7 @@ from diffrl.objectives.value import ValueLoss
 from tests.kit.configs import TINY
 from tests.kit.paths import ROOT
 
-PAGE = (ROOT / "docs" / "adding_a_scheme.md").read_text()
+PAGE = (ROOT / "docs" / "adding_a_scheme.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"`(\w+)\.py`[^`]*?```python\n(.*?)```", PAGE, re.DOTALL))
 COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
 
@@ -112,13 +112,13 @@ def test_registries_and_files_of_the_table_exist() -> None:
     for module, name, file in rows:
         place = Path(str(import_module(module).__file__))
         assert isinstance(getattr(import_module(module), name), registry.Registry)
-        assert f"{name}.register(" in (place.parent / file).read_text(), file
+        assert f"{name}.register(" in (place.parent / file).read_text(encoding="utf-8"), file
 
 
 @pytest.mark.slow
 def test_commands(tmp_path: Path) -> None:
     for name, text in FILES.items():
-        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     shown = []
     for line in COMMANDS:

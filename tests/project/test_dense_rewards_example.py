@@ -48,7 +48,7 @@ def test_it_measures_and_draws(
     words = f"--seeds 2 --grad-steps 10 --trajectories 24 --work {tmp_path / 'runs'} --out {tmp_path / 'out'}"
     monkeypatch.setattr(script, "STEPS", (3, 5))
     script.main(script.parser().parse_args(words.split()))
-    result = json.loads((tmp_path / "out" / "dense_rewards.json").read_text())
+    result = json.loads((tmp_path / "out" / "dense_rewards.json").read_text(encoding="utf-8"))
     assert len(result["tasks"]) == 4 and (tmp_path / "out" / "dense_rewards.png").stat().st_size > 10_000
     for task in result["tasks"].values():
         exact = task["3"]["anchor"]
@@ -64,8 +64,8 @@ def test_it_measures_and_draws(
     assert "digits: ink: linear" in capsys.readouterr().out
 
     # denoisers that are there already are taken
-    first = (tmp_path / "out" / "dense_rewards.json").read_text()
+    first = (tmp_path / "out" / "dense_rewards.json").read_text(encoding="utf-8")
     runs = " ".join(str(tmp_path / "runs" / f"edm_seed{seed}") for seed in range(2))
     given = f"--runs {runs} --seeds 2 --grad-steps 10 --trajectories 24 --out {tmp_path / 'again'}"
     script.main(script.parser().parse_args(given.split()))
-    assert (tmp_path / "again" / "dense_rewards.json").read_text() == first
+    assert (tmp_path / "again" / "dense_rewards.json").read_text(encoding="utf-8") == first

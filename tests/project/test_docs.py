@@ -66,7 +66,7 @@ def test_every_method_has_a_page(kind: str, name: str) -> None:
 
 
 def test_a_page_of_a_users_own_method(tmp_path: Path) -> None:
-    (tmp_path / "my_credit.py").write_text(MINE)
+    (tmp_path / "my_credit.py").write_text(MINE, encoding="utf-8")
     words = [sys.executable, str(DOCS / "method_pages.py"), "credit", "mine", "--import", "my_credit"]
     path = f"{tmp_path}:{ROOT}"
     ran = subprocess.run(
@@ -92,7 +92,7 @@ def test_a_method_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_site_has_all_pages_and_no_others(tmp_path: Path) -> None:
     (tmp_path / "credit").mkdir()
-    (tmp_path / "credit" / "gone.md").write_text("of a method that is no more")
+    (tmp_path / "credit" / "gone.md").write_text("of a method that is no more", encoding="utf-8")
     write_pages(tmp_path)
     there = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.md")}
     now = [(kind, name) for kind, registry in all_registries().items() for name in registry]

@@ -50,7 +50,7 @@ def test_train_td_lambda(
     assert lines[-2].split() == ["run", "folder", str(path)]
     assert lines[-1].split() == ["figure", str(path / "plots" / "summary.png")]
     assert {file.name for file in path.iterdir()} >= {"config.yaml", "results.json", "metrics.csv", "plots"}
-    assert "objective.lmbda=0.5" in (path / "command.txt").read_text()
+    assert "objective.lmbda=0.5" in (path / "command.txt").read_text(encoding="utf-8")
 
     # resuming what is finished draws it again
     (path / "plots" / "summary.png").unlink()

@@ -36,7 +36,7 @@ def imports(*kinds: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_method_is_one_small_file(kind: str) -> None:
-    lines = (TOYS / f"{kind}.py").read_text().splitlines()
+    lines = (TOYS / f"{kind}.py").read_text(encoding="utf-8").splitlines()
     assert sum(bool(line.strip()) for line in lines) < 40
 
 
@@ -53,8 +53,8 @@ def test_they_are_in_the_help(tmp_path: Path) -> None:
 def test_a_run_of_own_methods_is_resumed_by_name_only(tmp_path: Path) -> None:
     train = ["-m", "diffrl", "train"]
     shown = shell(*train, *imports(*TRAINING), *SETTINGS, "run_dir=run", folder=tmp_path)
-    assert "Toy(λ=0.7) on gmm" in shown
-    recorded = (tmp_path / "run" / "command.txt").read_text()
+    assert "Toy(λ=0.7) on a mixture of 3 Gaussians" in shown
+    recorded = (tmp_path / "run" / "command.txt").read_text(encoding="utf-8")
     assert recorded.startswith(
         "python -m diffrl train --import tests.toys.objective --import tests.toys.sampler"
     )
@@ -77,7 +77,8 @@ def test_they_run_in_worker_processes(tmp_path: Path) -> None:
         "name: mine\ncases:\n  tiny: [" + ", ".join(f'"{word}"' for word in TINY) + "]\n"
         "studies:\n  a:\n    title: a question\n    cases: [tiny]\n    baseline: Toy\n    seeds: [1]\n"
         "    schemes:\n      Toy: [objective=toy_objective]\n"
-        "      Toy, other sampler: [objective=toy_objective, sampler=toy_sampler, process=toy_process]\n"
+        "      Toy, other sampler: [objective=toy_objective, sampler=toy_sampler, process=toy_process]\n",
+        encoding="utf-8",
     )
     words = ["plan=mine", "workers=2", "out=out", "--config-dir", "conf"]
     shown = shell("-m", "diffrl", "compare", *imports(*TRAINING), *words, folder=tmp_path)
@@ -93,7 +94,8 @@ def test_own_pieces_tune_in_worker_processes(tmp_path: Path) -> None:
         "# @package _global_\ncompare: [samples, pieces]\nmethods:\n"
         "  samples: [recipe=toy_method]\n"
         "  pieces: [credit=rewards_to_go, placement=toy_placement, rollouts=toy_rollouts, rollouts.trajectories=16]\n"
-        "seeds: [1]\nworkers: 2\nout: out\n"
+        "seeds: [1]\nworkers: 2\nout: out\n",
+        encoding="utf-8",
     )
     words = ["--config-dir", "conf", "experiment=mine", "model.path=base", *QUICK]
     shown = shell("-m", "diffrl", "finetune", *imports(*TUNING), *words, folder=tmp_path)

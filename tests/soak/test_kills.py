@@ -87,7 +87,7 @@ class Command:
         self.process.join(seconds)
         if self.process.exitcode is None:
             return False
-        assert self.process.exitcode == 0, self.log.read_text()
+        assert self.process.exitcode == 0, self.log.read_text(encoding="utf-8")
         return True
 
     def hit(self, number: signal.Signals, *, alone: bool) -> None:
@@ -100,7 +100,7 @@ class Command:
         while members_of(pid):  # its workers save their work
             assert time.monotonic() < end, "a worker outlives its parent"
             time.sleep(0.02)
-        assert "Traceback" not in self.log.read_text(), self.log.read_text()
+        assert "Traceback" not in self.log.read_text(encoding="utf-8"), self.log.read_text(encoding="utf-8")
 
 
 def _command(given: list[str], log: Path) -> None:

@@ -32,7 +32,7 @@ def test_layout(tmp_path: Path) -> None:
     path = save(tmp_path / "new" / "checkpoints", 500)
     assert path == tmp_path / "new" / "checkpoints" / "step_000500"
     assert names(path) == sorted(FILES)
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["step"] == 500 and manifest["format"] == 1
     assert manifest["versions"]["torch"] == str(torch.__version__)
     assert manifest["versions"]["diffrl"] == diffrl.__version__
@@ -188,7 +188,7 @@ def test_what_killed_saves_leave_is_passed_over_and_swept(tmp_path: Path) -> Non
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "nowhere") is None
-    (tmp_path / "step_000001").write_text("a file")
+    (tmp_path / "step_000001").write_text("a file", encoding="utf-8")
     (tmp_path / "notes").mkdir()
     (tmp_path / "step_1").mkdir()
     assert list_checkpoints(tmp_path) == []
@@ -200,7 +200,8 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.tmp").write_text("mine"), (tmp_path / "step_notes.txt").write_text("mine")
+    (tmp_path / "notes.tmp").write_text("mine", encoding="utf-8")
+    (tmp_path / "step_notes.txt").write_text("mine", encoding="utf-8")
     for step in (1, 2, 3):
         save(tmp_path, step, keep=1)
     assert names(tmp_path) == ["notes.tmp", "step_000003", "step_notes.txt"]

@@ -70,11 +70,11 @@ def test_the_remedy_names_a_sound_checkpoint_only(tmp_path: Path) -> None:
 
 def rewrite(path: Path, **changes: Any) -> None:
     """The manifest with other values, and sums that fit the files."""
-    manifest = json.loads((path / "manifest.json").read_text()) | changes
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8")) | changes
     for name in manifest["files"]:
         if (path / name).is_file():
             manifest["files"][name] = checkpoints._entry((path / name).read_bytes())
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_files_of_another_checkpoint(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_newer_format_is_not_for_deletion(tmp_path: Path) -> None:
 )
 def test_a_manifest_of_something_else(tmp_path: Path, text: str) -> None:
     path = save(tmp_path, 1)
-    (path / "manifest.json").write_text(text)
+    (path / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match="manifest.json is not a checkpoint's manifest"):
         load_checkpoint(path)
 
@@ -141,7 +141,7 @@ def test_pickled_code_of_strangers_is_not_run(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/hostname", "..", "a.pt"])
 def test_a_manifest_leads_nowhere_else(tmp_path: Path, name: str) -> None:
     path = save(tmp_path, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     rewrite(path, files=manifest["files"] | {name: manifest["files"]["training.pt"]})
     with pytest.raises(CheckpointError, match="manifest.json is not"):
         load_checkpoint(path)

@@ -47,7 +47,7 @@ def test_a_disk_that_refuses_leaves_the_old_ones(
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(CheckpointError, match="could not be written"):
         save(tmp_path / "file" / "checkpoints", 1)
 

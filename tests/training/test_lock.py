@@ -43,7 +43,7 @@ def test_the_second_is_told_process_and_host_and_a_lock_dies_with_its_process(tm
         first.send_signal(signal.SIGKILL)
         first.wait()
         with folder_lock(tmp_path):  # nothing to clean up by hand
-            assert str(os.getpid()) in (tmp_path / LOCK).read_text()
+            assert str(os.getpid()) in (tmp_path / LOCK).read_text(encoding="utf-8")
 
 
 def test_the_same_process_is_refused_too_and_may_come_again(tmp_path: Path) -> None:
@@ -74,13 +74,13 @@ def test_workers_do_not_inherit_it(tmp_path: Path) -> None:
 
 def test_an_owner_that_left_no_word_is_another_process(tmp_path: Path) -> None:
     with folder_lock(tmp_path):
-        (tmp_path / LOCK).write_text("{")
+        (tmp_path / LOCK).write_text("{", encoding="utf-8")
         with pytest.raises(FolderInUse, match="is being written by another process"), folder_lock(tmp_path):
             pytest.fail("two writers")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(
         FileError, match=r"\.lock cannot be written \(.*\): choose another place|a part of its path"
     ):

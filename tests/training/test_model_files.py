@@ -168,7 +168,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     denoiser = diffrl.Denoiser(diffrl.networks.MLP((2,), hidden=8), diffrl.EDM())
     with pytest.raises(InputError, match=r"model\.pt .*ends with \.safetensors"):
         diffrl.save(denoiser, tmp_path / "model.pt")
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(FileError, match="cannot be written"):
         diffrl.save(denoiser, tmp_path / "file" / "m.safetensors")
     path = diffrl.save(denoiser, tmp_path / "m.safetensors")

@@ -12,7 +12,7 @@ def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     for i in range(3):  # as a resumed run would: a new object each time
         Table(path, ("step", "loss")).append({"step": i} if i == 1 else {"step": i, "loss": 0.5 * i})
-    assert path.read_text().splitlines() == ["step,loss", "0,0.0", "1,", "2,1.0"]
+    assert path.read_text(encoding="utf-8").splitlines() == ["step,loss", "0,0.0", "1,", "2,1.0"]
     assert Table(path, ("step", "loss")).rows()[1] == {"step": "1", "loss": ""}
 
 
@@ -36,7 +36,7 @@ def test_keep(tmp_path: Path) -> None:
     table.keep(lambda row: int(row["step"]) <= 2)
     assert [row["step"] for row in table.rows()] == ["0", "1", "2"]
     table.append({"step": 9})
-    assert table.path.read_text().splitlines() == ["step", "0", "1", "2", "9"]
+    assert table.path.read_text(encoding="utf-8").splitlines() == ["step", "0", "1", "2", "9"]
     table.keep(lambda row: False)
     assert not table.path.exists() and table.rows() == []
     assert list(tmp_path.iterdir()) == []
@@ -45,13 +45,13 @@ def test_keep(tmp_path: Path) -> None:
 def test_only_an_unfinished_last_row_is_left_out_and_it_is_said(tmp_path: Path) -> None:
     table = Table(tmp_path / "t.csv", ("step", "loss"))
     table.append({"step": 1, "loss": 2})
-    with table.path.open("a") as file:
+    with table.path.open("a", encoding="utf-8") as file:
         file.write("2")
     with pytest.warns(RuntimeWarning, match=r"t\.csv ends with half a row, which is left out"):
         assert [row["step"] for row in table.rows()] == ["1"]
     with pytest.warns(RuntimeWarning, match="half a row"):
         table.keep(lambda row: True)
-    assert table.path.read_text().splitlines() == ["step,loss", "1,2"]
+    assert table.path.read_text(encoding="utf-8").splitlines() == ["step,loss", "1,2"]
     assert [row["step"] for row in table.rows()] == ["1"]  # and no warning any more
 
 
@@ -68,12 +68,12 @@ def test_only_an_unfinished_last_row_is_left_out_and_it_is_said(tmp_path: Path) 
 )
 def test_anything_else_is_named_with_its_line(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     for read in (Table(path, ("step", "loss")).rows, lambda: Table(path, ("step", "loss")).keep(bool)):
         with pytest.raises(FileError, match=r"t\.csv is damaged") as refused:
             read()
         assert says in str(refused.value) and "\n" not in str(refused.value)
-    assert path.read_text() == text
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
