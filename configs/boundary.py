@@ -1,5 +1,6 @@
 """What a user can mend is printed in one line that names it and its remedy; programming errors keep their traceback."""
 
+import codecs
 import os
 import re
 import sys
@@ -152,8 +153,17 @@ def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = Non
         sys.exit(f"error: not enough memory: lower {_sizes(config or {})} ({_line(str(error))[:200]})")
 
 
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a name that the locale could not read as they are, other letters by their code."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
 def write_utf8() -> None:
     """Let no letter stop a command: files and pipes get UTF-8; a terminal of few letters gets the code of others."""
+    codecs.register_error("diffrl", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="diffrl")

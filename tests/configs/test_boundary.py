@@ -146,13 +146,25 @@ def test_help_lists_what_the_command_has(
 # Letters
 
 
-@pytest.mark.parametrize(("encoding", "printed"), [("cp1252", "λ=½"), ("ascii", "λ=½"), ("utf-8", "λ=½")])
-def test_files_and_pipes_get_utf_8(encoding: str, printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+@pytest.mark.parametrize(
+    ("given", "printed"),
+    [
+        ("λ=½", "λ=½"),
+        (os.fsdecode(b"\xff.png"), "\xff.png"),
+        ("k\udcc3\udcb6ln", "köln"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_files_and_pipes_get_utf_8(
+    encoding: str, given: str, printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names keep the bytes that the locale could not read; what is no letter at all is told by its code."""
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     write_utf8()
-    print(printed, flush=True)
-    assert raw.getvalue().decode() == printed + os.linesep
+    print(given, flush=True)
+    assert raw.getvalue() == printed.encode("latin-1" if "\xff" in printed else "utf-8") + os.linesep.encode()
 
 
 def test_a_terminal_without_greek_letters_gets_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
