@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int, require_number
 from diffrl.rl.returns import lambda_returns, monte_carlo_returns
 
@@ -57,8 +57,10 @@ class FifoStatistics:
             Advantages, of the shape of `values`.
 
         Raises:
+            TypeError: values are no floating numbers.
             ValueError: the number of keys is not that of the rows.
         """
+        _require_floating(values)
         table = values.detach().cpu().double().reshape(len(values), -1)
         keys = [0] * len(values) if key is None else key.flatten().tolist()
         if len(keys) != len(values):
@@ -105,8 +107,10 @@ def group_advantages(
         Advantages, of the shape and dtype of `values`, computed in float64; 0 exactly in a group of equal values.
 
     Raises:
+        TypeError: values are no floating numbers.
         ValueError: another std, or not one group for each row.
     """
+    _require_floating(values)
     if std not in ("group", "global", "none"):
         raise InputError(f"std is {std!r}: give 'group', 'global' or 'none'")
     if group.numel() != len(values):
@@ -193,6 +197,12 @@ def critic_advantages(
     terminated[:, -1] = True
     target = lambda_returns(reward, next_value, terminated, lmbda=lmbda, gamma=gamma)
     return target - value, target
+
+
+def _require_floating(values: Tensor) -> None:
+    """Advantages have the dtype of the values, and would be cut to whole numbers."""
+    if not values.is_floating_point():
+        raise InputTypeError(f"values have dtype {values.dtype}: give floating numbers, values.float()")
 
 
 def _require_rows(name: str, x: Tensor) -> None:

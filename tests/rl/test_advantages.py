@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffrl.errors import InputTypeError
 from diffrl.rl.advantages import FifoStatistics, critic_advantages, group_advantages, rewards_to_go, spread
 
 STDS = ["group", "global", "none"]
@@ -73,3 +74,10 @@ def test_steps_are_columns_of_rows(shape: tuple[int, ...]) -> None:
         rewards_to_go(wrong, gamma=0.9)
     with pytest.raises(ValueError, match="value has shape"):
         critic_advantages(right, wrong, lmbda=0.5)
+
+
+def test_whole_numbers_are_refused_and_not_cut() -> None:
+    values = torch.tensor([1, 2, 4, 8])
+    for advantages in (FifoStatistics(), lambda v: group_advantages(v, torch.zeros(4))):
+        with pytest.raises(InputTypeError, match=r"values have dtype torch.int64: give floating numbers"):
+            advantages(values)
