@@ -1,7 +1,7 @@
 """The fine-tuning loop: collect, pay, credit, update."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,14 @@ from tensordict import TensorDict
 from torch import Generator, Tensor
 
 from diffrl import keys
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.finetuning.credit.base import Credit
 from diffrl.finetuning.identity import policy_facts, recipe_facts, reward_identity
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.reference import References, load_policy_weights, policy_weights
+from diffrl.finetuning.rollouts.chains import require_sound
 from diffrl.finetuning.surrogate import Role
 from diffrl.finetuning.updates import micro_batches
 from diffrl.ranges import require_int
@@ -109,6 +110,7 @@ class Finetuner(Loop):
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
+        _require_kinds(policy, recipe, event_shape, conditions)
         super().__init__(
             length or Iterations(),
             folder=folder,
@@ -227,7 +229,7 @@ class Finetuner(Loop):
             credit: in place of the recipe's.
 
         Raises:
-            NonFiniteLoss: the policy gives samples that are not finite, as after too large an update.
+            NonFiniteLoss: see `require_sound`; so it is after too large an update.
         """
         plan, n = self.recipe.rollouts, trajectories or self.recipe.rollouts.trajectories
         cond = None
@@ -254,8 +256,7 @@ class Finetuner(Loop):
                 device=self.device,
                 **(overlap if plan.overlap else {}),
             )
-            if not bool(rollout.get((keys.NEXT, keys.X_T)).isfinite().all()):
-                raise NonFiniteLoss("the policy's samples hold NaN or infinity")
+            require_sound(rollout)
             if asked:
                 return rollout, torch.cat([part.result() for part in asked])
         return rollout, place(rollout, self.reward)
@@ -349,6 +350,21 @@ class Finetuner(Loop):
         self.recipe.credit.load_state_dict(training["credit"])
         self.reward.load_state_dict(training["reward"])
         self.best = training["best"]
+
+
+def _require_kinds(policy: Any, recipe: Any, event_shape: Any, conditions: Any) -> None:
+    if not isinstance(policy, DenoisingPolicy):
+        raise InputTypeError(
+            f"policy is a {type(policy).__name__}: give a diffrl.DenoisingPolicy(denoiser, sampler, num_steps=...)"
+        )
+    if not isinstance(recipe, Recipe):
+        raise InputTypeError(f"recipe is {recipe!r}: give one made by diffrl.recipes, e.g. recipes.ddpo_is()")
+    if not isinstance(event_shape, Sequence):
+        raise InputTypeError(f"event_shape is {event_shape!r}: give the shape of one sample, e.g. (2,)")
+    if conditions is not None and not isinstance(conditions, Tensor):
+        raise InputTypeError(f"conditions are a {type(conditions).__name__}: give a tensor [M, ...]")
+    if conditions is not None and (conditions.ndim == 0 or len(conditions) == 0):
+        raise InputError(f"conditions have shape {list(conditions.shape)}: give [M, ...], at least one")
 
 
 def _cpu(generator: Generator) -> Generator:

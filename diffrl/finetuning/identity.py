@@ -2,12 +2,14 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
@@ -56,10 +58,12 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def reward_identity(reward: Any) -> str:
-    """Name of a reward, with its options where they are plain, and a digest of its code or weights.
+    """Name of a reward, with a digest of what decides its numbers: its code, its weights and the values in it.
 
-    What wraps it for calls or decodes for it is no part of it. Objects are known by their class, and by their fields if
-    they are dataclasses.
+    Values are plain ones, tensors, arrays and what can be called, and lists and dicts of them. A function has its
+    defaults, and of its closure and the globals that it names all but lists and dicts, in which rewards note things; an
+    object has those arguments of its constructor that it keeps under their names. What wraps a reward for calls or
+    decodes for it is no part of it.
     """
     if isinstance(reward, BlackBox | DecodedReward):
         return reward_identity(reward.reward)
@@ -68,18 +72,21 @@ def reward_identity(reward: Any) -> str:
         return f"{reward.normalise} sum of {', '.join(parts)}"
     if isinstance(reward, functools.partial):
         given: dict[Any, Any] = {**dict(enumerate(reward.args)), **reward.keywords}
-        return f"{reward_identity(reward.func)} given {_plain(given)}"
+        return f"{reward_identity(reward.func)} given {_values(given)}"
+    if isinstance(reward, MethodType):
+        return f"{reward_identity(reward.__func__)} of {reward_identity(reward.__self__)}"
     if isinstance(reward, FunctionType):
-        return f"{_name(reward)} {_digest(*_code(reward.__code__), *_bound(reward))}"
-    if isinstance(reward, nn.Module):
-        return f"{_name(type(reward))} {_weights(reward)}"
-    if is_dataclass(reward):
-        return f"{_name(type(reward))} {_plain({f.name: getattr(reward, f.name) for f in fields(reward)})}"
-    return _name(type(reward))
+        values = str(_values(_bound(reward))).encode()
+        return f"{_name(reward)} {_digest(*_code(reward.__code__), values)}"
+    if isinstance(reward, type | BuiltinFunctionType):
+        return _name(reward)
+    weights = f" {_weights(reward)}" if isinstance(reward, nn.Module) else ""
+    return f"{_name(type(reward))}{weights} {_values(_kept(reward))}"
 
 
 def _weights(module: nn.Module) -> str:
-    return fingerprint(p.detach().flatten()[:: max(1, p.numel() // LOOKED_AT)] for p in module.parameters())
+    tensors = (*module.parameters(), *module.buffers())
+    return fingerprint(x.detach().flatten()[:: max(1, x.numel() // LOOKED_AT)] for x in tensors)
 
 
 def _name(thing: Any) -> str:
@@ -87,15 +94,42 @@ def _name(thing: Any) -> str:
     return f"{module}.{thing.__qualname__}"
 
 
-def _plain(values: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in values.items() if isinstance(value, PLAIN)}
+def _values(given: Mapping[Any, Any]) -> dict[Any, str]:
+    """Those that decide a reward, by name, as text that is the same in every process."""
+    found = {key: _value(value) for key, value in given.items()}
+    return {key: text for key, text in found.items() if text is not None}
 
 
-def _bound(function: FunctionType) -> Iterator[bytes]:
-    """Plain values that a function has from outside: defaults and its closure's."""
-    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    values += [cell.cell_contents for cell in function.__closure__ or ()]
-    yield from (repr(value).encode() for value in values if isinstance(value, PLAIN))
+def _value(value: Any) -> str | None:
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return fingerprint([value.float() if value.is_floating_point() else value])
+    if isinstance(value, np.ndarray):
+        return _digest(f"{value.dtype}{value.shape}".encode(), value.tobytes())
+    if isinstance(value, tuple | list):
+        return str([_value(part) for part in value])
+    if isinstance(value, Mapping):
+        return str(_values(value))
+    return reward_identity(value) if callable(value) or is_dataclass(value) else None
+
+
+def _bound(function: FunctionType) -> dict[str, Any]:
+    """What a function has from outside; of the functions among its globals only the names, as there may be many."""
+    code, known = function.__code__, function.__globals__
+    around = {name: known[name] for name in code.co_names if name in known}
+    around = {k: _name(v) if isinstance(v, FunctionType) else v for k, v in around.items()}
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    around |= {name: cell.cell_contents for name, cell in cells if cell.cell_contents is not function}
+    around = {name: value for name, value in around.items() if not isinstance(value, list | dict)}  # notes
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items())
+    return {"around": around, "defaults": defaults}
+
+
+def _kept(thing: Any) -> dict[str, Any]:
+    """Arguments of an object's constructor that it keeps under their names."""
+    names = inspect.signature(type(thing).__init__).parameters
+    return {name: value for name, value in getattr(thing, "__dict__", {}).items() if name in names}
 
 
 def _code(code: CodeType) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """Fine-tuning in one call: check, then tune a policy for a reward by a recipe."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def finetune(
         RunChanged: the folder holds another run, or one of fewer iterations.
         ValueError, NonFiniteLoss: see `Finetuner`.
     """
-    recipe = METHODS[recipe]() if isinstance(recipe, str) else recipe
+    recipe = METHODS[recipe]() if isinstance(recipe, str) else copy.deepcopy(recipe)  # its credit remembers
     tuner = Finetuner(
         policy,
         reward,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import recipes
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.finetuning.check_report import CheckFailed
 from diffrl.finetuning.credit.group import GroupRelative
 from diffrl.finetuning.finetuner import Finetuner
@@ -22,6 +22,7 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import RewardError
 from diffrl.rewards.decoded import DecodedReward
+from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.identity import RunChanged
 from diffrl.training.optim import NonFiniteLoss
@@ -36,7 +37,7 @@ def tune(reward: Any = right, recipe: Recipe | str | None = None, **options: Any
     return diffrl.finetune(given.pop("policy"), reward, recipe, event_shape=(2,), **given)
 
 
-def offset(by: float, scale: float = 1.0) -> Any:
+def offset(by: Any, scale: float = 1.0) -> Any:
     return lambda x0, cond: by + scale * x0[:, 0]
 
 
@@ -163,6 +164,26 @@ def test_what_only_memory_depends_on_may_change(tmp_path: Path) -> None:
     assert "updates.micro_batch" not in recipe_facts(recipes.ddpo_is())
 
 
+def test_a_recipe_is_as_new_for_every_run() -> None:
+    recipe = recipes.ddpo_is(rollouts=SMALL)
+    first, second = ([row["reward"] for row in tune(recipe=recipe)[1:]] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"recipe": recipes.sdpo}, "give one made by diffrl.recipes"),
+        ({"policy": nn.Linear(2, 2)}, "policy is a Linear: give a diffrl.DenoisingPolicy"),
+        ({"conditions": [1, 2]}, "conditions are a list"),
+        ({"conditions": torch.zeros(0, 1)}, "at least one"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(given: dict[str, Any], told: str) -> None:
+    with pytest.raises((InputError, InputTypeError), match=told):
+        tune(**given)
+
+
 # Rewards by what they are
 
 
@@ -172,6 +193,41 @@ class Scaled:
 
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         return self.scale * x0[:, 0]
+
+
+class Along:
+    """Counts its calls, which are no part of what it is."""
+
+    def __init__(self, direction: Tensor) -> None:
+        self.direction, self.calls = direction, 0
+
+    def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
+        self.calls += 1
+        return x0 @ self.direction
+
+
+SLOPE = torch.ones(2)
+
+
+def steep(x0: Tensor, cond: Any = None) -> Tensor:
+    return x0 @ SLOPE
+
+
+def test_a_reward_is_another_one_where_a_global_that_it_reads_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = reward_identity(steep)
+    monkeypatch.setitem(globals(), "SLOPE", torch.zeros(2))
+    assert reward_identity(steep) != before
+    monkeypatch.setitem(globals(), "SLOPE", torch.ones(2))
+    assert reward_identity(steep) == before
+
+
+def test_a_reward_that_has_been_asked_stays_the_same() -> None:
+    reward = Along(torch.ones(2))
+    before = reward_identity(reward)
+    reward(torch.ones(3, 2))
+    assert reward_identity(reward) == before
 
 
 def test_rewards_that_differ_have_other_identities_and_wrapped_ones_the_same() -> None:
@@ -189,6 +245,18 @@ def test_rewards_that_differ_have_other_identities_and_wrapped_ones_the_same() -
         Scaled(2.0),
         functools.partial(right, cond=1),
         functools.partial(right, cond=2),
+        functools.partial(right, cond=torch.zeros(1)),
+        Along(torch.zeros(2)),
+        Along(torch.ones(2)),
+        Along(torch.zeros(2)).__call__,
+        Along(torch.ones(2)).__call__,
+        offset(torch.zeros(2)),
+        offset(torch.ones(2)),
+        offset(Along(torch.ones(2))),
+        ModeDistance([0.0, 1.0]),
+        ModeDistance([1.0, 0.0]),
+        ModeDistance(index=0, mixture=diffrl.data.rings().mixture),
+        ModeDistance(index=0, mixture=diffrl.data.gmm(dim=2).mixture),
         nn.Linear(2, 1),
         nn.Linear(2, 1),
         WeightedSum({"a": (right, 1.0)}),
