@@ -1,5 +1,6 @@
 """One experiment from a configuration: train, with Monte Carlo beside it, evaluate, keep the figures."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -19,6 +20,8 @@ from diffrl.training.runs import RunFolder, versions
 from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = ["TrainingJob", "run_experiment"]
+
+WORSE = 10  # times the error before the first step; training that learns lowers it
 
 
 def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFolder:
@@ -146,16 +149,32 @@ class TrainingJob(Job):
         by_nfe, samples = {}, {}
         for num_steps in self.evaluation.num_steps:
             x, nfe = self._draw(num_steps, self.evaluation.samples)
+            if not bool(x.isfinite().all()):
+                raise self.trainer.not_finite("samples that hold NaN or infinity")
             by_nfe[str(nfe)] = self.evaluation.sample_distance(x, self.data)
             samples[str(nfe)] = shown(x)
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
+        self._warn_of_divergence(folder)
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
             **self.errors(),
             "sample_distance": {"metric": metric, "by_nfe": by_nfe},
         }
+
+    def _warn_of_divergence(self, folder: RunFolder) -> None:
+        """Say so if the network is far worse at the end than it was before its first step."""
+        mine = [row for row in self.table(folder).rows() if row["objective"] == self.name]
+        columns = [name for name in self.columns if name.startswith("denoising_error")]
+        first, last = (sum(float(row[name] or 0) for name in columns) for row in (mine[0], mine[-1]))
+        if last > WORSE * first > 0:
+            warnings.warn(
+                f"{self.name} has diverged: its denoising error is {last / first:.0e} times that of the untrained "
+                "network. Lower optim.lr, or clip with optim.clip_norm",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _draw(self, num_steps: int, samples: int) -> tuple[Tensor, int]:
         return draw_samples(

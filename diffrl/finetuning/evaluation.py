@@ -14,7 +14,7 @@ from diffrl import keys
 from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import trajectory_condition
-from diffrl.finetuning.rollouts.chains import collect_rollout
+from diffrl.finetuning.rollouts.chains import collect_rollout, require_sound
 from diffrl.metrics.distances import SAMPLE_DISTANCES, sample_distance
 from diffrl.ranges import require_int, require_number
 from diffrl.rewards.calls import Reward
@@ -132,8 +132,13 @@ class Judge:
         return rollout.get((keys.NEXT, keys.X_T))[:, -1].clone(), rollout
 
     def __call__(self, policy: DenoisingPolicy) -> dict[str, float]:
-        """Figures of a policy; docs/metrics.md defines them."""
+        """Figures of a policy; docs/metrics.md defines them.
+
+        Raises:
+            NonFiniteLoss: see `diffrl.finetuning.rollouts.chains.require_sound`.
+        """
         x, rollout = self.draw(policy)
+        require_sound(rollout)
         R = self.reward.score(x, self.cond)
         nfe = self.base.nfe
         parts = rollout.split(self.evaluation.at_once or len(rollout))

@@ -172,7 +172,7 @@ class Loop(ABC):
             try:
                 figures = self._advance()
             except NonFiniteLoss as error:
-                raise self._not_finite(str(error)) from error
+                raise self.not_finite(str(error)) from error
             self.step += 1
             self.seconds += time.perf_counter() - start
             yield figures
@@ -180,10 +180,17 @@ class Loop(ABC):
             if self.folder is not None and (last or self.step % self.length.checkpoint_every == 0):
                 self.save()
 
-    def _not_finite(self, what: str) -> NonFiniteLoss:
+    def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row:
+        try:
+            return evaluate(self)
+        except NonFiniteLoss as error:
+            raise self.not_finite(str(error)) from error
+
+    def not_finite(self, what: str) -> NonFiniteLoss:
+        """The error to raise where steps were too large: what, when, the last checkpoint, the remedy."""
         kept = None if self.folder is None else latest_checkpoint(self.folder)
         return NonFiniteLoss(
-            f"{self.name}: {what} at {self.step_name} {self.step}; last good checkpoint: {kept or 'none'}. "
+            f"{self.name}: {what} at {self.step_name} {self.step}; last checkpoint: {kept or 'none'}. "
             "Lower optim.lr, or clip with optim.clip_norm"
         )
 
@@ -295,7 +302,7 @@ class Loop(ABC):
                 if look or self.step % self.length.report_every == 0:
                     row = {**self.figures, **figures}
                     if look:
-                        evaluated = evaluate(self)
+                        evaluated = self._evaluated(evaluate)
                         self._set_mode()
                         row |= evaluated
                         reason = finished(row)

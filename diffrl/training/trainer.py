@@ -229,7 +229,7 @@ class Trainer(Loop):
             NonFiniteLoss: the weights are not finite any more.
         """
         if not all(bool(p.isfinite().all()) for p in self.parameters):
-            raise self._not_finite("weights that are not finite")
+            raise self.not_finite("weights that are not finite")
         return super().save()
 
     def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:

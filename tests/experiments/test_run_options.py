@@ -86,6 +86,16 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+def test_training_that_diverges_names_the_learning_rate(tmp_path: Path) -> None:
+    words = ("optim.warmup_steps=0", "compare=false")
+    with pytest.warns(
+        RuntimeWarning, match=r"td has diverged: .* times that of the untrained.*Lower optim\.lr"
+    ):
+        run(tmp_path / "far", *words, "optim.lr=10")
+    with pytest.raises(NonFiniteLoss, match=r"td: .*NaN or infinity at gradient step .*Lower optim\.lr"):
+        run(tmp_path / "further", *words, "optim.lr=1000")
+
+
 # Options
 
 

@@ -215,9 +215,22 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_weights(
             break
     before = weights(tuner)
     monkeypatch.setattr(Standardised, "__call__", lambda self, rollout, r: torch.full_like(r, math.nan))
-    with pytest.raises(NonFiniteLoss, match="at iteration 3; last good checkpoint: .*step_000002"):
+    with pytest.raises(NonFiniteLoss, match="at iteration 3; last checkpoint: .*step_000002"):
         next(tuner.steps())
     assert torch.equal(weights(tuner), before)
+
+
+def test_samples_far_from_any_data_end_the_run_and_no_reward_is_blamed() -> None:
+    """In a rollout and in an evaluation alike; squares of such samples may overflow in a reward."""
+    tuner = tuner_of(METHODS["ddpo_is"]())
+    judge = Judge(TuningEvaluation(8), tuner.base, right, event_shape=(2,))
+    with torch.no_grad():
+        for parameter in tuner.policy.denoiser.parameters():
+            parameter.mul_(1e4)
+    with pytest.raises(NonFiniteLoss, match=r"samples are as large as .*Lower optim\.lr"):
+        next(tuner.steps())
+    with pytest.raises(NonFiniteLoss, match="samples are as large as"):
+        judge(tuner.policy)
 
 
 def test_in_bfloat16_the_loop_runs_and_log_probabilities_stay_float32() -> None:

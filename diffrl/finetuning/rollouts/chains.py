@@ -16,8 +16,11 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import RolloutPlan
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
 from diffrl.ranges import require_int
+from diffrl.training.optim import NonFiniteLoss
 
-__all__ = ["Rollouts", "Start", "collect_rollout"]
+__all__ = ["Rollouts", "Start", "collect_rollout", "require_sound"]
+
+FAR = 1e9  # no data come near: a sample of this size is of a policy that has diverged
 
 
 @ROLLOUTS.register("chains")
@@ -187,6 +190,19 @@ def collect_rollout(
             parts.append(_rollout(policy, walk, group, None if c is None else c[rows]))
             each(parts[-1])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def require_sound(rollout: TensorDict) -> None:
+    """Refuse a rollout [B, K] of a policy that has diverged, before a reward is asked about it.
+
+    Raises:
+        NonFiniteLoss: a state is not finite, or a sample is larger than any data.
+    """
+    x = rollout.get((keys.NEXT, keys.X_T))
+    if not bool(x.isfinite().all()):
+        raise NonFiniteLoss("the policy's samples hold NaN or infinity")
+    if (size := float(x[:, -1].abs().max())) > FAR:
+        raise NonFiniteLoss(f"the policy's samples are as large as {size:.0e}")
 
 
 def _group_size(batch_size: int, group_size: int, pairs: bool, cond: Tensor | None) -> int:
