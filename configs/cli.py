@@ -25,6 +25,8 @@ __all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_module
 
 NAMED = ("+plan.cases.", "+plan.studies.", "+methods.")
 """Begins of words that add a case, a study, a scheme or a method of fine-tuning under a name of the user's."""
+OF_FILES = ("experiment", "plan", "recipe")
+"""Groups whose options are files; the others are in Hydra's store."""
 LARGEST = 2**63 - 1
 """What a whole number of torch can hold."""
 
@@ -98,7 +100,7 @@ def check_words(words: Sequence[str]) -> list[Override]:
     parsed = OverridesParser.create().parse_overrides([*words])
     for word in parsed:
         name = word.key_or_group
-        chosen = word.value() if isinstance(groups.get(name), dict) or name == "experiment" else ""
+        chosen = word.value() if isinstance(groups.get(name), dict) or name in OF_FILES else ""
         if not isinstance(chosen, str | dict | list | ChoiceSweep) and not word.is_delete():
             raise InputError(f"{word.input_line}: {name} is a group: give the name of one of its options")
     return parsed

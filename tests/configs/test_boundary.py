@@ -119,7 +119,9 @@ def test_advice_on_quoting_can_be_read(word: str) -> None:
     )
 
 
-@pytest.mark.parametrize("word", ["data=3", "data=null", "process=1.5", "experiment=true", "objective=1"])
+@pytest.mark.parametrize(
+    "word", ["data=3", "data=null", "process=1.5", "experiment=true", "objective=1", "plan=null", "recipe=3"]
+)
 def test_a_group_takes_names_only(word: str) -> None:
     register()
     with pytest.raises(InputError, match="is a group: give the name of one of its options"):
