@@ -25,7 +25,7 @@ from torch import nn
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.schedules.registry import PROCESSES
-from diffrl.errors import FileError, InputError
+from diffrl.errors import FileError, InputError, InputTypeError
 from diffrl.text_files import file_errors
 from diffrl.training.build import Events
 
@@ -56,13 +56,19 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
         The path.
 
     Raises:
+        InputTypeError: it is no `diffrl.Denoiser`; one that is exact has nothing to hand over.
         InputError: a process that is not registered, no event shape, or another ending of the name.
         FileError: the file cannot be written; one that was there is as it was.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
         raise InputError(f"{path} is to hold a model: give it a name that ends with {SUFFIX}")
-    network, process = denoiser.network, denoiser.process
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
+    if not isinstance(denoiser, Denoiser):
+        raise InputTypeError(
+            f"denoiser is a {type(denoiser).__name__}: give a diffrl.Denoiser(network, process)"
+        )
+    network, process = getattr(denoiser.network, "_orig_mod", denoiser.network), denoiser.process
     shape = event_shape or getattr(network, "event_shape", None)
     if shape is None:
         raise InputError("the network has no attribute event_shape: give event_shape, the shape of a sample")
@@ -82,7 +88,10 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
         "copy": True,
         "memory_format": torch.contiguous_format,
     }  # tied ones may not share
-    tensors = {name: x.detach().to("cpu", **options) for name, x in denoiser.state_dict().items()}
+    tensors = {
+        name.replace("_orig_mod.", ""): x.detach().to("cpu", **options)
+        for name, x in denoiser.state_dict().items()
+    }
     raw = safetensors.torch.save(tensors, {"diffrl": json.dumps(description)})
     with file_errors(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl.diffusion.networks.registry import NETWORKS
-from diffrl.errors import FileError, InputError
+from diffrl.errors import FileError, InputError, InputTypeError
 
 
 def denoise(denoiser: diffrl.Denoiser, shape: tuple[int, ...], cond: Tensor | None = None) -> Tensor:
@@ -164,10 +164,25 @@ def test_weights_of_somebody_else(tmp_path: Path) -> None:
         diffrl.load(tmp_path / "nowhere.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler uses it
+@pytest.mark.parametrize("part", ["denoiser", "network"])
+def test_what_was_compiled_is_loaded_as_if_it_were_not(part: str, tmp_path: Path) -> None:
+    network = randomised(diffrl.networks.MLP((2,), hidden=8))
+    before = denoise(diffrl.Denoiser(network, diffrl.EDM()), (2,))
+    compiled: Any = torch.compile(network) if part == "network" else network
+    compiled = diffrl.Denoiser(compiled, diffrl.EDM())
+    compiled = torch.compile(compiled) if part == "denoiser" else compiled
+    path = diffrl.save(compiled, tmp_path / "m.safetensors")
+    assert torch.equal(denoise(diffrl.load(path).denoiser, (2,)), before)
+
+
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     denoiser = diffrl.Denoiser(diffrl.networks.MLP((2,), hidden=8), diffrl.EDM())
     with pytest.raises(InputError, match=r"model\.pt .*ends with \.safetensors"):
         diffrl.save(denoiser, tmp_path / "model.pt")
+    exact = diffrl.GaussianDenoiser(diffrl.EDM(), torch.zeros(2), torch.eye(2))
+    with pytest.raises(InputTypeError, match="denoiser is a GaussianDenoiser"):
+        diffrl.save(exact, tmp_path / "m.safetensors")
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(FileError, match="cannot be written"):
         diffrl.save(denoiser, tmp_path / "file" / "m.safetensors")
