@@ -1,5 +1,9 @@
 """Networks that were trained elsewhere, as denoisers."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import Denoiser
@@ -20,7 +24,7 @@ class ForeignNetwork(nn.Module):
         whole_times: whether t is given as integers.
     """
 
-    def __init__(self, network: nn.Module, time_scale: float, *, whole_times: bool) -> None:
+    def __init__(self, network: Callable[..., Any], time_scale: float, *, whole_times: bool) -> None:
         super().__init__()
         self.network, self.time_scale, self.whole_times = network, time_scale, whole_times
 
@@ -49,7 +53,7 @@ class ForeignNetwork(nn.Module):
 
 
 def wrap_network(
-    network: nn.Module,
+    network: Callable[..., Any],
     process: Schedule,
     prediction_type: PredictionType = "eps",
     *,
@@ -83,9 +87,13 @@ def wrap_network(
             timesteps of 0..1000, 999 for published VP networks. At 1, a process of discrete times gives integers.
 
     Raises:
-        TypeError: no schedule.
+        TypeError: no schedule, or a network that is neither a module nor a function.
         ValueError: an unknown prediction type, or a number outside its range.
     """
+    if not isinstance(network, nn.Module) and not inspect.isroutine(network):
+        raise InputTypeError(
+            f"network is a {type(network).__name__}: give a module or a function, of a pipeline its pipe.unet"
+        )
     require_number("time_scale", time_scale, 0, 1e6, "(]")
     whole = isinstance(process, Schedule) and not process.continuous and time_scale == 1
     foreign = ForeignNetwork(network, time_scale, whole_times=whole)

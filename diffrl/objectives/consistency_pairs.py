@@ -72,7 +72,7 @@ def sample_consistency_pairs(
         stride: Δ > 0, in index units.
         kappa: coupling whose coefficients A and κ the value has.
         cond: condition, shape [B, ...].
-        index: i to use, integers, shape [B].
+        index: i to use, integers in 0..N-2, shape [B].
         noise: ε to use, of x0's shape.
         generator: source of randomness; drawn in the order i, ε.
 
@@ -80,7 +80,7 @@ def sample_consistency_pairs(
         TensorDict of batch size [B, 1], with the entry ``valid`` beside those of a chain.
 
     Raises:
-        ValueError: another process, num_scales < 2, stride ≤ 0, or another kappa.
+        ValueError: another process, num_scales < 2, stride ≤ 0, another kappa, or an index outside its range.
         TypeError: x0 is no tensor, or holds integers.
     """
     require_data(x0, cond)
@@ -90,6 +90,8 @@ def sample_consistency_pairs(
     B, N = len(x0), num_scales
     if index is None:
         index = torch.randint(N - 1, (B,), generator=generator, device=x0.device)
+    elif not (isinstance(index, Tensor) and index.shape == (B,) and _are_indices(index, N - 2)):
+        raise InputError(f"index must hold {B} whole numbers in 0..{N - 2}, one for each datum")
     if noise is None:
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
 
@@ -104,6 +106,10 @@ def sample_consistency_pairs(
 
     valid = (index < N - 2).view(B, 1, 1)
     return cut_pairs(datum, state(index), state(index + 1), valid=valid, cond=cond)
+
+
+def _are_indices(index: Tensor, most: int) -> bool:
+    return not index.is_floating_point() and bool(((index >= 0) & (index <= most)).all())
 
 
 class ConsistencyPairs:

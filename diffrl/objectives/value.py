@@ -15,7 +15,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.errors import InputError, InputKeyError
+from diffrl.errors import InputError, InputKeyError, InputTypeError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.registry import OBJECTIVES
@@ -203,7 +203,7 @@ class ValueLoss(DenoiserLoss):
             TensorDict with the scalars ``loss_value`` and ``td_error``, the root mean square of δ.
 
         Raises:
-            TypeError: x_t holds integers.
+            TypeError: x_t holds integers, or is of float16.
             KeyError: an entry is missing.
             ValueError: the batch is empty; a step does not begin where the one before it ended; a Monte Carlo
                 target of a chain that is cut, without x0 or with γ < 1; a network that takes labels, without any.
@@ -224,6 +224,8 @@ class ValueLoss(DenoiserLoss):
             chain.get(keys.COND, None),
         )
         require_floating([(keys.X_T, x_t)])
+        if x_t.dtype == torch.float16:
+            raise InputTypeError("x_t has dtype float16, in which squares overflow: give x0.float()")
         self._first_look(x0, cond)
         bootstraps = not isinstance(self.value_estimator, MonteCarlo)
         if bootstraps:

@@ -198,6 +198,27 @@ def test_numpy_and_float64_are_answered_in_one_line() -> None:
     assert loss(chain)["loss_value"].dtype == torch.float64
 
 
+def test_half_precision_and_labels_of_another_kind_are_answered_in_one_line() -> None:
+    chain = sample_chain(EDM(), torch.zeros(4, 2).half(), num_steps=3)
+    with pytest.raises(InputTypeError, match=r"x_t has dtype float16, in which squares overflow"):
+        diffrl.objectives.ValueLoss(Denoiser(MLP((2,)), EDM()))(chain)
+    labelled = Denoiser(MLP((2,), num_classes=3), EDM())
+    for cond in ([0, 1], np.zeros(2, int), torch.zeros(2), torch.zeros(2, dtype=torch.bool)):
+        with pytest.raises(InputTypeError, match="give labels as a tensor of int64"):
+            labelled(torch.zeros(2, 2), torch.ones(2), cond)
+
+
+def test_a_pipeline_is_no_network() -> None:
+    class Pipeline:
+        def __call__(self, batch_size: int = 1, generator: Any = None) -> None:
+            raise AssertionError
+
+    with pytest.raises(
+        InputTypeError, match=r"network is a Pipeline: give a module or a function, .* pipe\.unet"
+    ):
+        wrap_network(Pipeline(), DDPM())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_data_that_are_not_finite_are_refused(value: float) -> None:
     x0 = torch.zeros(4, 2)
@@ -236,6 +257,9 @@ SAMPLED: dict[str, Any] = {"sampler": Heun(), "num_steps": 3, "seed": 0}
         ({"shape": (4.0, 2)}, "shape is 4.0"),
         ({"cond": torch.zeros(3)}, "cond has 3 entries, but shape asks for 4"),
         ({"seed": None}, "seed or noise"),
+        ({"shape": 4}, "shape is 4"),
+        ({"shape": ()}, r"shape is \(\)"),
+        ({"device": "nowhere"}, "device is 'nowhere'"),
     ],
 )
 def test_what_cannot_be_sampled_is_named(changed: dict[str, Any], says: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 from diffrl.objectives.consistency_pairs import (
     ConsistencyPairs,
     num_scales,
@@ -114,3 +115,9 @@ def test_the_grid_ends_at_the_lowest_level(kappa: Literal["markov", "shared"], p
     assert bool(pairs["valid"]) and float(pairs["next", "A"]) == pytest.approx(wanted, rel=1e-9)
     if kappa == "markov":
         assert wanted == pytest.approx(0.278862, abs=1e-6)
+
+
+@pytest.mark.parametrize("index", [[4], [-1], [1, 2], [1.0]])
+def test_an_index_that_no_pair_has_is_refused(index: list[float]) -> None:
+    with pytest.raises(InputError, match=r"index must hold 1 whole numbers in 0\.\.3"):
+        sample_consistency_pairs(EDM(), torch.zeros(1, 1), num_scales=5, index=torch.tensor(index))

@@ -1,8 +1,9 @@
 """Checks of what a network is built for, and of the arguments of its `forward`."""
 
+import torch
 from torch import Tensor
 
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
 
 __all__ = ["MAX_SIZE", "check_event_shape", "check_inputs"]
@@ -32,6 +33,7 @@ def check_inputs(
     """Checks x [N, *E], c_noise [N] and cond [N] against what a network was built for.
 
     Raises:
+        TypeError: cond holds no whole numbers.
         ValueError: naming the argument, the shape wanted and the shape given.
     """
     if x.shape[1:] != event_shape:
@@ -42,5 +44,8 @@ def check_inputs(
         return
     if num_classes == 0:
         raise InputError("cond was given to a network without labels: build it with num_classes=... above 0")
+    if not isinstance(cond, Tensor) or cond.dtype not in (torch.int64, torch.int32):
+        found = cond.dtype if isinstance(cond, Tensor) else type(cond).__name__
+        raise InputTypeError(f"cond is of type {found}: give labels as a tensor of int64")
     if cond.shape != x.shape[:1]:
         raise InputError(f"cond must have shape [{len(x)}], one label per row of x, not {list(cond.shape)}")

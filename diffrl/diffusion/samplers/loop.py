@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from diffrl.devices import usable_device
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.diffusion.samplers.base import Model, Noise, Sampler
@@ -55,15 +56,18 @@ def sample(
         Samples, shape [N, *E].
 
     Raises:
-        TypeError: sampler is no sampler.
+        TypeError: sampler is no sampler, or shape no sequence.
         ValueError: neither or both of seed and noise; no process given, and the denoiser has none; a size, a seed or
-            num_steps that is no whole number, or another number of conditions than of samples.
+            num_steps that is no whole number, another number of conditions than of samples, or a device that is not
+            here.
     """
     if not isinstance(sampler, Sampler):
         raise InputTypeError(f"sampler is {sampler!r}: give one such as diffrl.Heun()")
     if not dtype.is_floating_point:
         raise InputError(f"dtype is {dtype}: samples are of a floating dtype")
-    shape = [require_int("a size in shape", size) for size in shape]
+    if not isinstance(shape, Sequence) or not shape:
+        raise InputTypeError(f"shape is {shape!r}: give that of the result, [N, *E]")
+    shape, device = [require_int("a size in shape", size) for size in shape], usable_device(device)
     if cond is not None and len(cond) != shape[0]:
         raise InputError(f"cond has {len(cond)} entries, but shape asks for {shape[0]} samples")
     if (seed is None) == (noise is None):
