@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from diffrl.data.image_files import DataError, check_finite
 from diffrl.data.mixtures import Mixture
+from diffrl.shapes import require_floating
 
 __all__ = ["Data"]
 
@@ -38,6 +39,7 @@ class Data:
         classes: names of the C classes; none: they are called by their numbers.
 
     Raises:
+        TypeError: test or train is no tensor of a floating dtype.
         DataError: there is nothing to draw from, shapes or labels do not fit, or the data hold NaN or infinity, or
             one single value.
     """
@@ -60,6 +62,7 @@ class Data:
             where = f"{self.name} ({part})"
             if x is None:
                 continue
+            require_floating([(where, x)])
             if x.ndim < 2 or x.shape[0] == 0 or x.shape[1:] != self.test.shape[1:]:
                 raise DataError(
                     f"{where}: shape {tuple(x.shape)} does not fit samples of {tuple(self.test.shape[1:])}"
@@ -68,9 +71,14 @@ class Data:
             if (labels is None) != (self.num_classes == 0):
                 raise DataError(f"{where}: labels and num_classes={self.num_classes} contradict each other")
             if labels is not None and (
-                labels.shape != x.shape[:1] or int(labels.min()) < 0 or int(labels.max()) >= self.num_classes
+                labels.dtype != torch.int64
+                or labels.shape != x.shape[:1]
+                or int(labels.min()) < 0
+                or int(labels.max()) >= self.num_classes
             ):
-                raise DataError(f"{where}: labels must be {x.shape[0]} numbers in 0..{self.num_classes - 1}")
+                raise DataError(
+                    f"{where}: labels must be {x.shape[0]} int64 numbers in 0..{self.num_classes - 1}"
+                )
         if self.classes and len(self.classes) != self.num_classes:
             raise DataError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
         if self.sigma_data < 1e-9:

@@ -210,8 +210,8 @@ def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
 
 def _test_mask(N: int, test_fraction: float, spaced: bool) -> Tensor:
     """The last round(f N) indices, or spaced: every i with ⌊(i+1) f⌋ > ⌊i f⌋."""
-    if not 0 < test_fraction < 1:
-        raise DataError(f"test_fraction is {test_fraction}; it must lie between 0 and 1")
+    if not (isinstance(test_fraction, float | int) and 0 < test_fraction < 1):
+        raise DataError(f"test_fraction is {test_fraction!r}; it must lie between 0 and 1")
     i = torch.arange(N, dtype=torch.float64)
     if not spaced:
         return i >= N - round(test_fraction * N)

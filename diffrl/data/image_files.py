@@ -94,7 +94,7 @@ def existing(path: str | Path, folder: bool = False) -> Path:
         raise DataError(
             f"{path}: no such file or folder; diffrl downloads nothing, so point `path` at your copy"
         ) from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: unreadable ({error}); give another path") from error
     if not (stat.S_ISREG(mode) or (folder and stat.S_ISDIR(mode))):
         found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"

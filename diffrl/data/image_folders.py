@@ -69,7 +69,11 @@ def _opened(path: Path, max_gib: float) -> Iterator[_Tree]:
     with readable(str(path), "neither a folder nor a readable zip"):
         archive = zipfile.ZipFile(path)
     with archive:
-        members = {info.filename.replace("\\", "/"): info for info in archive.infolist()}  # Windows packs "\"
+        members: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            name = info.filename.replace("\\", "/")  # Windows packs "\"
+            if members.setdefault(name, info) is not info and not name.endswith("/"):
+                raise DataError(f"{path}: holds {name} twice; pack it anew")
         members = {n: info for n, info in members.items() if not any(map(_hidden, PurePosixPath(n).parts))}
         for name, info in members.items():
             if stat.S_ISLNK(info.external_attr >> 16):
@@ -207,8 +211,8 @@ def read_image_folder(
         FileError: a folder or file cannot be read.
         MissingExtra: pillow is not installed.
     """
-    if size is not None and size < 1:
-        raise DataError(f"`size` is {size}; it must be at least 1")
+    if size is not None and (type(size) is not int or size < 1):
+        raise DataError(f"`size` is {size!r}; it must be at least 1, a whole number")
     path = existing(path, folder=True)
     with _opened(path, max_gib) as tree:
         images = tree.images()

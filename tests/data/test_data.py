@@ -14,7 +14,7 @@ from diffrl.data.image_files import DataError
 from diffrl.data.mixtures import Mixture
 from diffrl.data.registry import DATASETS
 from diffrl.data.synthetic import gmm, rings
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.extras import MissingExtra
 from diffrl.training.build import build_data
 from tests.kit.oracles import generator
@@ -253,6 +253,10 @@ def test_data_that_do_not_fit_are_refused() -> None:
             "numbers in 0..1",
             {"test": x, "train": x, "test_labels": y, "train_labels": y, "num_classes": 2},
         ),
+        (
+            "6 int64 numbers",
+            {"test": x, "train": x, "test_labels": y, "train_labels": y.float(), "num_classes": 3},
+        ),
         ("every value is the same", {"test": x, "train": torch.full((6, 2), 0.1)}),
         (
             "every value is the same",
@@ -262,6 +266,9 @@ def test_data_that_do_not_fit_are_refused() -> None:
     for message, arguments in cases:
         with pytest.raises(DataError, match=message):
             Data("mine", **arguments)
+    for train in (x.numpy(), torch.arange(12).view(6, 2)):
+        with pytest.raises(InputTypeError, match=r"mine \(train\)"):
+            Data("mine", test=x, train=train)
 
 
 def test_registry_has_the_names_that_users_type() -> None:

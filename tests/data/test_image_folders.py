@@ -89,6 +89,15 @@ def test_zips_made_on_windows_have_their_classes(tmp_path: Path) -> None:
     assert data.train_labels.tolist() == [0, 0, 1, 1]
 
 
+def test_a_zip_that_holds_a_name_twice_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "0.png")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("cats/0.png", "cats\\0.png"):
+            archive.writestr(zipfile.ZipInfo(name), (tmp_path / "0.png").read_bytes())
+    with pytest.raises(DataError, match="holds cats/0.png twice"):
+        folder(str(tmp_path / "a.zip"))
+
+
 def test_links_in_a_zip_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         save(tmp_path / "one.png")
@@ -202,8 +211,8 @@ def test_conditional_data_without_classes_are_refused(tmp_path: Path) -> None:
         folder(str(tmp_path), conditional=True)
 
 
-@pytest.mark.parametrize("size", [0, -3])
-def test_sizes_below_one_are_refused(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [0, -3, 8.5, "8", True])
+def test_sizes_below_one_are_refused(tmp_path: Path, size: Any) -> None:
     save(tmp_path / "0.png")
-    with pytest.raises(DataError, match=f"`size` is {size}; it must be at least 1"):
+    with pytest.raises(DataError, match=f"`size` is {size!r}; it must be at least 1"):
         folder(str(tmp_path), size=size)
