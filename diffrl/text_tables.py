@@ -21,7 +21,7 @@ def text_table(rows: Rows) -> str:
     -----------  ----  ----
     seconds      1.84    12
     """
-    head, *body = rows
+    head, *body = _whole(rows)
     sides = ["left", *["right"] * (len(head) - 1)]
     lines = [row or SEPARATING_LINE for row in body]
     return tabulate(lines, head, tablefmt="simple", disable_numparse=True, colalign=sides)
@@ -36,5 +36,12 @@ def markdown_table(rows: Rows) -> str:
     | TD       | 0.62    |
     | MC       | \|x\|   |
     """
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in _whole(rows)]
     return tabulate(body, head, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def _whole(rows: Rows) -> Rows:
+    """The rows, if each but an empty one is as long as the head: tabulate would shift a shorter head to the right."""
+    if wrong := [row for row in rows if row and len(row) != len(rows[0])]:
+        raise ValueError(f"a row of {len(wrong[0])} cells in a table of {len(rows[0])} columns: {wrong[0]}")
+    return rows

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 
 import pytest
 
@@ -28,3 +29,10 @@ def test_markdown_reads_back(rows: list[list[str]]) -> None:
     assert set("".join(rule)) == {"-"} and text.endswith("|\n")
     read = [[cell.strip().replace("¦", "|") for cell in line[1:-1]] for line in (head, *body)]
     assert read == [["scheme", "n|m"], *rows]
+
+
+@pytest.mark.parametrize("table", [text_table, markdown_table])
+@pytest.mark.parametrize("row", [["1"], ["1", "2", "3"]])
+def test_a_row_of_another_length_is_refused(table: Callable[[list[list[str]]], str], row: list[str]) -> None:
+    with pytest.raises(ValueError, match=rf"a row of {len(row)} cells in a table of 2 columns"):
+        table([["a", "b"], row])

@@ -81,7 +81,8 @@ def _rows(found: _SeedFindings) -> list[list[str]]:
     """One row a figure, one column an objective; of two objectives, a last column with their ratio by seed."""
     first = found.results[0]
     names = list(first["objectives"])
-    rows = [["", *(objective_label(name, first["config"]) for name in names), "ratio"][: 2 + len(names) // 2]]
+    labels = [objective_label(name, first["config"]) for name in names]
+    rows = [["", *labels, *["ratio"] * (len(names) == 2)]]
     figures = {name: [_figures(results["objectives"][name]) for results in found.results] for name in names}
     for figure in figures[names[0]][0]:
         values = [np.array([by_name[figure] for by_name in figures[name]]) for name in names]
