@@ -1,10 +1,13 @@
 """The check of a training run: right runs pass, and each mistake is found by the check that is for it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensordict import TensorDict
 from torch import Generator, Tensor
 
@@ -131,3 +134,13 @@ def test_the_command_prints_a_table_and_fails_with_the_run(
     with pytest.raises(SystemExit, match="error: 1 checks failed"):
         COMMANDS["check"]()
     assert "fixed point: bias of the target (s.e.): the exact denoiser is not" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rows", [10, 30])
+def test_a_small_folder_of_pictures_is_no_mistake(tmp_path: Path, rows: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (rows, 8, 8), np.uint8)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / f"{number:02}.png")
+    for seed in range(3):
+        report = check_run(small("data=folder", f"data.path={tmp_path}", f"seed={seed}"))
+        assert report.passed, str(report)
