@@ -60,6 +60,11 @@ def explain(error: BaseException) -> str:
         return _about_a_key(cause)
     if isinstance(cause, OverrideParseException):
         return f"{cause.override!r} cannot be read: {requoted(cause.override)}"
+    if missing := re.search(r"Could not find '(\w+)/([^']*)'(.*)Config search path:", str(cause), re.DOTALL):
+        return _line(str(cause).partition("Config search path:")[0]) + _other_option(*missing.groups())
+    if "Ambiguous value" in str(cause) and (word := re.search(r"argument '(\S+?)=(\S+)'", str(cause))):
+        listed = f"write '{word[1]}=[{word[2]}]' for a list"
+        return f"{word[1]}={word[2]} holds several values: {listed}, or add --multirun for one run after the other"
     if unknown := re.match(r"(.*)Could not override '(\S+?)'\. No match", str(cause), re.DOTALL):
         others = [name for name in commands_with(unknown[2]) if f"'{name}'" not in unknown[1]]
         where = f"; the command {' and '.join(others)} has it" if others else ""
@@ -73,6 +78,14 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, UnicodeDecodeError):
         return f"a configuration file is no text in UTF-8 (byte {cause.start}): convert it"
     return _line(str(cause).partition("Config search path:")[0])
+
+
+def _other_option(group: str, given: str, options: str) -> str:
+    """What may have been meant by an option that a group does not have."""
+    near = get_close_matches(given, re.findall(r"\S+", options.partition(":")[2]), n=3)
+    if near:
+        return f"; did you mean {', '.join(f'{group}={name}' for name in near)}?"
+    return f"; a {group} of your own is known after --import MODULE" if options.strip() else ""
 
 
 def _about_a_key(error: OmegaConfBaseException) -> str:

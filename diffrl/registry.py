@@ -212,9 +212,10 @@ def import_named(*modules: str) -> None:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # it was found, but needs something that is missing
-            raise InputError(
-                f"--import {module}: there is no such module here; run where it lies, or set PYTHONPATH"
-            ) from error
+            remedy = "run where it lies, or set PYTHONPATH"
+            if module.endswith(".py"):
+                remedy = f"give its name without .py: --import {module.removesuffix('.py')}"
+            raise InputError(f"--import {module}: there is no such module here; {remedy}") from error
         _USERS.setdefault(module)
 
 

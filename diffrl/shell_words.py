@@ -36,17 +36,24 @@ def setting(key: str, value: str | Path) -> str:
 def requoted(word: str) -> str:
     """How to write a word that Hydra cannot read.
 
+    >>> requoted("data.path=~/pictures")
+    'a shell does not replace ~ there: write data.path=$HOME/pictures'
     >>> print(requoted("words=[trainer.grad_steps=500, b]"))
     quote what it holds, as in 'words=["trainer.grad_steps=500",b]'
     """
     key, equals, value = word.partition("=")
     if not equals or not KEY.fullmatch(key):
         return "write key=value, without spaces around ="
+    if value.startswith("~/"):
+        return f"a shell does not replace ~ there: write {key}=$HOME{value[1:]}"
     if value.startswith("[") and value.endswith("]"):
         text = f"[{','.join(_as_text(part.strip()) for part in value[1:-1].split(','))}]"
     else:
         text = _as_text(value)
-    return f"quote what it holds, as in {shlex.quote(f'{key}={text}')}"
+    advice = f"quote what it holds, as in {shlex.quote(f'{key}={text}')}"
+    if value.startswith("[") and not value.endswith("]"):
+        advice += f"; or, if a list is meant, close it and quote it whole: '{key}=[1,2]'"
+    return advice
 
 
 def _as_text(value: str | Path) -> str:

@@ -196,6 +196,17 @@ def mistake(*words: str, name: str = "train") -> str:
         (["experiment=sd15_ddpo"], "unknown config key 'recipe'"),
         (["data=digits", "data.dim=3"], "unknown config key 'data.dim'"),
         (["data=nope"], "Could not find 'data/nope' Available options in 'data': checkerboard digits"),
+        (["data=digit"], "spirals; did you mean data=digits?"),
+        (["process=mine"], "; a process of your own is known after --import MODULE"),
+        (
+            ["seeds=1,2"],
+            "seeds=1,2 holds several values: write 'seeds=[1,2]' for a list, or add --multirun for one run",
+        ),
+        (["seeds=[1,"], "; or, if a list is meant, close it and quote it whole: 'seeds=[1,2]'"),
+        (
+            ["data.path=~/x.npz"],
+            "cannot be read: a shell does not replace ~ there: write data.path=$HOME/x.npz",
+        ),
         (["nope=digits"], "unknown config key 'nope'"),
         (["experiment=nope"], "Could not find 'experiment/nope'"),
         (

@@ -124,6 +124,8 @@ def test_they_state_what_they_refuse(
 def test_an_unknown_module_is_one_line(tmp_path: Path) -> None:
     error = shell("-m", "diffrl", "train", "--import", "no_such_module", folder=tmp_path, ok=False)
     assert error.startswith("error: --import no_such_module: there is no such module here")
+    error = shell("-m", "diffrl", "train", "--import", "mine.py", folder=tmp_path, ok=False)
+    assert error.endswith("there is no such module here; give its name without .py: --import mine")
     error = shell("-m", "diffrl", "train", "--import", folder=tmp_path, ok=False)
     assert error == "error: --import needs the name of a module"
 
