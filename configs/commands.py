@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -23,12 +23,15 @@ from diffrl.experiments.reports.tuning_figure import draw_tuning
 from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
+from diffrl.ranges import require_int
 from diffrl.text_tables import text_table
 from diffrl.training.build import build_sampler
 from diffrl.training.evaluation import grid_for
 from diffrl.training.runs import RunFolder, load
 
 __all__ = ["COMMANDS"]
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
 def _require_demo() -> None:
@@ -118,6 +121,10 @@ def sample() -> None:
 
 def _sample(arguments: argparse.Namespace) -> Path:
     """Load, sample, draw; returns the picture's path."""
+    for name, least, most in (("nfe", 1, 10_000), ("samples", 1, 10**6), ("seed", 0, 2**62)):
+        require_int(f"--{name}", getattr(arguments, name), least, most)
+    if arguments.out is not None and arguments.out.suffix.lower() not in PICTURES:
+        raise InputError(f"--out is {str(arguments.out)!r}: give a name that ends with {', '.join(PICTURES)}")
     folder = RunFolder.open(Path(arguments.run_folder))
     run = load(folder.path, arguments.objective)
     guided = run.events.num_classes > 0 and arguments.guidance_scale not in (0, 1)  # two evaluations a call
@@ -140,9 +147,16 @@ def _sample(arguments: argparse.Namespace) -> Path:
     return draw_samples(x, out, title=title, data=real.get("0"))
 
 
+class _Words(argparse.ArgumentParser):
+    """Raises what a user can mend, in place of its own two lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help tells what can be given")
+
+
 def _sample_words() -> argparse.ArgumentParser:
     """What can be given."""
-    parser = argparse.ArgumentParser(prog="python -m diffrl sample", description=sample.__doc__)
+    parser = _Words(prog="python -m diffrl sample", description=sample.__doc__)
     parser.add_argument("run_folder", help="what a training run wrote")
     parser.add_argument("--nfe", type=int, default=35, help="network evaluations of each sample (35)")
     parser.add_argument("--samples", type=int, default=64, help="how many (64)")

@@ -1,5 +1,6 @@
 """What a trained denoiser is worth: errors by noise level, sample distance by network evaluations."""
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -193,8 +194,9 @@ def draw_samples(
         The samples [samples, *E], and the network evaluations of each.
 
     Raises:
-        ValueError: guidance of a network without labels.
+        ValueError: guidance of a network without labels, no sample, or seeds below 0 or above what torch takes.
     """
+    require_int("seed", seed, 0, 2**63 - 1 - require_int("samples", samples))
     num_classes = _num_classes(denoiser)
     if guidance_scale != 1 and num_classes == 0:
         raise InputError(
@@ -227,12 +229,14 @@ def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
     Raises:
         ValueError: there is no such grid.
     """
-    counts = [0]
-    while counts[-1] < nfe and len(counts) <= nfe:  # a step evaluates at least once
-        model = Model(lambda x, t, cond: x, process, num_steps=len(counts))
+
+    def evaluations(levels: int) -> int:
+        model = Model(lambda x, t, cond: x, process, num_steps=levels)
         deque(trajectory(model, sampler, torch.zeros(1, 1), Noise(torch.Generator())), maxlen=0)
-        counts.append(model.nfe)
-    if counts[-1] != nfe:
-        name = type(sampler).__name__
-        raise InputError(f"{name} cannot sample with {nfe} evaluations, but {counts[-2]} or {counts[-1]}")
-    return len(counts) - 1
+        return model.nfe
+
+    levels = 1 + bisect_left(range(1, nfe + 1), nfe, key=evaluations)  # a step evaluates at least once
+    if evaluations(levels) != nfe:
+        others = " or ".join(str(evaluations(n)) for n in (levels - 1, levels) if n > 0)
+        raise InputError(f"{type(sampler).__name__} cannot sample with {nfe} evaluations, but {others}")
+    return levels

@@ -1,8 +1,10 @@
 """Bad inputs for the commands, made from the schemas of their configurations, and what the commands say to them."""
 
 import hashlib
+import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
@@ -43,7 +45,12 @@ FAST = {
 }  # fmt: skip
 """Words of a run that takes an instant."""
 
-HEADS = {"train": "RunFolder.start", "finetune": "RunFolder.start", "compare": "run_comparison"}
+SECONDS = 20
+"""Most for one input: what takes longer hangs."""
+
+
+class Hangs(BaseException):
+    """An input took too long; no `except Exception` takes it for an error of its own."""
 
 
 class Accepted(BaseException):
@@ -86,7 +93,7 @@ def throw(command: str, words: Sequence[str], *, begin: bool = False, real: bool
             change(mock.patch("hydra.main", _composing))
             told = SimpleNamespace(overrides=SimpleNamespace(task=[*words]), mode=RunMode.RUN)
             change(mock.patch("hydra.core.hydra_config.HydraConfig.get", lambda: told))
-        for name in ("draw_summary", "draw_tuning", "draw_samples"):  # pictures take longer than runs
+        for name in ("draw_summary", "draw_tuning"):  # pictures take longer than runs
             change(mock.patch.object(commands, name, lambda *args, **options: None))
         if not begin:
             change(mock.patch.object(RunFolder, "start", _accept))
@@ -100,6 +107,18 @@ def throw(command: str, words: Sequence[str], *, begin: bool = False, real: bool
     return ""
 
 
+def thrown(command: str, words: list[str], **how: bool) -> str:
+    """What is said, after a look at whether it is one line; a traceback fails the test, with the words."""
+    signal.alarm(SECONDS)
+    try:
+        said = throw(command, words, **how)
+    except (Exception, Hangs) as error:
+        raise AssertionError(f"{command} {words[-1]}: {type(error).__name__}: {error}") from error
+    signal.alarm(0)
+    assert said == "" or (said.startswith("error: ") and "\n" not in said and len(said) > 15), (words, said)
+    return said
+
+
 def _accept(*args: Any, **options: Any) -> Any:
     raise Accepted
 
@@ -111,12 +130,11 @@ def _composing(config_name: str, **options: Any) -> Callable[[Callable[..., None
         def run() -> None:
             *words, last = sys.argv[1:]
             (parsed,) = OverridesParser.create().parse_overrides([last])
-            if "." not in parsed.key_or_group and isinstance(
-                ConfigStore.instance().repo.get(parsed.key_or_group), dict
-            ):
+            key = parsed.key_or_group
+            if key in cli.OF_FILES or isinstance(ConfigStore.instance().repo.get(key), dict):
                 return job(_composed(config_name, [*words, last]))
             config = _shared(config_name, tuple(words)).copy()
-            OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
+            OmegaConf.update(config, key, parsed.value(), merge=True)
             return job(config)
 
         return run
@@ -136,6 +154,11 @@ def contents(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def tell(what: str, counts: Counter[str]) -> None:
+    """Print how many inputs there were, by what became of them."""
+    print(f"{what}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import FileError, InputError
 from diffrl.extras import require
+from diffrl.text_files import read_json
 
 __all__ = [
     "NoPipeline",
@@ -67,6 +69,7 @@ def load_pipeline(
     Raises:
         MissingExtra: diffusers or transformers is not installed.
         FileNotFoundError: there is no such folder, nothing cached by that name, or it cannot be loaded (`NoPipeline`).
+        FileError: the description of a component is damaged.
     """
     require("transformers", "diffusers")
     factory = require("diffusers", "diffusers").DiffusionPipeline
@@ -74,6 +77,8 @@ def load_pipeline(
     is_folder = os.path.isdir(source)
     if is_folder and not os.path.isfile(os.path.join(source, "model_index.json")):
         raise NoPipeline(f"{source} holds no model_index.json: give the folder of a whole pipeline")
+    for described in Path(source).glob("*/*config.json") if is_folder else ():
+        read_json(described)  # diffusers loops for ever over some that are no object
     given = {"local_files_only": not download}
     try:
         saved = factory.load_config(source, **given)
