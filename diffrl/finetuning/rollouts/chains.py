@@ -198,7 +198,7 @@ def require_sound(rollout: TensorDict) -> None:
     Raises:
         NonFiniteLoss: a state is not finite, or a sample is larger than any data.
     """
-    x = rollout.get((keys.NEXT, keys.X_T))
+    x = rollout.get((keys.NEXT, keys.X_T)).detach()
     if not bool(x.isfinite().all()):
         raise NonFiniteLoss("the policy's samples hold NaN or infinity")
     if (size := float(x[:, -1].abs().max())) > FAR:
