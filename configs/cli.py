@@ -27,6 +27,11 @@ NAMED = ("+plan.cases.", "+plan.studies.", "+methods.")
 """Begins of words that add a case, a study, a scheme or a method of fine-tuning under a name of the user's."""
 OF_FILES = ("experiment", "plan", "recipe")
 """Groups whose options are files; the others are in Hydra's store."""
+FLAGS = (
+    *("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion"),
+    *("config-path", "config-name", "config-dir", "experimental-rerun", "info"),
+)
+"""What Hydra takes with two dashes, or begins of it."""
 LARGEST = 2**63 - 1
 """What a whole number of torch can hold."""
 
@@ -49,6 +54,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
                 refuse_several_processes()
                 import_users_modules()
                 register()
+                refuse_dashes(sys.argv[1:])
                 check_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
 
             def job(config: DictConfig) -> None:
@@ -87,6 +93,18 @@ def import_users_modules() -> None:
         import_named(*modules)
         os.environ[IMPORT] = ",".join(modules)
         sys.argv[1:] = rest
+
+
+def refuse_dashes(words: Sequence[str]) -> None:
+    """Refuse settings that are written as flags, which Hydra's parser would answer with its usage.
+
+    Raises:
+        InputError: a word begins with two dashes, and is no flag of Hydra.
+    """
+    for word in words:
+        name, _, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not any(flag.startswith(name) for flag in FLAGS):
+            raise InputError(f"{word}: settings are written without dashes: {name}={value or '...'}")
 
 
 def check_words(words: Sequence[str]) -> list[Override]:

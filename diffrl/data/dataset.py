@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from diffrl.data.image_files import DataError, check_finite
 from diffrl.data.mixtures import Mixture
+from diffrl.errors import InputTypeError
 from diffrl.shapes import require_floating
 
 __all__ = ["Data"]
@@ -39,7 +40,7 @@ class Data:
         classes: names of the C classes; none: they are called by their numbers.
 
     Raises:
-        TypeError: test or train is no tensor of a floating dtype.
+        TypeError: the name is no text, or test or train no tensor of a floating dtype.
         DataError: there is nothing to draw from, shapes or labels do not fit, or the data hold NaN or infinity, or
             one single value.
     """
@@ -55,6 +56,10 @@ class Data:
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise InputTypeError(
+                f'name is a {type(self.name).__name__}: give a text, Data("mine", test=..., train=...)'
+            )
         if self.train is None and self.mixture is None and self.draw is None:
             raise DataError(f"{self.name}: nothing to train on; give train, mixture or draw")
         parts = (("test", self.test, self.test_labels), ("train", self.train, self.train_labels))

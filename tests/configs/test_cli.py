@@ -256,6 +256,23 @@ def test_command_passes_a_plain_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--data", "gmm"], "--data: settings are written without dashes: data=..."),
+        (["--seed=3", "data=gmm"], "--seed=3: settings are written without dashes: seed=3"),
+    ],
+)
+def test_settings_with_dashes_are_one_line(
+    words: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        command("train")(lambda config: None)()
+    assert stop.value.code == f"error: {remedy}"
+
+
 @pytest.mark.parametrize("error", [RunFolderError("that\nfolder"), InputError("that folder")])
 def test_expected_errors_are_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

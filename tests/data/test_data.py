@@ -269,6 +269,8 @@ def test_data_that_do_not_fit_are_refused() -> None:
     for train in (x.numpy(), torch.arange(12).view(6, 2)):
         with pytest.raises(InputTypeError, match=r"mine \(train\)"):
             Data("mine", test=x, train=train)
+    with pytest.raises(InputTypeError, match=r'name is a Tensor: give a text, Data\("mine", test='):
+        Data(x, x)
 
 
 def test_registry_has_the_names_that_users_type() -> None:
