@@ -5,7 +5,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -57,31 +57,36 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def reward_identity(reward: Any) -> str:
+def reward_identity(reward: Any, above: tuple[Any, ...] = ()) -> str:
     """Name of a reward, with a digest of what decides its numbers: its code, its weights and the values in it.
 
     Values are plain ones, tensors, arrays and what can be called, and lists and dicts of them. A function has its
     defaults, and of its closure and the globals that it names all but lists and dicts, in which rewards note things; an
     object has those arguments of its constructor that it keeps under their names. What wraps a reward for calls or
-    decodes for it is no part of it.
+    decodes for it is no part of it. `above` is what it is a part of: of what leads back there only the name counts.
     """
+    if any(reward is whole for whole in above):
+        return _name(type(reward))
+    above = (*above, reward)
     if isinstance(reward, BlackBox | DecodedReward):
-        return reward_identity(reward.reward)
+        return reward_identity(reward.reward, above)
     if isinstance(reward, WeightedSum):
-        parts = (f"{reward.weights[name]} {reward_identity(part)}" for name, part in reward.parts.items())
+        parts = (
+            f"{reward.weights[name]} {reward_identity(part, above)}" for name, part in reward.parts.items()
+        )
         return f"{reward.normalise} sum of {', '.join(parts)}"
     if isinstance(reward, functools.partial):
         given: dict[Any, Any] = {**dict(enumerate(reward.args)), **reward.keywords}
-        return f"{reward_identity(reward.func)} given {_values(given)}"
+        return f"{reward_identity(reward.func, above)} given {_values(given, above)}"
     if isinstance(reward, MethodType):
-        return f"{reward_identity(reward.__func__)} of {reward_identity(reward.__self__)}"
+        return f"{reward_identity(reward.__func__, above)} of {reward_identity(reward.__self__, above)}"
     if isinstance(reward, FunctionType):
-        values = str(_values(_bound(reward))).encode()
+        values = str(_values(_bound(reward), above)).encode()
         return f"{_name(reward)} {_digest(*_code(reward.__code__), values)}"
     if isinstance(reward, type | BuiltinFunctionType):
         return _name(reward)
     weights = f" {_weights(reward)}" if isinstance(reward, nn.Module) else ""
-    return f"{_name(type(reward))}{weights} {_values(_kept(reward))}"
+    return f"{_name(type(reward))}{weights} {_values(_kept(reward), above)}"
 
 
 def _weights(module: nn.Module) -> str:
@@ -94,24 +99,26 @@ def _name(thing: Any) -> str:
     return f"{module}.{thing.__qualname__}"
 
 
-def _values(given: Mapping[Any, Any]) -> dict[Any, str]:
+def _values(given: Mapping[Any, Any], above: tuple[Any, ...]) -> dict[Any, str]:
     """Those that decide a reward, by name, as text that is the same in every process."""
-    found = {key: _value(value) for key, value in given.items()}
+    found = {key: _value(value, above) for key, value in given.items()}
     return {key: text for key, text in found.items() if text is not None}
 
 
-def _value(value: Any) -> str | None:
+def _value(value: Any, above: tuple[Any, ...]) -> str | None:
     if isinstance(value, PLAIN):
         return repr(value)
     if isinstance(value, Tensor):
-        return fingerprint([value.float() if value.is_floating_point() else value])
+        if value.is_meta:
+            return str(tuple(value.shape))
+        return fingerprint([(value.float() if value.is_floating_point() else value).to_dense()])
     if isinstance(value, np.ndarray):
         return _digest(f"{value.dtype}{value.shape}".encode(), value.tobytes())
     if isinstance(value, tuple | list):
-        return str([_value(part) for part in value])
+        return str([_value(part, above) for part in value])
     if isinstance(value, Mapping):
-        return str(_values(value))
-    return reward_identity(value) if callable(value) or is_dataclass(value) else None
+        return str(_values(value, above))
+    return reward_identity(value, above) if callable(value) or is_dataclass(value) else None
 
 
 def _bound(function: FunctionType) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def _bound(function: FunctionType) -> dict[str, Any]:
     around = {name: known[name] for name in code.co_names if name in known}
     around = {k: _name(v) if isinstance(v, FunctionType) else v for k, v in around.items()}
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
-    around |= {name: cell.cell_contents for name, cell in cells if cell.cell_contents is not function}
+    around |= {name: cell.cell_contents for name, cell in cells if cell != CellType()}  # no empty ones
     around = {name: value for name, value in around.items() if not isinstance(value, list | dict)}  # notes
     defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items())
     return {"around": around, "defaults": defaults}

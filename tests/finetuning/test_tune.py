@@ -230,6 +230,19 @@ def test_a_reward_that_has_been_asked_stays_the_same() -> None:
     assert reward_identity(reward) == before
 
 
+def test_a_reward_that_leads_back_to_itself_has_an_identity() -> None:
+    reward = Along(torch.ones(2))
+    reward.direction = reward  # type: ignore[assignment]
+
+    def first(x0: Tensor, cond: Any = None) -> Tensor:
+        return second(x0)
+
+    def second(x0: Tensor, cond: Any = None) -> Tensor:
+        return first(x0)
+
+    assert len({reward_identity(reward), reward_identity(first), reward_identity(second)}) == 3
+
+
 def test_rewards_that_differ_have_other_identities_and_wrapped_ones_the_same() -> None:
     torch.manual_seed(0)
     rewards: list[Any] = [
