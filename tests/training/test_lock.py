@@ -16,6 +16,7 @@ from diffrl.errors import FileError
 from diffrl.training import lock
 from diffrl.training.lock import LOCK, FolderInUse, folder_lock
 from tests.kit.paths import ROOT
+from tests.kit.processes import wait_until
 
 HOLDS = """
 import sys, time
@@ -61,10 +62,20 @@ def test_workers_do_not_inherit_it(tmp_path: Path) -> None:
     with folder_lock(tmp_path):
         worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
         worker.start()
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False)
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; time.sleep(600)"], close_fds=False, text=True
+        )
+
+    def is_free() -> bool:
+        try:
+            with folder_lock(tmp_path):
+                return True
+        except FolderInUse:
+            return False
+
     try:
-        with folder_lock(tmp_path):
-            assert worker.is_alive() and child.poll() is None
+        wait_until(is_free, child, 20)  # both share it for the instant before they begin their programs
+        assert worker.is_alive() and child.poll() is None
     finally:
         for process in (worker, child):
             process.kill()
