@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
-from diffrl.experiments.reports.style import image_sheet, plane_of
+from diffrl.experiments.reports.style import draw_points, image_sheet, plane_of
 from diffrl.extras import MissingExtra
 from diffrl.training.runs import RunFolder, RunFolderError
 from tests.kit.runs import run
@@ -119,6 +120,15 @@ def test_plane_is_that_of_greatest_variance() -> None:
     assert labels == ("first principal axis", "second principal axis")
     flat, labels = plane_of(points[:, :2])
     assert np.array_equal(flat(points[:3, :2]), points[:3, :2]) and labels == ("x₁", "x₂")
+
+
+def test_points_out_of_sight_are_counted() -> None:
+    frame = np.array([[0.0, 0.0], [1.0, 1.0]])
+    points = np.array([[0.5, 0.5], [1.05, 0.0], [1.2, 0.5], [0.5, -3.0], [9.0, 9.0]])
+    for seen, words in ((points, ["3 of 5 outside"]), (points[:2], [])):
+        axes = Figure().subplots()
+        draw_points(axes, seen, None, "k", frame)
+        assert [text.get_text() for text in axes.texts] == words
 
 
 def test_without_matplotlib(rings: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -210,7 +210,10 @@ def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str, frame: Tenso
 
 
 def draw_points(axes: Any, points: Array, beneath: Array | None, colour: str, frame: Array) -> None:
-    """Draw points [n, 2], over others if given, in a square a fifth larger than the points `frame` [m, 2]."""
+    """Draw points [n, 2], over others if given, in a square a fifth larger than the points `frame` [m, 2].
+
+    How many lie outside is written into the corner.
+    """
     if beneath is not None:
         axes.scatter(*beneath.T, s=3, color="#C8C8C8", linewidths=0, rasterized=True)
     axes.scatter(*points.T, s=4, color=colour, alpha=0.55, linewidths=0, rasterized=True)
@@ -218,6 +221,11 @@ def draw_points(axes: Any, points: Array, beneath: Array | None, colour: str, fr
     middle, half = (low + high) / 2, 0.6 * float((high - low).max())
     x, y = ((centre - half, centre + half) for centre in middle)
     axes.set(xlim=x, ylim=y, aspect="equal")
+    if outside := int((np.abs(points - middle) > half).any(1).sum()):
+        words = f"{outside:,} of {len(points):,} outside"
+        axes.text(
+            0.98, 0.02, words, transform=axes.transAxes, ha="right", va="bottom", fontsize=7, color=GREY
+        )
     axes.grid(False)
 
 

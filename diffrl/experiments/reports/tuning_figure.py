@@ -80,6 +80,7 @@ def _draw_rewards(axes: Any, rows: list[dict[str, str]], config: Mapping[str, An
         label = f"never trained on: {reward_label(config['heldout_reward'])}"
         axes.plot(steps, held_out, color=ORANGE, marker="s", markersize=3, label=label)
     axes.set(title="Reward", xlabel="iteration", ylabel="mean reward")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 
@@ -88,4 +89,5 @@ def _draw_likeness(axes: Any, rows: list[dict[str, str]]) -> None:
     for (name, label), style in zip(LIKENESS.items(), ((BLUE, "o"), (ORANGE, "s")), strict=True):
         axes.plot(*_curve(rows, name), color=style[0], marker=style[1], markersize=3, label=label)
     axes.set(title="Likeness to what was tuned", xlabel="iteration", ylabel="in units of the data")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
