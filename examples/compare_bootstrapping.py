@@ -2,7 +2,7 @@
 
 python examples/compare_bootstrapping.py                       # configs/plan/default.yaml, on two cores
 python examples/compare_bootstrapping.py plan=quick            # a smoke test of three minutes
-python examples/compare_bootstrapping.py plan=full studies=[paper] workers=8
+python examples/compare_bootstrapping.py plan=full 'studies=[paper]' workers=8
 python examples/compare_bootstrapping.py report=true out=runs/compare_default      # draw the report anew
 
 The same command continues where it stopped: finished cells are kept. A plan is a list of studies, a scheme

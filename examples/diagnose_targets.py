@@ -1,7 +1,7 @@
 """Bias and variance of targets: of one run by noise level, or of a comparison beside what training came to.
 
 python examples/diagnose_targets.py runs/RUN_FOLDER
-python examples/compare_bootstrapping.py studies=[map]
+python examples/compare_bootstrapping.py 'studies=[map]'
 python examples/diagnose_targets.py runs/compare_default
 python examples/diagnose_targets.py runs/compare_default --study map_coarse --case rings
 

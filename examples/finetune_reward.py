@@ -1,8 +1,8 @@
 """Tune a denoiser for a black-box reward, DDPO against SDPO: digits become sevens by a classifier's probability.
 
 python examples/finetune_reward.py                              # three methods, three seeds, on two cores
-python examples/finetune_reward.py reward.target=3 seeds=[1]
-python examples/finetune_reward.py compare=[] recipe=sdpo model.path=runs/... reward=ink heldout_reward=none
+python examples/finetune_reward.py reward.target=3 'seeds=[1]'
+python examples/finetune_reward.py 'compare=[]' recipe=sdpo model.path=runs/... reward=ink heldout_reward=none
 python examples/finetune_reward.py resume=runs/...              # continue a single run where it stopped
 
 With `compare` (the default) the same command continues where it stopped: finished runs are kept. Where model.path is
