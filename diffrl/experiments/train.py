@@ -166,6 +166,8 @@ class TrainingJob(Job):
     def _warn_of_divergence(self, folder: RunFolder) -> None:
         """Say so if the network is far worse at the end than it was before its first step."""
         mine = [row for row in self.table(folder).rows() if row["objective"] == self.name]
+        if not mine:  # the table was lost since
+            return
         columns = [name for name in self.columns if name.startswith("denoising_error")]
         first, last = (sum(float(row[name] or 0) for name in columns) for row in (mine[0], mine[-1]))
         if last > WORSE * first > 0:

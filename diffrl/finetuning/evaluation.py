@@ -57,7 +57,7 @@ class TuningEvaluation:
     """What to measure of a tuned policy.
 
     Args:
-        samples: drawn from fixed held-out noise, at least 2.
+        samples: drawn from fixed held-out noise, 2 to 1,000,000.
         distance: to the base policy's samples of the same noise; name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
         at_once: most of them drawn side by side; None: all.
 
@@ -70,7 +70,7 @@ class TuningEvaluation:
     at_once: int | None = None
 
     def __post_init__(self) -> None:
-        require_int("evaluation.samples", self.samples, 2)
+        require_int("evaluation.samples", self.samples, 2, 10**6)
         if self.at_once is not None:
             require_int("evaluation.at_once", self.at_once)
         if self.distance not in SAMPLE_DISTANCES:

@@ -94,6 +94,7 @@ def test_every_key_with_every_wrong_value(runs: Path) -> None:
         ("finetune", ["optim.lr=1e20"], "Lower optim.lr"),
         ("finetune", ["optim.lr=1e38"], "an update by the learning rate 1e+38 overflows"),
         ("finetune", ["policy.std_floor=1e30"], "policy.std_floor"),
+        ("finetune", [f"evaluation.samples={10**15}"], "evaluation.samples is 1000000000000000"),
         ("finetune", ["reward.scale=1e-300"], "reward.scale"),
     ],
 )
