@@ -42,6 +42,7 @@ __all__ = [
     "load_weights",
     "read_identity",
     "save_checkpoint",
+    "step_of",
     "tidy",
 ]
 
@@ -157,7 +158,7 @@ def tidy(folder: Path, keep: int, step: int | None = None) -> None:
         step: later checkpoints stay; None: there are none.
     """
     _sweep(Path(folder))
-    known = [path for path in list_checkpoints(folder) if step is None or _step(path) <= step]
+    known = [path for path in list_checkpoints(folder) if step is None or step_of(path) <= step]
     for old in known[:-keep]:
         _discard(old)
 
@@ -168,7 +169,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
         return []
     # of a step written twice, the second comes after the one moved aside
     found = [path for path in Path(folder).iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: (_step(path), not path.name.endswith(".old")))
+    return sorted(found, key=lambda path: (step_of(path), not path.name.endswith(".old")))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -286,7 +287,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise _Damage(f"{_MANIFEST} is not a checkpoint's manifest")
-    if _step(path) not in (-1, manifest["step"]):
+    if step_of(path) not in (-1, manifest["step"]):
         raise _Damage(f"{_MANIFEST} is of step {manifest['step']}")
     return manifest
 
@@ -310,7 +311,7 @@ def _read_file(path: Path, entry: dict[str, Any] | None) -> bytes:
 
 def _remedy(path: Path) -> str:
     """What to do about a damaged checkpoint; older ones are read to see which is sound."""
-    older = [known for known in list_checkpoints(path.parent) if _step(known) < _step(path)]
+    older = [known for known in list_checkpoints(path.parent) if step_of(known) < step_of(path)]
     damaged = [path.name]
     for known in reversed(older):
         try:
@@ -322,7 +323,7 @@ def _remedy(path: Path) -> str:
     return "there is no older sound one: delete it to start again"
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     """The step in a checkpoint's name; -1 for a folder of another name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else -1

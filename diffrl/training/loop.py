@@ -23,9 +23,10 @@ from diffrl.training.checkpoints import (
     load_checkpoint,
     read_identity,
     save_checkpoint,
+    step_of,
     tidy,
 )
-from diffrl.training.identity import Facts, refuse_changes, surroundings, warn_of_surroundings
+from diffrl.training.identity import Facts, RunChanged, refuse_changes, surroundings, warn_of_surroundings
 from diffrl.training.lock import folder_lock
 from diffrl.training.optim import NonFiniteLoss
 
@@ -222,13 +223,18 @@ class Loop(ABC):
             accept_changes: whether it may differ from it in everything.
 
         Raises:
-            RunChanged: the checkpoint belongs to a run with other facts.
+            RunChanged: the checkpoint belongs to a run with other facts, or has more steps behind it than this run.
             CheckpointError: its manifest is damaged.
         """
         path = None if self.folder is None else latest_checkpoint(self.folder)
         if path is not None and not accept_changes:
             now = {**self.facts, **self.identity}
             refuse_changes(read_identity(path), now, of=path, steps=self.total_key, extend=extend)
+        if path is not None and step_of(path) > self.length.total:
+            raise RunChanged(
+                f"{path} is beyond the {self.length.total} of {self.total_key}: give at least {step_of(path)}, "
+                "or choose another folder"
+            )
         return path
 
     def resume(self, *, extend: bool = False, accept_changes: bool = False) -> bool:

@@ -156,6 +156,15 @@ def test_more_steps_are_all_that_extend_allows(words: dict[str, Any], says: str,
         resume(stopped.path, **words)
 
 
+def test_no_word_makes_a_run_shorter_than_it_is(stopped: RunFolder) -> None:
+    with pytest.raises(
+        RunFolderError, match=r"step_000030 is beyond the 20 of trainer.grad_steps: give at least 30"
+    ):
+        resume(stopped.path, extend=20, accept_changes=True)
+    assert stopped.config()["trainer"]["grad_steps"] == 30
+    assert not (stopped.path / "results.json").exists()
+
+
 @pytest.mark.parametrize("word", ["extend=5", "accept_changes=true"])
 def test_words_for_a_run_that_goes_on(word: str, tmp_path: Path) -> None:
     with pytest.raises(
