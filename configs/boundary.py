@@ -148,7 +148,8 @@ def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = Non
     try:
         yield
     except Interrupted as stop:
-        print(stop)
+        print(stop, flush=True)
+        sys.exit(1)  # what comes after it in a script would find half a run
     except KeyboardInterrupt as stop:
         sys.exit(f"error: {stop}" if str(stop) else "error: interrupted")
     except BrokenPipeError:  # the reader of the output has left, as `head` does

@@ -22,6 +22,7 @@ from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.studies import Comparison, Study, grid_scheme, study_cell
+from diffrl.ranges import require_int
 from diffrl.shell_words import override
 
 __all__ = ["base_run", "plan_comparison", "plan_finetuning", "plan_seeds"]
@@ -215,6 +216,8 @@ def _by_seed(config: DictConfig, seeds: Sequence[int]) -> Iterator[tuple[str, di
     """The configuration with each seed, after the letters and digits that identify it."""
     if twice := [seed for i, seed in enumerate(seeds) if seed in seeds[:i]]:
         raise InputError(f"seeds has {twice[0]} twice: it is one run")
+    for seed in seeds:
+        require_int("each of seeds", seed, 0)
     for seed in seeds:
         config.seed = seed
         yield _digest(json.dumps(_deviations(config), sort_keys=True)), _plain(config)

@@ -40,7 +40,7 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
     """Make a script's main function a command over the config of that name in `diffrl.configs`.
 
     Errors that a user can mend are printed in one line, with exit status 1; HYDRA_FULL_ERROR=1 gives the
-    traceback. A run that is stopped by a signal is saved, and ends with exit status 0. Of a sweep, a job that fails
+    traceback. A run that is stopped by a signal is saved, and ends with exit status 1 too. Of a sweep, a job that fails
     ends no other, and one that is stopped ends it; the exit status is 1 then.
     """
 

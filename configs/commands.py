@@ -27,6 +27,7 @@ from diffrl.ranges import require_int
 from diffrl.text_tables import text_table
 from diffrl.training.build import build_sampler
 from diffrl.training.evaluation import grid_for
+from diffrl.training.identity import require_kind
 from diffrl.training.runs import RunFolder, load
 
 __all__ = ["COMMANDS"]
@@ -72,6 +73,10 @@ def finetune(config: dict[str, Any]) -> None:
     if config["model"]["name"] == "run" and path is None and config["resume"] is None:
         path = str(base_run(config["pretrain"], out.parent))
         config["model"]["path"] = path
+    if path is not None and config["model"]["name"] == "run":
+        require_kind(
+            Path(path), RunFolder.open(Path(path)).config(), "train"
+        )  # once, and not in every worker
     if not config["compare"] or config["resume"] is not None:
         folder = run_finetuning(config)
         found = folder.results()["finetuning"]

@@ -35,7 +35,8 @@ def check_tuner(tuner: Finetuner) -> Report:
                 rollout = tuner.collect(generator, trajectories=size, credit=credit)
             except NonFiniteLoss as error:
                 raise CheckFailed(
-                    f"before the first update, {error}: the denoiser overflows, a step divides by a std of 0, or policy.std_floor is far too large"
+                    f"before the first update, {error}: the denoiser overflows, a step divides by a std of 0, or "
+                    "policy.std_floor is far too large"
                 ) from error
         report = check(
             tuner.policy,

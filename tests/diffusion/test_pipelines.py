@@ -217,6 +217,16 @@ def test_a_shift_set_at_run_time_is_the_one_that_counts(shift: float) -> None:
     torch.testing.assert_close(policy.grid, pipe.scheduler.sigmas.double(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_shift_that_is_set_afterwards_is_refused() -> None:
+    pipe = sd3()
+    policy = policy_of(denoiser_of(pipe), Euler(), 3)
+    pipe.scheduler.set_shift(6.0)
+    with pytest.raises(
+        ValueError, match=r"the scheduler's shift was 3\.0 and is 6\.0 now: make the denoiser anew"
+    ):
+        rollout(policy)
+
+
 def test_a_flow_of_fewer_timesteps_tells_its_network_so() -> None:
     pipe = sd3()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, shift=3.0)

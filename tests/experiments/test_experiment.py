@@ -261,7 +261,7 @@ def test_killed_and_resumed(whole: RunFolder, tmp_path: Path) -> None:
 
 
 def test_signalled_from_outside(tmp_path: Path) -> None:
-    """The command line: SIGTERM ends it with status 0 and a line that says how to go on."""
+    """The command line: SIGTERM ends it with status 1 and a line that says how to go on."""
     path = tmp_path / "run"
     words = ["data=rings", "trainer.grad_steps=1000000", "trainer.report_every=1", f"run_dir={path}"]
     command = [sys.executable, "-W", "ignore", "examples/train_td_lambda.py", *words]
@@ -273,7 +273,7 @@ def test_signalled_from_outside(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 1, err
     assert out.startswith("stopped after gradient step") and f"resume={path}" in out
     assert latest_checkpoint(path / "checkpoints" / "td") is not None
 

@@ -146,7 +146,7 @@ class PipelineDenoiser(nn.Module):
             w = torch.full((len(texts),), guidance_scale - 1.0)
             embeddings["timestep_cond"] = pipe.get_guidance_scale_embedding(w, embedding_dim=guidance_dims)
         weight = next(network.parameters())
-        return cls(
+        made = cls(
             network,
             process,
             prompts,
@@ -158,6 +158,8 @@ class PipelineDenoiser(nn.Module):
             train_steps=config["num_train_timesteps"],
             timestep_scaling=config.get("timestep_scaling"),
         )
+        made.__dict__["scheduler"] = pipe.scheduler, getattr(pipe.scheduler, "shift", None)
+        return made
 
     @property
     def event_shape(self) -> tuple[int, int, int]:
@@ -193,9 +195,15 @@ class PipelineDenoiser(nn.Module):
 
         Raises:
             TypeError: x_t holds integers, or cond does not.
-            ValueError: prompt numbers are missing, unknown, or not one for each state.
+            ValueError: prompt numbers are missing, unknown, or not one for each state; or the shift of the pipeline's
+                scheduler was changed since.
         """
         require_floating([("x_t", x_t)])
+        scheduler, shift = self.__dict__.get("scheduler", (None, None))
+        if getattr(scheduler, "shift", None) != shift:
+            raise InputError(
+                f"the scheduler's shift was {shift} and is {scheduler.shift} now: make the denoiser anew"
+            )
         rows = self._rows(cond, x_t)
         if self.guided:
             negative = torch.full_like(rows, len(self.prompts))
