@@ -283,8 +283,15 @@ def wait_for_checkpoint(out: Path, running: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGKILL, marks=pytest.mark.soak
+        ),  # tests/soak/test_kills.py kills comparisons too
+    ],
+)
 def test_a_stopped_command_continues(tmp_path: Path, number: signal.Signals) -> None:
     long = [*TINY, "trainer.grad_steps=300", "trainer.eval_every=50", "trainer.checkpoint_every=25"]
     cases = "plan.cases.gmm16=[" + ",".join(f"'{word}'" for word in long) + "]"

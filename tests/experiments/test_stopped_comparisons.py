@@ -69,8 +69,14 @@ def whole(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.T
     return out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("terminate", [to_a_worker, to_the_parent, to_the_group])
+@pytest.mark.parametrize(
+    "terminate",
+    [
+        pytest.param(to_a_worker, marks=pytest.mark.slow),
+        pytest.param(to_the_group, marks=pytest.mark.slow),
+        pytest.param(to_the_parent, marks=pytest.mark.soak),
+    ],
+)
 def test_sigterm_saves_and_the_same_command_continues(
     terminate: Callable[[Running], None], base: Path, whole: Path, tmp_path: Path
 ) -> None:
