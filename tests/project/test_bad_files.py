@@ -91,7 +91,7 @@ def test_plans_that_are_none(plan: str, tmp_path: Path) -> None:
 # Prompts
 
 TEXTS = {
-    "empty.txt": b"", "blank.txt": b"\n \n", "latin.txt": b"caf\xe9", "image.txt": DAMAGES["foreign"](b""),
+    "empty.txt": b"", "blank.txt": b"\n \n", "latin.txt": b"ros\xe9", "image.txt": DAMAGES["foreign"](b""),
     "empty.jsonl": b"", "text.jsonl": b"a cat", "list.jsonl": b"[1]", "number.jsonl": b"3", "null.jsonl": b"null",
     "other.jsonl": b'{"text": "a cat"}', "of_number.jsonl": b'{"prompt": 3}', "cut.jsonl": b'{"prompt": "a',
     "second.jsonl": b'{"prompt": "a"}\n{}', "deep.jsonl": b"[" * 100_000, "image.jsonl": DAMAGES["foreign"](b""),
