@@ -89,7 +89,8 @@ def test_an_editable_install_is_found_from_the_folder_above_the_clone(clone: Pat
     (editable,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(editable).extractall(tmp_path / "site")  # all that an installer does
     code = (
-        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        f"import site, sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]  # not this checkout\n"
+        f"site.addsitedir({str(tmp_path / 'site')!r})\n"
         "import diffrl, diffrl.envs, diffrl.configs\n"
         "print(diffrl.EDM.__name__, diffrl.__file__)"
     )
