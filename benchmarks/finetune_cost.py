@@ -16,7 +16,7 @@ from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.rollouts.chains import Rollouts
-from diffrl.finetuning.updates import Updates
+from diffrl.finetuning.updates.steps import Updates
 
 __all__ = ["finetune_cost"]
 

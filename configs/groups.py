@@ -29,7 +29,7 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe, Regulariser
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
 from diffrl.finetuning.surrogate import SURROGATES
-from diffrl.finetuning.updates import UPDATES
+from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox

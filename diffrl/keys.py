@@ -32,3 +32,5 @@ ACTION: Final = "action"
 ACTION_LOG_PROB: Final = "action_log_prob"
 X0_HAT: Final = "x0_hat"  # clean estimate of the state before the step, [B, K, *E]
 TRAINABLE: Final = "trainable"  # whether the step is stochastic, so that it has a log-probability, [B, K, 1]
+RENOISE_T: Final = "renoise_t"  # time up to which noise is added to the state that a step reached, [B, K, 1]
+NOISE: Final = "noise"  # the noise that is added, [B, K, *E]

@@ -76,7 +76,7 @@ MOVED = {
     "tuning_figures": "experiments.reports.finetuning_figures",
     "tuning_findings": "experiments.method_findings",
     "tuning_report": "experiments.reports.finetuning",
-    "updates": "finetuning.updates",
+    "updates": "finetuning.updates.steps",
     "vp_curves": "diffusion.schedules.curves",
 }
 

@@ -91,6 +91,17 @@ class Denoiser(nn.Module):
             found = scalings(self.process, t, self.prediction_type, self.sigma_data)
         return found if self.scale_input else found._replace(c_in=torch.ones_like(found.c_in))
 
+    def null_condition(self, cond: Tensor) -> Tensor:
+        """The condition that stands for none, of the shape of `cond`: the label after the last.
+
+        Raises:
+            ValueError: the network takes no labels.
+        """
+        num_classes = int(getattr(self.network, "num_classes", 0))
+        if num_classes == 0:
+            raise InputError("this network takes no labels, so there is none to leave out")
+        return torch.full_like(cond, num_classes)
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Clean estimate of noisy states.
 

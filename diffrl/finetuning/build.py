@@ -8,7 +8,7 @@ from diffrl.finetuning.placement.registry import PLACEMENTS
 from diffrl.finetuning.recipe import Recipe, Regulariser
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
 from diffrl.finetuning.surrogate import SURROGATES
-from diffrl.finetuning.updates import UPDATES
+from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.registry import Config, Registry
 
 __all__ = ["PIECES", "build_recipe", "recipe_config"]

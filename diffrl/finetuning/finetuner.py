@@ -14,14 +14,14 @@ from torch import Generator, Tensor
 from diffrl import keys
 from diffrl.errors import InputError, InputTypeError
 from diffrl.finetuning.credit.base import Credit
-from diffrl.finetuning.identity import policy_facts, recipe_facts, reward_identity
+from diffrl.finetuning.identity import policy_facts, recipe_facts, reward_identity, weights_identity
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.reference import References, load_policy_weights, policy_weights
 from diffrl.finetuning.rollouts.chains import require_sound
 from diffrl.finetuning.surrogate import Role
-from diffrl.finetuning.updates import micro_batches
+from diffrl.finetuning.updates.base import micro_batches
 from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
@@ -82,6 +82,7 @@ class Finetuner(Loop):
         folder: for checkpoints; None keeps none.
         length: how long.
         optim: AdamW; its warm-up and decay count updates.
+        teacher: the denoiser that a method of distillation learns from; None: the policy's, as it is now.
         device: where to tune.
         autocast: dtype for the denoiser's arithmetic; log-probabilities stay in float32.
 
@@ -107,6 +108,7 @@ class Finetuner(Loop):
         folder: Path | None = None,
         length: Iterations | None = None,
         optim: Optim | None = None,
+        teacher: torch.nn.Module | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -121,7 +123,7 @@ class Finetuner(Loop):
         self.policy, self.recipe, self.reward = policy.to(device).eval(), recipe, as_reward(reward)
         self.event_shape = tuple(require_int("event_shape", size) for size in event_shape)
         self.conditions = conditions
-        self.references = References(policy, recipe.regulariser.decay)
+        self.references = References(policy, teacher)
         if not any(p.requires_grad for p in policy.denoiser.parameters()):
             raise InputError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
         if recipe.rollouts.overlap and getattr(reward, "normalise", "none") != "none":
@@ -137,6 +139,8 @@ class Finetuner(Loop):
         recipe.credit.prepare(setting)
         self.roles = recipe.surrogate.roles(setting)
         """Networks that are trained, by name."""
+        self.actor = recipe.surrogate.actor(setting)
+        """What draws the rollouts."""
         self.optimisers = {name: self._optimiser(role, setting.optim) for name, role in self.roles.items()}
         self.best = -torch.inf
 
@@ -145,6 +149,7 @@ class Finetuner(Loop):
         return {
             **policy_facts(self.policy),
             **recipe_facts(self.recipe),
+            "teacher": weights_identity(self.references.teacher.denoiser),
             **flat({"optim": vars(optim)}),
             "reward": reward_identity(self.reward),
             "event_shape": list(self.event_shape),
@@ -168,6 +173,7 @@ class Finetuner(Loop):
             kl_reference=self.references(kl.reference) if kl.kl_coef > 0 else None,
             kl_by_time=kl.by_time,
             reference=self.references,
+            twin=self.references.twin,
             seed=self.seed,
             device=self.device,
         )
@@ -175,7 +181,7 @@ class Finetuner(Loop):
     def _optimiser(self, role: Role, optim: Optim) -> Optimiser:
         updates = self.length.iterations * self.recipe.updates.count(self.num_trainable)
         parameters = [p for p in role.module.parameters() if p.requires_grad]
-        return Optimiser(parameters, role.optim or optim, updates * role.repeats)
+        return Optimiser(parameters, role.optim or optim, updates * role.repeats // role.every)
 
     @property
     def base(self) -> DenoisingPolicy:
@@ -248,7 +254,7 @@ class Finetuner(Loop):
         with ThreadPoolExecutor(1) as thread, self.precision():
             overlap = {"each": lambda part: asked.append(thread.submit(place, part, self.reward))}
             rollout = plan.collect(
-                self.policy,
+                self.actor,
                 self.event_shape,
                 trajectories=n,
                 cond=cond,
@@ -269,13 +275,16 @@ class Finetuner(Loop):
         minibatches = self.recipe.updates(
             rollout,
             policy=self.policy,
-            group_size=self.recipe.rollouts.rows_together,
+            group_size=self.recipe.rows_together,
             generator=step_generator(self.seed, 2**32 + self.step),
             entries=dict.fromkeys(key for role in self.roles.values() for key in role.loss.in_keys),
         )
-        found = [self._update(minibatch) for minibatch in minibatches]
-        self.references.after_updates()
-        figures = {name: sum(f[name] for f in found) / len(found) for name in found[0]}
+        found = [self._update(minibatch, j) for j, minibatch in enumerate(minibatches)]
+        self.references.after_updates(self.recipe.regulariser.decay_after(self.step))
+        figures = {}
+        for name in dict.fromkeys(name for f in found for name in f):
+            values = [f[name] for f in found if name in f]
+            figures[name] = sum(values) / len(values)
         adv = rollout.get(keys.ADVANTAGE)
         return figures | {
             "reward": float(rewards.mean()),
@@ -285,20 +294,24 @@ class Finetuner(Loop):
             "raw_advantage_std": self.recipe.credit.raw_std,
         }
 
-    def _update(self, minibatch: TensorDict) -> dict[str, float]:
-        """The optimiser steps of every role on a minibatch [n, k]; others than the policy name theirs."""
+    def _update(self, minibatch: TensorDict, j: int) -> dict[str, float]:
+        """The optimiser steps of every role on the j-th minibatch [n, k]; others than the policy name theirs."""
         figures: dict[str, float] = {}
         for name, role in self.roles.items():
+            if (j + 1) % role.every:
+                continue
             for _ in range(role.repeats):
                 found = self._role_step(role, self.optimisers[name], minibatch)
-                role.after_step()
+                role.after_step(self.optimisers[name].steps)
             figures |= found if name == "policy" else {f"{name}/{key}": value for key, value in found.items()}
         return figures
 
     def _role_step(self, role: Role, optimiser: Optimiser, minibatch: TensorDict) -> dict[str, float]:
         total: dict[str, Tensor] = {}
         plan, whole = self.recipe.updates, self.recipe.updates.weight(minibatch)
-        for part in micro_batches(minibatch, plan.micro_batch, group_size=self.recipe.rollouts.rows_together):
+        with self.precision():
+            role.prepare(minibatch, plan.micro_batch)
+        for part in micro_batches(minibatch, plan.micro_batch, group_size=self.recipe.rows_together):
             share = plan.weight(part) / whole
             if share == 0:  # deterministic steps only
                 continue
@@ -320,7 +333,8 @@ class Finetuner(Loop):
             "policy": policy_weights(self.policy),
             **self.references.weights(),
         }
-        weights |= {f"role_{n}": role.module.state_dict() for n, role in self.roles.items() if n != "policy"}
+        own = [n for n in self.roles if n != "policy" and n not in self.references.twins]
+        weights |= {f"role_{n}": self.roles[n].module.state_dict() for n in own}
         training = {
             "recipe": str(self.recipe),
             "optimisers": {
@@ -341,7 +355,7 @@ class Finetuner(Loop):
             )
         load_policy_weights(self.policy, weights["policy"], path)
         for name, role in self.roles.items():
-            if name != "policy":
+            if name != "policy" and name not in self.references.twins:
                 role.module.load_state_dict(weights[f"role_{name}"])
             state = training["optimisers"][name]
             self.optimisers[name].load_state_dict(state["state"], state["steps"])

@@ -18,7 +18,7 @@ from diffrl.rewards.decoded import DecodedReward
 from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.identity import fingerprint
 
-__all__ = ["policy_facts", "recipe_facts", "reward_identity"]
+__all__ = ["policy_facts", "recipe_facts", "reward_identity", "weights_identity"]
 
 LOOKED_AT = 4096  # values of a tensor of weights, evenly spread: billions would take a minute
 PLAIN = (bool, int, float, str, type(None))
@@ -31,7 +31,7 @@ def policy_facts(policy: DenoisingPolicy) -> dict[str, Any]:
     denoiser: Any = policy.denoiser
     return {
         "model": type(denoiser).__name__,
-        "model.weights": _weights(denoiser),
+        "model.weights": weights_identity(denoiser),
         "model.trainable": sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
         "model.prompts": _digest(str(getattr(denoiser, "prompts", ())).encode()),
         "model.guidance_scale": getattr(denoiser, "guidance_scale", 1.0),
@@ -85,11 +85,12 @@ def reward_identity(reward: Any, above: tuple[Any, ...] = ()) -> str:
         return f"{_name(reward)} {_digest(*_code(reward.__code__), values)}"
     if isinstance(reward, type | BuiltinFunctionType):
         return _name(reward)
-    weights = f" {_weights(reward)}" if isinstance(reward, nn.Module) else ""
+    weights = f" {weights_identity(reward)}" if isinstance(reward, nn.Module) else ""
     return f"{_name(type(reward))}{weights} {_values(_kept(reward), above)}"
 
 
-def _weights(module: nn.Module) -> str:
+def weights_identity(module: nn.Module) -> str:
+    """A fingerprint of some values of each tensor of weights."""
     tensors = (*module.parameters(), *module.buffers())
     return fingerprint(x.detach().flatten()[:: max(1, x.numel() // LOOKED_AT)] for x in tensors)
 

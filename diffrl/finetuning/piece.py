@@ -42,8 +42,9 @@ class Setting:
         optim: of the policy.
         kl_coef: weight of the KL term; 0 for none.
         kl_reference: π_ref of that term; None without one.
-        reference: gives a copy of the policy: "frozen" as it was at the start, "old" as it was when the present
-            rollout was collected, "ema" its moving average.
+        reference: gives a copy of the policy: "frozen" as it was at the start, "teacher" what it learns from, "old" as
+            it was when the present rollout was collected, "ema" its moving average.
+        twin: gives a copy of the teacher, to be trained, by a name.
         seed: of the run.
         device: where it runs.
         kl_by_time: whether the KL term weights each step by its length in time.
@@ -56,6 +57,7 @@ class Setting:
     kl_coef: float
     kl_reference: DenoisingPolicy | None
     reference: Callable[[str], DenoisingPolicy]
+    twin: Callable[[str], DenoisingPolicy]
     seed: int
     device: torch.device
     kl_by_time: bool = False

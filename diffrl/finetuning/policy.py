@@ -103,9 +103,13 @@ class DenoisingPolicy(TensorDictModuleBase):
 
     def estimate(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Tensor:
         """The clean estimate D_θ of states, float32 [N, *E]; arguments as of `law`."""
+        return self.denoise(x_t, self.grid[index.cpu()], cond)
+
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """D_θ of states [N, *E] at any times [N], on the grid or not, float32; it counts as the policy's evaluation."""
         self.nfe += len(x_t) * int(getattr(self.denoiser, "evaluations", 1))
         x_t = x_t.float()
-        return self.denoiser(x_t, self.grid[index.cpu()].to(x_t), cond).float()
+        return self.denoiser(x_t, t.to(x_t), cond).float()
 
     def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Gaussian:
         """The law of the next latent, π(x_s | x_t) = N(mean, std² I).

@@ -9,7 +9,7 @@ from diffrl.finetuning.piece import Piece
 from diffrl.finetuning.placement.base import Placement
 from diffrl.finetuning.rollouts.base import RolloutPlan
 from diffrl.finetuning.surrogate import Surrogate
-from diffrl.finetuning.updates import UpdatePlan
+from diffrl.finetuning.updates.base import UpdatePlan
 from diffrl.ranges import require_number
 
 __all__ = ["Recipe", "Regulariser"]
@@ -32,7 +32,8 @@ class Regulariser(Piece):
         kl_coef: the weight; 0 leaves the term out.
         reference: "frozen", the policy as it was at the start, "old", as it was when the rollout was collected, or
             "ema", its moving average.
-        decay: of that average, a rollout: θ_ref ← decay θ_ref + (1 - decay) θ.
+        decay: of the moving average, a rollout: θ_ref ← d θ_ref + (1 - d) θ, whether or not it has a KL term.
+        decay_ramp: after rollout n, counted from 0, d = min(decay_ramp n, decay); None: d is the decay throughout.
         by_time: whether each step's KL is multiplied by its length in the process's time.
 
     Raises:
@@ -42,13 +43,20 @@ class Regulariser(Piece):
     kl_coef: float = 0.0
     reference: Literal["frozen", "old", "ema"] = "frozen"
     decay: float = 0.9
+    decay_ramp: float | None = None
     by_time: bool = False
 
     def __post_init__(self) -> None:
         require_number("regulariser.kl_coef", self.kl_coef, 0)
         require_number("regulariser.decay", self.decay, 0, 1)
+        if self.decay_ramp is not None:
+            require_number("regulariser.decay_ramp", self.decay_ramp, 0)
         if self.reference not in ("frozen", "old", "ema"):
             raise InputError(f"regulariser.reference is {self.reference!r}: give 'frozen', 'old' or 'ema'")
+
+    def decay_after(self, n: int) -> float:
+        """D of the moving average after rollout n."""
+        return self.decay if self.decay_ramp is None else min(self.decay_ramp * n, self.decay)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class Recipe:
     credit       RewardsToGo(buffer=None, min_count=16, per='prompt', gamma=0.99)
     updates      Updates(order='step', minibatches=2, passes=1, last=None, drop_last=0, fraction=1.0, micro_batch=256)
     surrogate    RewardDifference(temporal_weight=0.99, log_scale=1.0, clip_range=None, advantage_clip=5.0)
-    regulariser  Regulariser(kl_coef=0.0, reference='frozen', decay=0.9, by_time=False)
+    regulariser  Regulariser(kl_coef=0.0, reference='frozen', decay=0.9, decay_ramp=None, by_time=False)
 
     Args:
         rollouts: what is collected.
@@ -87,6 +95,12 @@ class Recipe:
         for piece in self.pieces:
             if reason := piece.conflict(self):
                 raise InputError(reason)
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of a rollout that an update must not part."""
+        plan = self.rollouts
+        return plan.rows_of_a_group if self.surrogate.whole_groups else plan.rows_together
 
     @property
     def pieces(self) -> tuple[Piece, ...]:

@@ -5,7 +5,8 @@ from typing import Any
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.recipe import Recipe, Regulariser
 from diffrl.finetuning.rollouts.chains import Rollouts
-from diffrl.finetuning.updates import SampleUpdates, Updates
+from diffrl.finetuning.updates.samples import SampleUpdates
+from diffrl.finetuning.updates.steps import Updates
 
 __all__ = ["METHODS", "Recipe", "Regulariser", "Rollouts", "SampleUpdates", "Updates"]
 

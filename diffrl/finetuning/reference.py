@@ -15,13 +15,18 @@ from diffrl.training.checkpoints import CheckpointError
 __all__ = ["References", "frozen_copy", "load_policy_weights", "policy_weights"]
 
 
-def frozen_copy(policy: DenoisingPolicy) -> DenoisingPolicy:
+def frozen_copy(policy: DenoisingPolicy, denoiser: nn.Module | None = None) -> DenoisingPolicy:
     """The policy as it is now, for a reference: nothing that is done to the policy changes it.
 
     A denoiser with adapters brings its base by a method `reference`; another is copied.
+
+    Args:
+        policy: what is copied.
+        denoiser: in place of its own.
     """
-    own: Callable[[], nn.Module] | None = getattr(policy.denoiser, "reference", None)
-    other = copy.deepcopy(policy.denoiser).eval().requires_grad_(False) if own is None else own()
+    denoiser = policy.denoiser if denoiser is None else denoiser
+    own: Callable[[], nn.Module] | None = getattr(denoiser, "reference", None)
+    other = copy.deepcopy(denoiser).eval().requires_grad_(False) if own is None else own()
     return DenoisingPolicy(
         other,
         policy.sampler,
@@ -37,19 +42,24 @@ class References:
     """The copies of a policy that losses ask for, by name, made when they are first asked for.
 
         "frozen"    as it was at the start
+        "teacher"   the same, or the denoiser that was given for it
         "old"       as it was when the present rollout was collected
-        "ema"       θ_ref ← decay θ_ref + (1 - decay) θ after each rollout
+        "ema"       its moving average, moved after each rollout
 
     Args:
         policy: what is tuned.
-        decay: of "ema".
+        teacher: the denoiser that a method learns from; None: the policy's, as it was at the start.
     """
 
-    def __init__(self, policy: DenoisingPolicy, decay: float) -> None:
-        self.policy, self.decay = policy, decay
+    def __init__(self, policy: DenoisingPolicy, teacher: nn.Module | None = None) -> None:
+        self.policy = policy
         self.frozen = frozen_copy(policy)
+        self.teacher = self.frozen if teacher is None else frozen_copy(policy, teacher)
+        """The policy with the teacher's denoiser."""
         self._moving: dict[str, DenoisingPolicy] = {}
         self._asked: dict[str, DenoisingPolicy] = {}
+        self.twins: dict[str, DenoisingPolicy] = {}
+        """Copies that are trained, by name."""
 
     def __call__(self, kind: str) -> DenoisingPolicy:
         """The copy of that name.
@@ -57,16 +67,31 @@ class References:
         Raises:
             ValueError: an unknown name, or a moving copy of a denoiser whose adapters share their base.
         """
-        if kind not in ("frozen", "old", "ema"):
-            raise InputError(f"there is no reference {kind!r}: ask for 'frozen', 'old' or 'ema'")
-        if kind == "frozen":
-            return self._asked.setdefault(kind, self.frozen)
+        if kind not in ("frozen", "teacher", "old", "ema"):
+            raise InputError(f"there is no reference {kind!r}: ask for 'frozen', 'teacher', 'old' or 'ema'")
+        if kind in ("frozen", "teacher"):
+            return self._asked.setdefault(kind, self.frozen if kind == "frozen" else self.teacher)
         if kind not in self._moving:
             network = getattr(self.policy.denoiser, "network", None)
             if isinstance(network, nn.Module) and has_lora(network):
                 raise InputError(f"the reference is {kind!r}, but adapters share their base: take 'frozen'")
             self._moving[kind] = self._asked[kind] = frozen_copy(self.policy)
         return self._moving[kind]
+
+    def twin(self, name: str) -> DenoisingPolicy:
+        """A copy of the teacher, to be trained; saved with the moving copies.
+
+        Raises:
+            ValueError: adapters, which share their base.
+        """
+        if name not in self.twins:
+            network = getattr(self.policy.denoiser, "network", None)
+            if isinstance(network, nn.Module) and has_lora(network):
+                raise InputError(f"{name} is a copy of the network, which adapters share: tune all weights")
+            copied = frozen_copy(self.teacher)
+            copied.denoiser.requires_grad_(True)
+            self.twins[name] = self._asked[name] = copied
+        return self.twins[name]
 
     @property
     def nfe(self) -> int:
@@ -81,18 +106,19 @@ class References:
                 theta_old.copy_(theta)
 
     @torch.no_grad()
-    def after_updates(self) -> None:
-        """Move "ema" towards the policy."""
+    def after_updates(self, decay: float) -> None:
+        """Move "ema" towards the policy: θ_ref ← decay θ_ref + (1 - decay) θ."""
         if "ema" in self._moving:
             for theta_ref, theta in self._pairs("ema"):
-                theta_ref.lerp_(theta, 1 - self.decay)
+                theta_ref.lerp_(theta, 1 - decay)
 
     def _pairs(self, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self._moving[kind].denoiser.parameters(), self.policy.denoiser.parameters(), strict=True)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Those of the moving copies, by name of a set."""
-        return {f"reference_{kind}": p.denoiser.state_dict() for kind, p in self._moving.items()}
+        kept = {**self._moving, **self.twins}
+        return {f"reference_{kind}": p.denoiser.state_dict() for kind, p in kept.items()}
 
     def counts(self) -> dict[str, int]:
         """States forwarded by each copy."""
@@ -100,7 +126,7 @@ class References:
 
     def restore(self, weights: Mapping[str, dict[str, Tensor]], counts: Mapping[str, int]) -> None:
         """Continue from `weights` and `counts`."""
-        for kind, moving in self._moving.items():
+        for kind, moving in {**self._moving, **self.twins}.items():
             moving.denoiser.load_state_dict(weights[f"reference_{kind}"])
         for kind, asked in self._asked.items():
             asked.nfe = counts.get(kind, 0)

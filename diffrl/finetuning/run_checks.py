@@ -42,9 +42,11 @@ def check_tuner(tuner: Finetuner) -> Report:
             tuner.policy,
             tuner.loss if u.unit == "steps" else None,
             rollout,
-            batch_rows=u.largest_part(plan.trajectories, tuner.num_trainable, group_size=plan.rows_together),
+            batch_rows=u.largest_part(
+                plan.trajectories, tuner.num_trainable, group_size=recipe.rows_together
+            ),
             rollout_rows=size,
-            reward=tuner.reward,
+            reward=tuner.reward if recipe.placement.queries(tuner.policy.num_steps) else None,
             reference=tuner.base,
             autocast=tuner.autocast,
             centred=credit.centred_over(one_condition=tuner.conditions is None),

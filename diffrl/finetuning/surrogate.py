@@ -27,6 +27,7 @@ __all__ = [
     "Surrogate",
     "policy_figures",
     "reference_kl",
+    "reference_log_prob",
     "scaled_clip_range",
     "step_lengths",
     "trainable_law",
@@ -45,14 +46,18 @@ class Role:
             the others are figures. Its ``in_keys`` are what it reads.
         optim: learning rate, schedule and clipping; None: those of the run.
         repeats: optimiser steps on each minibatch.
-        after_step: called after each of them, such as to move an average.
+        every: it is trained on each so many-th minibatch.
+        prepare: called with each minibatch, and with how many states may be forwarded at once, before it is parted.
+        after_step: called after each step, with their number so far, such as to move an average.
     """
 
     module: nn.Module
     loss: LossModule
     optim: Optim | None = None
     repeats: int = 1
-    after_step: Callable[[], None] = lambda: None
+    every: int = 1
+    prepare: Callable[[TensorDictBase, int], None] = lambda minibatch, at_once: None
+    after_step: Callable[[int], None] = lambda steps: None
 
 
 class Surrogate(Piece, ABC):
@@ -65,14 +70,20 @@ class Surrogate(Piece, ABC):
     """Whether only the first update of a rollout is valid."""
     needs_pairs: ClassVar[bool] = False
     """Whether it compares trajectories that share their first latent."""
+    whole_groups: ClassVar[bool] = False
+    """Whether it compares the trajectories of a group, so that an update must hold all of them."""
     takes_kl: ClassVar[bool] = False
     """Whether it has a KL term."""
-    reads: ClassVar[Literal["steps", "samples"]] = "steps"
-    """What its loss is fed with: steps of trajectories, or their clean samples at fresh times and noise."""
+    reads: ClassVar[Literal["steps", "samples", "boundaries"]] = "steps"
+    """What its loss is fed with: steps of trajectories, their clean samples at fresh times and noise, or boundaries."""
 
     @abstractmethod
     def loss(self, setting: Setting) -> LossModule:
         """The loss of the policy."""
+
+    def actor(self, setting: Setting) -> DenoisingPolicy:
+        """What draws the rollouts."""
+        return setting.policy
 
     def roles(self, setting: Setting) -> dict[str, Role]:
         """All networks that are trained, in the order of their updates; "policy" is the one that is tuned."""
@@ -142,6 +153,12 @@ def reference_kl(reference: DenoisingPolicy, law: Gaussian, steps: TensorDictBas
     with torch.no_grad():
         other = _law_at(reference, steps, mask)
     return law.kl(other, reference.reduction)
+
+
+def reference_log_prob(reference: DenoisingPolicy, steps: TensorDictBase, mask: Tensor) -> Tensor:
+    """Log π_ref of the actions taken at the n steps under the mask, shape [n]; the reference gets no gradient."""
+    with torch.no_grad():
+        return reference.log_prob(_law_at(reference, steps, mask), steps.get(keys.ACTION)[mask])
 
 
 def step_lengths(policy: DenoisingPolicy, steps: TensorDictBase, mask: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ def finetune(
     conditions: Tensor | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    teacher: torch.nn.Module | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
     extend: bool = False,
@@ -58,6 +59,7 @@ def finetune(
         seed: of everything random.
         folder: for checkpoints, from which a stopped run continues; at the end the adapters of a pipeline are written
             there too, as diffusers reads them (``lora/``). None keeps nothing.
+        teacher: the denoiser that a method of distillation learns from; None: the policy's, as it is now.
         device: where to tune.
         progress: whether to show a bar, and the table of the self-checks before it.
         extend: whether the run in the folder may become longer than it was planned.
@@ -84,6 +86,7 @@ def finetune(
         folder=folder,
         length=Iterations(iterations, eval_every=iterations),
         optim=FinetuningOptim(lr=lr),
+        teacher=teacher,
         device=device,
     )
     resumed = tuner.resume(extend=extend, accept_changes=accept_changes)

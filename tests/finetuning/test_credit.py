@@ -117,7 +117,9 @@ def setting(conditions: torch.Tensor | None = None) -> Setting:
     """Of a run whose denoiser has sigma_data 0.5; a critic looks at nothing else of the policy."""
     policy: Any = SimpleNamespace(process=PROCESS, denoiser=SimpleNamespace(sigma_data=0.5))
     nothing: Any = None
-    return Setting(policy, (2,), conditions, FinetuningOptim(), 0.0, None, nothing, 0, torch.device("cpu"))
+    return Setting(
+        policy, (2,), conditions, FinetuningOptim(), 0.0, None, nothing, nothing, 0, torch.device("cpu")
+    )
 
 
 def critic_of(**options: Any) -> LearnedCritic:

@@ -28,7 +28,8 @@ from diffrl.finetuning.reference import frozen_copy
 from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.finetuning.surrogate import scaled_clip_range
-from diffrl.finetuning.updates import Updates, micro_batches
+from diffrl.finetuning.updates.base import micro_batches
+from diffrl.finetuning.updates.steps import Updates
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.checkpoints import CheckpointError

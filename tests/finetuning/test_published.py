@@ -24,7 +24,8 @@ from diffrl.finetuning.placement.dense import Dense
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Regulariser
 from diffrl.finetuning.rollouts.chains import Rollouts, collect_rollout
-from diffrl.finetuning.updates import SampleUpdates, Updates
+from diffrl.finetuning.updates.samples import SampleUpdates
+from diffrl.finetuning.updates.steps import Updates
 from diffrl.training.optim import FinetuningOptim
 from tests.finetuning.test_ddpo_sdpo import Given, steps
 from tests.finetuning.test_updates import numbered, seen

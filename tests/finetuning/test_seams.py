@@ -23,7 +23,8 @@ from diffrl.finetuning.rollouts.base import RolloutPlan
 from diffrl.finetuning.rollouts.chains import Rollouts, Start, collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.finetuning.surrogate import Role, Surrogate
-from diffrl.finetuning.updates import SampleUpdates, Updates
+from diffrl.finetuning.updates.samples import SampleUpdates
+from diffrl.finetuning.updates.steps import Updates
 from diffrl.rl.advantages import group_advantages
 from diffrl.training.optim import Optim
 from tests.kit.policies import make_policy, right

@@ -7,7 +7,8 @@ import torch
 from tensordict import TensorDict
 
 from diffrl import keys
-from diffrl.finetuning.updates import Updates, micro_batches
+from diffrl.finetuning.updates.base import micro_batches
+from diffrl.finetuning.updates.steps import Updates
 
 
 def numbered(B: int, K: int, deterministic: tuple[int, ...] = ()) -> TensorDict:

@@ -24,7 +24,7 @@ from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.placement.registry import PLACEMENTS
 from diffrl.finetuning.rollouts.chains import Rollouts, collect_rollout
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
-from diffrl.finetuning.updates import UPDATES
+from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
@@ -182,7 +182,18 @@ def test_a_credit_gives_finite_advantages_and_remembers_by_its_state(name: str) 
         credit: Any = CREDITS[name]()
         nothing: Any = None
         credit.prepare(
-            Setting(make_policy(), (2,), None, FinetuningOptim(), 0.0, None, nothing, 0, torch.device("cpu"))
+            Setting(
+                make_policy(),
+                (2,),
+                None,
+                FinetuningOptim(),
+                0.0,
+                None,
+                nothing,
+                nothing,
+                0,
+                torch.device("cpu"),
+            )
         )
         return credit
 
@@ -242,9 +253,10 @@ def test_a_method_tunes_and_is_its_configuration(name: str) -> None:
     assert all(piece in str(recipe) for piece in (field.name for field in fields(recipe)))
 
     plan = Rollouts(16, group_size=max(1, recipe.credit.min_group), pairs=recipe.rollouts.pairs)
-    tuner = Finetuner(
-        make_policy(), right, METHODS[name](rollouts=plan), event_shape=(2,), length=Iterations(2)
-    )
+    policy = make_policy()
+    if recipe.updates.refuses(policy):
+        policy = make_policy(diffrl.DDIM(), std_floor=0.0)
+    tuner = Finetuner(policy, right, METHODS[name](rollouts=plan), event_shape=(2,), length=Iterations(2))
     before = [p.detach().clone() for p in tuner.policy.denoiser.parameters()]
     rows = list(tuner.steps())
     assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)

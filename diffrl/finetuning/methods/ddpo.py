@@ -27,7 +27,7 @@ from diffrl.finetuning.surrogate import (
     step_lengths,
     trainable_law,
 )
-from diffrl.finetuning.updates import Updates
+from diffrl.finetuning.updates.steps import Updates
 from diffrl.ranges import require_number
 
 __all__ = ["DDPOLoss", "PPOClip", "Reinforce", "ddpo_is", "ddpo_sf"]

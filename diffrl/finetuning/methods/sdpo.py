@@ -26,7 +26,7 @@ from diffrl.finetuning.surrogate import (
     scaled_clip_range,
     trainable_law,
 )
-from diffrl.finetuning.updates import Updates
+from diffrl.finetuning.updates.steps import Updates
 from diffrl.ranges import require_number
 
 __all__ = ["RewardDifference", "SDPOLoss", "sdpo"]

@@ -1,0 +1,1 @@
+"""What each update is made of: one file for each plan."""

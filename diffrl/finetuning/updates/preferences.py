@@ -1,0 +1,98 @@
+"""Updates on boundaries, with others beside them on which the groups' samples are compared."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Generator, Tensor
+
+from diffrl import keys
+from diffrl.errors import InputError
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.updates.boundaries import BoundaryUpdates, draw_times
+from diffrl.finetuning.updates.registry import UPDATES
+
+if TYPE_CHECKING:
+    from diffrl.finetuning.recipe import Recipe
+
+__all__ = ["PREFERENCE", "REWARD_NOISE", "REWARD_T", "PreferenceUpdates"]
+
+PREFERENCE = "preference"  # boundaries on which a group is compared, TensorDict [n, m]
+REWARD_T, REWARD_NOISE = "reward_t", "reward_noise"  # a second time and noise for the boundaries of an update
+
+
+@UPDATES.register("preferences")
+@dataclass(frozen=True)
+class PreferenceUpdates(BoundaryUpdates):
+    """`BoundaryUpdates` that keep groups whole, with boundaries x_{j+1} on which each group is compared.
+
+        P(j) ∝ j+1,    t and j shared by the whole update, the noise by each group
+
+    A second time and noise for the boundaries x_{k+1}, shared in the same way, are where the learnt reward is asked.
+
+    Source: TDM-R1 (Luo et al., 2026), https://arxiv.org/abs/2603.07700, and its code.
+
+    Args:
+        interval: of the first noise, see `BoundaryUpdates`.
+        draws: see there.
+        margin: see there.
+        minibatches: see there.
+        passes: see there.
+        micro_batch: see there.
+        compared: the boundaries on which groups are compared: "all", or the "clean" samples only.
+        preference_t_min: least time at which groups are compared, in the process's time.
+        reward_t_min: least time at which the learnt reward is asked.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    interval: Literal["trajectory", "reverse"] = "reverse"
+    draws: int = 2
+    compared: Literal["all", "clean"] = "all"
+    preference_t_min: float = 0.55
+    reward_t_min: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compared not in ("all", "clean"):
+            raise InputError(f"updates.compared is {self.compared!r}: give 'all' or 'clean'")
+        for name in ("preference_t_min", "reward_t_min"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"updates.{name} is {getattr(self, name)}: it is a time >= 0")
+
+    def conflict(self, recipe: "Recipe") -> str | None:
+        """Refuse trajectories without groups."""
+        if recipe.rollouts.rows_of_a_group < 2:
+            return "preferences compare trajectories of one group: set rollouts.group_size"
+        return super().conflict(recipe)
+
+    def _minibatch(
+        self, rollout: TensorDictBase, k: Tensor, policy: DenoisingPolicy, generator: Generator
+    ) -> TensorDict:
+        """Boundaries [n, m], the second time and noise of them, and those on which groups are compared."""
+        part = super()._minibatch(rollout, k, policy, generator)
+        n, m = k.shape
+        u = torch.rand(2, m, generator=generator)
+        reward_t = draw_times(policy, k, "reverse", self.margin, u[0], t_min=self.reward_t_min)
+        K = policy.num_steps
+        j = torch.multinomial(torch.arange(1.0, K + 1), m, replacement=True, generator=generator).expand(n, m)
+        j = torch.full_like(j, K - 1) if self.compared == "clean" else j
+        compared = rollout[torch.arange(n)[:, None].to(rollout.device), j.to(rollout.device)].select(
+            keys.INDEX,
+            (keys.NEXT, keys.X_T),
+            (keys.NEXT, keys.T),
+            keys.ADVANTAGE,
+            keys.COND,
+            keys.GROUP,
+            strict=False,
+        )
+        t = draw_times(policy, j, "reverse", self.margin, u[1], t_min=self.preference_t_min)
+        _, member = rollout.get(keys.GROUP)[:, 0, 0].cpu().unique(return_inverse=True)
+        shape = (2, int(member.max()) + 1, *part.get(keys.X_T).shape[1:])
+        shared = torch.randn(shape, generator=generator)[:, member].to(rollout.device)
+        compared.update({keys.RENOISE_T: t[..., None].to(rollout.device), keys.NOISE: shared[1]})
+        return part.update(
+            {REWARD_T: reward_t[..., None].to(rollout.device), REWARD_NOISE: shared[0], PREFERENCE: compared}
+        )
