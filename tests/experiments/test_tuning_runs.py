@@ -65,7 +65,7 @@ def tuned_weights(path: Path) -> Tensor:
 
 @pytest.mark.parametrize("recipe", METHODS)
 def test_recipes_by_configuration_are_those_of_python(recipe: str) -> None:
-    published = ("rollouts.trajectories=256", "model.path=x")
+    published = (f"rollouts.trajectories={METHODS[recipe]().rollouts.trajectories}", "model.path=x")
     config = OmegaConf.to_container(composed(f"recipe={recipe}", *published, name="finetune"), resolve=True)
     assert isinstance(config, dict) and build_recipe(config) == METHODS[recipe]()
 

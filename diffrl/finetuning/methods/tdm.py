@@ -221,6 +221,9 @@ class TrajectoryMatching(Surrogate):
     betas: tuple[float, float] = (0.0, 0.95)
     huber: float = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # a configuration has a list
+
     def loss(self, setting: Setting) -> DistillationLoss:
         """That of the student."""
         teacher = Teacher(setting.reference("teacher"), self.guidance_scale)
