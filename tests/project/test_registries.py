@@ -1,6 +1,7 @@
 """What holds for every registered method, whichever it is: the general suite over the registries."""
 
 import inspect
+import math
 import re
 from dataclasses import fields
 from typing import Any
@@ -15,6 +16,7 @@ from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.samplers.base import GaussianSampler, Model, Noise
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.registry import PROCESSES
+from diffrl.errors import InputError
 from diffrl.experiments.train import run_experiment
 from diffrl.finetuning.build import build_recipe, recipe_config
 from diffrl.finetuning.credit.registry import CREDITS
@@ -24,6 +26,7 @@ from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.placement.registry import PLACEMENTS
 from diffrl.finetuning.rollouts.chains import Rollouts, collect_rollout
 from diffrl.finetuning.rollouts.registry import ROLLOUTS
+from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Registry
@@ -238,6 +241,22 @@ def test_updates_are_as_many_as_they_say(name: str) -> None:
     made = {"policy": make_policy(), "group_size": 1, "generator": torch.Generator(), "entries": [keys.X_T]}
     found = list(plan(td, **made))
     assert len(found) == plan.count(4) and all(plan.weight(part) == part.numel() for part in found)
+
+
+NUMBERS = [
+    (registry[name], field.name)
+    for registry in (SURROGATES, UPDATES)
+    for name in registry
+    for field in fields(registry[name])
+    if type(field.default) in (int, float)
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, True, "1"])
+@pytest.mark.parametrize(("make", "name"), NUMBERS)
+def test_a_number_of_a_piece_that_is_none_is_named(make: Any, name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"\b{name} is "):
+        make(**{name: value})
 
 
 @pytest.mark.parametrize("name", METHODS)

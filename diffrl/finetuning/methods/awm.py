@@ -147,6 +147,12 @@ class AdvantageWeightedMatching(Surrogate):
     reference_coef: float = 3e-3
     ema_coef: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("clip_range", "advantage_clip"):
+            require_number(f"surrogate.{name}", getattr(self, name), 0, ends="()")
+        for name in ("reference_coef", "ema_coef"):
+            require_number(f"surrogate.{name}", getattr(self, name), 0)
+
     def loss(self, setting: Setting) -> AWMLoss:
         """`AWMLoss`; the old policy is the one that collected."""
         return AWMLoss(

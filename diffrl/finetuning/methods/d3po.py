@@ -122,6 +122,10 @@ class D3PO(Surrogate):
     beta: float = 0.1
     clip_range: float = 0.1
 
+    def __post_init__(self) -> None:
+        require_number("surrogate.beta", self.beta, 0, ends="()")
+        require_number("surrogate.clip_range", self.clip_range, 0, 1, "()")
+
     def loss(self, setting: Setting) -> D3POLoss:
         """`D3POLoss`; the reference is the policy before tuning."""
         return D3POLoss(

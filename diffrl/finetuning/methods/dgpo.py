@@ -12,6 +12,7 @@ from diffrl.finetuning.recipe import Recipe, Regulariser
 from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.surrogate import SURROGATES, Role, Surrogate
 from diffrl.finetuning.updates.preferences import PreferenceUpdates
+from diffrl.ranges import require_number
 
 __all__ = ["GroupPreference", "dgpo"]
 
@@ -36,6 +37,13 @@ class GroupPreference(Surrogate):
     clip_range: float = 1e-3
     anchor_coef: float = 0.0
     runaway: float | None = None
+
+    def __post_init__(self) -> None:
+        require_number("surrogate.beta", self.beta, 0, ends="()")
+        require_number("surrogate.clip_range", self.clip_range, 0)
+        require_number("surrogate.anchor_coef", self.anchor_coef, 0)
+        if self.runaway is not None:
+            require_number("surrogate.runaway", self.runaway, 0)
 
     def loss(self, setting: Setting) -> GroupPreferenceLoss:
         """That of the policy."""

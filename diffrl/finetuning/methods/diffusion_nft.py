@@ -118,6 +118,11 @@ class DiffusionNFT(Surrogate):
     advantage_clip: float = 5.0
     anchor_coef: float = 1e-4
 
+    def __post_init__(self) -> None:
+        require_number("surrogate.strength", self.strength, 0, 1, "(]")
+        require_number("surrogate.advantage_clip", self.advantage_clip, 0, ends="()")
+        require_number("surrogate.anchor_coef", self.anchor_coef, 0)
+
     def loss(self, setting: Setting) -> NFTLoss:
         """`NFTLoss`."""
         return NFTLoss(

@@ -23,6 +23,7 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.surrogate import SURROGATES, Role, Surrogate
 from diffrl.finetuning.updates.boundaries import BoundaryUpdates
+from diffrl.ranges import require_int, require_number
 from diffrl.shapes import column, expand_like
 from diffrl.training.optim import Optim
 
@@ -223,6 +224,10 @@ class TrajectoryMatching(Surrogate):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # a configuration has a list
+        require_number("surrogate.guidance_scale", self.guidance_scale, 1)
+        require_int("surrogate.fake_updates", self.fake_updates)
+        require_number("surrogate.fake_lr", self.fake_lr, 0, ends="()")
+        require_number("surrogate.huber", self.huber, 0)
 
     def loss(self, setting: Setting) -> DistillationLoss:
         """That of the student."""

@@ -24,6 +24,7 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.surrogate import SURROGATES, Role, Surrogate
 from diffrl.finetuning.updates.preferences import REWARD_NOISE, REWARD_T, PreferenceUpdates
+from diffrl.ranges import require_int, require_number
 from diffrl.training.optim import Optim
 
 __all__ = ["LearntReward", "RewardedDistillationLoss", "slow_decay", "tdm_r1"]
@@ -160,6 +161,20 @@ class LearntReward(Surrogate):
     kl_weight: float = 1.0
     reward_weight: float | None = None
     truncated: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "surrogate_lr", "fake_lr"):
+            require_number(f"surrogate.{name}", getattr(self, name), 0, ends="()")
+        for name in ("clip_range", "anchor_coef", "fake_anchor_coef", "kl_weight"):
+            require_number(f"surrogate.{name}", getattr(self, name), 0)
+        for name in ("surrogate_guidance", "guidance_scale"):
+            require_number(f"surrogate.{name}", getattr(self, name), 1)
+        require_number("surrogate.tdm_weight", self.tdm_weight, 0, 1)
+        for name in ("runaway", "reward_weight"):
+            if getattr(self, name) is not None:
+                require_number(f"surrogate.{name}", getattr(self, name), 0)
+        if self.truncated is not None:
+            require_int("surrogate.truncated", self.truncated, 0)
 
     def loss(self, setting: Setting) -> RewardedDistillationLoss:
         """That of the student."""

@@ -14,6 +14,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.updates.base import UpdatePlan
 from diffrl.finetuning.updates.registry import UPDATES
+from diffrl.ranges import require_int, require_number
 
 if TYPE_CHECKING:
     pass
@@ -66,10 +67,8 @@ class BoundaryUpdates(UpdatePlan):
             raise InputError(f"updates.of is {self.of!r}: give 'boundary' or 'estimate'")
         if self.interval not in ("trajectory", "reverse"):
             raise InputError(f"updates.interval is {self.interval!r}: give 'trajectory' or 'reverse'")
-        if self.draws < 1:
-            raise InputError(f"updates.draws is {self.draws}: it must be at least 1")
-        if not 0 < self.margin < 1:
-            raise InputError(f"updates.margin is {self.margin}: it is a share of the grid in (0, 1)")
+        require_int("updates.draws", self.draws)
+        require_number("updates.margin", self.margin, 0, 1, "()")
 
     def refuses(self, policy: DenoisingPolicy) -> str | None:
         """Refuse more draws than the policy has steps, and noise in its steps."""

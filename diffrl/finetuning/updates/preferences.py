@@ -12,6 +12,7 @@ from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.updates.boundaries import BoundaryUpdates, draw_times
 from diffrl.finetuning.updates.registry import UPDATES
+from diffrl.ranges import require_number
 
 if TYPE_CHECKING:
     from diffrl.finetuning.recipe import Recipe
@@ -59,8 +60,7 @@ class PreferenceUpdates(BoundaryUpdates):
         if self.compared not in ("all", "clean"):
             raise InputError(f"updates.compared is {self.compared!r}: give 'all' or 'clean'")
         for name in ("preference_t_min", "reward_t_min"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"updates.{name} is {getattr(self, name)}: it is a time >= 0")
+            require_number(f"updates.{name}", getattr(self, name), 0)
 
     def conflict(self, recipe: "Recipe") -> str | None:
         """Refuse trajectories without groups."""
