@@ -55,7 +55,7 @@ class Regulariser(Piece):
             raise InputError(f"regulariser.reference is {self.reference!r}: give 'frozen', 'old' or 'ema'")
 
     def decay_after(self, n: int) -> float:
-        """D of the moving average after rollout n."""
+        """The decay d of the moving average after rollout n."""
         return self.decay if self.decay_ramp is None else min(self.decay_ramp * n, self.decay)
 
 

@@ -74,7 +74,7 @@ class Surrogate(Piece, ABC):
     """Whether it compares the trajectories of a group, so that an update must hold all of them."""
     takes_kl: ClassVar[bool] = False
     """Whether it has a KL term."""
-    reads: ClassVar[Literal["steps", "samples", "boundaries"]] = "steps"
+    reads: ClassVar[Literal["steps", "samples", "boundaries", "preferences"]] = "steps"
     """What its loss is fed with: steps of trajectories, their clean samples at fresh times and noise, or boundaries."""
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """Agents from outside learn to denoise for a reward: PPO, A2C and SAC of Stable-Baselines3, and TorchRL's PPO.
 
 python examples/agents/train_agents.py                       # all four, three seeds: some minutes on one core
-python examples/agents/train_agents.py --agents sac --seeds 1 --out /tmp/agents
+python examples/agents/train_agents.py --agents sac --seeds 1 --out runs/agents
 
 The environment is `DiffusionMDP-v0` as it is by default: 10 steps of rectified flow from noise to a point of the plane,
 paid by minus its squared distance to one mode of a ring. No agent knows what diffusion is. The table goes to

@@ -20,6 +20,7 @@ from diffrl.finetuning.methods.tdm_r1 import LearntReward, RewardedDistillationL
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
+from diffrl.finetuning.updates.boundaries import BoundaryUpdates
 from diffrl.finetuning.updates.preferences import PREFERENCE, REWARD_NOISE, REWARD_T, PreferenceUpdates
 from diffrl.rl.advantages import group_advantages
 from diffrl.training.optim import Optim
@@ -98,6 +99,9 @@ def test_least_times_are_kept() -> None:
         assert (part.get(REWARD_T) >= 0.25).all()
     with pytest.raises(ValueError, match="set rollouts.group_size"):
         recipes.tdm_r1(rollouts=recipes.Rollouts(8))
+    for method in (recipes.tdm_r1, recipes.dgpo):
+        with pytest.raises(ValueError, match="reads preferences, but these updates give boundaries"):
+            method(updates=BoundaryUpdates())
 
 
 # The surrogate

@@ -30,7 +30,7 @@ class GroupPreference(Surrogate):
         runaway: guard of the policy; None: none.
     """
 
-    reads: ClassVar[Literal["boundaries"]] = "boundaries"
+    reads: ClassVar[Literal["preferences"]] = "preferences"
     whole_groups: ClassVar[bool] = True
     reference: Literal["frozen", "ema"] = "frozen"
     beta: float = 100.0

@@ -7,12 +7,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
-from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl.finetuning.credit.group import GroupRelative
 from diffrl.finetuning.methods.matching import IN_KEYS, Noised, advantages
 from diffrl.finetuning.methods.registry import METHODS
+from diffrl.finetuning.methods.tdm import pull
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.placement.terminal import Terminal
 from diffrl.finetuning.policy import DenoisingPolicy
@@ -21,11 +21,8 @@ from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.surrogate import SURROGATES, Surrogate
 from diffrl.finetuning.updates.samples import SampleUpdates
 from diffrl.ranges import require_number
-from diffrl.shapes import expand_like
 
 __all__ = ["DiffusionNFT", "NFTLoss", "diffusion_nft"]
-
-NO_SMALLER = 1e-6  # of a normaliser
 
 
 class NFTLoss(LossModule):
@@ -86,17 +83,12 @@ class NFTLoss(LossModule):
             D_old = b.denoised(self.__dict__["old"])
             D_ref = b.denoised(self.__dict__["reference"]) if self.anchor_coef > 0 else D_old
         step = self.strength * (D - D_old)
-        pulls = q * _error(D_old + step, b.x0) + (1 - q) * _error(D_old - step, b.x0)
+        good, bad = (pull(side, b.x0 - side, b.x0) for side in (D_old + step, D_old - step))
+        pulls = q * good + (1 - q) * bad
         loss = self.advantage_clip / self.strength * pulls + self.anchor_coef * b.distance(
             self.policy, D, D_ref
         )
         return TensorDict({"loss_policy": loss.mean(), "moved": (D.detach() - D_old).square().mean().sqrt()})
-
-
-def _error(D: Tensor, x0: Tensor) -> Tensor:
-    """E of each state, shape [N]."""
-    scale = (D.detach() - x0).abs().flatten(1).mean(1).clamp(min=NO_SMALLER)
-    return ((D - x0).square() / expand_like(scale, D)).flatten(1).mean(1)
 
 
 @SURROGATES.register("forward_nft")

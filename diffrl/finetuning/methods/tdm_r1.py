@@ -144,7 +144,7 @@ class LearntReward(Surrogate):
         truncated: first step without a reward; None: all have it.
     """
 
-    reads: ClassVar[Literal["boundaries"]] = "boundaries"
+    reads: ClassVar[Literal["preferences"]] = "preferences"
     whole_groups: ClassVar[bool] = True
     reference: Literal["ema", "frozen"] = "ema"
     beta: float = 1.0
@@ -228,12 +228,6 @@ class LearntReward(Surrogate):
 
     def _optim(self, lr: float, beta1: float) -> Optim:
         return Optim(lr, betas=(beta1, 0.999), weight_decay=1e-4, warmup_steps=0, decay="none")
-
-    def conflict(self, recipe: Recipe) -> str | None:
-        """Refuse updates without preferences."""
-        if not isinstance(recipe.updates, PreferenceUpdates):
-            return "a learnt reward compares the samples of groups: set updates=preferences"
-        return super().conflict(recipe)
 
 
 @METHODS.register("tdm_r1", label="TDM-R1")

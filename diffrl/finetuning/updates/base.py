@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Generator
+from torch import Generator, Tensor
 
 from diffrl.finetuning.piece import Piece
 from diffrl.finetuning.policy import DenoisingPolicy
@@ -14,13 +15,13 @@ from diffrl.ranges import require_int
 if TYPE_CHECKING:
     from diffrl.finetuning.recipe import Recipe
 
-__all__ = ["UpdatePlan", "micro_batches"]
+__all__ = ["RowUpdates", "UpdatePlan", "micro_batches"]
 
 
 class UpdatePlan(Piece, ABC):
     """Makes minibatches [n, k] of a rollout."""
 
-    unit: ClassVar[Literal["steps", "samples", "boundaries"]]
+    unit: ClassVar[Literal["steps", "samples", "boundaries", "preferences"]]
     """What a minibatch holds."""
     minibatches: int
     passes: int
@@ -76,6 +77,30 @@ class UpdatePlan(Piece, ABC):
     def _check(self) -> None:
         for name in ("minibatches", "passes", "micro_batch"):
             require_int(f"updates.{name}", getattr(self, name))
+
+
+class RowUpdates(UpdatePlan):
+    """Makes minibatches of whole rows of a rollout, each row with `draws` draws of its own: [n, draws]."""
+
+    draws: int
+
+    def _check(self) -> None:
+        super()._check()
+        require_int("updates.draws", self.draws)
+
+    def count(self, num_trainable: int) -> int:
+        """Passes × minibatches, whatever the steps."""
+        return self.passes * self.minibatches
+
+    def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
+        """The most states that are forwarded at once."""
+        return min(self.micro_batch, -(-trajectories // self.minibatches) * self.draws)
+
+    def _rows(self, rows: int, group_size: int, generator: Generator) -> Iterator[Tensor]:
+        """The rows of each minibatch of one pass, [n]; members of a group stay side by side."""
+        members = torch.arange(group_size)
+        for unit in torch.randperm(rows // group_size, generator=generator).tensor_split(self.minibatches):
+            yield (unit[:, None] * group_size + members).flatten()
 
 
 def micro_batches(minibatch: TensorDict, size: int, *, group_size: int) -> Iterator[TensorDict]:

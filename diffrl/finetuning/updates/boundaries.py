@@ -1,8 +1,9 @@
 """Updates on the states that a few-step generator stops at, each with fresh noise on top."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,19 +13,16 @@ from diffrl import keys
 from diffrl.diffusion.renoising import between
 from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.finetuning.updates.base import UpdatePlan
+from diffrl.finetuning.updates.base import RowUpdates
 from diffrl.finetuning.updates.registry import UPDATES
-from diffrl.ranges import require_int, require_number
-
-if TYPE_CHECKING:
-    pass
+from diffrl.ranges import require_number
 
 __all__ = ["BoundaryUpdates", "draw_times"]
 
 
 @UPDATES.register("boundaries")
 @dataclass(frozen=True)
-class BoundaryUpdates(UpdatePlan):
+class BoundaryUpdates(RowUpdates):
     """Minibatches of boundaries x_{k+1}, the states at which a few-step generator stops, with a time and noise each.
 
         x_t = a x_{k+1} + b ε,    t ~ U between t_{k+1} and t_k ("trajectory") or t_0 ("reverse"), in index units
@@ -52,7 +50,7 @@ class BoundaryUpdates(UpdatePlan):
         ValueError: an argument outside its range.
     """
 
-    unit: ClassVar[Literal["boundaries"]] = "boundaries"
+    unit: ClassVar[Literal["boundaries", "preferences"]] = "boundaries"
     of: Literal["boundary", "estimate"] = "boundary"
     interval: Literal["trajectory", "reverse"] = "trajectory"
     draws: int = 1
@@ -67,7 +65,6 @@ class BoundaryUpdates(UpdatePlan):
             raise InputError(f"updates.of is {self.of!r}: give 'boundary' or 'estimate'")
         if self.interval not in ("trajectory", "reverse"):
             raise InputError(f"updates.interval is {self.interval!r}: give 'trajectory' or 'reverse'")
-        require_int("updates.draws", self.draws)
         require_number("updates.margin", self.margin, 0, 1, "()")
 
     def refuses(self, policy: DenoisingPolicy) -> str | None:
@@ -77,14 +74,6 @@ class BoundaryUpdates(UpdatePlan):
         if policy.stochastic_steps and self.of == "boundary":
             return "the generator must be deterministic: take sampler ddim or euler, and policy.std_floor=0"
         return None
-
-    def count(self, num_trainable: int) -> int:
-        """Passes × minibatches."""
-        return self.passes * self.minibatches
-
-    def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
-        """The most states that are forwarded at once."""
-        return min(self.micro_batch, -(-trajectories // self.minibatches) * self.draws)
 
     def __call__(
         self,
@@ -107,11 +96,10 @@ class BoundaryUpdates(UpdatePlan):
             keys.COND,
             keys.GROUP,
         )
-        rollout, members = rollout.select(*kept, strict=False), torch.arange(group_size)
+        rollout = rollout.select(*kept, strict=False)
         for _ in range(self.passes):
             steps = torch.rand(B, K, generator=generator).argsort(1)[:, : self.draws]
-            for unit in torch.randperm(B // group_size, generator=generator).tensor_split(self.minibatches):
-                rows = (unit[:, None] * group_size + members).flatten()
+            for rows in self._rows(B, group_size, generator):
                 yield self._minibatch(rollout[rows.to(rollout.device)], steps[rows], policy, generator)
 
     def _minibatch(
@@ -143,7 +131,7 @@ def draw_times(
     margin: float,
     u: Tensor,
     *,
-    t_min: float = 0.0,
+    t_min: float = -math.inf,
 ) -> Tensor:
     """Times to add noise up to, after steps k [*b]: float64, of k's shape.
 
@@ -153,7 +141,7 @@ def draw_times(
         interval: see `BoundaryUpdates`.
         margin: see `diffrl.diffusion.renoising.between`.
         u: numbers in [0, 1), of k's shape or broadcastable against it.
-        t_min: no time is below this, apart from the margin.
+        t_min: no time is below this, apart from the margin; in discrete time clean data lie below 0.
     """
     grid = policy.grid
     noisiest = grid[k] if interval == "trajectory" else grid[:1].expand(k.shape)

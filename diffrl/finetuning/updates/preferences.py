@@ -1,7 +1,7 @@
 """Updates on boundaries, with others beside them on which the groups' samples are compared."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -49,6 +49,7 @@ class PreferenceUpdates(BoundaryUpdates):
         ValueError: an argument outside its range.
     """
 
+    unit: ClassVar[Literal["boundaries", "preferences"]] = "preferences"
     interval: Literal["trajectory", "reverse"] = "reverse"
     draws: int = 2
     compared: Literal["all", "clean"] = "all"

@@ -4,17 +4,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Generator
 
 from diffrl import keys
 from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
-from diffrl.finetuning.updates.base import UpdatePlan
+from diffrl.finetuning.updates.base import RowUpdates
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
-from diffrl.ranges import require_int
 
 if TYPE_CHECKING:
     from diffrl.finetuning.recipe import Recipe
@@ -24,7 +22,7 @@ __all__ = ["SampleUpdates"]
 
 @UPDATES.register("samples")
 @dataclass(frozen=True)
-class SampleUpdates(UpdatePlan):
+class SampleUpdates(RowUpdates):
     """Minibatches of clean samples, each at fresh times with fresh noise: no step needs a log-probability.
 
         x_t = α_t x_K + σ_t ε,    with the advantage of the trajectory that ended in x_K
@@ -56,7 +54,6 @@ class SampleUpdates(UpdatePlan):
         self._check()
         if self.times not in ("uniform", "log_normal"):
             raise InputError(f"updates.times is {self.times!r}: give 'uniform' or 'log_normal'")
-        require_int("updates.draws", self.draws)
 
     def conflict(self, recipe: "Recipe") -> str | None:
         """Refuse rewards of single steps, which no sample has."""
@@ -65,14 +62,6 @@ class SampleUpdates(UpdatePlan):
                 "updates of samples take one advantage a trajectory, not one a step: take placement terminal"
             )
         return super().conflict(recipe)
-
-    def count(self, num_trainable: int) -> int:
-        """Passes × minibatches, whatever the steps."""
-        return self.passes * self.minibatches
-
-    def largest_part(self, trajectories: int, num_trainable: int, *, group_size: int) -> int:
-        """The most states that are forwarded at once."""
-        return min(self.micro_batch, -(-trajectories // self.minibatches) * self.draws)
 
     def __call__(
         self,
@@ -88,12 +77,10 @@ class SampleUpdates(UpdatePlan):
         data = {keys.X0: last.get((keys.NEXT, keys.X_T)), keys.ADVANTAGE: last.get(keys.ADVANTAGE)}
         data |= {key: last.get(key) for key in (keys.COND, keys.GROUP) if key in last.keys()}
         samples = TensorDict(data, [len(last)])
-        units, members = len(samples) // group_size, torch.arange(group_size)
         draw = sample_uniform_states if self.times == "uniform" else sample_log_normal_states
         for _ in range(self.passes):
-            for unit in torch.randperm(units, generator=generator).tensor_split(self.minibatches):
-                rows = (unit[:, None] * group_size + members).flatten().to(rollout.device)
-                part = samples[rows.repeat_interleave(self.draws)]
+            for rows in self._rows(len(samples), group_size, generator):
+                part = samples[rows.to(rollout.device).repeat_interleave(self.draws)]
                 x0 = part.get(keys.X0)
                 states = draw(policy.process, x0.cpu(), generator=generator).squeeze(1).to(x0.device)
                 part.update(states.select(keys.X_T, keys.T))
