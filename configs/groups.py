@@ -23,7 +23,7 @@ from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.evaluation import EarlyStop, TuningEvaluation
 from diffrl.finetuning.finetuner import Iterations
 from diffrl.finetuning.methods.registry import METHODS
-from diffrl.finetuning.models import MODELS
+from diffrl.finetuning.models.registry import MODELS
 from diffrl.finetuning.placement.registry import PLACEMENTS
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe, Regulariser

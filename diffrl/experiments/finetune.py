@@ -18,7 +18,9 @@ from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, int
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
-from diffrl.finetuning.models import MODELS, Tunable
+from diffrl.finetuning.models.base import Tunable
+from diffrl.finetuning.models.registry import MODELS
+from diffrl.finetuning.models.tuned import latest_tuned
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
@@ -27,7 +29,7 @@ from diffrl.registry import Config, accepted
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import as_reward
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights
+from diffrl.training.checkpoints import load_weights
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
@@ -76,6 +78,8 @@ class _Job(Job):
             seed=config["seed"],
             length=made_of("loop", Iterations, config),
             optim=made_of("optim", Optim, config),
+            teacher=model.teacher,
+            twins=model.twins,
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
         )
@@ -259,8 +263,6 @@ def load_tuned(path: str | Path) -> TunedRun:
     require_kind(folder.path, config, "finetune")
     model = _model({**config, "device": "cpu"})
     policy = _policy({**config, "device": "cpu"}, model)
-    newest = latest_checkpoint(folder.checkpoints("policy"))
-    if newest is None:
-        raise CheckpointError(f"{folder.checkpoints('policy')} holds no checkpoint: has the run begun?")
-    load_policy_weights(policy, load_weights(newest, "policy"), newest)
+    newest = latest_tuned(folder)
+    load_policy_weights(model.denoiser, load_weights(newest, "policy"), newest)
     return TunedRun(policy.eval(), config, folder.results(), model)

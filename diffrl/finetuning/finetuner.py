@@ -83,6 +83,8 @@ class Finetuner(Loop):
         length: how long.
         optim: AdamW; its warm-up and decay count updates.
         teacher: the denoiser that a method of distillation learns from; None: the policy's, as it is now.
+        twins: denoisers that trained copies begin as, by name, such as {"fake": the fake score of a distillation};
+            others begin as the teacher.
         device: where to tune.
         autocast: dtype for the denoiser's arithmetic; log-probabilities stay in float32.
 
@@ -109,6 +111,7 @@ class Finetuner(Loop):
         length: Iterations | None = None,
         optim: Optim | None = None,
         teacher: torch.nn.Module | None = None,
+        twins: Mapping[str, torch.nn.Module] | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
@@ -123,7 +126,8 @@ class Finetuner(Loop):
         self.policy, self.recipe, self.reward = policy.to(device).eval(), recipe, as_reward(reward)
         self.event_shape = tuple(require_int("event_shape", size) for size in event_shape)
         self.conditions = conditions
-        self.references = References(policy, teacher)
+        self.references = References(policy, teacher, twins)
+        self._begin = {name: weights_identity(d) for name, d in (twins or {}).items()}
         if not any(p.requires_grad for p in policy.denoiser.parameters()):
             raise InputError("no parameter of the policy's denoiser requires a gradient: nothing to tune")
         if recipe.rollouts.overlap and getattr(reward, "normalise", "none") != "none":
@@ -150,6 +154,7 @@ class Finetuner(Loop):
             **policy_facts(self.policy),
             **recipe_facts(self.recipe),
             "teacher": weights_identity(self.references.teacher.denoiser),
+            **flat({"twins": self._begin}),
             **flat({"optim": vars(optim)}),
             "reward": reward_identity(self.reward),
             "event_shape": list(self.event_shape),
@@ -353,7 +358,7 @@ class Finetuner(Loop):
             raise CheckpointError(
                 f"checkpoint {path} was written by diffrl 0.1: load it with diffrl.load_tuned; to go on, tune anew"
             )
-        load_policy_weights(self.policy, weights["policy"], path)
+        load_policy_weights(self.policy.denoiser, weights["policy"], path)
         for name, role in self.roles.items():
             if name != "policy" and name not in self.references.twins:
                 role.module.load_state_dict(weights[f"role_{name}"])

@@ -12,23 +12,24 @@ from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.training.checkpoints import CheckpointError
 
-__all__ = ["References", "frozen_copy", "load_policy_weights", "policy_weights"]
+__all__ = ["References", "frozen_copy", "frozen_denoiser", "load_policy_weights", "policy_weights"]
+
+
+def frozen_denoiser(denoiser: nn.Module) -> nn.Module:
+    """The denoiser as it is now: with adapters its base, by its method `reference`, else a copy; without gradients."""
+    own: Callable[[], nn.Module] | None = getattr(denoiser, "reference", None)
+    return copy.deepcopy(denoiser).eval().requires_grad_(False) if own is None else own()
 
 
 def frozen_copy(policy: DenoisingPolicy, denoiser: nn.Module | None = None) -> DenoisingPolicy:
-    """The policy as it is now, for a reference: nothing that is done to the policy changes it.
-
-    A denoiser with adapters brings its base by a method `reference`; another is copied.
+    """The policy as it is now, for a reference: nothing that is done to the policy changes it; see `frozen_denoiser`.
 
     Args:
         policy: what is copied.
         denoiser: in place of its own.
     """
-    denoiser = policy.denoiser if denoiser is None else denoiser
-    own: Callable[[], nn.Module] | None = getattr(denoiser, "reference", None)
-    other = copy.deepcopy(denoiser).eval().requires_grad_(False) if own is None else own()
     return DenoisingPolicy(
-        other,
+        frozen_denoiser(policy.denoiser if denoiser is None else denoiser),
         policy.sampler,
         num_steps=policy.num_steps,
         reduction=policy.reduction,
@@ -49,10 +50,16 @@ class References:
     Args:
         policy: what is tuned.
         teacher: the denoiser that a method learns from; None: the policy's, as it was at the start.
+        begin: denoisers that trained copies begin as, by the copy's name; others begin as the teacher.
     """
 
-    def __init__(self, policy: DenoisingPolicy, teacher: nn.Module | None = None) -> None:
-        self.policy = policy
+    def __init__(
+        self,
+        policy: DenoisingPolicy,
+        teacher: nn.Module | None = None,
+        begin: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.policy, self._begin = policy, dict(begin or {})
         self.frozen = frozen_copy(policy)
         self.teacher = self.frozen if teacher is None else frozen_copy(policy, teacher)
         """The policy with the teacher's denoiser."""
@@ -79,7 +86,7 @@ class References:
         return self._moving[kind]
 
     def twin(self, name: str) -> DenoisingPolicy:
-        """A copy of the teacher, to be trained; saved with the moving copies.
+        """A copy of the teacher, or of what it is to begin as, to be trained; saved with the moving copies.
 
         Raises:
             ValueError: adapters, which share their base.
@@ -88,7 +95,7 @@ class References:
             network = getattr(self.policy.denoiser, "network", None)
             if isinstance(network, nn.Module) and has_lora(network):
                 raise InputError(f"{name} is a copy of the network, which adapters share: tune all weights")
-            copied = frozen_copy(self.teacher)
+            copied = frozen_copy(self.policy, self._begin.get(name, self.teacher.denoiser))
             copied.denoiser.requires_grad_(True)
             self.twins[name] = self._asked[name] = copied
         return self.twins[name]
@@ -138,13 +145,12 @@ def policy_weights(policy: DenoisingPolicy) -> dict[str, Tensor]:
     return policy.denoiser.state_dict() if own is None else own()
 
 
-def load_policy_weights(policy: DenoisingPolicy, weights: dict[str, Tensor], path: Path) -> None:
-    """Take the weights that `policy_weights` gave.
+def load_policy_weights(denoiser: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Take the weights that `policy_weights` gave into a policy's denoiser.
 
     Raises:
         CheckpointError: they are another network's.
     """
-    denoiser = policy.denoiser
     load = getattr(denoiser, "load_trainable_state", denoiser.load_state_dict)
     try:
         load(weights)

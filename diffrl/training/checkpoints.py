@@ -214,6 +214,19 @@ def load_weights(path: Path, name: str) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(path)}") from damage
 
 
+def weight_sets(path: Path) -> list[str]:
+    """Names of the sets of weights of a checkpoint.
+
+    Raises:
+        CheckpointError: its manifest is damaged.
+    """
+    try:
+        files = _read_manifest(Path(path))["files"]
+    except _Damage as damage:
+        raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(Path(path))}") from damage
+    return [name.removesuffix(_WEIGHTS) for name in files if name.endswith(_WEIGHTS)]
+
+
 def read_identity(path: Path) -> dict[str, Any]:
     """What a checkpoint belongs to; empty where it is not known.
 

@@ -371,7 +371,7 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     ],
 )
 def test_a_pipeline_that_cannot_be_is_refused(options: dict[str, Any], says: str) -> None:
-    from diffrl.finetuning.models import pipeline_model
+    from diffrl.finetuning.models.pipeline import pipeline_model
 
     given = {"path": "nowhere", "prompts": ["a cat"], **options}
     with pytest.raises(ValueError, match=says):

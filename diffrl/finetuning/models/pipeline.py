@@ -1,96 +1,22 @@
-"""What can be tuned, by name: the denoiser of a run of this library, or a diffusers pipeline with adapters."""
+"""A diffusers pipeline, with adapters."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora, export_lora
 from diffrl.errors import InputError
+from diffrl.finetuning.models.base import Tunable
+from diffrl.finetuning.models.registry import MODELS
 from diffrl.finetuning.prompts import Prompts, prompts_of
-from diffrl.ranges import require_int, require_number
-from diffrl.registry import Registry
+from diffrl.ranges import require_int
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.decoded import DecodedReward, LatentDecoder
 from diffrl.rewards.weighted_sum import WeightedSum
-from diffrl.training.runs import load
 
-__all__ = ["MODELS", "Tunable", "pipeline_model", "run_model"]
-
-MODELS = Registry("model", "diffrl.finetuning.models", omit=("device", "seed"))
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """A denoiser and what a policy of it needs to know.
-
-    Args:
-        denoiser: D, with a process; its parameters that require a gradient are tuned.
-        event_shape: *E of a latent.
-        conditions: what a condition is drawn from, [M, ...]; None: no condition.
-        wrap_reward: makes a reward of samples into one of latents.
-        name: for people.
-        pictures: makes what people look at of latents [n, *E].
-        export: writes what was tuned into a folder as others read it, where there is such a form: adapters of a
-            pipeline as ``lora/pytorch_lora_weights.safetensors``, for diffusers' ``pipe.load_lora_weights``.
-    """
-
-    denoiser: nn.Module
-    event_shape: tuple[int, ...]
-    conditions: Tensor | None
-    wrap_reward: Callable[[Reward], Reward]
-    name: str
-    pictures: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-    export: Callable[[Path], None] = field(default=lambda folder: None)
-
-
-@MODELS.register("run")
-def run_model(
-    path: str | None = None,
-    *,
-    objective: str | None = None,
-    labels: list[int] | None = None,
-    guidance_scale: float = 1.0,
-) -> Tunable:
-    """The averaged denoiser of a run folder.
-
-    Args:
-        path: the run folder; `examples/finetune_reward.py` trains one where it is None.
-        objective: whose denoiser; the run's main one if None.
-        labels: labels to condition on, for a denoiser that was trained with labels; None: all of them.
-        guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
-
-    Raises:
-        RunFolderError, CheckpointError: there is no such denoiser.
-        ValueError: labels or guidance for a denoiser without labels, or a label that it does not know.
-    """
-    if path is None:
-        raise InputError("model.path is null: give the folder of a training run")
-    require_number("guidance_scale", guidance_scale)
-    run = load(path, objective)
-    num_classes = int(getattr(run.denoiser.network, "num_classes", 0))
-    denoiser: nn.Module = run.denoiser
-    conditions = None
-    if num_classes == 0 and (labels or guidance_scale != 1):
-        raise InputError(
-            f"{path} was trained without labels, so model.labels and model.guidance_scale have no meaning: "
-            "train it with data.conditional=true"
-        )
-    if num_classes:
-        chosen = list(range(num_classes)) if labels is None else labels
-        if not chosen or not all(0 <= label < num_classes for label in chosen):
-            raise InputError(f"model.labels is {labels}: the denoiser knows 0..{num_classes - 1}")
-        conditions = torch.tensor(chosen)
-    if guidance_scale != 1:
-        denoiser = GuidedDenoiser(run.denoiser, num_classes, guidance_scale)
-    denoiser.requires_grad_(True)
-    return Tunable(denoiser, run.events.event_shape, conditions, lambda reward: reward, run.name)
-
+__all__ = ["pipeline_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
