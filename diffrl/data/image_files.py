@@ -4,7 +4,7 @@ import gzip
 import math
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ __all__ = [
     "events_from",
     "existing",
     "images_from",
+    "read_arrays",
     "read_idx",
     "read_npz",
     "readable",
@@ -182,6 +183,32 @@ def read_npz(path: str | Path, max_gib: float = MAX_GIB) -> tuple[NDArray[Any], 
                     with archive.open(members[key]) as member:
                         arrays[key] = _read_npy(member, max_gib, f"{path}: {key}")
             return arrays[keys[0]], arrays.get("labels")
+
+
+def read_arrays(
+    path: str | Path, names: Collection[str] | None = None, max_gib: float = MAX_GIB
+) -> dict[str, NDArray[Any]]:
+    """Those arrays of an npz file that have these names, or of an npy file the one array, by the name "".
+
+    Args:
+        path: the file; other arrays in it are not read.
+        names: what is read; None: an npy file is wanted.
+        max_gib: GiB of memory that each array may take, checked before any is taken.
+
+    Raises:
+        DataError: the file is missing, damaged, too large, holds pickled objects, or is of the other kind.
+    """
+    path, wanted = existing(path), "an npy file" if names is None else "an npz file"
+    with readable(str(path), f"unreadable, truncated or not {wanted}"), path.open("rb") as file:
+        if names is None:
+            return {"": _read_npy(file, max_gib, str(path))}
+        with zipfile.ZipFile(file) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            found = {}
+            for name in [name for name in names if name in members]:
+                with archive.open(members[name]) as member:
+                    found[name] = _read_npy(member, max_gib, f"{path}: {name}")
+            return found
 
 
 def _read_npy(file: IO[bytes], max_gib: float, where: str) -> NDArray[Any]:

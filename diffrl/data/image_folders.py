@@ -18,7 +18,7 @@ from diffrl.data.image_files import MAX_GIB, DataError, check_labels, check_size
 from diffrl.extras import require
 from diffrl.text_files import file_errors
 
-__all__ = ["read_image_folder"]
+__all__ = ["read_image", "read_image_folder"]
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".jxl"}
@@ -131,6 +131,24 @@ def _decode(raw: bytes, where: str, size: int | None, max_gib: float) -> NDArray
             image = square.resize((size, size), Image.Resampling.LANCZOS)
         pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+
+
+def read_image(path: str | Path, size: int | None = None, max_gib: float = MAX_GIB) -> NDArray[np.uint8]:
+    """One image file, as uint8 [C, H, W], C ∈ {1, 3}.
+
+    Args:
+        path: the file.
+        size: crop it at its centre and resize it to size × size; None: as it is.
+        max_gib: GiB of memory that it may take.
+
+    Raises:
+        DataError: it is missing, damaged, too large, or of more than 8 bits.
+        MissingExtra: pillow is not installed.
+    """
+    path = existing(path)
+    with readable(str(path), "unreadable image"):
+        raw = path.read_bytes()
+    return _decode(raw, str(path), size, max_gib)
 
 
 def _labels(tree: _Tree, images: list[str]) -> NDArray[Any] | None:
