@@ -13,6 +13,7 @@ from .laws import Gaussian as Gaussian
 from .laws import Law as Law
 from .predictions import from_x0 as from_x0
 from .predictions import to_x0 as to_x0
+from .step_counts import StepConditioned as StepConditioned
 from .trajectories import ChainSampler as ChainSampler
 from .trajectories import add_coefficients as add_coefficients
 from .trajectories import sample_chain as sample_chain

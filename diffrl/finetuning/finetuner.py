@@ -139,6 +139,7 @@ class Finetuner(Loop):
                 raise InputError(reason)
         self.num_trainable = len(policy.stochastic_steps)
         setting = self._setting(optim or FinetuningOptim())
+        recipe.rollouts.prepare(setting)
         self._belongs_to = self._facts(setting.optim)
         recipe.credit.prepare(setting)
         self.roles = recipe.surrogate.roles(setting)
@@ -273,6 +274,19 @@ class Finetuner(Loop):
         return rollout, place(rollout, self.reward)
 
     def _advance(self) -> dict[str, float]:
+        K = self.policy.num_steps
+        self._take(self.recipe.rollouts.num_steps(self.policy, step_generator(self.seed, 2**33 + self.step)))
+        try:
+            return self._iteration()
+        finally:
+            self._take(K)
+
+    def _take(self, K: int) -> None:
+        """Give the policy and its copies grids of K steps."""
+        if self.policy.num_steps != K:
+            self.policy.num_steps = self.references.num_steps = K
+
+    def _iteration(self) -> dict[str, float]:
         rollout = self.collect(step_generator(self.seed, self.step, self.device))
         rewards = rollout.get((keys.NEXT, keys.REWARD))[:, -1, 0]
         self.best = max(self.best, float(rewards.max()))

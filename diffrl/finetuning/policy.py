@@ -36,7 +36,7 @@ class DenoisingPolicy(TensorDictModuleBase):
     https://arxiv.org/abs/2305.13301.
 
     Args:
-        denoiser: D_θ.
+        denoiser: D_θ; a `StepConditioned` one is told K.
         sampler: whose kernel is followed.
         num_steps: K = N noise levels of the grid.
         reduction: "mean" or "sum" of log-probabilities over the event dims. They differ by the factor dim(E), and
@@ -68,10 +68,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         super().__init__()
         if reduction not in ("mean", "sum"):
             raise InputError(f"reduction is {reduction!r}: give 'mean' or 'sum'")
-        num_steps = require_int("num_steps", num_steps, 1, MAX_STEPS)
         require_number("std_floor", std_floor, 0)
-        if not all(i in range(num_steps) for i in noise_steps or []):
-            raise InputError(f"noise_steps is {noise_steps}: the steps are 0..{num_steps - 1}")
         if not isinstance(sampler, GaussianSampler):
             raise InputTypeError(
                 f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()"
@@ -79,17 +76,34 @@ class DenoisingPolicy(TensorDictModuleBase):
         process = getattr(denoiser, "process", None) if process is None else process
         if process is None:
             raise InputError("this denoiser does not know its process: give process=")
-        self.denoiser, self.sampler, self.num_steps = denoiser, sampler, num_steps
+        self.denoiser, self.sampler = denoiser, sampler
         self.reduction, self.std_floor, self.noise_steps = reduction, std_floor, noise_steps
         self.process: Schedule = process
-        self.grid = sampler.grid(self.process, num_steps)
-        """Times of the states, the clean one last: float64, shape [K+1]."""
-        kept = range(num_steps) if noise_steps is None else noise_steps
-        self._noisy = torch.tensor([i in kept for i in range(num_steps)], dtype=torch.bool)
+        self.num_steps = num_steps
         self.nfe = 0
         """States forwarded so far, twice each under guidance."""
         self.generator: Generator | Sequence[Generator] | None = None
         """What actions are drawn from in `forward`: one, or one per state; None: torch's global one."""
+
+    @property
+    def num_steps(self) -> int:
+        """K; another one may be set, which gives the policy another grid."""
+        return self._num_steps
+
+    @num_steps.setter
+    def num_steps(self, K: int) -> None:
+        K = require_int("num_steps", K, 1, MAX_STEPS)
+        if not all(i in range(K) for i in self.noise_steps or []):
+            raise InputError(f"noise_steps is {self.noise_steps}: the steps are 0..{K - 1}")
+        known: Sequence[int] | None = getattr(self.denoiser, "step_counts", None)
+        if known is not None and K not in known:
+            raise InputError(f"num_steps is {K}, but the denoiser knows {list(known)} steps")
+        self._told = {} if known is None else {"num_steps": K}
+        self._num_steps = K
+        self.grid = self.sampler.grid(self.process, K)
+        """Times of the states, the clean one last: float64, shape [K+1]."""
+        kept = range(K) if self.noise_steps is None else self.noise_steps
+        self._noisy = torch.tensor([i in kept for i in range(K)], dtype=torch.bool)
 
     @property
     def stochastic_steps(self) -> list[int]:
@@ -109,7 +123,7 @@ class DenoisingPolicy(TensorDictModuleBase):
         """D_θ of states [N, *E] at any times [N], on the grid or not, float32; it counts as the policy's evaluation."""
         self.nfe += len(x_t) * int(getattr(self.denoiser, "evaluations", 1))
         x_t = x_t.float()
-        return self.denoiser(x_t, t.to(x_t), cond).float()
+        return self.denoiser(x_t, t.to(x_t), cond, **self._told).float()
 
     def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Gaussian:
         """The law of the next latent, π(x_s | x_t) = N(mean, std² I).

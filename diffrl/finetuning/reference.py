@@ -95,10 +95,26 @@ class References:
             network = getattr(self.policy.denoiser, "network", None)
             if isinstance(network, nn.Module) and has_lora(network):
                 raise InputError(f"{name} is a copy of the network, which adapters share: tune all weights")
-            copied = frozen_copy(self.policy, self._begin.get(name, self.teacher.denoiser))
+            begin, like = (
+                self._begin.get(name, self.teacher.denoiser),
+                getattr(self.policy.denoiser, "like", None),
+            )
+            if like is not None and not hasattr(begin, "step_counts"):
+                begin = like(begin)
+            copied = frozen_copy(self.policy, begin)
             copied.denoiser.requires_grad_(True)
             self.twins[name] = self._asked[name] = copied
         return self.twins[name]
+
+    @property
+    def num_steps(self) -> int:
+        """K of all copies."""
+        return self.frozen.num_steps
+
+    @num_steps.setter
+    def num_steps(self, K: int) -> None:
+        for copied in (self.frozen, self.teacher, *self._moving.values(), *self.twins.values()):
+            copied.num_steps = K
 
     @property
     def nfe(self) -> int:

@@ -24,7 +24,7 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.rollouts.chains import Rollouts
 from diffrl.finetuning.surrogate import SURROGATES, Role, Surrogate
 from diffrl.finetuning.updates.preferences import REWARD_NOISE, REWARD_T, PreferenceUpdates
-from diffrl.ranges import require_int, require_number
+from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.training.optim import Optim
 
 __all__ = ["LearntReward", "RewardedDistillationLoss", "slow_decay", "tdm_r1"]
@@ -75,7 +75,7 @@ class RewardedDistillationLoss(LossModule):
             raise InputError("tdm_weight lies in [0, 1], and kl_weight and reward_weight are >= 0")
         self.student, self.tdm_weight, self.kl_weight = student, tdm_weight, kl_weight
         self.reward_weight = 1 - tdm_weight if reward_weight is None else reward_weight
-        self.truncated = student.num_steps if truncated is None else truncated
+        self.truncated = MAX_STEPS if truncated is None else truncated
         for name, other in (("fake", fake), ("teacher", teacher), ("surrogate", surrogate)):
             self.__dict__[name] = other
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from diffrl.diffusion.guidance import GuidedDenoiser
+from diffrl.diffusion.step_counts import StepConditioned
 from diffrl.errors import InputError
 from diffrl.finetuning.models.base import Tunable
 from diffrl.finetuning.models.registry import MODELS
@@ -20,6 +21,7 @@ def run_model(
     objective: str | None = None,
     labels: list[int] | None = None,
     guidance_scale: float = 1.0,
+    step_counts: list[int] | None = None,
 ) -> Tunable:
     """The averaged denoiser of a run folder.
 
@@ -28,6 +30,8 @@ def run_model(
         objective: whose denoiser; the run's main one if None.
         labels: labels to condition on, for a denoiser that was trained with labels; None: all of them.
         guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
+        step_counts: numbers of steps that it is told apart by, see `diffrl.diffusion.step_counts.StepConditioned`, for
+            ``rollouts=step_counts``; None: it is not told.
 
     Raises:
         RunFolderError, CheckpointError: there is no such denoiser.
@@ -52,5 +56,7 @@ def run_model(
         conditions = torch.tensor(chosen)
     if guidance_scale != 1:
         denoiser = GuidedDenoiser(run.denoiser, num_classes, guidance_scale)
+    if step_counts is not None:
+        denoiser = StepConditioned(denoiser, step_counts)
     denoiser.requires_grad_(True)
     return Tunable(denoiser, run.events.event_shape, conditions, lambda reward: reward, run.name)

@@ -7,7 +7,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Generator, Tensor
 
 from diffrl import keys
-from diffrl.finetuning.piece import Piece
+from diffrl.finetuning.piece import Piece, Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 
 __all__ = ["RolloutPlan", "trajectory_condition"]
@@ -29,6 +29,16 @@ class RolloutPlan(Piece, ABC):
     overlap: bool = False
     """Whether `collect` takes `each`, so that rewards are asked about a part while the next one is drawn."""
 
+    fingerprint: str | None = None
+    """Of the data that it plays back; None: it draws all that it gives."""
+
+    def prepare(self, setting: Setting) -> None:  # noqa: B027 (most plans have nothing to prepare)
+        """Read what the plan needs for a run; called once, before everything else.
+
+        Raises:
+            ValueError: it cannot be read, or does not belong to what is tuned.
+        """
+
     @property
     def rows_of_a_group(self) -> int:
         """Rows that share a condition."""
@@ -43,6 +53,15 @@ class RolloutPlan(Piece, ABC):
     def pairs(self) -> bool:
         """Whether rows 2p and 2p+1 share their first latent too."""
         return False
+
+    def num_steps(self, policy: DenoisingPolicy, generator: Generator) -> int:
+        """K of the next rollout: the policy's, unless a plan draws it.
+
+        Args:
+            policy: what acts.
+            generator: on the CPU, of this draw alone.
+        """
+        return policy.num_steps
 
     @abstractmethod
     def collect(
