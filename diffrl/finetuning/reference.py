@@ -7,18 +7,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.pipelines.lora import has_lora
 from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.training.checkpoints import CheckpointError
 
-__all__ = ["References", "frozen_copy", "frozen_denoiser", "load_policy_weights", "policy_weights"]
+__all__ = [
+    "References",
+    "frozen_copy",
+    "frozen_denoiser",
+    "load_policy_weights",
+    "policy_weights",
+    "trainable_copy",
+]
 
 
 def frozen_denoiser(denoiser: nn.Module) -> nn.Module:
-    """The denoiser as it is now: with adapters its base, by its method `reference`, else a copy; without gradients."""
+    """The denoiser as it is now, without gradients: by its method `reference`, if it has one, else a copy."""
     own: Callable[[], nn.Module] | None = getattr(denoiser, "reference", None)
     return copy.deepcopy(denoiser).eval().requires_grad_(False) if own is None else own()
+
+
+def trainable_copy(denoiser: nn.Module) -> nn.Module:
+    """A denoiser to be trained that begins as this one: by its method `twin`, if it has one, else a copy.
+
+    That of a pipeline with adapters has adapters of its own on the same network.
+    """
+    own: Callable[[], nn.Module] | None = getattr(denoiser, "twin", None)
+    return (copy.deepcopy(denoiser).eval() if own is None else own()).requires_grad_(True)
 
 
 def frozen_copy(policy: DenoisingPolicy, denoiser: nn.Module | None = None) -> DenoisingPolicy:
@@ -28,8 +43,12 @@ def frozen_copy(policy: DenoisingPolicy, denoiser: nn.Module | None = None) -> D
         policy: what is copied.
         denoiser: in place of its own.
     """
+    return _policy_of(frozen_denoiser(policy.denoiser if denoiser is None else denoiser), policy)
+
+
+def _policy_of(denoiser: nn.Module, policy: DenoisingPolicy) -> DenoisingPolicy:
     return DenoisingPolicy(
-        frozen_denoiser(policy.denoiser if denoiser is None else denoiser),
+        denoiser,
         policy.sampler,
         num_steps=policy.num_steps,
         reduction=policy.reduction,
@@ -72,38 +91,27 @@ class References:
         """The copy of that name.
 
         Raises:
-            ValueError: an unknown name, or a moving copy of a denoiser whose adapters share their base.
+            ValueError: an unknown name.
         """
         if kind not in ("frozen", "teacher", "old", "ema"):
             raise InputError(f"there is no reference {kind!r}: ask for 'frozen', 'teacher', 'old' or 'ema'")
         if kind in ("frozen", "teacher"):
             return self._asked.setdefault(kind, self.frozen if kind == "frozen" else self.teacher)
         if kind not in self._moving:
-            network = getattr(self.policy.denoiser, "network", None)
-            if isinstance(network, nn.Module) and has_lora(network):
-                raise InputError(f"the reference is {kind!r}, but adapters share their base: take 'frozen'")
-            self._moving[kind] = self._asked[kind] = frozen_copy(self.policy)
+            copied = trainable_copy(self.policy.denoiser).requires_grad_(False)
+            self._moving[kind] = self._asked[kind] = _policy_of(copied, self.policy)
         return self._moving[kind]
 
     def twin(self, name: str) -> DenoisingPolicy:
-        """A copy of the teacher, or of what it is to begin as, to be trained; saved with the moving copies.
-
-        Raises:
-            ValueError: adapters, which share their base.
-        """
+        """A copy of the teacher, or of what it is to begin as, to be trained; saved with the moving copies."""
         if name not in self.twins:
-            network = getattr(self.policy.denoiser, "network", None)
-            if isinstance(network, nn.Module) and has_lora(network):
-                raise InputError(f"{name} is a copy of the network, which adapters share: tune all weights")
             begin, like = (
                 self._begin.get(name, self.teacher.denoiser),
                 getattr(self.policy.denoiser, "like", None),
             )
             if like is not None and not hasattr(begin, "step_counts"):
                 begin = like(begin)
-            copied = frozen_copy(self.policy, begin)
-            copied.denoiser.requires_grad_(True)
-            self.twins[name] = self._asked[name] = copied
+            self.twins[name] = self._asked[name] = _policy_of(trainable_copy(begin), self.policy)
         return self.twins[name]
 
     @property
@@ -136,7 +144,9 @@ class References:
                 theta_ref.lerp_(theta, 1 - decay)
 
     def _pairs(self, kind: str) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self._moving[kind].denoiser.parameters(), self.policy.denoiser.parameters(), strict=True)
+        own: Mapping[str, Tensor] = getattr(self.policy.denoiser, "adapters", {})
+        moved = own.values() or self.policy.denoiser.parameters()
+        return zip(self._moving[kind].denoiser.parameters(), moved, strict=True)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Those of the moving copies, by name of a set."""
@@ -161,13 +171,25 @@ def policy_weights(policy: DenoisingPolicy) -> dict[str, Tensor]:
     return policy.denoiser.state_dict() if own is None else own()
 
 
-def load_policy_weights(denoiser: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+def load_policy_weights(
+    denoiser: nn.Module, weights: dict[str, Tensor], path: Path, *, whole: bool = False
+) -> None:
     """Take the weights that `policy_weights` gave into a policy's denoiser.
+
+    Args:
+        denoiser: changed in place.
+        weights: by name.
+        path: where they are from.
+        whole: they are the `state_dict` of a copy that was trained or moved, and not those of a policy.
 
     Raises:
         CheckpointError: they are another network's.
     """
-    load = getattr(denoiser, "load_trainable_state", denoiser.load_state_dict)
+    load = (
+        denoiser.load_state_dict
+        if whole
+        else getattr(denoiser, "load_trainable_state", denoiser.load_state_dict)
+    )
     try:
         load(weights)
     except (RuntimeError, KeyError, ValueError) as error:

@@ -80,13 +80,13 @@ def test_adapters_are_those_of_the_generator_and_leave_the_global_one_alone() ->
 
 
 @PIPES
-def test_the_reference_is_the_base_under_trained_adapters(make: Callable[[], Any]) -> None:
+def test_the_base_is_the_network_under_trained_adapters(make: Callable[[], Any]) -> None:
     pipe = make()
     base = denoiser_of(copy.deepcopy(pipe))
     tuned = with_random_adapters(denoiser_of(pipe))
     tuned.network.get_parameter(next(iter(tuned.trainable_state()))).requires_grad_(False)  # by choice
     trained = list(tuned.trainable_state())
-    reference = tuned.reference()
+    reference = tuned.base()
     x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 0.5 if make is sd3 else 500.0)
     before = tuned(x, t, EACH)
     value = reference(x, t, EACH)
@@ -110,7 +110,7 @@ def test_asking_the_reference_between_forward_and_backward_changes_no_gradient()
         x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 500.0)
         D_x = denoiser(x, t, EACH)
         if ask:
-            denoiser.reference()(x, t, EACH)
+            denoiser.base()(x, t, EACH)
         D_x.square().mean().backward()
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.requires_grad})
     plain, asked = gradients

@@ -298,7 +298,7 @@ def test_a_prompt_that_is_cut_off_is_warned_of() -> None:
     ("cond", "error", "message"),
     [
         (None, ValueError, "which of the 3 prompts"),
-        (torch.tensor([0, 3]), ValueError, r"numbered 0\.\.2, not \[0, 3\]"),
+        (torch.tensor([0, 4]), ValueError, r"numbered 0\.\.2, and 3 is the negative one, not \[0, 4\]"),
         (torch.tensor([0, -1]), ValueError, r"numbered 0\.\.2"),
         (torch.tensor([0]), ValueError, "shape"),
         (torch.tensor([0.0, 1.0]), TypeError, "integers"),
@@ -338,7 +338,8 @@ SDXL = {
         ({"prompts": "a cat"}, "'a cat': give a list"),
         ({"guidance_scale": 0.0}, "give 1 for none"),
         ({"guidance_scale": math.nan}, "give 1 for none"),
-        ({"negative_prompt": "ugly"}, "no effect without guidance"),
+        ({"pipe": latent_consistency, "negative_prompt": "ugly"}, "no effect where guidance is embedded"),
+        ({"even_levels": True}, "even_levels are those of a flow, not of DDPM"),
         ({"pipe": unconditional}, "no UNet2DConditionModel or SD3Transformer2DModel"),
         ({"pipe": lambda: stable_diffusion(**SDXL)}, r"more than a prompt \(addition_embed_type\)"),
         ({"pipe": lambda: stable_diffusion(in_channels=9)}, r"further input channels"),

@@ -1,6 +1,7 @@
 """The network of a diffusers pipeline as a denoiser of latents, so that it can be tuned for a reward."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.pipelines.lora import adapters_disabled, has_lora
+from diffrl.diffusion.pipelines.lora import adapters, has_lora, load_tensors
 from diffrl.diffusion.pipelines.parts import (
     encoded,
     load_pipeline,
@@ -19,7 +20,9 @@ from diffrl.diffusion.pipelines.parts import (
     warn_of_other_timesteps,
     warn_of_truncation,
 )
-from diffrl.diffusion.predictions import PredictionType, to_x0
+from diffrl.diffusion.pipelines.roles import AdapterDenoiser, BaseDenoiser, checkpointed
+from diffrl.diffusion.pipelines.z_image import LATENT_SIZE, is_z_image, velocity
+from diffrl.diffusion.predictions import PredictionType, Scalings, scalings, to_x0
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError, InputTypeError
@@ -41,8 +44,8 @@ class PipelineDenoiser(nn.Module):
     and all arithmetic around the network are in float32, whatever its dtype. The network stays in eval mode, as with
     dropout a log-probability could not be computed twice.
 
-    Fine-tuning uses `reference`, `trainable_state` and `load_trainable_state`. Every parameter is trained, or only
-    the adapters after `diffrl.diffusion.pipelines.lora.add_lora`.
+    Fine-tuning uses `reference`, `twin`, `trainable_state` and `load_trainable_state`. Every parameter is trained, or
+    only the adapters after `diffrl.diffusion.pipelines.lora.add_lora`.
 
     Source: Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), eq. 6 (w here is their 1 + w),
     https://arxiv.org/abs/2207.12598. Models with an embedded guidance scale: On Distillation of Guided Diffusion Models
@@ -50,7 +53,7 @@ class PipelineDenoiser(nn.Module):
     al., 2023) and its code, https://arxiv.org/abs/2310.04378.
 
     Args:
-        network: a diffusers `UNet2DConditionModel` or `SD3Transformer2DModel`.
+        network: a diffusers `UNet2DConditionModel`, `SD3Transformer2DModel` or `ZImageTransformer2DModel`.
         process: the process that it was trained on: DDPM, whose time input is the timestep, or Flow, with T t.
         prompts: P strings.
         embeddings: keyword of the network → [P+1, ...], one row for each prompt, then one for the negative prompt.
@@ -113,31 +116,42 @@ class PipelineDenoiser(nn.Module):
         negative_prompt: str = "",
         max_sequence_length: int = 256,
         train_unconditional: bool = True,
+        even_levels: bool = False,
     ) -> "PipelineDenoiser":
         """Make the denoiser of a loaded pipeline; afterwards its text encoders may be deleted.
 
-        Stable Diffusion 1.x, 2.x, Turbo and latent consistency models, and Stable Diffusion 3.x. The encoded prompts
-        take memory beside the network: in half precision 0.1 MB each for SD 1.x, 2.7 MB for SD 3.x.
+        Stable Diffusion 1.x, 2.x, Turbo and latent consistency models, Stable Diffusion 3.x, and Z-Image. The encoded
+        prompts take memory beside the network: in half precision 0.1 MB each for SD 1.x, 2.7 MB for SD 3.x, and 5 kB a
+        token of the longest one for Z-Image.
 
         Args:
             pipe: the pipeline; its network is shared, so that the pipeline draws from what is trained.
             prompts: the strings that conditions count, from 0.
             guidance_scale: w ≥ 1; 1 is off.
-            negative_prompt: the prompt that guidance moves away from.
-            max_sequence_length: number of tokens that the T5 encoder of SD 3.x reads.
+            negative_prompt: the prompt that guidance moves away from, this denoiser's or that of a method's teacher.
+            max_sequence_length: number of tokens that the T5 encoder of SD 3.x and that of Z-Image read.
             train_unconditional: whether the unconditional part of guidance passes gradients too.
+            even_levels: a flow's chain of N steps visits s(1 - i/N) with the scheduler's shift s, as generators of few
+                steps are distilled, and not the levels of the scheduler, which end above 0. Z-Image's always does.
 
         Raises:
             ValueError: a pipeline of another kind or with conditions other than prompts (SDXL's sizes, inpainting's
-                masks), a scheduler that is not known, a negative prompt without guidance.
+                masks), a scheduler that is not known, a negative prompt of a network whose guidance is embedded, even
+                levels of another process than a flow.
         """
         _require_prompts(prompts)
         network, process, config = network_of(pipe), process_of(pipe.scheduler), pipe.scheduler.config
         guidance_dims = plain(network).config.get("time_cond_proj_dim")
-        if negative_prompt and (guidance_scale == 1 or guidance_dims):
+        if negative_prompt and guidance_dims:
             raise InputError(
-                f"negative_prompt {negative_prompt!r} has no effect without guidance: leave it out"
+                f"negative_prompt {negative_prompt!r} has no effect where guidance is embedded: leave it out"
             )
+        if even_levels or is_z_image(network):
+            if not isinstance(process, Flow):
+                raise InputError(
+                    f"even_levels are those of a flow, not of {type(process).__name__}: leave it out"
+                )
+            process = dataclasses.replace(process, t_min=None)
         texts = [*prompts, negative_prompt]
         warn_of_truncation(pipe, texts, max_sequence_length)
         warn_of_other_timesteps(pipe.scheduler)
@@ -150,7 +164,10 @@ class PipelineDenoiser(nn.Module):
             network,
             process,
             prompts,
-            {keyword: rows.to(weight) for keyword, rows in embeddings.items()},
+            {
+                keyword: rows.to(weight) if rows.is_floating_point() else rows.to(weight.device)
+                for keyword, rows in embeddings.items()
+            },
             prediction_type=prediction_of(pipe.scheduler),
             guidance_scale=guidance_scale,
             guided=not guidance_dims,
@@ -165,9 +182,14 @@ class PipelineDenoiser(nn.Module):
     def event_shape(self) -> tuple[int, int, int]:
         """[C, h, w] of the latents that the network was made for; it accepts other sizes too."""
         config: Any = plain(self.network).config
-        size = config.sample_size
+        size = config.get("sample_size", LATENT_SIZE)
         h, w = (size, size) if isinstance(size, int) else size
         return config.in_channels, h, w
+
+    @property
+    def adapters(self) -> dict[str, nn.Parameter]:
+        """The adapters of the network, by name; none before `add_lora`."""
+        return adapters(plain(self.network))
 
     @property
     def evaluations(self) -> int:
@@ -180,7 +202,35 @@ class PipelineDenoiser(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass: the same gradient with less memory and more time."""
-        plain(self.network).enable_gradient_checkpointing()
+        plain(self.network).enable_gradient_checkpointing(checkpointed)
+
+    def scalings(self, t: Tensor) -> Scalings:
+        """c_skip and c_out of D = c_skip x_t + c_out F at times t, of any shape; c_in is 1, as latents go in unscaled.
+
+        Of latent consistency models they are those of D, boundary condition included.
+        """
+        c_skip, c_out, c_in = scalings(self.process, t, self.prediction_type, 1.0)
+        if self.timestep_scaling is not None:
+            skip, out = self._boundary(t)
+            c_skip, c_out = skip + out * c_skip, out * c_out
+        return Scalings(c_skip, c_out, torch.ones_like(c_in))
+
+    def _boundary(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        kt, sigma_data = (self.timestep_scaling or 0.0) * t, CONSISTENCY_SIGMA
+        return sigma_data**2 / (kt**2 + sigma_data**2), kt / (kt**2 + sigma_data**2).sqrt()
+
+    def null_condition(self, cond: Tensor) -> Tensor:
+        """The number of the negative prompt, of the shape of `cond`.
+
+        Raises:
+            ValueError: guidance is on already.
+        """
+        if self.guided:
+            raise InputError(
+                f"this denoiser is guided by {self.guidance_scale:g} itself, and would be guided twice: make it with "
+                "guidance_scale=1"
+            )
+        return torch.full_like(cond, len(self.prompts))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Clean estimate of noisy latents.
@@ -188,7 +238,8 @@ class PipelineDenoiser(nn.Module):
         Args:
             x_t: latents, floating dtype, shape [N, C, h, w].
             t: times, shape [N].
-            cond: prompt numbers, integers, shape [N] or [N, 1]; None where there is one prompt only.
+            cond: prompt numbers, integers, shape [N] or [N, 1]; P is the negative prompt. None where there is one
+                prompt only.
 
         Returns:
             D, of x_t's shape and dtype.
@@ -216,16 +267,17 @@ class PipelineDenoiser(nn.Module):
         D_x = to_x0(self.process, F_x, x_t, t.to(x_t), self.prediction_type)
         if self.timestep_scaling is None:
             return D_x
-        kt, sigma_data = expand_like(self.timestep_scaling * t.to(x_t), x_t), CONSISTENCY_SIGMA
-        return (sigma_data**2 * x_t / (kt**2 + sigma_data**2)) + kt * D_x / (kt**2 + sigma_data**2).sqrt()
+        skip, out = (expand_like(c, x_t) for c in self._boundary(t.to(x_t)))
+        return skip * x_t + out * D_x
 
     def _predicted(self, x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """F of states, conditioned on these rows of the embeddings, in x_t's dtype."""
         given = {keyword: self.get_buffer(f"prompt_{keyword}")[rows] for keyword in self._keywords}
+        # that of the network; adapters have another
+        dtype = self.get_buffer(f"prompt_{self._keywords[0]}").dtype
+        if is_z_image(self.network):
+            return velocity(self.network, x_t.to(dtype), t, **given).to(x_t.dtype)
         timestep = self.train_steps * t if isinstance(self.process, Flow) else t.round().long()
-        dtype = self.get_buffer(
-            f"prompt_{self._keywords[0]}"
-        ).dtype  # that of the network; adapters have another
         F_x: Tensor = self.network(x_t.to(dtype), timestep=timestep, return_dict=False, **given)[0]
         return F_x.to(x_t.dtype)
 
@@ -240,66 +292,54 @@ class PipelineDenoiser(nn.Module):
         if cond.shape not in ((N,), (N, 1)):
             raise InputError(f"cond has shape {tuple(cond.shape)}: give numbers of prompts, integers [{N}]")
         rows = cond.reshape(N).long().to(x_t.device)
-        if N and not 0 <= int(rows.min()) <= int(rows.max()) < P:
-            raise InputError(f"prompts are numbered 0..{P - 1}, not {rows.unique().tolist()}")
+        if N and not 0 <= int(rows.min()) <= int(rows.max()) <= P:
+            raise InputError(
+                f"prompts are numbered 0..{P - 1}, and {P} is the negative one, not {rows.unique().tolist()}"
+            )
         return rows
 
-    def reference(self) -> nn.Module:
-        """The denoiser as it was before training, without gradients.
+    def base(self) -> BaseDenoiser:
+        """The network with its adapters switched off, without gradients; it costs no memory.
 
-        With adapters it is the network with its adapters switched off, which costs no memory; without adapters it
-        is a frozen copy of the network as it is now.
+        Raises:
+            ValueError: there are no adapters.
         """
+        if not has_lora(self.network):
+            raise InputError("there are no adapters to switch off: call add_lora first")
+        return BaseDenoiser(self)
+
+    def reference(self) -> nn.Module:
+        """The denoiser as it is now, without gradients.
+
+        With adapters it is a copy of them on the same network, or, as long as they change nothing, the network with
+        its adapters switched off; without adapters it is a frozen copy of the network.
+        """
+        untrained = all(not p.any() for name, p in self.adapters.items() if ".lora_B." in name)
+        if has_lora(self.network) and untrained:
+            return self.base()
+        return self.twin().requires_grad_(False)
+
+    def twin(self) -> nn.Module:
+        """A copy to be trained on its own: of the adapters, on the same network, if there are any, else of all."""
         if has_lora(self.network):
-            return _Base(self)
+            return AdapterDenoiser(self, self.adapters)
         shared: dict[int, Any] = {id(rows): rows for rows in self.buffers(recurse=False)}
-        return copy.deepcopy(self, shared).requires_grad_(False)
+        return copy.deepcopy(self, shared)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Copies on the CPU of the parameters that are trained: the adapters, if there are any, else all."""
         return {name: p.detach().cpu().clone() for name, p in self._trained()}
 
-    @torch.no_grad()
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Load the parameters of a `trainable_state`.
 
         Raises:
             ValueError: other parameters than those that are trained here, or other shapes.
         """
-        trained = dict(self._trained())
-        if trained.keys() != state.keys():
-            raise InputError(
-                f"{len(state)} trained tensors for {len(trained)} that are trained here, "
-                f"{len(trained.keys() & state.keys())} of them the same: "
-                "call add_lora with the same target_modules before loading"
-            )
-        for name, p in trained.items():
-            if p.shape != state[name].shape:
-                raise InputError(
-                    f"{name} has shape {tuple(state[name].shape)}, here {tuple(p.shape)}: is the rank another?"
-                )
-        for name, p in trained.items():
-            p.copy_(state[name])
+        load_tensors(dict(self._trained()), state)
 
     def _trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in plain(self.network).named_parameters() if p.requires_grad)
-
-
-class _Base(nn.Module):
-    """A denoiser with its adapters switched off; it owns no weights."""
-
-    def __init__(self, denoiser: PipelineDenoiser) -> None:
-        super().__init__()
-        self.__dict__["denoiser"] = denoiser
-        self.process, self.evaluations = denoiser.process, denoiser.evaluations
-
-    @torch.no_grad()
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """As `PipelineDenoiser.forward`; without gradients."""
-        denoiser: PipelineDenoiser = self.__dict__["denoiser"]
-        with adapters_disabled(denoiser.network):
-            D_x: Tensor = denoiser(x_t, t, cond)
-        return D_x
 
 
 def _require_prompts(prompts: Sequence[str]) -> None:

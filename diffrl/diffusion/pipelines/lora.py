@@ -1,26 +1,46 @@
 """Low-rank adapters on a pipeline's network, by peft: they are trained, and the network itself stays as it is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffrl.diffusion.pipelines.parts import plain
-from diffrl.errors import InputError, InputTypeError
+from diffrl.errors import FileError, InputError, InputTypeError
 from diffrl.extras import require
 from diffrl.ranges import require_int, require_number
 from diffrl.text_files import file_errors
 
-__all__ = ["ADAPTER", "adapters_disabled", "add_lora", "export_lora", "has_lora", "save_lora"]
+__all__ = [
+    "ADAPTER",
+    "adapters",
+    "adapters_disabled",
+    "add_lora",
+    "export_lora",
+    "has_lora",
+    "load_lora",
+    "load_tensors",
+    "save_lora",
+]
 
 ADAPTER = "diffrl"  # the name that peft keeps the adapter under
+
+
+class NoAdapters(FileError, FileNotFoundError):
+    """There is no file of adapters in a folder."""
 
 
 def has_lora(network: nn.Module) -> bool:
     """Whether the network has the adapters of `add_lora`."""
     return ADAPTER in getattr(plain(network), "peft_config", {})
+
+
+def adapters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters of `add_lora` in a network or a part of one, by name."""
+    return {name: p for name, p in module.named_parameters() if ".lora_" in name and f".{ADAPTER}." in name}
 
 
 def add_lora(
@@ -114,16 +134,75 @@ def save_lora(denoiser: nn.Module, folder: str | Path) -> None:
     network = plain(denoiser.network)
     if not has_lora(network):
         raise InputError("there are no adapters to save: call add_lora before training")
-    loaders, peft = require("diffusers.loaders", "diffusers"), require("peft", "lora")
-    component = "unet" if "UNet" in type(network).__name__ else "transformer"
-    loader = {"unet": loaders.StableDiffusionLoraLoaderMixin, "transformer": loaders.SD3LoraLoaderMixin}
+    peft = require("peft", "lora")
+    component, loader = _loader(network)
     weights = peft.get_peft_model_state_dict(network, adapter_name=ADAPTER)
     settings = network.peft_config[ADAPTER].to_dict()
     with file_errors(folder, "written"):
-        loader[component].save_lora_weights(
+        loader.save_lora_weights(
             str(folder),
             **{f"{component}_lora_layers": weights, f"{component}_lora_adapter_metadata": settings},
         )
+
+
+def load_lora(denoiser: nn.Module, folder: str | Path) -> None:
+    """Take the adapters of a folder that `save_lora` or diffusers wrote into those of a denoiser.
+
+    Args:
+        denoiser: a `diffrl.diffusion.pipelines.denoiser.PipelineDenoiser` with adapters; changed in place.
+        folder: holds ``pytorch_lora_weights.safetensors``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no adapters to take them, or others: another rank, scale or other layers.
+    """
+    network = plain(denoiser.network)
+    if not has_lora(network):
+        raise InputError("there are no adapters that could take these: call add_lora first")
+    if not (Path(folder) / "pytorch_lora_weights.safetensors").is_file():
+        raise NoAdapters(f"{folder} holds no pytorch_lora_weights.safetensors: give the folder of a LoRA")
+    component, loader = _loader(network)
+    found = loader.lora_state_dict(str(folder), return_lora_metadata=True)
+    state, settings = found[0], found[-1] or {}
+    state = {k.removeprefix(f"{component}."): v for k, v in state.items() if k.startswith(f"{component}.")}
+    state = {k.replace(".weight", f".{ADAPTER}.weight"): v for k, v in state.items()}
+    alpha = settings.get(f"{component}.lora_alpha", network.peft_config[ADAPTER].lora_alpha)
+    if alpha != network.peft_config[ADAPTER].lora_alpha:
+        raise InputError(
+            f"the adapters of {folder} were made with alpha {alpha:g}, these have "
+            f"{network.peft_config[ADAPTER].lora_alpha:g}: give add_lora the same"
+        )
+    load_tensors(adapters(network), state)
+
+
+@torch.no_grad()
+def load_tensors(trained: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    """Take tensors into parameters, by name.
+
+    Raises:
+        ValueError: other names, or other shapes.
+    """
+    if trained.keys() != state.keys():
+        raise InputError(
+            f"{len(state)} trained tensors for {len(trained)} that are trained here, "
+            f"{len(trained.keys() & state.keys())} of them the same: "
+            "call add_lora with the same target_modules before loading"
+        )
+    for name, p in trained.items():
+        if p.shape != state[name].shape:
+            raise InputError(
+                f"{name} has shape {tuple(state[name].shape)}, here {tuple(p.shape)}: is the rank another?"
+            )
+    for name, p in trained.items():
+        p.copy_(state[name])
+
+
+def _loader(network: nn.Module) -> tuple[str, Any]:
+    """The name of a pipeline's network, and what reads and writes its adapters."""
+    loaders, name = require("diffusers.loaders", "diffusers"), type(network).__name__
+    if "UNet" in name:
+        return "unet", loaders.StableDiffusionLoraLoaderMixin
+    return "transformer", loaders.ZImageLoraLoaderMixin if "ZImage" in name else loaders.SD3LoraLoaderMixin
 
 
 def export_lora(denoiser: nn.Module, folder: Path) -> None:

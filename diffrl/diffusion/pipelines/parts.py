@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffrl.diffusion.pipelines.z_image import as_chat, encoded_captions, is_z_image
 from diffrl.diffusion.predictions import PredictionType
 from diffrl.diffusion.samplers.consistency import LCM
 from diffrl.diffusion.schedules.base import Schedule
@@ -186,12 +187,12 @@ def network_of(pipe: Any) -> Any:
         n for n in (getattr(pipe, k, None) for k in ("unet", "transformer")) if n is not None
     ]
     network = plain(found[0]) if found else None
-    if isinstance(network, diffusers.SD3Transformer2DModel):
+    if isinstance(network, diffusers.SD3Transformer2DModel) or is_z_image(network):
         return found[0]
     if not isinstance(network, diffusers.UNet2DConditionModel):
         raise InputError(
             f"{name} has no UNet2DConditionModel or SD3Transformer2DModel: give a Stable Diffusion 1.x, 2.x or 3.x, "
-            "Turbo or LCM pipeline"
+            "Turbo, LCM or Z-Image pipeline"
         )
     config = network.config
     more = [k for k in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if config.get(k)]
@@ -215,8 +216,10 @@ def warn_of_truncation(pipe: Any, prompts: Sequence[str], max_sequence_length: i
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         if (tokenizer := getattr(pipe, name, None)) is None:
             continue
-        limit = max_sequence_length if name == "tokenizer_3" else tokenizer.model_max_length
-        tokens = [len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids]
+        chat = is_z_image(getattr(pipe, "transformer", None))
+        texts = [as_chat(pipe, prompt) for prompt in prompts] if chat else list(prompts)
+        limit = max_sequence_length if chat or name == "tokenizer_3" else tokenizer.model_max_length
+        tokens = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
         if long := [i for i, n in enumerate(tokens) if n > limit]:
             which = f"{', '.join(map(str, long[:8]))}{', ...' if len(long) > 8 else ''}"
             warnings.warn(
@@ -232,11 +235,13 @@ def encoded(pipe: Any, prompts: Sequence[str], max_sequence_length: int) -> dict
     Args:
         pipe: the pipeline.
         prompts: P+1 strings, the negative prompt last.
-        max_sequence_length: number of tokens that the T5 encoder of SD 3.x reads.
+        max_sequence_length: number of tokens that the T5 encoder of SD 3.x and that of Z-Image read.
 
     Returns:
         Keyword of the network → [P+1, ...].
     """
+    if is_z_image(getattr(pipe, "transformer", None)):
+        return encoded_captions(pipe, prompts, max_sequence_length)
     three = getattr(pipe, "transformer", None) is not None
     device = next(pipe.text_encoder.parameters()).device
     more = {"prompt_2": None, "prompt_3": None, "max_sequence_length": max_sequence_length} if three else {}

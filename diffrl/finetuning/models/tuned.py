@@ -8,7 +8,7 @@ from torch import nn
 from diffrl.errors import InputError
 from diffrl.finetuning.models.base import Tunable
 from diffrl.finetuning.models.registry import MODELS
-from diffrl.finetuning.reference import frozen_denoiser, load_policy_weights
+from diffrl.finetuning.reference import frozen_denoiser, load_policy_weights, trainable_copy
 from diffrl.registry import accepted
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights, weight_sets
 from diffrl.training.identity import require_kind
@@ -70,8 +70,8 @@ def tuned_model(
     newest = latest_tuned(folder)
     twins: dict[str, nn.Module] = {}
     if teacher == "base" and FAKE in weight_sets(newest):
-        twins["fake"] = frozen_denoiser(base)
-        load_policy_weights(twins["fake"], load_weights(newest, FAKE), newest)
+        twins["fake"] = trainable_copy(base)
+        load_policy_weights(twins["fake"], load_weights(newest, FAKE), newest, whole=True)
     load_policy_weights(model.denoiser, load_weights(newest, "policy"), newest)
     return Tunable(
         **{
