@@ -120,7 +120,7 @@ def _from_arrays(path: Path, max_gib: float) -> Pairs:
         *samples,
         None if labels is None else _numbers(check_labels(labels, N, f"{path}: labels")),
         None if prompts is None else prompts.tolist(),
-        _Numbered(N, "row", 0),
+        [f"row {i}" for i in range(N)],
     )
 
 
@@ -138,19 +138,6 @@ def _samples(array: NDArray[Any], where: str) -> Tensor:
 
 def _numbers(labels: NDArray[Any]) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
-
-
-class _Numbered(Sequence[str]):
-    """Names of N rows: "row 0", "row 1", ..."""
-
-    def __init__(self, count: int, word: str, first: int) -> None:
-        self.count, self.word, self.first = count, word, first
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: Any) -> Any:
-        return f"{self.word} {self.first + i}"
 
 
 def _from_table(path: Path, size: int | None, max_gib: float) -> Pairs:

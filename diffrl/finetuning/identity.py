@@ -54,6 +54,8 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
             if option.init and option.name not in MEMORY_ONLY:
                 value = getattr(piece, option.name)
                 facts[f"{name}.{option.name}"] = value if isinstance(value, PLAIN) else repr(value)
+    if recipe.rollouts.fingerprint is not None:
+        facts["rollouts.data"] = recipe.rollouts.fingerprint
     return facts
 
 

@@ -28,6 +28,8 @@ def check_tuner(tuner: Finetuner) -> Report:
     nfe, remembered, credit = tuner.policy.nfe, tuner.reward.state_dict(), copy.deepcopy(recipe.credit)
     size = min(plan.at_once or plan.trajectories, plan.trajectories)
     size -= size % plan.rows_of_a_group
+    # recorded samples may be judged by their record alone
+    asked = plan.fingerprint is None and recipe.placement.queries(tuner.policy.num_steps) > 0
     try:
         with torch.random.fork_rng(devices=[]):  # rewards may draw random numbers
             generator = step_generator(tuner.seed, 2**31, tuner.device)
@@ -46,7 +48,7 @@ def check_tuner(tuner: Finetuner) -> Report:
                 plan.trajectories, tuner.num_trainable, group_size=recipe.rows_together
             ),
             rollout_rows=size,
-            reward=tuner.reward if recipe.placement.queries(tuner.policy.num_steps) else None,
+            reward=tuner.reward if asked else None,
             reference=tuner.base,
             autocast=tuner.autocast,
             centred=credit.centred_over(one_condition=tuner.conditions is None),

@@ -77,6 +77,11 @@ class Surrogate(Piece, ABC):
     reads: ClassVar[Literal["steps", "samples", "boundaries", "preferences"]] = "steps"
     """What its loss is fed with: steps of trajectories, their clean samples at fresh times and noise, or boundaries."""
 
+    @property
+    def takes_samples(self) -> bool:
+        """Whether clean samples are all that it needs, whoever drew them."""
+        return self.reads == "samples"
+
     @abstractmethod
     def loss(self, setting: Setting) -> LossModule:
         """The loss of the policy."""

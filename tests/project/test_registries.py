@@ -4,8 +4,10 @@ import inspect
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,8 +227,15 @@ def test_a_placement_asks_as_often_as_it_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_a_plan_collects_whole_trajectories(name: str) -> None:
+def test_a_plan_collects_whole_trajectories(name: str, tmp_path: Path) -> None:
     plan: Any = ROLLOUTS[name]()
+    if name == "recorded_pairs":
+        np.savez(tmp_path / "pairs.npz", preferred=np.ones((3, 2)), rejected=np.zeros((3, 2)))
+        plan = ROLLOUTS[name](str(tmp_path / "pairs.npz"))
+    nothing: Any = None
+    plan.prepare(
+        Setting(make_policy(), (2,), None, FinetuningOptim(), 0.0, *[nothing] * 4, torch.device("cpu"))
+    )
     n = 4 * plan.rows_of_a_group
     made = {"trajectories": n, "cond": None, "generator": torch.Generator(), "device": torch.device("cpu")}
     td = plan.collect(make_policy(), (2,), **made)
@@ -275,6 +284,8 @@ def test_a_method_tunes_and_is_its_configuration(name: str) -> None:
     policy = make_policy()
     if recipe.updates.refuses(policy):
         policy = make_policy(diffrl.DDIM(), std_floor=0.0)
+    if recipe.surrogate.refuses(policy):
+        policy = make_policy(diffrl.CPS())
     tuner = Finetuner(policy, right, METHODS[name](rollouts=plan), event_shape=(2,), length=Iterations(2))
     before = [p.detach().clone() for p in tuner.policy.denoiser.parameters()]
     rows = list(tuner.steps())

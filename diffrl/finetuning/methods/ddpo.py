@@ -7,9 +7,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
+from torch import Tensor
 from torchrl.objectives.common import LossModule
 
 from diffrl import keys
+from diffrl.diffusion.laws import Gaussian
 from diffrl.errors import InputError
 from diffrl.finetuning.credit.standardised import Standardised
 from diffrl.finetuning.methods.registry import METHODS
@@ -98,6 +100,10 @@ class DDPOLoss(LossModule):
         read = [keys.X_T, keys.INDEX, keys.ACTION, keys.ACTION_LOG_PROB, keys.TRAINABLE]
         return [*read, self.tensor_keys.advantage]
 
+    def weighed(self, values: Tensor, law: Gaussian) -> Tensor:
+        """Log-ratios or divergences [n] of the steps of that law, as the loss takes them: as they are."""
+        return values
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss of steps [N] or [B, K] of a rollout, with its figures."""
@@ -108,7 +114,7 @@ class DDPOLoss(LossModule):
             .flatten()[mask]
             .clamp(-self.advantage_clip, self.advantage_clip)
         )
-        log_ratio = log_p - steps.get(keys.ACTION_LOG_PROB)[mask]
+        log_ratio = self.weighed(log_p - steps.get(keys.ACTION_LOG_PROB)[mask], law)
         eps = self.clip_range
         if self.surrogate == "sf":
             loss = -adv * log_p
@@ -118,7 +124,7 @@ class DDPOLoss(LossModule):
         clipped = log_ratio.detach().expm1().abs() > eps
         out = {"loss_policy": loss.mean(), **policy_figures(log_ratio, clipped)}
         if self.__dict__["reference"] is not None:
-            kl = reference_kl(self.__dict__["reference"], law, steps, mask)
+            kl = self.weighed(reference_kl(self.__dict__["reference"], law, steps, mask), law)
             weighted = kl * step_lengths(self.policy, steps, mask) if self.kl_by_time else kl
             out |= {"loss_kl": self.kl_coef * weighted.mean(), "kl": kl.detach().mean()}
         return TensorDict(out)

@@ -45,17 +45,28 @@ class GroupPreference(Surrogate):
         if self.runaway is not None:
             require_number("surrogate.runaway", self.runaway, 0)
 
+    @property
+    def coef(self) -> float:
+        """See `GroupPreferenceLoss`."""
+        return 1.0
+
+    @property
+    def takes_samples(self) -> bool:
+        """Yes: whose samples are compared does not matter."""
+        return True
+
     def loss(self, setting: Setting) -> GroupPreferenceLoss:
         """That of the policy."""
         return GroupPreferenceLoss(
             setting.policy,
-            old=setting.reference("old"),
+            old=setting.reference("frozen" if self.clip_range == 0 else "old"),
             reference=setting.reference(self.reference),
             teacher=setting.reference("frozen"),
             beta=self.beta,
             clip_range=self.clip_range,
             anchor_coef=self.anchor_coef,
             runaway=self.runaway,
+            coef=self.coef,
         )
 
     def roles(self, setting: Setting) -> dict[str, Role]:
@@ -66,7 +77,10 @@ class GroupPreference(Surrogate):
 
 @METHODS.register("dgpo", label="DGPO")
 def dgpo(**pieces: Any) -> Recipe:
-    """DGPO: groups of 24 samples of an ODE are compared at times from 0.3 on.
+    """DGPO: groups of 24 samples of an ODE are compared at times from 0.3 on, and an anchor holds the policy.
+
+    β, ε and the anchor are those of the code's runs with guided rollouts, whose ε is between 1e-3 and 1e-2. They
+    compare at four times an update, ``updates.draws=4``; and 0.3 is a time before the shift of 3 that their model has.
 
     Source: Reinforcing Diffusion Models by Direct Group Preference Optimization (Luo et al., 2025) and its code,
     https://arxiv.org/abs/2510.08425.
@@ -79,7 +93,7 @@ def dgpo(**pieces: Any) -> Recipe:
         "placement": Terminal(),
         "credit": GroupRelative(std="global"),
         "updates": PreferenceUpdates(compared="clean", draws=1, preference_t_min=0.3),
-        "surrogate": GroupPreference(),
+        "surrogate": GroupPreference(anchor_coef=0.02),
         "regulariser": Regulariser(),
     }
     return Recipe(**{**published, **pieces})

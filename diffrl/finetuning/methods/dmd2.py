@@ -20,6 +20,9 @@ def dmd2(**pieces: Any) -> Recipe:
     It differs from TDM in what is noised: the clean estimate of a step, over the whole range of times, and not the
     state that the step reaches. Give the policy the sampler `CPS(1.0)`, or `Multistep` on EDM: all noise is fresh.
 
+    The fake score's numbers are those of the code's runs on SDXL, whose generator has the same learning rate, 5e-7, and
+    whose teacher has the guidance 8.
+
     Source: Improved Distribution Matching Distillation for Fast Image Synthesis (Yin et al., 2024), sections 4.1-4.4,
     https://arxiv.org/abs/2405.14867.
 
@@ -31,6 +34,6 @@ def dmd2(**pieces: Any) -> Recipe:
         "placement": Unpaid(),
         "credit": Standardised(),
         "updates": BoundaryUpdates(of="estimate", passes=5),
-        "surrogate": TrajectoryMatching(fake_updates=5),
+        "surrogate": TrajectoryMatching(fake_updates=5, fake_lr=5e-7, betas=(0.9, 0.999)),
     }
     return Recipe(**{**published, **pieces})

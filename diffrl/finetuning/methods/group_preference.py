@@ -1,6 +1,7 @@
 """A diffusion model as an implicit reward, learnt from groups of samples whose rewards differ."""
 
 import torch
+import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
@@ -22,7 +23,7 @@ class GroupPreferenceLoss(LossModule):
 
         l_i = mean ‖(D(x_t,i) - D*_i)/c_out‖²,    z_g = (β/G) Σ_{i∈g} adv_i (l_φ,i - l_ref,i)
         L_BT = (1/β) mean_g softplus(z_g),    whose gradient is that of  mean_i σ(sg z_g(i)) adv_i l_φ,i
-        L = mean (j+1)/K [ σ(sg z) adv l_φ + anchor_coef ‖(D_φ - D_T)/c_out‖² ]
+        L = coef · mean (j+1)/K [ σ(sg z) adv l_φ + anchor_coef ‖(D_φ - D_T)/c_out‖² ]
 
     D* is the exact target from boundary x_{j+1}. z is that of whole groups, all at one time with one noise: `prepare`
     computes it for a minibatch before any part of it is trained on. l_φ,i has no gradient where
@@ -43,6 +44,9 @@ class GroupPreferenceLoss(LossModule):
         clip_range: ε ≥ 0; 0 does not clip.
         anchor_coef: ≥ 0.
         runaway: of the guard; None: no guard.
+        coef: what L is multiplied by: with β the gradient is that of mean_g softplus(z_g) itself.
+        ranks: processes that have rows of the same groups; None: groups are whole here. Numbers of groups, times and
+            noise are then those of all of them, and each has as many rows.
 
     Raises:
         ValueError: an argument outside its range.
@@ -61,12 +65,14 @@ class GroupPreferenceLoss(LossModule):
         clip_range: float = 1e-3,
         anchor_coef: float = 1e-3,
         runaway: float | None = 0.05,
+        coef: float = 1.0,
+        ranks: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not (beta > 0 and clip_range >= 0 and anchor_coef >= 0):
-            raise InputError("beta must be > 0, and clip_range and anchor_coef >= 0")
+        if not (beta > 0 and coef > 0 and clip_range >= 0 and anchor_coef >= 0):
+            raise InputError("beta and coef must be > 0, and clip_range and anchor_coef >= 0")
         self.surrogate, self.beta, self.clip_range = surrogate, beta, clip_range
-        self.anchor_coef, self.runaway = anchor_coef, runaway
+        self.anchor_coef, self.runaway, self.coef, self.ranks = anchor_coef, runaway, coef, ranks
         for name, policy in (("old", old), ("reference", reference), ("teacher", teacher)):
             self.__dict__[name] = policy  # not a part of what is trained or saved
 
@@ -99,7 +105,7 @@ class GroupPreferenceLoss(LossModule):
             found.append(self.error(self.surrogate, b) - self.error(self.__dict__["reference"], b))
         difference = torch.cat(found).view(minibatch.shape)
         adv, group = compared.get(keys.ADVANTAGE)[..., 0], compared.get(keys.GROUP)[:, 0, 0]
-        compared.set("z", self.beta * group_sums(adv * difference, group).unsqueeze(-1))
+        compared.set("z", self.beta * group_sums(adv * difference, group, self.ranks).unsqueeze(-1))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -110,7 +116,7 @@ class GroupPreferenceLoss(LossModule):
         l_phi = self.error(self.surrogate, b, D)
         with torch.no_grad():
             D_T = self.__dict__["teacher"].denoise(b.x_t, b.t, b.cond)
-            stopped = self._outside(adv, l_phi, self.error(self.__dict__["old"], b))
+            stopped = self._outside(adv, l_phi, b)
         anchor = self._distance(D, D_T, b)
         if self.runaway is not None and float(anchor.detach().mean()) > self.runaway:
             l_T = self.error(self.__dict__["teacher"], b, D_T)
@@ -118,7 +124,7 @@ class GroupPreferenceLoss(LossModule):
         l_phi = torch.where(stopped, l_phi.detach(), l_phi)
         weight = (b.index + 1).to(D) / self.surrogate.num_steps
         sigma = flat.get("z").flatten().sigmoid()
-        loss = weight * (sigma * adv * l_phi + self.anchor_coef * anchor)
+        loss = self.coef * weight * (sigma * adv * l_phi + self.anchor_coef * anchor)
         return TensorDict(
             {
                 "loss_preference": loss.mean(),
@@ -128,21 +134,33 @@ class GroupPreferenceLoss(LossModule):
             }
         )
 
-    def _outside(self, adv: Tensor, l_phi: Tensor, l_old: Tensor) -> Tensor:
+    def _outside(self, adv: Tensor, l_phi: Tensor, b: Boundary) -> Tensor:
         if self.clip_range == 0:
             return torch.zeros_like(adv, dtype=torch.bool)
-        rho, eps = (l_old - l_phi).exp(), self.clip_range
+        rho, eps = (self.error(self.__dict__["old"], b) - l_phi).exp(), self.clip_range
         return torch.where(adv > 0, rho > 1 + eps, rho < 1 - eps)
 
 
-def group_sums(values: Tensor, group: Tensor) -> Tensor:
+def group_sums(values: Tensor, group: Tensor, ranks: dist.ProcessGroup | None = None) -> Tensor:
     """(1/G) Σ_{i∈g} v_i of each row's group, shape [n, m].
 
     Args:
         values: v, shape [n, m].
         group: group of each row, integers, shape [n]; all groups have G rows.
+        ranks: processes that have n rows each of the same groups; None: this one has them all.
     """
+    n, first = len(values), 0
+    if ranks is not None:
+        values, group = _of_all(values, ranks), _of_all(group, ranks)
+        first = n * dist.get_rank(ranks)
     _, member, counts = group.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), values.shape[1], dtype=values.dtype, device=values.device)
     sums.index_add_(0, member, values)
-    return (sums / counts[:, None])[member]
+    return (sums / counts[:, None])[member[first : first + n]]
+
+
+def _of_all(x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
+    """The rows of all processes, in the order of their ranks."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(parts, x.contiguous(), group=ranks)
+    return torch.cat(parts)

@@ -108,6 +108,7 @@ class BoundaryUpdates(RowUpdates):
         """The boundaries [n, m] that steps k [n, m] of trajectories [n, K] lead to."""
         rows = torch.arange(len(rollout))[:, None]
         part = rollout[rows.to(rollout.device), k.to(rollout.device)]
+        k = part.get(keys.INDEX).squeeze(-1).cpu()  # a rollout may hold the last steps only
         u = torch.rand(k.shape, generator=generator)
         if self.of == "estimate":
             part.set((keys.NEXT, keys.X_T), part.get(keys.X0_HAT))

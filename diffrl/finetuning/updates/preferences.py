@@ -28,7 +28,7 @@ REWARD_T, REWARD_NOISE = "reward_t", "reward_noise"  # a second time and noise f
 class PreferenceUpdates(BoundaryUpdates):
     """`BoundaryUpdates` that keep groups whole, with boundaries x_{j+1} on which each group is compared.
 
-        P(j) ∝ j+1,    t and j shared by the whole update, the noise by each group
+        P(j) ∝ j+1,    t and j shared by the whole update or by each group, the noise by each group
 
     A second time and noise for the boundaries x_{k+1}, shared in the same way, are where the learnt reward is asked.
 
@@ -42,6 +42,7 @@ class PreferenceUpdates(BoundaryUpdates):
         passes: see there.
         micro_batch: see there.
         compared: the boundaries on which groups are compared: "all", or the "clean" samples only.
+        times: what shares a time and a j: the whole "update", or each "group".
         preference_t_min: least time at which groups are compared, in the process's time.
         reward_t_min: least time at which the learnt reward is asked.
 
@@ -53,6 +54,7 @@ class PreferenceUpdates(BoundaryUpdates):
     interval: Literal["trajectory", "reverse"] = "reverse"
     draws: int = 2
     compared: Literal["all", "clean"] = "all"
+    times: Literal["update", "group"] = "update"
     preference_t_min: float = 0.55
     reward_t_min: float = 0.25
 
@@ -60,6 +62,8 @@ class PreferenceUpdates(BoundaryUpdates):
         super().__post_init__()
         if self.compared not in ("all", "clean"):
             raise InputError(f"updates.compared is {self.compared!r}: give 'all' or 'clean'")
+        if self.times not in ("update", "group"):
+            raise InputError(f"updates.times is {self.times!r}: give 'update' or 'group'")
         for name in ("preference_t_min", "reward_t_min"):
             require_number(f"updates.{name}", getattr(self, name), 0)
 
@@ -74,11 +78,13 @@ class PreferenceUpdates(BoundaryUpdates):
     ) -> TensorDict:
         """Boundaries [n, m], the second time and noise of them, and those on which groups are compared."""
         part = super()._minibatch(rollout, k, policy, generator)
-        n, m = k.shape
-        u = torch.rand(2, m, generator=generator)
-        reward_t = draw_times(policy, k, "reverse", self.margin, u[0], t_min=self.reward_t_min)
-        K = policy.num_steps
-        j = torch.multinomial(torch.arange(1.0, K + 1), m, replacement=True, generator=generator).expand(n, m)
+        _, member = rollout.get(keys.GROUP)[:, 0, 0].cpu().unique(return_inverse=True)
+        (n, m), groups, K = k.shape, int(member.max()) + 1, rollout.shape[1]
+        # rows of one unit share time and j
+        unit, units = (member, groups) if self.times == "group" else (torch.zeros_like(member), 1)
+        u = torch.rand(2, units, m, generator=generator)[:, unit]
+        likelihood = torch.arange(1.0, K + 1).expand(units, K)
+        j = torch.multinomial(likelihood, m, replacement=True, generator=generator)[unit]
         j = torch.full_like(j, K - 1) if self.compared == "clean" else j
         compared = rollout[torch.arange(n)[:, None].to(rollout.device), j.to(rollout.device)].select(
             keys.INDEX,
@@ -89,9 +95,10 @@ class PreferenceUpdates(BoundaryUpdates):
             keys.GROUP,
             strict=False,
         )
+        k, j = (of.get(keys.INDEX).squeeze(-1).cpu() for of in (part, compared))
+        reward_t = draw_times(policy, k, "reverse", self.margin, u[0], t_min=self.reward_t_min)
         t = draw_times(policy, j, "reverse", self.margin, u[1], t_min=self.preference_t_min)
-        _, member = rollout.get(keys.GROUP)[:, 0, 0].cpu().unique(return_inverse=True)
-        shape = (2, int(member.max()) + 1, *part.get(keys.X_T).shape[1:])
+        shape = (2, groups, *part.get(keys.X_T).shape[1:])
         shared = torch.randn(shape, generator=generator)[:, member].to(rollout.device)
         compared.update({keys.RENOISE_T: t[..., None].to(rollout.device), keys.NOISE: shared[1]})
         return part.update(
