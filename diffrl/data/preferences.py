@@ -107,8 +107,8 @@ def _from_arrays(path: Path, max_gib: float) -> Pairs:
         raise DataError(
             f"{path}: `preferred` has shape {shapes[0]} and `rejected` {shapes[1]}; row i of both must be one pair"
         )
-    samples = [_samples(found[side], f"{path}: {side}") for side in SIDES]
-    N, labels, prompts = len(samples[0]), found.get("labels"), found.get("prompts")
+    preferred, rejected = (_samples(found[side], f"{path}: {side}") for side in SIDES)
+    N, labels, prompts = len(preferred), found.get("labels"), found.get("prompts")
     if labels is not None and prompts is not None:
         raise DataError(f"{path}: holds both `labels` and `prompts`; keep one of them")
     if prompts is not None and (prompts.dtype.kind != "U" or prompts.shape != (N,)):
@@ -117,7 +117,8 @@ def _from_arrays(path: Path, max_gib: float) -> Pairs:
         )
     return Pairs(
         str(path),
-        *samples,
+        preferred,
+        rejected,
         None if labels is None else _numbers(check_labels(labels, N, f"{path}: labels")),
         None if prompts is None else prompts.tolist(),
         [f"row {i}" for i in range(N)],
@@ -157,7 +158,8 @@ def _from_table(path: Path, size: int | None, max_gib: float) -> Pairs:
     prompts = [entry["prompt"] for entry in table] if "prompt" in table[0] else None
     if labels is not None and prompts is not None:
         raise DataError(f'{path}: has both "label" and "prompt"; keep one of them')
-    return Pairs(str(path), *_sides(path, table, rows, size, max_gib), labels, prompts, rows)
+    preferred, rejected = _sides(path, table, rows, size, max_gib)
+    return Pairs(str(path), preferred, rejected, labels, prompts, rows)
 
 
 def _entry(where: str, line: str) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _entry(where: str, line: str) -> dict[str, Any]:
 
 def _sides(
     path: Path, table: list[dict[str, Any]], rows: list[str], size: int | None, max_gib: float
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The samples of both sides, [N, *E] each."""
     read: list[NDArray[Any]] = []
     for entry, row in zip(table, rows, strict=True):
@@ -198,7 +200,7 @@ def _sides(
     if read[0].dtype == np.uint8:
         channels = max(len(x) for x in read)
         read = [np.broadcast_to(x, (channels, *x.shape[1:])) for x in read]
-    return [_stacked(read[side::2]) for side in (0, 1)]
+    return _stacked(read[0::2]), _stacked(read[1::2])
 
 
 def _stacked(read: list[NDArray[Any]]) -> Tensor:

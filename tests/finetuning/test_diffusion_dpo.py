@@ -1,5 +1,6 @@
 """Diffusion-DPO: the published loss, pairs that are recorded or drawn, and what a run learns from them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import diffrl
 from diffrl import keys, recipes
+from diffrl.diffusion.pipelines.lora import add_lora
 from diffrl.finetuning.credit.preference import Preference
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.methods.diffusion_dpo import DiffusionDPO
@@ -21,9 +23,11 @@ from diffrl.finetuning.rollouts.recorded_pairs import RecordedPairs
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.finetuning.updates.preferences import PREFERENCE, PreferenceUpdates
 from diffrl.metrics.seeds import bootstrap_interval, iqm
+from diffrl.training.identity import RunChanged
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import Optim
 from tests.kit.four_modes import MIXTURE, generator_policy, mode_one, on_modes, samples_of
+from tests.kit.pipeline_policies import EACH, SHAPE, denoiser_of, policy_of
 from tests.kit.policies import make_policy, right
 
 
@@ -163,7 +167,7 @@ def test_a_run_asks_no_reward_and_ends_as_one_that_was_not_stopped(tmp_path: Pat
         "seconds": again.figures["seconds"],
     }
     recorded(tmp_path, n=7)
-    with pytest.raises(diffrl.training.identity.RunChanged, match=r"rollouts\.data"):
+    with pytest.raises(RunChanged, match=r"rollouts\.data"):
         made("part").resume()
 
 
@@ -199,11 +203,38 @@ def test_labels_become_conditions(tmp_path: Path) -> None:
 
 def test_prompts_become_their_numbers(tmp_path: Path) -> None:
     policy = make_policy(num_classes=3)
-    policy.denoiser.prompts = ("a cat", "red", "a cat")
+    vars(policy.denoiser)["prompts"] = ("a cat", "red", "a cat")
     path = recorded(tmp_path, n=3, prompts=["red", "a cat", "red"])
     td = tuner_of(RecordedPairs(path, 6), policy, conditions=torch.arange(3)).collect(step_generator(0, 0))
     number = (td.get((keys.NEXT, keys.X_T))[:, 0, 0].abs() - 0.5).long()
     assert torch.equal(td.get(keys.COND)[:, 0], torch.tensor([1, 0, 1])[number])
+
+
+def test_adapters_of_a_pipeline_learn_from_recorded_latents(tmp_path: Path) -> None:
+    """The frozen reference is the network without its adapters, and nothing else changes."""
+    lines = []
+    for i, prompt in enumerate(("two dogs", "a cat", "red")):
+        for side in ("preferred", "rejected"):
+            np.save(
+                tmp_path / f"{side}{i}.npy", np.random.default_rng(i).normal(size=SHAPE) * (3 if i else 1)
+            )
+        lines.append({"preferred": f"preferred{i}.npy", "rejected": f"rejected{i}.npy", "prompt": prompt})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    denoiser = denoiser_of()
+    add_lora(denoiser, 2, None, ("to_q", "to_v"), generator=torch.Generator().manual_seed(0))
+    before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
+    plan = RecordedPairs(str(tmp_path / "pairs.jsonl"), 6)
+    tuner = tuner_of(plan, policy_of(denoiser), event_shape=SHAPE, conditions=EACH, length=Iterations(1))
+    check_tuner(tuner)
+    row = next(iter(tuner.steps()))
+    # both samples are the same
+    assert row["preference"] == 0.5 and row["anchor"] == 0 and row["grad_norm"] < 1e-5
+    for i in range(3):
+        np.save(tmp_path / f"rejected{i}.npy", np.zeros(SHAPE))
+    tuner = tuner_of(plan, tuner.policy, event_shape=SHAPE, conditions=EACH, length=Iterations(2))
+    assert all(row["grad_norm"] > 0 for row in tuner.steps())
+    moved = {name for name, p in denoiser.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(p.requires_grad for name, p in denoiser.named_parameters() if name in moved)
 
 
 CONDITIONS: list[tuple[dict[str, Any], Any, str]] = [
@@ -231,7 +262,7 @@ def test_conditions_that_the_model_lacks_are_named(
 
 def test_a_prompt_that_the_model_lacks_is_named(tmp_path: Path) -> None:
     policy = make_policy(num_classes=2)
-    policy.denoiser.prompts = ("a cat", "red")
+    vars(policy.denoiser)["prompts"] = ("a cat", "red")
     path = recorded(tmp_path, n=2, prompts=["red", "a dog"])
     with pytest.raises(
         ValueError, match="row 1: prompt 'a dog' is not among the model's; add it to model.prompts"
@@ -254,7 +285,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a recorded sample has one step: set updates.draws=1"):
         recipes.diffusion_dpo(updates=PreferenceUpdates(compared="clean", draws=2))
     with pytest.raises(ValueError, match=r"updates.times is 'row': give 'update' or 'group'"):
-        PreferenceUpdates(times="row")  # type: ignore[arg-type]
+        PreferenceUpdates(times="row")
 
 
 # What it learns

@@ -56,7 +56,7 @@ def member(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_z_and_gradient_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     z, grad = of_rows(slice(None), None)
-    mp.spawn(member, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.spawn(member, (str(tmp_path),), nprocs=2)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["z"], z[rank::2], rtol=1e-4, atol=1e-6)

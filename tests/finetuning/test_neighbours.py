@@ -165,7 +165,7 @@ def test_of_one_step_dmd2_is_tdm() -> None:
     rollout.set(keys.ADVANTAGE, torch.zeros(8, 1, 1))
     parts = []
     for of in ("boundary", "estimate"):
-        plan = BoundaryUpdates(of=of)  # type: ignore[arg-type]
+        plan = BoundaryUpdates(of=of)
         g = torch.Generator().manual_seed(1)
         parts.append(next(iter(plan(rollout, policy=policy, group_size=1, generator=g, entries=()))))
     tdm, dmd2 = parts
@@ -185,7 +185,7 @@ def test_of_one_step_dmd2_is_tdm() -> None:
     given: dict[str, Any] = {"policy": several, "group_size": 1, "entries": ()}
     for of in ("boundary", "estimate"):
         g = torch.Generator().manual_seed(1)
-        parts.append(next(iter(BoundaryUpdates(of=of)(rollout, generator=g, **given))))  # type: ignore[arg-type]
+        parts.append(next(iter(BoundaryUpdates(of=of)(rollout, generator=g, **given))))
     assert not torch.allclose(
         parts[2].get((keys.NEXT, keys.X_T)), parts[3].get((keys.NEXT, keys.X_T)), atol=0.1
     )

@@ -234,7 +234,9 @@ def test_a_plan_collects_whole_trajectories(name: str, tmp_path: Path) -> None:
         plan = ROLLOUTS[name](str(tmp_path / "pairs.npz"))
     nothing: Any = None
     plan.prepare(
-        Setting(make_policy(), (2,), None, FinetuningOptim(), 0.0, *[nothing] * 4, torch.device("cpu"))
+        Setting(
+            make_policy(), (2,), None, FinetuningOptim(), 0.0, None, nothing, nothing, 0, torch.device("cpu")
+        )
     )
     n = 4 * plan.rows_of_a_group
     made = {"trajectories": n, "cond": None, "generator": torch.Generator(), "device": torch.device("cpu")}
