@@ -22,18 +22,27 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline, process_of
 from diffrl.diffusion.pipelines.lora import add_lora
+from diffrl.diffusion.renoising import between, marginal_target, renoise
 from diffrl.diffusion.samplers.consistency import LCM
-from diffrl.diffusion.samplers.ddim import Ancestral
+from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
 from diffrl.diffusion.samplers.loop import sample
 from diffrl.diffusion.samplers.ode import Euler
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import DiffrlError
 from diffrl.extras import MissingExtra
+from diffrl.finetuning.guidance import Teacher
 from diffrl.finetuning.policy import DenoisingPolicy
 from tests.kit.oracles import generator
 from tests.kit.pipeline_policies import EACH, SHAPE, P, denoiser_of, differ, policy_of, rollout
-from tests.kit.pipelines import PROMPTS, STABLE_DIFFUSION, TOKENS, latent_consistency, stable_diffusion
+from tests.kit.pipelines import (
+    PROMPTS,
+    STABLE_DIFFUSION,
+    TOKENS,
+    latent_consistency,
+    stable_diffusion,
+    z_image,
+)
 from tests.kit.pipelines import stable_diffusion_3 as sd3
 
 # Against diffusers' pipelines: whole chains, with the same noise
@@ -112,6 +121,94 @@ def test_flow_is_a_run_of_the_pipeline(w: float, shift: float) -> None:
     pipe = sd3(shift)
     policy = policy_of(denoiser_of(pipe, w=w), Euler(), 5)
     assert_same_chain(rollout(policy), chain_of(pipe, policy, guidance_scale=w))
+
+
+@pytest.mark.parametrize("w", [1.0, 4.5])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_z_image_is_a_run_of_the_pipeline(w: float, shift: float) -> None:
+    """Captions of several lengths, reversed time and sign, even levels; its guidance is w - 1, and 0 is off."""
+    pipe = z_image(shift)
+    denoiser = denoiser_of(pipe, w=w)
+    assert len(denoiser.get_buffer("prompt_cap_lengths").unique()) > 2
+    policy = policy_of(denoiser, Euler(), 4)
+    states = chain_of(pipe, policy, guidance_scale=w - 1, height=16, width=16, max_sequence_length=256)
+    assert_same_chain(rollout(policy), states)
+    torch.testing.assert_close(policy.grid, pipe.scheduler.sigmas.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_z_images_latents_are_of_1024_pixels_unless_said_otherwise() -> None:
+    assert denoiser_of(z_image()).event_shape == (4, 128, 128)
+
+
+def test_a_caption_that_is_cut_off_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="prompts 0 are cut off: tokenizer reads 8 tokens.*up to 12"):
+        PipelineDenoiser.from_pipeline(
+            z_image(), ["abcdefghij", "b"], guidance_scale=1.0, max_sequence_length=8
+        )
+
+
+def test_even_levels_are_those_of_generators_of_four_steps() -> None:
+    policy = policy_of(denoiser_of(sd3(), even_levels=True), DDIM(), 4)
+    assert policy.grid.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+def test_the_levels_of_ddim_on_stable_diffusion_end_at_clean_data() -> None:
+    """x_K = D: the fake score's exact target is then the sample; times between lie on the scheduler's timesteps."""
+    policy = policy_of(denoiser_of(), DDIM(), 4)
+    process, grid = policy.process, policy.grid
+    assert grid.tolist() == [999, 749, 499, 249, -1]
+    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    t = between(process, grid[3].expand(50), grid[4].expand(50), u)
+    assert bool((t == t.round()).all()) and 0 <= float(t.min()) <= float(t.max()) <= 249
+    x_K, noise = torch.randn(2, 50, *SHAPE, generator=generator(), dtype=torch.float64)
+    s = grid[4].expand(50)
+    torch.testing.assert_close(marginal_target(process, x_K, s, t, noise), x_K)
+    alpha, sigma = (f(t)[:, None, None, None] for f in (process.alpha, process.sigma))
+    torch.testing.assert_close(renoise(process, x_K, s, t, noise), alpha * x_K + sigma * noise)
+
+
+# What methods of distillation ask
+
+MADE = {
+    "eps": (stable_diffusion, 500.0, {}),
+    "v": (lambda: stable_diffusion("v_prediction"), 500.0, {}),
+    "lcm": (latent_consistency, 499.0, {"w": 7.5}),
+    "flow": (sd3, 0.5, {}),
+    "z_image": (z_image, 0.5, {}),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_the_estimate_is_affine_in_the_networks_output(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D = c_skip x_t + c_out F, by outputs F of our own; c_in = 1, so that the network gets x_t itself."""
+    make, t, options = MADE[kind]
+    denoiser = denoiser_of(make(), **options)
+    x, F = torch.randn(2, P, *SHAPE, generator=generator())
+    times = torch.full((P,), t)
+    monkeypatch.setattr(denoiser, "_predicted", lambda x_t, t, rows: F)
+    c_skip, c_out, c_in = denoiser.scalings(times.double())
+    assert bool((c_in == 1).all()) and float(c_out.abs().min()) > 0
+    expected = c_skip[:, None, None, None] * x + c_out[:, None, None, None] * F
+    torch.testing.assert_close(denoiser(x, times, EACH), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eps", "flow", "z_image"])
+def test_a_guided_teacher_is_the_guided_denoiser(kind: str) -> None:
+    """The teacher's w on a denoiser without guidance is the denoiser's own w, negative prompt included."""
+    make, t, _ = MADE[kind]
+    pipe = make()
+    own = denoiser_of(pipe, w=4.5, negative_prompt="red")
+    teacher = Teacher(policy_of(denoiser_of(pipe, negative_prompt="red"), DDIM()), 4.5)
+    x, times = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), t)
+    torch.testing.assert_close(teacher(x, times, EACH), own(x, times, EACH), rtol=1e-4, atol=1e-4)
+    other = Teacher(policy_of(denoiser_of(pipe), DDIM()), 4.5)
+    assert differ(other(x, times, EACH), own(x, times, EACH))
+
+
+def test_no_denoiser_is_guided_twice() -> None:
+    teacher = Teacher(policy_of(denoiser_of(w=2.0), DDIM()), 2.0)
+    with pytest.raises(ValueError, match=r"guided by 2 itself.*guidance_scale=1"):
+        teacher(torch.zeros(P, *SHAPE), torch.full((P,), 500.0), EACH)
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0])

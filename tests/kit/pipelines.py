@@ -1,4 +1,4 @@
-"""Tiny pipelines with random weights, made on the spot: Stable Diffusion, latent consistency, Stable Diffusion 3."""
+"""Tiny pipelines with random weights, made on the spot: Stable Diffusion (3), latent consistency, Z-Image."""
 
 import string
 from typing import Any
@@ -14,9 +14,18 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 PROMPTS = ["a cat", "two dogs", "red"]
 TOKENS = 16
@@ -145,6 +154,45 @@ def stable_diffusion_3(shift: float = 3.0) -> StableDiffusion3Pipeline:
             tokenizer_2=tokenizer(),
             text_encoder_3=None,
             tokenizer_3=None,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def z_image(shift: float = 3.0) -> ZImagePipeline:
+    chat = tokenizer()
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        text = Qwen3Model(
+            Qwen3Config(
+                vocab_size=54,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=4,
+            )
+        ).eval()
+        network = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=16,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=8,
+            axes_dims=[4, 2, 2],
+            axes_lens=[128, 16, 16],
+        ).eval()
+        lively(network, 3)
+        pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=vae(shift_factor=0.06, scaling_factor=1.5),
+            text_encoder=text,
+            tokenizer=chat,
+            transformer=network,
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
