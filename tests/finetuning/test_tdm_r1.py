@@ -211,6 +211,20 @@ def test_the_guard_stops_what_has_run_away_from_the_teacher() -> None:
     assert float(near(part)["clip_fraction"]) == 0 < float(far(part)["clip_fraction"]) < 1
 
 
+def test_the_guard_looks_at_the_whole_update_whatever_its_parts() -> None:
+    surrogate, teacher = moved(1, std=1.0), generator_policy()
+    part = minibatch(teacher)
+    loss = preference_loss(surrogate, teacher, runaway=None)
+    loss.prepare(part, 100)
+    anchors = [float(loss(row)["anchor"]) for row in part.split(4)]
+    between = sum(anchors) / len(anchors)
+    assert min(anchors) < between < max(anchors)
+    for runaway, stops in ((0.999 * between, True), (1.001 * between, False)):
+        guarded = preference_loss(surrogate, teacher, runaway=runaway)
+        guarded.prepare(part, 4)
+        assert [float(guarded(row)["clip_fraction"]) > 0 for row in part.split(4)] == [stops] * len(anchors)
+
+
 def test_the_slow_copy_follows_as_published() -> None:
     assert [round(slow_decay(n), 6) for n in (0, 1, 9, 298, 299, 300, 10_000)] == [
         0.001, 0.002, 0.01, 0.299, 0.3, 0.3, 0.3,

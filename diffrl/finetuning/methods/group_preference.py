@@ -93,19 +93,25 @@ class GroupPreferenceLoss(LossModule):
 
     @torch.no_grad()
     def prepare(self, minibatch: TensorDictBase, at_once: int) -> None:
-        """Write z of every boundary of a minibatch [n, m] into it, from the sums over whole groups.
+        """Write z of every boundary of a minibatch [n, m] into it, of whole groups, and how far φ is from D_T.
 
         Args:
             minibatch: with whole groups of rows.
             at_once: most states forwarded side by side.
         """
-        compared, found = minibatch.get(PREFERENCE), []
+        compared, found, apart = minibatch.get(PREFERENCE), [], []
         for part in compared.reshape(-1).split(at_once):
             b = Boundary(part, self.surrogate)
-            found.append(self.error(self.surrogate, b) - self.error(self.__dict__["reference"], b))
+            D = self.surrogate.denoise(b.x_t, b.t, b.cond)
+            found.append(self.error(self.surrogate, b, D) - self.error(self.__dict__["reference"], b))
+            if self.runaway is not None:
+                D_T = self.__dict__["teacher"].denoise(b.x_t, b.t, b.cond)
+                apart.append(self._distance(D, D_T, b))
         difference = torch.cat(found).view(minibatch.shape)
         adv, group = compared.get(keys.ADVANTAGE)[..., 0], compared.get(keys.GROUP)[:, 0, 0]
         compared.set("z", self.beta * group_sums(adv * difference, group, self.ranks).unsqueeze(-1))
+        if apart:
+            compared.set("apart", torch.cat(apart).mean().expand_as(adv).unsqueeze(-1))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -118,7 +124,7 @@ class GroupPreferenceLoss(LossModule):
             D_T = self.__dict__["teacher"].denoise(b.x_t, b.t, b.cond)
             stopped = self._outside(adv, l_phi, b)
         anchor = self._distance(D, D_T, b)
-        if self.runaway is not None and float(anchor.detach().mean()) > self.runaway:
+        if self.runaway is not None and float(flat.get("apart")[0]) > self.runaway:
             l_T = self.error(self.__dict__["teacher"], b, D_T)
             stopped |= torch.where(adv > 0, l_phi.detach() < l_T, l_phi.detach() > l_T)
         l_phi = torch.where(stopped, l_phi.detach(), l_phi)
