@@ -90,7 +90,7 @@ def test_words_are_understood(command: str, words: str) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the commands speak of: pictures, and a run as `runs/...`."""
+    """A folder with what the commands speak of: pictures, pairs of them, and a run as `runs/...`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_pictures").mkdir()
     rng = np.random.default_rng(0)
@@ -98,6 +98,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(
             tmp_path / "my_pictures" / f"{n}.png"
         )
+    pairs = rng.integers(0, 256, (2, 8, 1, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "pairs.npz", preferred=pairs[0], rejected=pairs[1])
     run(tmp_path / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
     return tmp_path
 
