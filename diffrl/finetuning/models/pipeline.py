@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
-from diffrl.diffusion.pipelines.lora import add_lora, export_lora
+from diffrl.diffusion.pipelines.lora import add_lora, export_lora, load_lora
 from diffrl.errors import InputError
 from diffrl.finetuning.models.base import Tunable
 from diffrl.finetuning.models.registry import MODELS
@@ -35,6 +36,8 @@ def pipeline_model(
     lora_rank: int | None = 4,
     lora_alpha: float | None = None,
     lora_layers: tuple[str, ...] = ATTENTION,
+    adapters: str | None = None,
+    even_levels: bool = False,
     weights: str = "bfloat16",
     variant: str | None = None,
     leave_out: tuple[str, ...] = (),
@@ -56,29 +59,35 @@ def pipeline_model(
         prompts_file: instead, a text file with one prompt a line, or .jsonl with one object a line.
         prompts_from: instead, a function of yours that gives them, by its name in
             `diffrl.finetuning.prompts.PROMPTS`.
-        negative_prompt: what guidance leads away from.
+        negative_prompt: what guidance leads away from, the model's own or that of a teacher (surrogate.guidance_scale).
         guidance_scale: w ≥ 1; 1 is off.
         train_unconditional: whether the unconditional part of guidance passes gradients too.
         lora_rank: of the adapters; None trains all weights, which must then be float32.
         lora_alpha: their scale; None: the rank.
         lora_layers: ends of the names of the layers that get them.
+        adapters: folder of a LoRA that they start from, such as a distilled student's: what a run wrote as ``lora/``,
+            or diffusers, with this rank, scale and layers. Methods of distillation then learn from the network
+            without it.
+        even_levels: see `PipelineDenoiser.from_pipeline`; for generators of few steps.
         weights: dtype of the frozen weights: "float32", "bfloat16" or "float16".
         variant: of the files, e.g. "fp16".
         leave_out: components to do without, e.g. [text_encoder_3, tokenizer_3] of SD 3.x.
         gradient_checkpointing: less memory, more time.
         latent_size: height and width of latents; None: what the network was made for.
-        max_sequence_length: tokens of the T5 encoder of SD 3.x.
+        max_sequence_length: tokens of the T5 encoder of SD 3.x, and of that of Z-Image.
         decode_batch_size: latents decoded at once.
         download: let diffusers fetch what is missing; without it nothing touches the network.
         device: where it goes; the run's.
         seed: of the adapters' first values; the run's.
 
     Raises:
-        MissingExtra, FileNotFoundError, ValueError: see `load_pipeline`, `PipelineDenoiser` and `add_lora`.
+        MissingExtra, FileNotFoundError, ValueError: see `load_pipeline`, `PipelineDenoiser`, `add_lora`, `load_lora`.
     """
     if path is None:
         raise InputError("model.path is null: give a pipeline's folder, or a name in the hub's cache")
     _check_options(weights, lora_rank, latent_size, decode_batch_size)
+    if adapters is not None and lora_rank is None:
+        raise InputError("model.adapters are a LoRA: set model.lora_rank to its rank")
     given = prompts_of(prompts, prompts_file, prompts_from)
     pipe = load_pipeline(
         path, DTYPES[weights], device=device, variant=variant, leave_out=leave_out, download=download
@@ -90,14 +99,18 @@ def pipeline_model(
         negative_prompt=negative_prompt,
         max_sequence_length=max_sequence_length,
         train_unconditional=train_unconditional,
+        even_levels=even_levels,
     )
     if lora_rank is not None:
         first = torch.Generator().manual_seed(seed)
         add_lora(denoiser, lora_rank, lora_alpha, lora_layers, generator=first)
+    if adapters is not None:
+        load_lora(denoiser, adapters)
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     decode, name = LatentDecoder(pipe.vae.requires_grad_(False)), Path(path).name.replace(" ", "-")
-    return _tunable(denoiser, given, latent_size, decode, decode_batch_size, name=name)
+    teacher = None if adapters is None else denoiser.base()
+    return _tunable(denoiser, given, latent_size, decode, decode_batch_size, name=name, teacher=teacher)
 
 
 def _tunable(
@@ -108,6 +121,7 @@ def _tunable(
     at_once: int,
     *,
     name: str,
+    teacher: nn.Module | None,
 ) -> Tunable:
     channels, h, w = denoiser.event_shape
     return Tunable(
@@ -118,6 +132,7 @@ def _tunable(
         name,
         pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(at_once)]),
         export=lambda folder: export_lora(denoiser, folder),
+        teacher=teacher,
     )
 
 

@@ -1,0 +1,403 @@
+"""Student, fake score, surrogate as adapters of one pipeline's network: apart from each other, trained, resumed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffrl import recipes
+from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser
+from diffrl.diffusion.pipelines.lora import add_lora, load_lora, save_lora
+from diffrl.diffusion.pipelines.roles import AdapterDenoiser, BaseDenoiser, worn
+from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.finetuning.finetuner import Finetuner, Iterations
+from diffrl.finetuning.methods.tdm import TrajectoryMatching
+from diffrl.finetuning.methods.tdm_r1 import LearntReward
+from diffrl.finetuning.policy import DenoisingPolicy
+from diffrl.finetuning.reference import References, frozen_denoiser, trainable_copy
+from diffrl.finetuning.run_checks import check_tuner
+from diffrl.finetuning.updates.boundaries import BoundaryUpdates
+from diffrl.finetuning.updates.preferences import PreferenceUpdates
+from diffrl.training.checkpoints import CheckpointError
+from diffrl.training.identity import RunChanged
+from diffrl.training.optim import Optim
+from tests.kit.oracles import generator
+from tests.kit.pipeline_policies import EACH, SHAPE, P, denoiser_of, differ, policy_of, rollout
+from tests.kit.pipelines import PROMPTS, stable_diffusion, z_image
+from tests.kit.pipelines import stable_diffusion_3 as sd3
+
+PIPES: dict[str, tuple[Callable[[], Any], float, dict[str, Any]]] = {
+    "unet": (stable_diffusion, 500.0, {}),
+    "transformer": (sd3, 0.5, {"even_levels": True}),
+    "z_image": (z_image, 0.5, {}),
+}
+KINDS = pytest.mark.parametrize("kind", PIPES)
+
+
+def with_lora(kind: str = "unet", rank: int = 2, random: bool = False, **options: Any) -> PipelineDenoiser:
+    make, _, given = PIPES[kind]
+    denoiser = denoiser_of(make(), **given, **options)
+    add_lora(denoiser, rank, alpha=2.0 * rank, generator=generator(1))
+    if random:
+        scatter(denoiser.adapters.values(), 2)
+    return denoiser
+
+
+def scatter(parameters: Any, seed: int) -> None:
+    with torch.no_grad():
+        for p in parameters:
+            p.normal_(std=0.2, generator=generator(seed))
+
+
+def states(kind: str = "unet") -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), PIPES[kind][1]), EACH
+
+
+def twin_of(denoiser: PipelineDenoiser, seed: int | None = None) -> AdapterDenoiser:
+    twin = trainable_copy(denoiser.base())
+    assert isinstance(twin, AdapterDenoiser)
+    if seed is not None:
+        scatter(twin.parameters(), seed)
+    return twin
+
+
+# One network, several denoisers
+
+
+@KINDS
+def test_a_twin_is_the_network_under_its_own_adapters(kind: str) -> None:
+    """Against a pipeline of its own whose adapters have the same values; nothing stays on the network."""
+    denoiser = with_lora(kind, random=True)
+    twin, before = twin_of(denoiser, 5), denoiser(*states(kind))
+    alone = with_lora(kind)
+    alone.load_trainable_state(twin.weights)
+    value = twin(*states(kind))
+    torch.testing.assert_close(value, alone(*states(kind)), rtol=0, atol=0)
+    assert differ(value, before) and differ(value, denoiser.base()(*states(kind)))
+    torch.testing.assert_close(denoiser(*states(kind)), before, rtol=0, atol=0)
+    assert len(list(twin.parameters())) == len(denoiser.adapters) == len(twin.state_dict())
+
+
+def test_a_network_takes_its_own_adapters_back_after_an_error() -> None:
+    denoiser = with_lora(random=True)
+    twin, own = twin_of(denoiser, 5), list(denoiser.adapters.values())
+    with pytest.raises(ValueError, match="prompts are numbered"):
+        twin(*states()[:2], EACH + 7)
+    assert all(a is b for a, b in zip(denoiser.adapters.values(), own, strict=True))
+    with pytest.raises(RuntimeError, match="inside"), worn(denoiser.network, twin.weights):
+        assert next(iter(denoiser.adapters.values())) is next(twin.parameters())
+        raise RuntimeError("inside")
+    assert all(a is b for a, b in zip(denoiser.adapters.values(), own, strict=True))
+
+
+@KINDS
+def test_no_gradient_reaches_another_role(kind: str) -> None:
+    denoiser = with_lora(kind, random=True)
+    fake, surrogate = twin_of(denoiser, 5), twin_of(denoiser, 6)
+    fake(*states(kind)).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in fake.parameters())
+    assert sum(float(p.grad.abs().sum()) > 0 for p in fake.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in (*denoiser.parameters(), *surrogate.parameters()))
+    denoiser(*states(kind)).square().mean().backward()
+    assert all(p.grad is not None for p in denoiser.adapters.values())
+    assert all(p.grad is None for p in surrogate.parameters())
+    assert [n for n, p in denoiser.named_parameters() if p.requires_grad] == [
+        f"network.{n}" for n in denoiser.adapters
+    ]
+
+
+def test_a_twin_of_the_base_begins_as_the_base_and_can_learn() -> None:
+    denoiser = with_lora(random=True)
+    twin = twin_of(denoiser)
+    torch.testing.assert_close(twin(*states()), denoiser.base()(*states()), rtol=0, atol=1e-6)
+    twin(*states()).square().mean().backward()
+    up = [p.grad for n, p in twin.weights.items() if ".lora_B." in n]
+    assert all(grad is not None and float(grad.abs().max()) > 0 for grad in up)
+
+
+def test_a_reference_is_the_denoiser_as_it_is_now() -> None:
+    """New adapters need no copy; trained ones are copied, and nothing else is."""
+    fresh, trained = with_lora(), with_lora(random=True)
+    assert isinstance(fresh.reference(), BaseDenoiser)
+    kept, before = frozen_denoiser(trained), trained(*states())
+    assert isinstance(kept, AdapterDenoiser) and not any(p.requires_grad for p in kept.parameters())
+    assert frozen_denoiser(kept) is not kept and frozen_denoiser(fresh.base()) is not None
+    scatter(trained.adapters.values(), 9)
+    torch.testing.assert_close(kept(*states()), before, rtol=0, atol=0)
+    torch.testing.assert_close(frozen_denoiser(kept)(*states()), before, rtol=0, atol=0)
+    assert differ(trained(*states()), before)
+    numbers = sum(p.numel() for p in trained.adapters.values())
+    assert (
+        sum(p.numel() for p in kept.parameters())
+        == numbers
+        < 0.2 * sum(p.numel() for p in trained.network.parameters())
+    )
+    with pytest.raises(ValueError, match="no adapters to switch off"):
+        denoiser_of().base()
+
+
+def test_moving_copies_are_adapters_too() -> None:
+    denoiser = with_lora(random=True)
+    references = References(policy_of(denoiser, DDIM()))
+    old, ema = references("old").denoiser, references("ema").denoiser
+    first = [p.detach().clone() for p in denoiser.adapters.values()]
+    scatter(denoiser.adapters.values(), 9)
+    references.before_updates()
+    references.after_updates(0.75)
+    for p, q, r, s in zip(old.parameters(), ema.parameters(), denoiser.adapters.values(), first, strict=True):
+        assert torch.equal(p, r) and not p.requires_grad and not q.requires_grad
+        torch.testing.assert_close(q, 0.75 * s + 0.25 * r)
+    torch.testing.assert_close(old(*states()), denoiser(*states()), rtol=0, atol=0)
+    torch.testing.assert_close(references("frozen").denoise(*states()), references.frozen.denoise(*states()))
+
+
+@KINDS
+def test_checkpointing_recomputes_with_the_adapters_of_the_forward_pass(kind: str) -> None:
+    """Student and twin are both forwarded before either goes backward, and the base is asked between."""
+    gradients = []
+    for checkpointing in (False, True):
+        denoiser = with_lora(kind, random=True)
+        twin = twin_of(denoiser, 5)
+        if checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        first, second = denoiser(*states(kind)), twin(*states(kind))
+        denoiser.base()(*states(kind))
+        second.square().mean().backward()
+        first.square().mean().backward()
+        gradients.append([p.grad for p in (*denoiser.adapters.values(), *twin.parameters())])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is not None and again is not None
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_by_other_means_is_refused_for_a_role() -> None:
+    denoiser = with_lora(random=True)
+    twin = twin_of(denoiser, 5)
+    denoiser.network.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match=r"own enable_gradient_checkpointing\(\)"):
+        twin(*states())
+    with torch.no_grad():
+        twin(*states())
+    denoiser.enable_gradient_checkpointing()
+    twin(*states()).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["unet", "transformer"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_networks_keep_float32_adapters(kind: str, autocast: bool) -> None:
+    make, _, given = PIPES[kind]
+    denoiser = denoiser_of(make().to(torch.bfloat16), **given)
+    add_lora(denoiser, 2, generator=generator(1))
+    twin = twin_of(denoiser, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            denoiser.base()(*states(kind))
+        value = twin(*states(kind))
+    value.square().mean().backward()
+    assert {p.dtype for p in twin.parameters()} == {torch.float32} and value.dtype == torch.float32
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in twin.parameters())
+    assert any(float(p.grad.abs().max()) > 0 for p in twin.parameters() if p.grad is not None)
+
+
+# TDM and TDM-R1 on a pipeline
+
+W = 4.5
+
+
+def never(x0: Any, cond: Any) -> Any:
+    raise AssertionError("distillation has no reward")
+
+
+class Bright:
+    """A black box that counts its samples."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def __call__(self, x0: Tensor, cond: Any) -> list[float]:
+        assert not torch.is_grad_enabled() and not x0.requires_grad
+        self.samples += len(x0)
+        values: list[float] = x0.mean((1, 2, 3)).tolist()
+        return values
+
+
+def small_recipe(method: str, kind: str) -> recipes.Recipe:
+    if method == "tdm":
+        return recipes.tdm(
+            rollouts=recipes.Rollouts(4),
+            updates=BoundaryUpdates(draws=2, passes=2),
+            surrogate=TrajectoryMatching(guidance_scale=W, fake_updates=2, fake_lr=1e-3),
+        )
+    late = 250.0 if kind == "unet" else 0.25
+    return recipes.tdm_r1(
+        rollouts=recipes.Rollouts(8, group_size=4),
+        updates=PreferenceUpdates(draws=2, preference_t_min=2.2 * late, reward_t_min=late, micro_batch=6),
+        surrogate=LearntReward(
+            guidance_scale=W, surrogate_guidance=2.5, fake_lr=1e-3, surrogate_lr=1e-3, truncated=3
+        ),
+    )
+
+
+def tuner_of(
+    method: str, kind: str, denoiser: PipelineDenoiser | None = None, iterations: int = 3, **options: Any
+) -> Finetuner:
+    denoiser = with_lora(kind) if denoiser is None else denoiser
+    policy = DenoisingPolicy(denoiser, DDIM(), num_steps=4, reduction="mean")
+    given: dict[str, Any] = {
+        "event_shape": SHAPE,
+        "conditions": EACH,
+        "length": Iterations(iterations, checkpoint_every=iterations),
+        "optim": Optim(1e-3, betas=(0.0, 0.999), warmup_steps=0, decay="none"),
+        **options,
+    }
+    reward = given.pop("reward", never if method == "tdm" else Bright())
+    return Finetuner(policy, reward, small_recipe(method, kind), **given)
+
+
+def denoisers(tuner: Finetuner) -> dict[str, dict[str, Tensor]]:
+    """The adapters of every role."""
+    own = {"policy": tuner.policy.denoiser.adapters}
+    own |= {name: twin.denoiser.weights for name, twin in tuner.references.twins.items()}
+    return {name: {n: p.detach().clone() for n, p in found.items()} for name, found in own.items()}
+
+
+@pytest.mark.parametrize("method", ["tdm", "tdm_r1"])
+@KINDS
+def test_only_adapters_change_and_each_roles_do(method: str, kind: str) -> None:
+    denoiser = with_lora(kind)
+    tuner = tuner_of(method, kind, denoiser)
+    frozen = {n: p.detach().clone() for n, p in denoiser.named_parameters() if not p.requires_grad}
+    before, roles = denoisers(tuner), {"tdm": {"fake"}, "tdm_r1": {"fake", "surrogate", "slow"}}[method]
+    check_tuner(tuner)  # it asks the reward about samples of its own
+    checked = getattr(tuner.reward.reward, "samples", 0)
+    rows = list(tuner.steps())
+    assert before.keys() == roles | {"policy"}
+    for row in rows[1:]:
+        told = {k: v for k, v in row.items() if "loss" in k or "grad_norm" in k or "direction" in k}
+        assert len(told) >= 4 and all(torch.tensor(v).isfinite() for v in told.values())
+    for name, tensor in denoiser.named_parameters():
+        if name in frozen:
+            assert torch.equal(tensor, frozen[name]), name
+    after = denoisers(tuner)
+    for role, found in before.items():
+        moved = [n for n, tensor in found.items() if not torch.equal(tensor, after[role][n])]
+        assert any(".lora_B." in n for n in moved), role
+    flat = {role: torch.cat([t.flatten() for t in found.values()]) for role, found in after.items()}
+    names = sorted(flat)
+    assert all(not torch.equal(flat[a], flat[b]) for a in names for b in names if a < b)
+    asked = getattr(tuner.reward.reward, "samples", 0) - checked
+    assert asked == tuner.figures["queries"] == (0 if method == "tdm" else 3 * 8)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("tdm", "unet"), ("tdm_r1", "transformer"), ("tdm_r1", "unet")])
+def test_a_stopped_run_of_adapters_ends_as_one_that_was_not(method: str, kind: str, tmp_path: Path) -> None:
+    whole = tuner_of(method, kind)
+    whole.fit(progress=False)
+    part = tuner_of(method, kind, folder=tmp_path)
+    assert not part.fit(stop=lambda: part.step == 2, progress=False)
+    rest = tuner_of(method, kind, folder=tmp_path)
+    assert rest.resume()
+    rest.fit(progress=False)
+    ours, theirs = denoisers(whole), denoisers(rest)
+    assert ours.keys() == theirs.keys()
+    for role, found in ours.items():
+        assert all(torch.equal(tensor, theirs[role][n]) for n, tensor in found.items()), role
+    assert whole.figures["network_evaluations"] == rest.figures["network_evaluations"]
+    with pytest.raises(RunChanged):
+        tuner_of(method, kind, with_lora(kind, rank=4), folder=tmp_path).resume()
+    with pytest.raises(CheckpointError, match="is the rank another"):
+        tuner_of(method, kind, with_lora(kind, rank=4), folder=tmp_path).resume(accept_changes=True)
+
+
+def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
+    """Four roles, and two moments of each that is trained; no file is as large as the network."""
+    tuner = tuner_of("tdm_r1", "unet", folder=tmp_path, iterations=1)
+    tuner.fit(progress=False)
+    adapters = sum(p.numel() for p in tuner.policy.denoiser.adapters.values())
+    network = sum(p.numel() for p in tuner.policy.denoiser.network.parameters())
+    weights, _ = tuner._state()
+    held = {name: sum(tensor.numel() for tensor in found.values()) for name, found in weights.items()}
+    copies = ("policy", "reference_fake", "reference_surrogate", "reference_slow")
+    assert held == dict.fromkeys(copies, adapters) and adapters < 0.1 * network
+    for optimiser in tuner.optimisers.values():
+        kept = optimiser.adamw.state.values()
+        assert sum(x.numel() for found in kept for x in found.values() if x.ndim > 0) == 2 * adapters
+    for kept in tmp_path.rglob("*.safetensors"):
+        tensors = load_file(kept).values()
+        assert sum(tensor.numel() for tensor in tensors if tensor.ndim > 0) <= 6 * adapters < network
+
+
+def test_a_student_of_trained_adapters_is_held_to_itself_and_learns_from_the_base() -> None:
+    student = with_lora("transformer", random=True)
+    start = student(*states("transformer"))
+    tuner = tuner_of("tdm_r1", "transformer", student, teacher=student.base())
+    frozen, teacher = tuner.references("frozen"), tuner.references("teacher")
+    for _ in tuner.steps():
+        pass
+    assert float((student(*states("transformer")) - start).detach().abs().max()) > 1e-3
+    torch.testing.assert_close(frozen.denoise(*states("transformer")), start, rtol=0, atol=0)
+    base = denoiser_of(sd3(), even_levels=True)(*states("transformer"))
+    torch.testing.assert_close(teacher.denoise(*states("transformer")), base, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["tdm", "tdm_r1"])
+@KINDS
+def test_the_exported_student_draws_the_same_samples_in_diffusers(
+    method: str, kind: str, tmp_path: Path
+) -> None:
+    tuner = tuner_of(method, kind, iterations=2)
+    tuner.fit(progress=False)
+    save_lora(tuner.policy.denoiser, tmp_path)
+    stock = PIPES[kind][0]()
+    plain, states = rollout(policy_of(untuned(kind), DDIM())), rollout(tuner.policy)
+    stock.load_lora_weights(tmp_path)
+    first = states["x_t"][:, 0]
+    given: dict[str, Any] = {
+        "unet": {"guidance_scale": 1.0},
+        "transformer": {"guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]},
+        "z_image": {"guidance_scale": 0.0, "height": 16, "width": 16},
+    }[kind]
+    drawn = stock(PROMPTS, num_inference_steps=4, latents=first, output_type="latent", **given).images
+    torch.testing.assert_close(drawn, states["action"][:, -1], rtol=1e-3, atol=1e-3)
+    assert float((plain["action"][:, -1] - drawn).abs().max()) > 3e-3
+
+
+def untuned(kind: str) -> PipelineDenoiser:
+    make, _, given = PIPES[kind]
+    return denoiser_of(make(), **given)
+
+
+# Adapters that a student starts from
+
+
+@KINDS
+def test_a_stock_lora_is_taken_up(kind: str, tmp_path: Path) -> None:
+    first = with_lora(kind, random=True)
+    save_lora(first, tmp_path)
+    second = with_lora(kind)
+    load_lora(second, tmp_path)
+    torch.testing.assert_close(second(*states(kind)), first(*states(kind)), rtol=0, atol=0)
+
+
+def test_a_lora_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    save_lora(with_lora(random=True), tmp_path)
+    with pytest.raises(ValueError, match="is the rank another"):
+        other = denoiser_of()
+        add_lora(other, 4, alpha=4.0)
+        load_lora(other, tmp_path)
+    with pytest.raises(ValueError, match="made with alpha 4, these have 2"):
+        other = denoiser_of()
+        add_lora(other, 2, alpha=2.0)
+        load_lora(other, tmp_path)
+    with pytest.raises(ValueError, match="same target_modules"):
+        other = denoiser_of()
+        add_lora(other, 2, alpha=4.0, target_modules=["to_q"])
+        load_lora(other, tmp_path)
+    with pytest.raises(ValueError, match="call add_lora first"):
+        load_lora(denoiser_of(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no pytorch_lora_weights"):
+        load_lora(with_lora(), tmp_path / "nowhere")
