@@ -1,6 +1,5 @@
 """The fine-tuning loop: collect, pay, credit, update."""
 
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,20 +18,18 @@ from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.reference import References, load_policy_weights, policy_weights
+from diffrl.finetuning.role_step import role_step
 from diffrl.finetuning.rollouts.chains import require_sound
 from diffrl.finetuning.surrogate import Role
-from diffrl.finetuning.updates.base import micro_batches
 from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.identity import fingerprint, flat
 from diffrl.training.loop import Loop, step_generator
-from diffrl.training.optim import FinetuningOptim, NonFiniteLoss, Optim, Optimiser
+from diffrl.training.optim import FinetuningOptim, Optim, Optimiser
 
 __all__ = ["Finetuner", "Iterations"]
-
-TELLING = ("ratio", "approx_kl")  # figures that only a policy far from the one that acted makes infinite
 
 
 @dataclass(frozen=True)
@@ -320,32 +317,17 @@ class Finetuner(Loop):
             if (j + 1) % role.every:
                 continue
             for _ in range(role.repeats):
-                found = self._role_step(role, self.optimisers[name], minibatch)
+                found = role_step(
+                    role,
+                    self.optimisers[name],
+                    minibatch,
+                    plan=self.recipe.updates,
+                    rows_together=self.recipe.rows_together,
+                    precision=self.precision,
+                )
                 role.after_step(self.optimisers[name].steps)
             figures |= found if name == "policy" else {f"{name}/{key}": value for key, value in found.items()}
         return figures
-
-    def _role_step(self, role: Role, optimiser: Optimiser, minibatch: TensorDict) -> dict[str, float]:
-        total: dict[str, Tensor] = {}
-        plan, whole = self.recipe.updates, self.recipe.updates.weight(minibatch)
-        with self.precision():
-            role.prepare(minibatch, plan.micro_batch)
-        for part in micro_batches(minibatch, plan.micro_batch, group_size=self.recipe.rows_together):
-            share = plan.weight(part) / whole
-            if share == 0:  # deterministic steps only
-                continue
-            with self.precision():
-                out = role.loss(part)
-            loss = sum(value for key, value in out.items() if key.startswith("loss_"))
-            (share * loss).backward()
-            for key, value in out.items():
-                total[key] = total.get(key, 0) + share * value.detach()
-        figures = {key: float(value) for key, value in total.items()}
-        for key in (k for k in TELLING if not math.isfinite(figures.get(k, 0.0))):
-            optimiser.adamw.zero_grad()
-            raise NonFiniteLoss(f"{key} is {figures[key]:g}")
-        stepped = optimiser.step(sum(value for key, value in figures.items() if key.startswith("loss_")))
-        return figures | {"grad_norm": stepped["grad_norm"]}
 
     def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         weights: dict[str, Mapping[str, Tensor]] = {

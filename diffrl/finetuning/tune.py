@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def finetune(
     seed: int = 0,
     folder: Path | None = None,
     teacher: torch.nn.Module | None = None,
+    twins: Mapping[str, torch.nn.Module] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
     extend: bool = False,
@@ -60,6 +62,7 @@ def finetune(
         folder: for checkpoints, from which a stopped run continues; at the end the adapters of a pipeline are written
             there too, as diffusers reads them (``lora/``). None keeps nothing.
         teacher: the denoiser that a method of distillation learns from; None: the policy's, as it is now.
+        twins: see `diffrl.finetuning.Finetuner`.
         device: where to tune.
         progress: whether to show a bar, and the table of the self-checks before it.
         extend: whether the run in the folder may become longer than it was planned.
@@ -87,6 +90,7 @@ def finetune(
         length=Iterations(iterations, eval_every=iterations),
         optim=FinetuningOptim(lr=lr),
         teacher=teacher,
+        twins=twins,
         device=device,
     )
     resumed = tuner.resume(extend=extend, accept_changes=accept_changes)

@@ -215,15 +215,8 @@ def load_weights(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def weight_sets(path: Path) -> list[str]:
-    """Names of the sets of weights of a checkpoint.
-
-    Raises:
-        CheckpointError: its manifest is damaged.
-    """
-    try:
-        files = _read_manifest(Path(path))["files"]
-    except _Damage as damage:
-        raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(Path(path))}") from damage
+    """Names of the sets of weights of a checkpoint; a `CheckpointError` if its manifest is damaged."""
+    files = _sound_manifest(path)["files"]
     return [name.removesuffix(_WEIGHTS) for name in files if name.endswith(_WEIGHTS)]
 
 
@@ -233,11 +226,15 @@ def read_identity(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: its manifest is damaged.
     """
+    identity: dict[str, Any] = _sound_manifest(path)["identity"]
+    return identity
+
+
+def _sound_manifest(path: Path) -> dict[str, Any]:
     try:
-        identity: dict[str, Any] = _read_manifest(Path(path))["identity"]
+        return _read_manifest(Path(path))
     except _Damage as damage:
         raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(Path(path))}") from damage
-    return identity
 
 
 class _Damage(Exception):

@@ -1,0 +1,61 @@
+"""One optimiser step of one network on one minibatch, part by part."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from tensordict import TensorDict
+from torch import Tensor
+
+from diffrl.finetuning.surrogate import Role
+from diffrl.finetuning.updates.base import UpdatePlan, micro_batches
+from diffrl.training.optim import NonFiniteLoss, Optimiser
+
+__all__ = ["role_step"]
+
+TELLING = ("ratio", "approx_kl")  # figures that only a policy far from the one that acted makes infinite
+
+
+def role_step(
+    role: Role,
+    optimiser: Optimiser,
+    minibatch: TensorDict,
+    *,
+    plan: UpdatePlan,
+    rows_together: int,
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """Descend a role's loss of a minibatch [n, k], with gradients accumulated over parts; the figures of it.
+
+    Args:
+        role: the network and its loss.
+        optimiser: of the network.
+        minibatch: of an iteration.
+        plan: says how large a part may be, and how much it weighs.
+        rows_together: rows that a part must not divide.
+        precision: context of the network's arithmetic.
+
+    Raises:
+        NonFiniteLoss: see `Optimiser.step`; or a figure that tells of a policy far from the one that acted.
+    """
+    total: dict[str, Tensor] = {}
+    whole = plan.weight(minibatch)
+    with precision():
+        role.prepare(minibatch, plan.micro_batch)
+    for part in micro_batches(minibatch, plan.micro_batch, group_size=rows_together):
+        share = plan.weight(part) / whole
+        if share == 0:  # deterministic steps only
+            continue
+        with precision():
+            out = role.loss(part)
+        loss = sum(value for key, value in out.items() if key.startswith("loss_"))
+        (share * loss).backward()
+        for key, value in out.items():
+            total[key] = total.get(key, 0) + share * value.detach()
+    figures = {key: float(value) for key, value in total.items()}
+    for key in (k for k in TELLING if not math.isfinite(figures.get(k, 0.0))):
+        optimiser.adamw.zero_grad()
+        raise NonFiniteLoss(f"{key} is {figures[key]:g}")
+    stepped = optimiser.step(sum(value for key, value in figures.items() if key.startswith("loss_")))
+    return figures | {"grad_norm": stepped["grad_norm"]}
