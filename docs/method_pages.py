@@ -49,11 +49,12 @@ NOTHING = "nothing is recorded about this method in `docs/evidence.yaml`"
 
 @dataclass(frozen=True)
 class Kind:
-    """What is said about all methods of a kind: a title, a sentence, and the command whose option it is."""
+    """What is said about all methods of a kind: a title, a sentence, a command and its option."""
 
     title: str
     sentence: str
     command: str = "train"
+    option: str = ""  # the kind's name, if empty
 
 
 KINDS = {
@@ -86,6 +87,12 @@ KINDS = {
     ),
     "surrogate": Kind("Surrogates", "A surrogate is the loss that an update lowers.", "finetune"),
     "reward": Kind("Rewards", "A reward scores samples: the larger, the better.", "finetune"),
+    "reader": Kind(
+        "Readers of text",
+        "A reader finds the text in an image, for the reward `ocr`.",
+        "finetune",
+        "reward=ocr reward.reader",
+    ),
     "model": Kind("Models", "Where the model to be tuned comes from.", "finetune"),
 }
 """The kinds that have words of their own, in the order in which the site shows them; others follow."""
@@ -217,7 +224,7 @@ def _mentioned(function: Callable[..., Any]) -> Iterator[Any]:
 def _options(kind: str, registry: Registry, entry: Entry) -> str:
     words = KINDS.get(kind, Kind(kind, ""))
     own = "" if entry.module.startswith("diffrl.") else f"--import {entry.module} "
-    command = f"    python -m diffrl {words.command} {own}{kind}={entry.name}"
+    command = f"    python -m diffrl {words.command} {own}{words.option or kind}={entry.name}"
     described = _described(entry)
     rows, pieces = [], False
     for parameter in _parameters(entry):
@@ -328,7 +335,7 @@ def _kind_index(kind: str, registry: Registry) -> str:
         [
             f"# {words.title}",
             words.sentence,
-            f"On the command line: `python -m diffrl {words.command} {kind}=NAME`.",
+            f"On the command line: `python -m diffrl {words.command} {words.option or kind}=NAME`.",
             "\n".join(["| name | what it is | shown |", "|---|---|---|", *rows]),
             f"```{{toctree}}\n:hidden:\n\n{names}\n```",
         ]

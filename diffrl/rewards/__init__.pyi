@@ -1,6 +1,9 @@
 from .black_box import BlackBox as BlackBox
+from .by_name import DETECTORS as DETECTORS
+from .by_name import READERS as READERS
 from .calls import Reward as Reward
 from .calls import RewardError as RewardError
+from .class_decision import ClassDecision as ClassDecision
 from .class_neighbours import ClassNeighbours as ClassNeighbours
 from .class_probability import ClassProbability as ClassProbability
 from .compressibility import JpegCompressibility as JpegCompressibility
@@ -8,10 +11,15 @@ from .compressibility import ZlibCompressibility as ZlibCompressibility
 from .decoded import DecodedReward as DecodedReward
 from .decoded import LatentDecoder as LatentDecoder
 from .faulty import Faulty as Faulty
+from .geneval import GenEval as GenEval
+from .geneval_rules import Detection as Detection
 from .mode_distance import ModeDistance as ModeDistance
+from .ocr import TextAccuracy as TextAccuracy
 from .pixels import Brightness as Brightness
 from .pixels import Ink as Ink
 from .pixels import Symmetry as Symmetry
+from .pixels import bytes_of_images as bytes_of_images
+from .pixels import rgb_images as rgb_images
 from .registry import REWARDS as REWARDS
 from .weighted_sum import WeightedSum as WeightedSum
 from .weighted_sum import as_reward as as_reward

@@ -5,12 +5,11 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from diffrl.errors import InputError
 from diffrl.extras import require
-from diffrl.rewards.pixels import require_images
+from diffrl.rewards.pixels import bytes_of_images
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["JpegCompressibility", "ZlibCompressibility"]
@@ -36,7 +35,7 @@ class ZlibCompressibility:
 
     def __call__(self, x0: Tensor, cond: Any = None) -> list[float]:
         """Rewards of images [N, C, H, W] in [-1, 1]: N floats."""
-        return [-float(len(zlib.compress(image.tobytes(), self.level))) for image in _bytes_of_images(x0)]
+        return [-float(len(zlib.compress(image.tobytes(), self.level))) for image in bytes_of_images(x0)]
 
 
 @REWARDS.register("jpeg_compressibility")
@@ -64,7 +63,7 @@ class JpegCompressibility:
 
     def __call__(self, x0: Tensor, cond: Any = None) -> list[float]:
         """Rewards of images [N, 1 or 3, H, W] in [-1, 1]: N floats."""
-        images = _bytes_of_images(x0)
+        images = bytes_of_images(x0)
         if images.shape[3] not in (1, 3):
             raise InputError(f"images have {images.shape[3]} channels: JPEG takes 1 or 3")
         Image = require("PIL.Image", "data")
@@ -75,10 +74,3 @@ class JpegCompressibility:
             Image.fromarray(pixels).save(file, format="JPEG", quality=self.quality)
             sizes.append(-float(file.tell()))
         return sizes
-
-
-def _bytes_of_images(x0: Tensor) -> np.ndarray:
-    """Images in [-1, 1] as uint8 [N, H, W, C]; what lies outside is cut."""
-    require_images(x0)
-    pixels = ((x0.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
-__all__ = ["Brightness", "Ink", "Symmetry", "require_images"]
+__all__ = ["Brightness", "Ink", "Symmetry", "bytes_of_images", "require_images", "rgb_images"]
 
 
 @REWARDS.register("brightness")
@@ -60,3 +61,22 @@ def require_images(x0: Tensor) -> None:
     """Refuse samples that are no batch of images [N, C, H, W]."""
     if x0.ndim != 4:
         raise InputError(f"samples have shape {tuple(x0.shape)}: this reward is for images [N, C, H, W]")
+
+
+def bytes_of_images(x0: Tensor) -> np.ndarray:
+    """Images [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C]; what lies outside is cut."""
+    require_images(x0)
+    pixels = ((x0.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def rgb_images(x0: Tensor) -> np.ndarray:
+    """Grey or colour images [N, 1 or 3, H, W] in [-1, 1] as uint8 [N, H, W, 3], as most models of others take them.
+
+    Raises:
+        ValueError: samples that are no grey or colour images.
+    """
+    pixels = bytes_of_images(x0)
+    if pixels.shape[3] not in (1, 3):
+        raise InputError(f"images have {pixels.shape[3]} channels: this reward takes 1 or 3")
+    return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
