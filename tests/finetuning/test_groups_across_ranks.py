@@ -17,6 +17,9 @@ from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.updates.preferences import PREFERENCE, PreferenceUpdates
 from tests.kit.four_modes import generator_policy
 
+APART = (
+    5.7e-3  # between the mean distances of the two processes, so that only their common mean decides alike
+)
 ROWS = 8  # two groups of four; each process has two members of either
 
 
@@ -38,9 +41,12 @@ def minibatch() -> TensorDict:
 def of_rows(rows: Any, ranks: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Figure z [n, m] and the gradient of some rows of the minibatch."""
     policy, other, part = moved(1), generator_policy(), minibatch()[rows]
-    loss = GroupPreferenceLoss(policy, old=other, reference=other, teacher=other, beta=9.0, ranks=ranks)
+    loss = GroupPreferenceLoss(
+        policy, old=other, reference=other, teacher=other, beta=9.0, ranks=ranks, runaway=APART
+    )
     loss.prepare(part, 3)
     found = torch.autograd.grad(loss(part)["loss_preference"], policy.denoiser.network.parameters())
+    assert float(part.get(PREFERENCE).get("apart").std()) == 0  # one guard for the whole update
     return part.get(PREFERENCE).get("z")[..., 0], torch.cat([g.flatten() for g in found])
 
 

@@ -111,7 +111,9 @@ class GroupPreferenceLoss(LossModule):
         adv, group = compared.get(keys.ADVANTAGE)[..., 0], compared.get(keys.GROUP)[:, 0, 0]
         compared.set("z", self.beta * group_sums(adv * difference, group, self.ranks).unsqueeze(-1))
         if apart:
-            compared.set("apart", torch.cat(apart).mean().expand_as(adv).unsqueeze(-1))
+            distances = torch.cat(apart)
+            everyone = distances if self.ranks is None else _of_all(distances, self.ranks)
+            compared.set("apart", everyone.mean().expand_as(adv).unsqueeze(-1))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
