@@ -29,6 +29,7 @@ from tests.kit.oracles import randn
 IMAGES = digits().test[:6]
 EXACT = load_digits_cnn().double()
 ARGUMENTS: dict[str, dict[str, Any]] = {
+    "class_decision": {"target": 0},
     "class_neighbours": {"target": 3},
     "class_probability": {"target": 3},
     "mode_distance": {"point": [0.25] * 64},
