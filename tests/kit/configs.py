@@ -9,7 +9,18 @@ from omegaconf import DictConfig
 from diffrl.configs.cli import settings
 from diffrl.configs.groups import register
 
-FINETUNING = {"finetune_critic", "finetune_rings", "lcm_ddpo", "sd15_ddpo", "sd35_flow_grpo", "sd_turbo_sdpo"}
+FINETUNING = {
+    "finetune_credit",
+    "finetune_critic",
+    "finetune_rings",
+    "lcm_ddpo",
+    "sd15_ddpo",
+    "sd35_flow_grpo",
+    "sd35_tdm",
+    "sd35_tdm_r1",
+    "sd_turbo_sdpo",
+    "zimage_tdm_r1",
+}
 """Experiments of the command `finetune`."""
 
 SMALL = (
