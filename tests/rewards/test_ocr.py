@@ -145,6 +145,7 @@ def test_a_real_reader_reads_words(reader: Any) -> None:
     images = torch.stack([written("HELLO"), written("New 42"), written(""), written("red", colour="red")])
     accuracy = TextAccuracy(reader)
     assert accuracy(images, ['"Hello"', '"new 42"', '"Hello"', '"red"']) == [1, 1, 0, 1]
+    assert accuracy(written("Hello", size=12)[None], ['"Hello"']) == [1]
 
 
 def test_a_real_reader_orders_pictures_by_what_they_spell(reader: Any) -> None:
