@@ -13,7 +13,7 @@ from diffrl import recipes
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser
 from diffrl.diffusion.pipelines.lora import add_lora, load_lora, save_lora
 from diffrl.diffusion.pipelines.roles import AdapterDenoiser, BaseDenoiser, worn
-from diffrl.diffusion.samplers.ddim import DDIM
+from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.methods.tdm import TrajectoryMatching
 from diffrl.finetuning.methods.tdm_r1 import LearntReward
@@ -166,12 +166,27 @@ def test_checkpointing_recomputes_with_the_adapters_of_the_forward_pass(kind: st
             denoiser.enable_gradient_checkpointing()
         first, second = denoiser(*states(kind)), twin(*states(kind))
         denoiser.base()(*states(kind))
-        second.square().mean().backward()
+        second.square().mean().backward(retain_graph=True)
         first.square().mean().backward()
+        second.square().mean().backward()  # once more: it recomputes again
         gradients.append([p.grad for p in (*denoiser.adapters.values(), *twin.parameters())])
     for plain, again in zip(*gradients, strict=True):
         assert plain is not None and again is not None
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_network_wears_adapters_too() -> None:
+    pipe = stable_diffusion()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    compiled = denoiser_of(pipe)
+    add_lora(compiled, 2, alpha=4.0, generator=generator(1))
+    plain, twin = twin_of(with_lora(), 5), twin_of(compiled, 5)
+    before = compiled(*states())
+    for seed in (6, 7):
+        scatter(plain.parameters(), seed)
+        scatter(twin.parameters(), seed)
+        torch.testing.assert_close(twin(*states()), plain(*states()), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(*states()), before, rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointing_by_other_means_is_refused_for_a_role() -> None:
@@ -326,8 +341,8 @@ def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
     for optimiser in tuner.optimisers.values():
         kept = optimiser.adamw.state.values()
         assert sum(x.numel() for found in kept for x in found.values() if x.ndim > 0) == 2 * adapters
-    for kept in tmp_path.rglob("*.safetensors"):
-        tensors = load_file(kept).values()
+    for file in tmp_path.rglob("*.safetensors"):
+        tensors = load_file(file).values()
         assert sum(tensor.numel() for tensor in tensors if tensor.ndim > 0) <= 6 * adapters < network
 
 
@@ -356,12 +371,12 @@ def test_the_exported_student_draws_the_same_samples_in_diffusers(
     plain, states = rollout(policy_of(untuned(kind), DDIM())), rollout(tuner.policy)
     stock.load_lora_weights(tmp_path)
     first = states["x_t"][:, 0]
-    given: dict[str, Any] = {
+    given: dict[str, dict[str, Any]] = {
         "unet": {"guidance_scale": 1.0},
         "transformer": {"guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]},
         "z_image": {"guidance_scale": 0.0, "height": 16, "width": 16},
-    }[kind]
-    drawn = stock(PROMPTS, num_inference_steps=4, latents=first, output_type="latent", **given).images
+    }
+    drawn = stock(PROMPTS, num_inference_steps=4, latents=first, output_type="latent", **given[kind]).images
     torch.testing.assert_close(drawn, states["action"][:, -1], rtol=1e-3, atol=1e-3)
     assert float((plain["action"][:, -1] - drawn).abs().max()) > 3e-3
 
@@ -369,6 +384,42 @@ def test_the_exported_student_draws_the_same_samples_in_diffusers(
 def untuned(kind: str) -> PipelineDenoiser:
     make, _, given = PIPES[kind]
     return denoiser_of(make(), **given)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        lambda: recipes.diffusion_nft(rollouts=recipes.Rollouts(8, group_size=4)),
+        lambda: recipes.ddpo_is(
+            rollouts=recipes.Rollouts(8), regulariser=recipes.Regulariser(kl_coef=0.1, reference="ema")
+        ),
+    ],
+    ids=["old", "ema"],
+)
+def test_methods_with_moving_copies_tune_adapters(
+    recipe: Callable[[], recipes.Recipe], tmp_path: Path
+) -> None:
+    def tuner(folder: Path | None = None) -> Finetuner:
+        policy = policy_of(with_lora(), Ancestral(), 3)
+        length = Iterations(3, checkpoint_every=3)
+        given: dict[str, Any] = {"event_shape": SHAPE, "conditions": EACH, "length": length}
+        return Finetuner(policy, Bright(), recipe(), folder=folder, **given)
+
+    whole = tuner()
+    rows = list(whole.steps())
+    assert all(torch.tensor(value).isfinite() for key, value in rows[-1].items() if "loss" in key)
+    part, rest = tuner(tmp_path), tuner(tmp_path)
+    assert not part.fit(stop=lambda: part.step == 1, progress=False)
+    assert rest.resume()
+    rest.fit(progress=False)
+    assert weights_of(whole).keys() == weights_of(rest).keys() and len(weights_of(whole)) == 2
+    for name, found in weights_of(whole).items():
+        assert all(torch.equal(tensor, weights_of(rest)[name][key]) for key, tensor in found.items()), name
+
+
+def weights_of(tuner: Finetuner) -> dict[str, Any]:
+    """What a checkpoint keeps: the policy's adapters, and those of its copies."""
+    return dict(tuner._state()[0])
 
 
 # Adapters that a student starts from

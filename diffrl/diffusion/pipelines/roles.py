@@ -1,7 +1,7 @@
 """Several denoisers by one network: each has adapters of its own, which the network wears while it is asked."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +19,31 @@ if TYPE_CHECKING:
 __all__ = ["AdapterDenoiser", "BaseDenoiser", "checkpointed", "worn"]
 
 
-@contextmanager
-def worn(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+class worn:  # noqa: N801 (used like a function)
     """Context in which parameters of a module, by name, are these; afterwards they are its own again.
 
-    Results of the module have gradients with respect to the parameters that it wore.
+    Results of the module have gradients with respect to the parameters that it wore. It can be entered again.
+
+    Args:
+        module: a network or a part of one.
+        weights: by their names in the module.
     """
-    places = [(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in weights]
-    own = [getattr(part, leaf) for part, leaf in places]
-    try:
-        _put(places, weights.values())
-        yield
-    finally:
-        _put(places, own)
 
+    def __init__(self, module: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+        names = [name.rpartition(".") for name in weights]
+        self._places = [(module.get_submodule(path), leaf) for path, _, leaf in names]
+        self._weights, self._own = tuple(weights.values()), list[tuple[Tensor, ...]]()
 
-def _put(places: list[tuple[nn.Module, str]], weights: Any) -> None:
-    for (part, leaf), weight in zip(places, weights, strict=True):
-        setattr(part, leaf, weight)
+    def __enter__(self) -> None:
+        self._own.append(tuple(part.get_parameter(leaf) for part, leaf in self._places))
+        self._put(self._weights)
+
+    def __exit__(self, *error: object) -> None:
+        self._put(self._own.pop())
+
+    def _put(self, weights: tuple[Tensor, ...]) -> None:
+        for (part, leaf), weight in zip(self._places, weights, strict=True):
+            setattr(part, leaf, weight)
 
 
 def checkpointed(module: Callable[..., Any], *args: Any) -> Any:

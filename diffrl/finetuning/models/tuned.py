@@ -64,7 +64,7 @@ def tuned_model(
     config = folder.config()
     require_kind(folder.path, config, "finetune")
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in config["model"].items()}
-    run = accepted(MODELS[options["name"]], {"device": device, "seed": seed})
+    run = accepted(MODELS[str(options["name"])], {"device": device, "seed": seed})
     model: Tunable = MODELS.build(options, **run)
     base = frozen_denoiser(model.denoiser) if model.teacher is None else model.teacher
     newest = latest_tuned(folder)
