@@ -264,8 +264,8 @@ def seeds_needed(a: ArrayLike, b: ArrayLike, *, right: float = 0.9, level: float
 
         n = (z_{(1+level)/2} + z_right)² (s_a² + s_b²)/Δ²
 
-    It takes means and variances of the given scores as the true ones, and is too small by one or two where it is below
-    some ten, as the variances must be estimated then. Unpaired seeds.
+    Unpaired seeds. Means and variances of the given scores stand for the true ones; an interval whose variances are
+    estimated, as Welch's are, takes about one seed more.
 
     Args:
         a: scores of one method, [S_a], at least 2.
