@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrl import recipes
@@ -448,6 +448,16 @@ def test_a_lora_that_does_not_fit_is_named(tmp_path: Path) -> None:
         other = denoiser_of()
         add_lora(other, 2, alpha=4.0, target_modules=["to_q"])
         load_lora(other, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file)  # it says nothing of its scale then
+    with pytest.raises(ValueError, match="made with alpha 2, these have 4"):
+        load_lora(with_lora(), tmp_path)
+    other = denoiser_of()
+    add_lora(other, 2, alpha=2.0)
+    load_lora(other, tmp_path)
+    stock = stable_diffusion()
+    stock.load_lora_weights(tmp_path)
+    torch.testing.assert_close(denoiser_of(stock)(*states()), other(*states()), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="call add_lora first"):
         load_lora(denoiser_of(), tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no pytorch_lora_weights"):

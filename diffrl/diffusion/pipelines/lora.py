@@ -162,15 +162,15 @@ def load_lora(denoiser: nn.Module, folder: str | Path) -> None:
     if not (Path(folder) / "pytorch_lora_weights.safetensors").is_file():
         raise NoAdapters(f"{folder} holds no pytorch_lora_weights.safetensors: give the folder of a LoRA")
     component, loader = _loader(network)
-    found = loader.lora_state_dict(str(folder), return_lora_metadata=True)
-    state, settings = found[0], found[-1] or {}
+    state, *_, settings = loader.lora_state_dict(str(folder), return_lora_metadata=True)
     state = {k.removeprefix(f"{component}."): v for k, v in state.items() if k.startswith(f"{component}.")}
     state = {k.replace(".weight", f".{ADAPTER}.weight"): v for k, v in state.items()}
-    alpha = settings.get(f"{component}.lora_alpha", network.peft_config[ADAPTER].lora_alpha)
-    if alpha != network.peft_config[ADAPTER].lora_alpha:
+    ours = network.peft_config[ADAPTER]
+    alpha = (settings or {}).get(f"{component}.lora_alpha", ours.r)  # files that say nothing have the scale 1
+    if alpha != ours.lora_alpha:
         raise InputError(
-            f"the adapters of {folder} were made with alpha {alpha:g}, these have "
-            f"{network.peft_config[ADAPTER].lora_alpha:g}: give add_lora the same"
+            f"the adapters of {folder} were made with alpha {alpha:g}, these have {ours.lora_alpha:g}: give add_lora "
+            "the same"
         )
     load_tensors(adapters(network), state)
 

@@ -1,6 +1,6 @@
 """Several denoisers by one network: each has adapters of its own, which the network wears while it is asked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +46,15 @@ class worn:  # noqa: N801 (used like a function)
             setattr(part, leaf, weight)
 
 
-def checkpointed(module: Callable[..., Any], *args: Any) -> Any:
+def checkpointed(module: nn.Module, *args: Any) -> Any:
     """Call a part of a network without keeping its activations: the backward pass computes them again.
 
     It does so with the adapters that the part wears now, whatever it wears then.
     """
-    weights = adapters(module) if isinstance(module, nn.Module) else {}
+    weights = adapters(module)
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), worn(module, weights) if weights else nullcontext()
+        return nullcontext(), worn(module, weights)
 
     return checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
 

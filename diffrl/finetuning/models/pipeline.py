@@ -1,9 +1,9 @@
 """A diffusers pipeline, with adapters."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora, export_lora, load_lora
@@ -85,10 +85,8 @@ def pipeline_model(
     """
     if path is None:
         raise InputError("model.path is null: give a pipeline's folder, or a name in the hub's cache")
-    _check_options(weights, lora_rank, latent_size, decode_batch_size)
-    if adapters is not None and lora_rank is None:
-        raise InputError("model.adapters are a LoRA: set model.lora_rank to its rank")
-    given = prompts_of(prompts, prompts_file, prompts_from)
+    _check_options(weights, lora_rank, adapters, latent_size, decode_batch_size)
+    given, seeded = prompts_of(prompts, prompts_file, prompts_from), torch.Generator().manual_seed(seed)
     pipe = load_pipeline(
         path, DTYPES[weights], device=device, variant=variant, leave_out=leave_out, download=download
     )
@@ -102,15 +100,14 @@ def pipeline_model(
         even_levels=even_levels,
     )
     if lora_rank is not None:
-        first = torch.Generator().manual_seed(seed)
-        add_lora(denoiser, lora_rank, lora_alpha, lora_layers, generator=first)
+        add_lora(denoiser, lora_rank, lora_alpha, lora_layers, generator=seeded)
     if adapters is not None:
         load_lora(denoiser, adapters)
     if gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     decode, name = LatentDecoder(pipe.vae.requires_grad_(False)), Path(path).name.replace(" ", "-")
-    teacher = None if adapters is None else denoiser.base()
-    return _tunable(denoiser, given, latent_size, decode, decode_batch_size, name=name, teacher=teacher)
+    found = _tunable(denoiser, given, latent_size, decode, decode_batch_size, name=name)
+    return found if adapters is None else dataclasses.replace(found, teacher=denoiser.base())
 
 
 def _tunable(
@@ -121,7 +118,6 @@ def _tunable(
     at_once: int,
     *,
     name: str,
-    teacher: nn.Module | None,
 ) -> Tunable:
     channels, h, w = denoiser.event_shape
     return Tunable(
@@ -132,13 +128,18 @@ def _tunable(
         name,
         pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(at_once)]),
         export=lambda folder: export_lora(denoiser, folder),
-        teacher=teacher,
     )
 
 
 def _check_options(
-    weights: str, lora_rank: int | None, latent_size: int | None, decode_batch_size: int
+    weights: str,
+    lora_rank: int | None,
+    adapters: str | None,
+    latent_size: int | None,
+    decode_batch_size: int,
 ) -> None:
+    if adapters is not None and lora_rank is None:
+        raise InputError("model.adapters are a LoRA: set model.lora_rank to its rank")
     for name, number in (("lora_rank", lora_rank), ("latent_size", latent_size)):
         if number is not None:
             require_int(f"model.{name}", number)
