@@ -11,6 +11,7 @@ from diffrl.configs.groups import register
 
 FINETUNING = {
     "finetune_credit",
+    "finetune_credit_student",
     "finetune_critic",
     "finetune_rings",
     "lcm_ddpo",

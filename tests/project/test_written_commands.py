@@ -30,7 +30,7 @@ NAMED_ONLY = ("sample", "")  # in prose: it needs a folder
 RUN = ("train", "check", "sample", "finetune")
 EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
 TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", *EVALUATED]
-TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=16", "evaluation.samples=16"]
+TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=64", "evaluation.samples=16"]
 SMALL = {
     "train": TRAINED,
     "check": TRAINED,
@@ -112,7 +112,7 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
         pytest.skip("needs a module of the reader's, a GPU, or prints only")
     given = [word.replace("runs/...", "runs/a") for word in given]
     resumed = any(word.startswith("resume=") for word in given)
-    if command == "finetune" and resumed:
+    if command == "finetune" and (resumed or "model=tuned" in given):
         config = settings(composed("model.path=runs/a", *SMALL["finetune"], name="finetune"), [])
         run_finetuning({**config, "run_dir": "runs/a_tuned"}, progress=False)
         given = [word.replace("runs/a", "runs/a_tuned") for word in given]
