@@ -208,7 +208,8 @@ class TrajectoryMatching(Surrogate):
     Args:
         fake_target: "dsm", exact, or "x0", as the authors train.
         guidance_scale: w of the teacher; 1 is without guidance.
-        fake_updates: updates of the fake score for each of the student.
+        fake_updates: n, updates of the fake score for each of the student. With n times the trajectories in n
+            minibatches each has new ones, which "dsm" gains from; with n passes all have the same.
         fake_lr: learning rate of the fake score.
         betas: of Adam, for both networks.
         huber: see `DistillationLoss`.
