@@ -52,10 +52,9 @@ def tuned(distilled: Finetuner, seed: int, surrogate: Any) -> tuple[float, float
     optim = Optim(5e-4, betas=(0.0, 0.999), warmup_steps=0, decay="none")
     teacher = distilled.base.denoiser
     given: dict[str, Any] = {"length": Iterations(100), "optim": optim, "teacher": teacher, "seed": seed}
+    if isinstance(surrogate, LearntReward):  # the fake score goes on from its distillation
+        given["twins"] = {"fake": distilled.references.twin("fake").denoiser}
     tuner = Finetuner(policy, mode_one, recipe, event_shape=(2,), **given)
-    if "fake" in tuner.roles:  # the fake score goes on from its distillation
-        fake = distilled.references.twin("fake").denoiser
-        tuner.references.twin("fake").denoiser.load_state_dict(fake.state_dict())
     for _ in tuner.steps():
         pass
     x = samples_of(policy)

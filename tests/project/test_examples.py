@@ -1,6 +1,7 @@
 """The examples run, at small size, and do what they say."""
 
 import importlib.util
+import json
 import math
 import runpy
 import sys
@@ -120,3 +121,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_digits_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     accuracy = example("train_digits_features").main(tmp_path / "x.safetensors", seed=0, epochs=1)
     assert accuracy > 0.3 and (tmp_path / "x.safetensors").stat().st_size > 100_000
+
+
+def test_few_step_plane(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = example("few_step_plane")
+    script.SAMPLES = 500
+    words = ["--seeds", "2", "--distillation", "1", "--tuning", "1", "--data", "four modes", "scattered"]
+    words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    arguments = script.parser().parse_args([*words, "--variants", "TDM-R1", "group loss on the student"])
+    script.main(arguments)
+    out = capsys.readouterr().out
+    made = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert set(made) == {f"{name}.{end}" for name in ("plane_tdm", "plane_tdm_r1") for end in ("json", "png")}
+    cells = json.loads(made["plane_tdm.json"].read_text(encoding="utf-8"))["cells"]
+    assert set(cells) == {f"{process}, K = {K}" for process in ("flow", "VP", "EDM") for K in (1, 2, 4)}
+    for task in json.loads(made["plane_tdm_r1.json"].read_text(encoding="utf-8"))["cells"].values():
+        assert 0.15 < task["data"]["reward"]["iqm"] < 0.3  # one mode of four or of five
+        assert abs(task["data"]["judge"]["iqm"] - task["data"]["reward"]["iqm"]) < 0.04
+        assert task["data"]["on"]["iqm"] > 0.97 and 0.8 < task["data"]["spread"]["iqm"] < 1.2
+        assert task["TDM-R1"].keys() == task["data"].keys()
+    # what is there already is not made again
+    script.main(arguments)
+    assert capsys.readouterr().out == out
