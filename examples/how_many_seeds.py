@@ -60,9 +60,15 @@ KERNEL = {
 }  # what DDPO and SDPO act with: the last step has no noise
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNED_ON = (1000, 1001, 1002)
-LEARNING_RATES = {"DDPO": 1e-2, "SDPO": 1e-2, "AWM": 3e-2, "NFT": 1e-2, "TDM-R1": 3e-4}  # by --tune
+LEARNING_RATES = {"DDPO": 1e-2, "SDPO": 1e-2, "AWM": 3e-2, "NFT": 1e-2, "TDM-R1": 3e-4}
+"""The best of the grid by the median of `TUNED_ON`. By their mean TDM-R1 would have 1e-2, at which 30 seeds have 0."""
 NS = (1, 3, 5, 10)
-RULES = {"mean": "the higher mean", "bootstrap": "bootstrap interval", "welch": "Welch's interval"}
+CLOSE = 0.2  # a difference of rewards that is shown on its own
+RULES: dict[Any, str] = {
+    "mean": "the higher mean",
+    "bootstrap": "bootstrap interval",
+    "welch": "Welch's interval",
+}
 
 
 class ExactAndMore(nn.Module):
@@ -118,11 +124,11 @@ class Method:
 GROUPS = {"rollouts": recipes.Rollouts(CALLS, group_size=GROUP)}
 METHODS = {
     "DDPO": Method(
-        partial(recipes.ddpo_is, rollouts=recipes.Rollouts(CALLS)), "192 trajectories a rollout", stochastic=True
+        partial(recipes.ddpo_is, rollouts=recipes.Rollouts(CALLS)), "40 trajectories a rollout", stochastic=True
     ),
     "SDPO": Method(
         partial(recipes.sdpo, rollouts=recipes.Rollouts(CALLS * 2 // 5, pairs=True)),
-        "64 trajectories (32 pairs) a rollout, at three reward calls each",
+        "8 pairs a rollout, at five reward calls each: two members have their first step in common",
         stochastic=True,
     ),
     "AWM": Method(
@@ -132,7 +138,7 @@ METHODS = {
             updates=SampleUpdates(draws=4, minibatches=2),
             surrogate=AdvantageWeightedMatching(clip_range=0.1),
         ),
-        "12 groups of 16, 4 draws, 2 minibatches, clip range 0.1",
+        "5 groups of 8, 4 draws, 2 minibatches, clip range 0.1",
     ),
     "NFT": Method(
         partial(
@@ -142,7 +148,7 @@ METHODS = {
             surrogate=DiffusionNFT(),
             regulariser=Regulariser(decay=0.5, decay_ramp=0.05),
         ),
-        "12 groups of 16, 4 draws, 2 minibatches, decay of the old network min(0.05 n, 0.5)",
+        "5 groups of 8, 4 draws, 2 minibatches, decay of the old network min(0.05 n, 0.5)",
     ),
     "TDM-R1": Method(
         partial(
@@ -160,7 +166,7 @@ METHODS = {
                 reward_weight=1.0,
             ),
         ),
-        "12 groups of 16, 4 passes of one boundary, all times, beta 50, clip range 0.01, anchor 0.3 and 0 (fake "
+        "5 groups of 8, 4 passes of one boundary, all times, beta 50, clip range 0.01, anchor 0.3 and 0 (fake "
         "score), no guard, reward weight 1, learning rates 5e-4 (surrogate) and 2e-3 (fake score)",
         betas=(0.0, 0.999),
     ),
@@ -218,6 +224,11 @@ def figures(denoiser: nn.Module, n: int = 2000) -> dict[str, float]:
     }
 
 
+def digest(data: bytes) -> str:
+    """Short name of what was read."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def settings(name: str, iterations: int, path: Path) -> dict[str, Any]:
     """All that a method's runs depend on, but learning rate and seed."""
     method = METHODS[name]
@@ -229,7 +240,7 @@ def settings(name: str, iterations: int, path: Path) -> dict[str, Any]:
         "iterations": iterations,
         "mode": MODE,
         "modes": f"{len(MEANS)} of std {STD}",
-        "student": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
+        "student": digest(path.read_bytes()),
     }
 
 
@@ -238,6 +249,7 @@ def run(task: tuple[str, float, int, int, Path]) -> dict[str, Any]:
     name, lr, seed, iterations, path = task
     torch.manual_seed(seed)  # of the hidden layers of TDM-R1's surrogate
     method, start = METHODS[name], with_weights(path, "student")
+    found: dict[str, float | None]
     reward = diffrl.rewards.BlackBox(decision)
     learns = name == "TDM-R1"
     began = time.process_time()
@@ -262,13 +274,12 @@ def run(task: tuple[str, float, int, int, Path]) -> dict[str, Any]:
     return {"method": name, "lr": lr, "seed": seed, **found, **cost}
 
 
-def collect(
-    tasks: list[tuple[str, float, int]], iterations: int, work: Path, workers: int
-) -> list[dict[str, Any]]:
+def collect(tasks: list[tuple[str, float, int]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The finished runs of these (method, learning rate, seed), in order; what is kept already is not run again."""
+    work, iterations, workers = arguments.work, arguments.iterations, arguments.workers
     path, kept = student(work / "student.safetensors"), work / "runs.jsonl"
     made = {name: settings(name, iterations, path) for name in METHODS}
-    marks = {n: hashlib.blake2b(json.dumps(s).encode(), digest_size=8).hexdigest() for n, s in made.items()}
+    marks = {n: digest(json.dumps({**s, "unpublished": None}).encode()) for n, s in made.items()}
     text = kept.read_text(encoding="utf-8") if kept.exists() else ""
     done = {}
     for line in text.splitlines():
@@ -292,13 +303,42 @@ def collect(
     return [done[(marks[task[0]], *task)] for task in tasks]
 
 
-def tuning(work: Path, iterations: int, workers: int) -> dict[str, dict[str, list[float]]]:
-    """Method → learning rate → rewards at the seeds that are not reported."""
+def tuning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rewards at the seeds that are not reported, by method and learning rate.
+
+    Where their mean would have chosen another rate than their median, that rate is run at the reported seeds too.
+    """
     tasks = [(name, lr, seed) for name in METHODS for lr in GRID for seed in TUNED_ON]
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in METHODS}
-    for row in collect(tasks, iterations, work, workers):
-        found[row["method"]].setdefault(f"{row['lr']:g}", []).append(row["reward"])
-    return found
+    of: dict[str, dict[float, list[float]]] = {name: {lr: [] for lr in GRID} for name in METHODS}
+    for row in collect(tasks, arguments):
+        of[row["method"]][row["lr"]].append(row["reward"])
+    others = {}
+    for name, by_lr in of.items():
+        lr = max(by_lr, key=lambda lr: np.mean(by_lr[lr]))
+        if lr != LEARNING_RATES[name]:
+            rows = collect([(name, lr, seed) for seed in range(arguments.seeds)], arguments)
+            others[name] = {"lr": lr, "reward": [row["reward"] for row in rows]}
+    return {"seeds": list(TUNED_ON), "rewards": of, "by_the_mean": others}
+
+
+def tuning_table(found: dict[str, Any]) -> str:
+    """Medians, by learning rate, and what other choices would have had."""
+    rows = [["median reward, by learning rate", *(f"{lr:g}" for lr in GRID)]]
+    rows += [[name, *(f"{np.median(x):.3f}" for x in of.values())] for name, of in found["rewards"].items()]
+    also = [
+        f"{name}: the mean would choose {other['lr']:g}, with a reward of {interval(other['reward']):.3f}"
+        for name, other in found["by_the_mean"].items()
+    ]
+    return "\n".join([text_table(rows), *also])
+
+
+def best(scores: dict[str, list[float]], n: int, draws: int = 10_000) -> dict[str, float]:
+    """How often each method has the highest mean of all, of n seeds each."""
+    rng = np.random.default_rng(0)
+    x = np.array(list(scores.values()))
+    chosen = rng.random((draws, *x.shape)).argsort(-1)[..., :n]
+    first = np.take_along_axis(x[None], chosen, axis=-1).mean(-1).argmax(1)
+    return {name: float((first == j).mean()) for j, name in enumerate(scores)}
 
 
 def compared(scores: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -362,54 +402,54 @@ def seeds_text(found: dict[str, float]) -> str:
     return f"{found['counted']:.0f}" if "counted" in found else f"≈ {math.ceil(found['normal'])}"
 
 
-def tables(runs: dict[str, list[dict[str, Any]]], pairs: list[dict[str, Any]]) -> str:
-    """Methods, pairs, and rates."""
-    methods = [["method", "lr", "reward, IQM", "mean", "std", "near a mode, IQM"]]
+COLUMNS = [(1, "mean"), *((n, rule) for n in (3, 5) for rule in RULES)]
+
+
+def methods_table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A row for each method."""
+    table = [["method", "lr", "reward, IQM", "mean", "std", "near a mode, IQM"]]
     for name, rows in runs.items():
         x, near = ([row[key] for row in rows] for key in ("reward", "near"))
         spread = f"{np.std(x, ddof=1):.3f}" if len(x) > 1 else "-"
         ends = f"{interval(x):.3f}", f"{np.mean(x):.3f}", spread, f"{interval(near):.3f}"
-        methods.append([name, f"{rows[0]['lr']:g}", *ends])
-    by_pair = [
-        ["pair", "difference of means", "higher", *(f"{r}, n = {n}" for n, r in COLUMNS), "seeds for 90 %"]
-    ]
+        table.append([name, f"{rows[0]['lr']:g}", *ends])
+    return text_table(table)
+
+
+def pairs_table(pairs: list[dict[str, Any]]) -> str:
+    """A row for each pair: shares that find the first higher, the second, and neither."""
+    shares = [f"{rule}, n = {n}" for n, rule in COLUMNS]
+    table = [["pair", "difference of means", "higher", *shares, "seeds for 90 %"]]
     for pair in pairs:
         cells = {(c["n"], c["rule"]): c for c in pair["by_n"] if not c["paired"]}
-        shown = []
-        for key in COLUMNS:
-            c = cells.get(key)
-            shown.append(f"{c['a']:.2f} {c['b']:.2f} {c['undecided']:.2f}" if c else "-")
+        found = [cells.get(column) for column in COLUMNS]
         low, high = pair["interval"]
-        for_90 = pair["seeds_for_90_percent"]
-        by_pair.append(
+        needs = pair["seeds_for_90_percent"]
+        table.append(
             [
                 " - ".join(pair["pair"]),
                 f"{pair['difference']:.3f} [{low:.3f}, {high:.3f}]",
                 pair["higher"] or "not settled",
-                *shown,
-                ", ".join(seeds_text(for_90[rule]) for rule in RULES) if for_90 else "-",
+                *(f"{c['a']:.2f} {c['b']:.2f} {c['undecided']:.2f}" if c else "-" for c in found),
+                ", ".join(seeds_text(needs[rule]) for rule in RULES) if needs else "-",
             ]
         )
-    by_rule = [["rule", "seeds", "n", "right", "wrong", "undecided", "claimed of the unsettled"]]
+    return text_table(table)
+
+
+def rates_table(pairs: list[dict[str, Any]]) -> str:
+    """A row for each rule, kind of seeds and n: means over pairs."""
+    of_close = f"right, of less than {CLOSE:g}", "wrong"
+    table = [["rule", "seeds", "n", "right", "wrong", "undecided", *of_close, "claimed of the unsettled"]]
+    close = [pair for pair in pairs if abs(pair["difference"]) < CLOSE]
     for rule, paired, n in itertools.product(RULES, (False, True), NS):
-        found = rates(pairs, n, rule, paired)
-        shares = [
-            f"{found[k]:.3f}" if k in found else "-" for k in ("right", "wrong", "undecided", "claimed")
-        ]
+        found, near = (rates(some, n, rule, paired) for some in (pairs, close))
+        shares = [found.get(key) for key in ("right", "wrong", "undecided")]
+        shares += [near.get("right"), near.get("wrong"), found.get("claimed")]
         if found:
-            by_rule.append([RULES[rule], "the same" if paired else "others", str(n), *shares])
-    return "\n\n".join(text_table(rows) for rows in (methods, by_pair, by_rule))
-
-
-COLUMNS = [
-    (1, "mean"),
-    (3, "mean"),
-    (3, "bootstrap"),
-    (3, "welch"),
-    (5, "mean"),
-    (5, "bootstrap"),
-    (5, "welch"),
-]
+            shown = ["-" if share is None else f"{share:.3f}" for share in shares]
+            table.append([RULES[rule], "the same" if paired else "others", str(n), *shown])
+    return text_table(table)
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], pairs: list[dict[str, Any]], out: Path) -> None:
@@ -455,7 +495,10 @@ def draw_rates(axis: Any, pairs: list[dict[str, Any]], key: str, label: str) -> 
             for pair in pairs:
                 one = {n: rates([pair], n, rule).get(key) for n in NS}
                 kept = {n: v for n, v in one.items() if v is not None}
-                axis.plot(list(kept), list(kept.values()), color=GREY, linewidth=0.6, alpha=0.5)
+                label_once = "a pair, by the higher mean" if pair is pairs[0] else None
+                axis.plot(
+                    list(kept), list(kept.values()), color=GREY, linewidth=0.7, alpha=0.6, label=label_once
+                )
         found = {n: rates(pairs, n, rule).get(key) for n in NS}
         kept = {n: v for n, v in found.items() if v is not None}
         axis.plot(list(kept), list(kept.values()), color=colour, marker=marker, label=RULES[rule])
@@ -472,29 +515,35 @@ def main(arguments: argparse.Namespace) -> None:
     require_installed("matplotlib", "scipy", extra="demo")
     torch.set_num_threads(1)
     work, iterations = arguments.work, arguments.iterations
-    tuned = tuning(work, iterations, arguments.workers) if arguments.tune else None
+    tuned = tuning(arguments) if arguments.tune else None
     if tuned:
-        rows = [["mean reward, by learning rate", *(f"{lr:g}" for lr in GRID)]]
-        rows += [[name, *(f"{np.mean(x):.3f}" for x in of.values())] for name, of in tuned.items()]
-        print(text_table(rows), end="\n\n")
+        print(tuning_table(tuned), end="\n\n")
     tasks = [(name, LEARNING_RATES[name], seed) for seed in range(arguments.seeds) for name in METHODS]
-    rows = collect(tasks, iterations, work, arguments.workers)
+    rows = collect(tasks, arguments)
     runs = {name: [row for row in rows if row["method"] == name] for name in METHODS}
-    pairs = compared({name: [row["reward"] for row in of] for name, of in runs.items()})
-    print(tables(runs, pairs))
+    scores = {name: [row["reward"] for row in of] for name, of in runs.items()}
+    pairs = compared(scores)
+    highest = {str(n): best(scores, n) for n in NS if n <= arguments.seeds}
+    print(methods_table(runs), pairs_table(pairs), rates_table(pairs), sep="\n\n")
+    ranked = [["highest mean of all", *METHODS]]
+    ranked += [[f"n = {n}", *(f"{share:.3f}" for share in of.values())] for n, of in highest.items()]
+    print(f"\n{text_table(ranked)}")
     path = work / "student.safetensors"
     start = {"student": figures(with_weights(path, "student")), "exact denoiser": figures(ExactAndMore())}
     head = {
+        "command": "python examples/how_many_seeds.py --tune",
         "what": "reward after tuning, by seed; what n of the seeds would have led one to conclude, as shares of "
         "comparisons, against the interval of all seeds",
         "start": start,
         "settings": {name: settings(name, iterations, path) for name in METHODS},
         "learning_rates": LEARNING_RATES,
-        "tuned_on": {"seeds": list(TUNED_ON), "rewards": tuned},
+        "tuning": tuned,
         "versions": versions(),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**head, "runs": rows, "pairs": pairs}, indent=1, ensure_ascii=False)
+    text = json.dumps(
+        {**head, "runs": rows, "pairs": pairs, "highest_mean": highest}, indent=1, ensure_ascii=False
+    )
     write_atomically(arguments.out / "how_many_seeds.json", text + "\n")
     draw(runs, pairs, arguments.out / "how_many_seeds.png")
     print(f"\nfigure  {arguments.out / 'how_many_seeds.png'}")

@@ -63,6 +63,36 @@ def test_needed_seeds_are_counted_where_they_are_few(script: ModuleType) -> None
     assert "counted" not in near and script.seeds_text(near).startswith("≈ ")
 
 
+def test_the_highest_of_all_is_counted(script: ModuleType) -> None:
+    scores = {"x": [0.0, 1.0, 1.0, 1.0], "y": [0.5] * 4, "z": [0.0] * 4}
+    assert script.best(scores, 1) == pytest.approx({"x": 0.75, "y": 0.25, "z": 0}, abs=0.02)
+    assert script.best(scores, 4) == {"x": 1, "y": 0, "z": 0}
+
+
+def test_a_run_that_diverges_is_a_result(script: ModuleType, tmp_path: Path) -> None:
+    path = script.student(tmp_path / "student.safetensors", iterations=1)
+    row = script.run(("DDPO", 10.0, 0, 20, path))
+    assert (row["reward"], row["near"], row["distance"]) == (0, 0, None)
+
+
+def test_rates_chosen_by_the_mean_are_run_too(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(tasks: list[Any], arguments: Any) -> list[dict[str, Any]]:
+        luck = {("SDPO", 0.1, 1000): 5.0}  # one seed of a rate that else is bad
+        best = script.LEARNING_RATES
+        return [
+            {"method": m, "lr": lr, "seed": s, "reward": luck.get((m, lr, s), float(lr == best[m]))}
+            for m, lr, s in tasks
+        ]
+
+    monkeypatch.setattr(script, "collect", fake)
+    found = script.tuning(script.parser().parse_args(["--seeds", "3"]))
+    assert found["by_the_mean"] == {"SDPO": {"lr": 0.1, "reward": [0.0] * 3}}
+    assert found["rewards"]["SDPO"][0.1] == [5.0, 0.0, 0.0]
+    assert "SDPO: the mean would choose 0.1, with a reward of 0.000" in script.tuning_table(found)
+
+
 def test_it_runs_draws_and_goes_on(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,4 +132,6 @@ def test_it_runs_draws_and_goes_on(
         assert {**old, "seconds": 0} == {**new, "seconds": 0}
     assert printed_again == printed
     tasks = [(row["method"], row["lr"], row["seed"]) for row in before]
-    assert script.collect(tasks, 2, work, 1) == result["runs"] and len(again) == 1  # all is there
+    assert (
+        script.collect(tasks, script.parser().parse_args(words)) == result["runs"] and len(again) == 1
+    )  # all is there
