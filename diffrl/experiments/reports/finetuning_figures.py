@@ -10,7 +10,9 @@ from torch import Tensor
 from diffrl.experiments.method_findings import AXES, Method, MethodFindings
 from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.style import (
+    FAINT,
     GREY,
+    INK,
     PALETTE,
     draw_band,
     drawing,
@@ -28,6 +30,7 @@ from diffrl.training.runs import RunFolder
 __all__ = ["draw_curves", "draw_pictures"]
 
 REWARDS = ("eval_reward", "heldout_reward")
+STYLES = [*PALETTE, (INK, "X"), (FAINT, "*")]
 LIKENESS = ("diversity", "distance_to_base", "kl_to_base")
 
 
@@ -88,7 +91,7 @@ def draw_pictures(found: MethodFindings, folder: Path) -> tuple[str, Path]:
     first = found.methods[0]
     base = samples_of(first.folders[0], "base")
     parts = [("before tuning", base, first.first("eval_reward")[0], GREY)]
-    for method, (colour, _) in zip(found.methods, cycle(PALETTE), strict=False):
+    for method, (colour, _) in zip(found.methods, cycle(STYLES), strict=False):
         tuned, reward = samples_of(method.folders[0], "tuned"), method.last("eval_reward")[0]
         parts.append((f"{method.name}, seed {method.seeds[0]}", tuned, reward, colour))
     title = f"Samples before and after tuning for {reward_label(found.config['reward'])}, from the same noise"
@@ -117,7 +120,7 @@ def show_samples(panel: Any, x: Tensor, base: Tensor, colour: str, frame: Tensor
 
 def _draw_reward(panel: Any, found: MethodFindings, name: str, axis: str) -> None:
     """A reward of each method over one cost; a dotted line shows how far all runs went."""
-    for method, (colour, marker) in zip(found.methods, cycle(PALETTE), strict=False):
+    for method, (colour, marker) in zip(found.methods, cycle(STYLES), strict=False):
         x, by_seed = method.curve(name, axis)
         points = [interval(values) for values in by_seed.T]
         style = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.5}
@@ -128,7 +131,7 @@ def _draw_reward(panel: Any, found: MethodFindings, name: str, axis: str) -> Non
 
 def _draw_likeness(panel: Any, found: MethodFindings, name: str) -> None:
     """How like the base each method's samples are, over the reward that they have at the same evaluation."""
-    for method, (colour, marker) in zip(found.methods, cycle(PALETTE), strict=False):
+    for method, (colour, marker) in zip(found.methods, cycle(STYLES), strict=False):
         x, y = (
             [interval(values).iqm for values in method.curve(figure, "trajectories")[1].T]
             for figure in ("eval_reward", name)
