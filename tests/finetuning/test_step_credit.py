@@ -189,10 +189,10 @@ def test_what_does_not_go_together_is_refused() -> None:
         recipe = recipes.ddpo_is(rollouts=Rollouts(8), credit=CosineGains(window=3))
         diffrl.finetune(trainable(8), height, recipe, event_shape=(2,))
     with pytest.raises(InputError, match=r"credit\.of is 'steps'"):
-        GroupRelative(of="steps")  # type: ignore[arg-type]
+        GroupRelative(of="steps")
     for wrong in ({"alpha": 1.5}, {"window": 0}, {"clip": 0.0}):
         with pytest.raises(ValueError, match=rf"credit\.{next(iter(wrong))}"):
-            CosineGains(**wrong)  # type: ignore[arg-type]
+            CosineGains(**wrong)
     with pytest.raises(ValueError, match="takes? credit rewards_to_go"):
         recipes.ddpo_is(placement=Gains(), credit=CosineGains())
     with pytest.raises(ValueError, match=r"set rollouts\.group_size"):
