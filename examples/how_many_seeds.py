@@ -510,6 +510,18 @@ def draw_rates(axis: Any, pairs: list[dict[str, Any]], key: str, label: str) -> 
     axis.set_ylim(bottom=0)
 
 
+def readable(found: dict[str, Any]) -> str:
+    """JSON with a line for each entry, and for each run or pair."""
+
+    def lines(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value, ensure_ascii=False)
+        return "[\n  " + ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value) + "\n ]"
+
+    entries = (f"{json.dumps(key)}: {lines(value)}" for key, value in found.items())
+    return "{\n " + ",\n ".join(entries) + "\n}\n"
+
+
 def main(arguments: argparse.Namespace) -> None:
     """Run what is missing, compare, print the tables, write the files."""
     require_installed("matplotlib", "scipy", extra="demo")
@@ -531,7 +543,7 @@ def main(arguments: argparse.Namespace) -> None:
     path = work / "student.safetensors"
     start = {"student": figures(with_weights(path, "student")), "exact denoiser": figures(ExactAndMore())}
     head = {
-        "command": "python examples/how_many_seeds.py --tune",
+        "command": "python examples/how_many_seeds.py" + (" --tune" if tuned else ""),
         "what": "reward after tuning, by seed; what n of the seeds would have led one to conclude, as shares of "
         "comparisons, against the interval of all seeds",
         "start": start,
@@ -541,10 +553,8 @@ def main(arguments: argparse.Namespace) -> None:
         "versions": versions(),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        {**head, "runs": rows, "pairs": pairs, "highest_mean": highest}, indent=1, ensure_ascii=False
-    )
-    write_atomically(arguments.out / "how_many_seeds.json", text + "\n")
+    found = {**head, "runs": rows, "pairs": pairs, "highest_mean": highest}
+    write_atomically(arguments.out / "how_many_seeds.json", readable(found))
     draw(runs, pairs, arguments.out / "how_many_seeds.png")
     print(f"\nfigure  {arguments.out / 'how_many_seeds.png'}")
 
