@@ -69,6 +69,7 @@ def test_distances_are_none_where_samples_are_the_data(example: ModuleType) -> N
     sevens, test = meter(meter.of_class), meter(meter.test)
     assert sevens["to_class"] == pytest.approx(0, abs=1e-6) and test["to_class"] > 0.2
     assert sevens["heldout"] > 0.95 and sevens["diversity"] < test["diversity"]
+    assert test["within"] == pytest.approx(sevens["diversity"], rel=0.1)
 
 
 def test_samples_do_not_depend_on_how_many_are_drawn(example: ModuleType, tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_samples_do_not_depend_on_how_many_are_drawn(example: ModuleType, tmp_pa
             return x / 2
 
     denoiser = Shrink()
-    denoiser.process = example.diffrl.Flow()  # type: ignore[assignment]
+    denoiser.process = example.diffrl.Flow()
     few, many = (example.Meter(7, n).draw(denoiser, 4, 1.0) for n in (2, 5))
     assert few.shape == (2, 1, 8, 8) and few.equal(many[:2])
 
