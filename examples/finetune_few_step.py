@@ -355,7 +355,7 @@ def over_seeds(runs: list[dict[str, list[float]]], key: str) -> list[Interval]:
 def draw_trade(axes: Any, rows: dict[str, dict[str, list[float]]], methods: list[str]) -> None:
     """Every model's reward against its distance to real digits of the class."""
     marks = {name: style_of(name) for name in methods if not METHODS[name].ablation}
-    marks |= {f"base, {MANY} Euler steps": (INK, "x"), "student": (INK, "+"), "TDM-R1, no KL": (GREY, "*")}
+    marks |= {f"base, {MANY} Euler steps": (INK, "x"), "student": (INK, "+")}
     for name, (colour, marker) in marks.items():
         if name in rows:
             x, y = interval(rows[name]["to_class"]), interval(rows[name]["reward"])
