@@ -20,7 +20,13 @@ from tests.kit.four_modes import generator_policy, mode_one, on_modes, samples_o
 
 pytestmark = pytest.mark.slow
 
-PLAN: dict[str, Any] = {"draws": 1, "passes": 4, "preference_t_min": 0.0, "reward_t_min": 0.0}
+PLAN: dict[str, Any] = {
+    "interval": "trajectory",
+    "draws": 1,
+    "passes": 4,
+    "preference_t_min": 0.0,
+    "reward_t_min": 0.0,
+}
 LEARNT: dict[str, Any] = {
     "beta": 50.0, "anchor_coef": 0.3, "clip_range": 1e-2, "runaway": None, "reward_weight": 1.0,
     "surrogate_lr": 5e-4, "fake_lr": 2e-3, "fake_anchor_coef": 0.0,
