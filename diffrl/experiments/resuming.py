@@ -14,6 +14,9 @@ __all__ = ["continued", "resumed"]
 WORDS = ("device", "extend", ACCEPT)
 """Settings that can be given with ``resume``."""
 
+NO_GROUPS = ("twins",)
+"""Beginnings of facts, such as ``twins.fake``, that the model brings along and no group of a configuration has."""
+
 
 def resumed(chosen: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The configuration that the run in ``chosen["resume"]`` was started with, and the words of now.
@@ -75,4 +78,4 @@ def continued(config: Mapping[str, Any], group: str, key: str) -> dict[str, Any]
 def _lost(key: str, config: Mapping[str, Any]) -> bool:
     """Whether the group of a setting is not in the configuration any more."""
     group, dot, _ = key.partition(".")
-    return bool(dot) and group not in config
+    return bool(dot) and group not in (*config, *NO_GROUPS)

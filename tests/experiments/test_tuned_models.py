@@ -12,8 +12,8 @@ from diffrl.configs.cli import settings
 from diffrl.errors import InputError
 from diffrl.experiments.finetune import opened, run_finetuning
 from diffrl.experiments.train import run_experiment
-from diffrl.finetuning.models.tuned import tuned_model
-from diffrl.training.checkpoints import load_weights
+from diffrl.finetuning.models.tuned import latest_tuned, tuned_model
+from diffrl.training.checkpoints import load_weights, weight_sets
 from diffrl.training.identity import RunFolderError
 from tests.kit.configs import composed, small
 
@@ -104,6 +104,27 @@ def test_runs_follow_each_other(base: Path, student: Path, tmp_path: Path) -> No
         f"run_dir={tmp_path / 'd'}",
     )
     assert run_finetuning(ddpo, progress=False).results()["finetuning"]["queries"] > 0
+
+
+def test_a_run_that_took_a_fake_score_along_goes_on(student: Path, tmp_path: Path) -> None:
+    words = (
+        "recipe=tdm_r1",
+        "rollouts.group_size=8",
+        "model=tuned",
+        f"model.path={student}",
+        "optim.decay=none",
+    )
+    whole = run_finetuning(
+        tuning(*words, "loop.iterations=3", f"run_dir={tmp_path / 'whole'}"), progress=False
+    )
+    part = run_finetuning(tuning(*words, f"run_dir={tmp_path / 'part'}"), progress=False)
+    config = {**part.config(), "resume": str(part.path), "extend": 3}
+    assert run_finetuning(config, progress=False).path == part.path
+    found, wanted = (latest_tuned(run) for run in (part, whole))
+    assert found.name == wanted.name == "step_000003"
+    for name in weight_sets(wanted):
+        a, b = load_weights(found, name), load_weights(wanted, name)
+        assert all(torch.equal(a[key], b[key]) for key in b), name
 
 
 def test_what_is_no_tuned_run_is_refused(base: Path) -> None:
