@@ -1,6 +1,7 @@
 """Recorded preferences: pairs of samples of which one was preferred, from a table of files or from arrays."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,7 @@ def _sides(
         for side in SIDES:
             where = f"{path}, {row}"
             try:
-                read.append(_sample(path.parent / Path(entry[side]).expanduser(), size, max_gib))
+                read.append(_sample(path.parent / os.path.expanduser(entry[side]), size, max_gib))
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             new, old = read[-1], read[0]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from diffrl.errors import InputError
+from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.policy import DenoisingPolicy
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "teacher_of"]
 
 
 class Teacher:
@@ -59,3 +60,16 @@ class Teacher:
             raise InputError("guidance needs conditions: give some, or guidance_scale=1")
         denoiser: Any = self.policy.denoiser
         return D_c - self.policy.denoise(x_t, t, denoiser.null_condition(cond))
+
+
+def teacher_of(setting: Setting, policy: DenoisingPolicy, guidance_scale: float) -> Teacher:
+    """A `Teacher` in a run.
+
+    Raises:
+        ValueError: guidance in a run without conditions.
+    """
+    if guidance_scale > 1 and setting.conditions is None:
+        raise InputError(
+            f"guidance_scale is {guidance_scale:g}, but the model has no conditions to guide by: set it to 1"
+        )
+    return Teacher(policy, guidance_scale)

@@ -122,6 +122,7 @@ LINES: list[tuple[list[Any], str]] = [
     ([PAIR, {**PAIR, "label": 1}], 'line 1: has no "label", but others have'),
     ([{**PAIR, "label": 1, "prompt": "x"}], 'has both "label" and "prompt"; keep one'),
     ([PAIR, {**PAIR, "rejected": "none.png"}], "line 2: .*none.png: no such file"),
+    ([PAIR, {**PAIR, "rejected": "~nobody-of-that-name/a.png"}], "line 2: .*a.png: no such file"),
     ([PAIR, {**PAIR, "rejected": "cut.png"}], "line 2: .*cut.png: unreadable or truncated image"),
     ([PAIR, {**PAIR, "rejected": "wide.png"}], r"line 2: wide.png has shape \(1, 3, 9\), but a.png has"),
     ([PAIR, {**PAIR, "rejected": "x.npy"}], r"line 2: x.npy has shape \(2,\), but a.png has .*all arrays of one"),

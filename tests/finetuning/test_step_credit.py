@@ -188,6 +188,8 @@ def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(InputError, match=r"credit\.window is 3: give a divisor of the policy's 8 steps"):
         recipe = recipes.ddpo_is(rollouts=Rollouts(8), credit=CosineGains(window=3))
         diffrl.finetune(trainable(8), height, recipe, event_shape=(2,))
+    with pytest.raises(InputError, match=r"credit\.window is 2, but these chains have 3 steps"):
+        cosine_shares(torch.randn(4, 3, 2), torch.randn(4, 2), window=2)
     with pytest.raises(InputError, match=r"credit\.of is 'steps'"):
         GroupRelative(of="steps")
     for wrong in ({"alpha": 1.5}, {"window": 0}, {"clip": 0.0}):

@@ -20,6 +20,7 @@ from diffrl.finetuning.methods.tdm import (
     pull,
     student_step,
 )
+from diffrl.finetuning.methods.tdm_r1 import LearntReward
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
@@ -197,6 +198,13 @@ def test_guidance_strengthens_the_condition() -> None:
     assert torch.equal(Teacher(policy)(x, t, c), D_c)
     with pytest.raises(ValueError, match="guidance needs conditions"):
         Teacher(policy, 2.0)(x, t, None)
+    for recipe in (
+        recipes.tdm(surrogate=TrajectoryMatching(guidance_scale=2.0)),
+        recipes.tdm_r1(surrogate=LearntReward(guidance_scale=2.0)),
+        recipes.tdm_r1(surrogate=LearntReward(surrogate_guidance=2.0)),
+    ):
+        with pytest.raises(ValueError, match="guidance_scale is 2, but the model has no conditions"):
+            Finetuner(policy, lambda x, cond: x[:, 0], recipe, event_shape=(2,))
     with pytest.raises(ValueError, match="takes no labels"):
         make_policy(diffrl.DDIM(), std_floor=0.0).denoiser.null_condition(c)
     with pytest.raises(ValueError, match="no condition to leave out"):

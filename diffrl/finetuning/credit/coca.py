@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from diffrl import keys
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.registry import CREDITS
 from diffrl.finetuning.credit.standardised import Standardised
 from diffrl.finetuning.policy import DenoisingPolicy
@@ -32,8 +33,15 @@ def cosine_shares(x0_hat: Tensor, x_K: Tensor, *, window: int = 1) -> Tensor:
 
     Returns:
         w, float32 [B, K].
+
+    Raises:
+        ValueError: a window that does not divide the steps, of which rollouts may have others than the policy.
     """
     K = x0_hat.shape[1]
+    if K % window:
+        raise InputError(
+            f"credit.window is {window}, but these chains have {K} steps: give a divisor of that"
+        )
     x = torch.cat([x0_hat, x_K[:, None]], 1).detach().flatten(2).double()
     c = cosine_similarity(x, x[:, -1:], dim=2)
     c_bar = torch.cat([c[:, :1], c[:, 1:].unflatten(1, (K // window, window)).mean(2)], 1)

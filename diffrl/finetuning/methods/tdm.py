@@ -14,7 +14,7 @@ from diffrl import keys
 from diffrl.diffusion.renoising import marginal_target, renoise, target_noise
 from diffrl.errors import InputError
 from diffrl.finetuning.credit.standardised import Standardised
-from diffrl.finetuning.guidance import Teacher
+from diffrl.finetuning.guidance import Teacher, teacher_of
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.placement.unpaid import Unpaid
@@ -232,7 +232,7 @@ class TrajectoryMatching(Surrogate):
 
     def loss(self, setting: Setting) -> DistillationLoss:
         """That of the student."""
-        teacher = Teacher(setting.reference("teacher"), self.guidance_scale)
+        teacher = teacher_of(setting, setting.reference("teacher"), self.guidance_scale)
         return DistillationLoss(setting.policy, setting.twin("fake"), teacher, huber=self.huber)
 
     def roles(self, setting: Setting) -> dict[str, Role]:

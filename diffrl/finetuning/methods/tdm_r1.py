@@ -13,7 +13,7 @@ from diffrl import keys
 from diffrl.diffusion.renoising import renoise
 from diffrl.errors import InputError
 from diffrl.finetuning.credit.group import GroupRelative
-from diffrl.finetuning.guidance import Teacher
+from diffrl.finetuning.guidance import Teacher, teacher_of
 from diffrl.finetuning.methods.group_preference import GroupPreferenceLoss
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.methods.tdm import FakeScoreLoss, pull, student_step
@@ -182,8 +182,8 @@ class LearntReward(Surrogate):
         return RewardedDistillationLoss(
             setting.policy,
             fake=setting.twin("fake"),
-            teacher=Teacher(teacher, self.guidance_scale),
-            surrogate=Teacher(setting.twin("surrogate"), self.surrogate_guidance),
+            teacher=teacher_of(setting, teacher, self.guidance_scale),
+            surrogate=teacher_of(setting, setting.twin("surrogate"), self.surrogate_guidance),
             tdm_weight=self.tdm_weight,
             kl_weight=self.kl_weight,
             reward_weight=self.reward_weight,
