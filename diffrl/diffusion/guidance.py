@@ -1,5 +1,7 @@
 """Classifier-free guidance, which strengthens the influence of a condition on a denoiser."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,11 @@ class GuidedDenoiser(nn.Module):
     def sigma_data(self) -> float:
         """σd of the denoiser, the standard deviation of the data."""
         return self.denoiser.sigma_data
+
+    @property
+    def scalings(self) -> Any:
+        """See `diffrl.Denoiser.scalings`: D = c_skip x_t + c_out F holds of the guided outputs F of the network too."""
+        return self.denoiser.scalings
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Guided estimate; as `Denoiser.forward`, with labels cond of shape [N].

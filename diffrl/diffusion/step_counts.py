@@ -43,7 +43,8 @@ class StepConditioned(nn.Module):
             diffusers take up the noise level.
 
     Raises:
-        TypeError: a denoiser whose adapters are trained, of which nothing else is kept.
+        TypeError: a denoiser whose adapters are trained, of which nothing else is kept, or one that is told numbers of
+            steps already; step counts that are no sequence.
         ValueError: step counts that are no positive integers or repeat, or no single layer of that name.
     """
 
@@ -54,6 +55,10 @@ class StepConditioned(nn.Module):
                 f"{type(denoiser).__name__} trains adapters, which hold no embedding of a number of steps: give it "
                 "one number of steps"
             )
+        if hasattr(denoiser, "step_counts"):
+            raise InputTypeError("this denoiser is told its number of steps already: give the one inside it")
+        if not isinstance(step_counts, Sequence):
+            raise InputTypeError(f"step_counts is {step_counts!r}: give a list of numbers of steps")
         self.step_counts = tuple(require_int("step_counts", count) for count in step_counts)
         if not self.step_counts or len(set(self.step_counts)) < len(self.step_counts):
             raise InputError(

@@ -86,7 +86,9 @@ class Finetuner(Loop):
         autocast: dtype for the denoiser's arithmetic; log-probabilities stay in float32.
 
     Raises:
-        ValueError: no parameter to train, or a policy that a piece of the recipe cannot tune.
+        TypeError: a teacher or a twin that is no denoiser.
+        ValueError: no parameter to train, a policy that a piece of the recipe cannot tune, a teacher or twin of another
+            process, or a twin by a name that the recipe does not train.
         NonFiniteLoss: from `steps`, where loss or gradient are not finite; no such update is made.
     """
 
@@ -113,13 +115,7 @@ class Finetuner(Loop):
         autocast: torch.dtype | None = None,
     ) -> None:
         _require_kinds(policy, recipe, event_shape, conditions)
-        super().__init__(
-            length or Iterations(),
-            folder=folder,
-            seed=seed,
-            device=device,
-            autocast=autocast,
-        )
+        super().__init__(length or Iterations(), folder=folder, seed=seed, device=device, autocast=autocast)
         self.policy, self.recipe, self.reward = policy.to(device).eval(), recipe, as_reward(reward)
         self.event_shape = tuple(require_int("event_shape", size) for size in event_shape)
         self.conditions = conditions
@@ -141,6 +137,7 @@ class Finetuner(Loop):
         recipe.credit.prepare(setting)
         self.roles = recipe.surrogate.roles(setting)
         """Networks that are trained, by name."""
+        self.references.require_used()
         self.actor = recipe.surrogate.actor(setting)
         """What draws the rollouts."""
         self.optimisers = {name: self._optimiser(role, setting.optim) for name, role in self.roles.items()}

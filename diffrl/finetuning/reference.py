@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.training.checkpoints import CheckpointError
 
@@ -70,6 +71,10 @@ class References:
         policy: what is tuned.
         teacher: the denoiser that a method learns from; None: the policy's, as it was at the start.
         begin: denoisers that trained copies begin as, by the copy's name; others begin as the teacher.
+
+    Raises:
+        TypeError: a teacher or beginning that is no denoiser.
+        ValueError: one of another process than the policy's.
     """
 
     def __init__(
@@ -78,6 +83,14 @@ class References:
         teacher: nn.Module | None = None,
         begin: Mapping[str, nn.Module] | None = None,
     ) -> None:
+        if not isinstance(begin, Mapping | None):
+            raise InputTypeError(
+                f"twins is a {type(begin).__name__}: give denoisers by name, such as {{'fake': ...}}"
+            )
+        if teacher is not None:
+            _require_like("teacher", teacher, policy)
+        for name, twin in (begin or {}).items():
+            _require_like(f"twins[{name!r}]", twin, policy)
         self.policy, self._begin = policy, dict(begin or {})
         self.frozen = frozen_copy(policy)
         self.teacher = self.frozen if teacher is None else frozen_copy(policy, teacher)
@@ -113,6 +126,17 @@ class References:
                 begin = like(begin)
             self.twins[name] = self._asked[name] = _policy_of(trainable_copy(begin), self.policy)
         return self.twins[name]
+
+    def require_used(self) -> None:
+        """Refuse what a trained copy was to begin as, where others are trained; a method without any takes none.
+
+        Raises:
+            ValueError: no copy of that name.
+        """
+        if self.twins and (unknown := self._begin.keys() - self.twins.keys()):
+            raise InputError(
+                f"twins has {', '.join(sorted(unknown))}, but what is trained is {', '.join(self.twins)}"
+            )
 
     @property
     def num_steps(self) -> int:
@@ -163,6 +187,17 @@ class References:
             moving.denoiser.load_state_dict(weights[f"reference_{kind}"])
         for kind, asked in self._asked.items():
             asked.nfe = counts.get(kind, 0)
+
+
+def _require_like(what: str, given: Any, policy: DenoisingPolicy) -> None:
+    """Refuse what is no denoiser, or one of another process, whose times mean something else."""
+    if not isinstance(given, nn.Module) or isinstance(given, DenoisingPolicy):
+        raise InputTypeError(f"{what} is a {type(given).__name__}: give a denoiser, as a policy has one")
+    process = getattr(given, "process", None)
+    if process is not None and repr(process) != repr(policy.process):
+        raise InputError(
+            f"{what} has the process {process!r}, but the policy {policy.process!r}: give one of the same"
+        )
 
 
 def policy_weights(policy: DenoisingPolicy) -> dict[str, Tensor]:

@@ -108,5 +108,9 @@ def test_what_cannot_be_told_is_refused() -> None:
     class Adapters(nn.Module):
         def trainable_state(self) -> None: ...
 
+    with pytest.raises(InputTypeError, match="told its number of steps already"):
+        StepConditioned(StepConditioned(mlp(), [1]), [1])
+    with pytest.raises(InputTypeError, match="step_counts is 4: give a list"):
+        StepConditioned(mlp(), 4)
     with pytest.raises(InputTypeError, match="Adapters trains adapters"):
         StepConditioned(Adapters(), [1])

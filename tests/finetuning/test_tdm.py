@@ -1,5 +1,6 @@
 """TDM: losses against their formulas, and generators of few steps that beat their teacher's own few steps."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import diffrl
 from diffrl import keys, recipes
 from diffrl.diffusion.exact import GaussianDenoiser
 from diffrl.diffusion.guidance import GuidedDenoiser
+from diffrl.diffusion.step_counts import StepConditioned
+from diffrl.errors import InputError, InputTypeError
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.guidance import Teacher
 from diffrl.finetuning.methods.tdm import (
@@ -80,6 +83,23 @@ def test_passes_and_minibatches_hold_every_trajectory() -> None:
     assert [len(p) for p in parts] == [5, 4] * 3 and plan.count(4) == 6
     for first, second in zip(parts[::2], parts[1::2], strict=True):
         assert sorted([*first.get(keys.GROUP).flatten(), *second.get(keys.GROUP).flatten()]) == list(range(9))
+
+
+def test_a_teacher_and_twins_that_cannot_be_are_refused() -> None:
+    policy = generator_policy()
+    other = make_policy(diffrl.DDIM(), std_floor=0.0).denoiser
+    assert repr(other.process) != repr(policy.process)
+    for given, says in (
+        ({"teacher": "base"}, "teacher is a str: give a denoiser"),
+        ({"teacher": policy}, "teacher is a DenoisingPolicy: give a denoiser"),
+        ({"teacher": other}, r"teacher has the process EDM\(.*but the policy"),
+        ({"twins": policy.denoiser}, "twins is a .*: give denoisers by name"),
+        ({"twins": {"fake": None}}, r"twins\['fake'\] is a NoneType: give a denoiser"),
+        ({"twins": {"fake": other}}, r"twins\['fake'\] has the process EDM"),
+        ({"twins": {"fak": policy.denoiser}}, "twins has fak, but what is trained is fake"),
+    ):
+        with pytest.raises((InputError, InputTypeError), match=says):
+            Finetuner(policy, never, recipes.tdm(), event_shape=(2,), **given)  # type: ignore[arg-type]
 
 
 def test_a_stochastic_policy_and_too_many_draws_are_refused() -> None:
@@ -186,6 +206,24 @@ def test_the_students_gradient_points_along_d_and_no_other_network_has_one() -> 
     others = [*fake.denoiser.parameters(), *teacher.denoiser.parameters()]
     assert all(p.grad is None for p in others)
     assert not dict(DistillationLoss(student, fake, Teacher(teacher)).named_modules()).keys() & {"fake"}
+
+
+@pytest.mark.parametrize("method", ["tdm", "tdm_r1", "dgpo", "awm", "diffusion_nft"])
+def test_a_guided_model_can_be_tuned(method: str) -> None:
+    labelled = make_policy(diffrl.DDIM(), num_classes=3, std_floor=0.0).denoiser
+    guided = StepConditioned(GuidedDenoiser(labelled, 3, 2.0), [2])
+    policy = DenoisingPolicy(guided, diffrl.DDIM(), num_steps=2, reduction="mean")
+    recipe = getattr(recipes, method)(rollouts=recipes.Rollouts(8, group_size=4))
+    tuner = Finetuner(
+        policy,
+        lambda x, c: x[:, 0],
+        recipe,
+        event_shape=(2,),
+        conditions=torch.arange(3),
+        length=Iterations(1),
+    )
+    (row,) = tuner.steps()
+    assert math.isfinite(row["grad_norm"]) and tuner.updates > 0
 
 
 def test_guidance_strengthens_the_condition() -> None:

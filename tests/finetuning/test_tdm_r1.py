@@ -97,6 +97,11 @@ def test_least_times_are_kept() -> None:
     for part in PreferenceUpdates(passes=50, preference_t_min=0.55, reward_t_min=0.25)(rollout, **made):
         assert (part.get(PREFERENCE).get(keys.RENOISE_T) >= 0.55).all()
         assert (part.get(REWARD_T) >= 0.25).all()
+    with pytest.raises(ValueError, match="surrogate.reference is 'slow': give 'ema' or 'frozen'"):
+        LearntReward(reference="slow")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="updates.reward_t_min is 1, but the first time is 1"):
+        recipe = recipes.tdm_r1(updates=PreferenceUpdates(reward_t_min=1.0))
+        Finetuner(generator_policy(), lambda x, c: x[:, 0], recipe, event_shape=(2,))
     with pytest.raises(ValueError, match="set rollouts.group_size"):
         recipes.tdm_r1(rollouts=recipes.Rollouts(8))
     for method in (recipes.tdm_r1, recipes.dgpo):

@@ -12,7 +12,7 @@ from torchrl.objectives.common import LossModule
 
 from diffrl import keys
 from diffrl.diffusion.renoising import marginal_target, renoise, target_noise
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.finetuning.credit.standardised import Standardised
 from diffrl.finetuning.guidance import Teacher, teacher_of
 from diffrl.finetuning.methods.registry import METHODS
@@ -196,6 +196,10 @@ def pull(D_x: Tensor, d: Tensor, towards: Tensor, huber: float = 0.0) -> Tensor:
 def output_scalings(policy: DenoisingPolicy, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out and c_in of a policy's denoiser at times [N]: errors are weighed in units of its output."""
     denoiser: Any = policy.denoiser
+    if not hasattr(denoiser, "scalings"):
+        raise InputTypeError(
+            f"{type(denoiser).__name__} has no scalings, which weigh this loss: give a denoiser such as diffrl.Denoiser"
+        )
     found: tuple[Tensor, Tensor, Tensor] = denoiser.scalings(t)
     return found
 
@@ -260,7 +264,8 @@ def tdm(**pieces: Any) -> Recipe:
     """TDM: distils a denoiser into a generator of few deterministic steps. The reward is never asked.
 
     The numbers are those of the code's PixArt demo, but for the exact target of the fake score, which is ours, and the
-    student's learning rate, which is the run's (there 4e-6, a fifth of the fake score's).
+    student's learning rate, which is the run's (there 4e-6, a fifth of the fake score's). The importance weight and the
+    clipped SNR, by which the demo weighs its "x0" target, are left out, as TDM-R1's code leaves them out.
 
     Source: Learning Few-Step Diffusion Models by Trajectory Distribution Matching (Luo et al., 2025) and its code,
     https://arxiv.org/abs/2503.06674.

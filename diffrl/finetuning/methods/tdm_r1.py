@@ -163,6 +163,8 @@ class LearntReward(Surrogate):
     truncated: int | None = None
 
     def __post_init__(self) -> None:
+        if self.reference not in ("ema", "frozen"):
+            raise InputError(f"surrogate.reference is {self.reference!r}: give 'ema' or 'frozen'")
         for name in ("beta", "surrogate_lr", "fake_lr"):
             require_number(f"surrogate.{name}", getattr(self, name), 0, ends="()")
         for name in ("clip_range", "anchor_coef", "fake_anchor_coef", "kl_weight"):
@@ -236,6 +238,9 @@ def tdm_r1(**pieces: Any) -> Recipe:
 
     The numbers are those of the released code, whose reference is frozen; the default here is the paper's. The
     student's learning rate is the run's (there 7.5e-5).
+
+    Noise is added on the "reverse" interval, as released, where a fake score that is not told the step is biased. On
+    mixtures samples left the data there and stayed with "trajectory"; on digits it was the other way round.
 
     Source: TDM-R1 (Luo et al., 2026), https://arxiv.org/abs/2603.07700, and its code.
 

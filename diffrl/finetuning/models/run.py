@@ -29,7 +29,7 @@ def run_model(
         path: the run folder; `examples/finetune_reward.py` trains one where it is None.
         objective: whose denoiser; the run's main one if None.
         labels: labels to condition on, for a denoiser that was trained with labels; None: all of them.
-        guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
+        guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
         step_counts: numbers of steps that it is told apart by, see `diffrl.diffusion.step_counts.StepConditioned`, for
             ``rollouts=step_counts``; None: it is not told.
 

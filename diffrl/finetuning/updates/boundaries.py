@@ -70,7 +70,7 @@ class BoundaryUpdates(RowUpdates):
     def refuses(self, policy: DenoisingPolicy) -> str | None:
         """Refuse more draws than the policy has steps, and noise in its steps."""
         if self.draws > policy.num_steps:
-            return f"updates.draws is {self.draws}, but the policy has {policy.num_steps} steps"
+            return f"updates.draws is {self.draws}, but the policy has {policy.num_steps} steps: draw no more"
         if policy.stochastic_steps and self.of == "boundary":
             return "the generator must be deterministic: take sampler ddim or euler, and policy.std_floor=0"
         return None

@@ -73,6 +73,13 @@ class PreferenceUpdates(BoundaryUpdates):
             return "preferences compare trajectories of one group: set rollouts.group_size"
         return super().conflict(recipe)
 
+    def refuses(self, policy: DenoisingPolicy) -> str | None:
+        """Refuse least times that no time of the policy reaches."""
+        for name in ("preference_t_min", "reward_t_min"):
+            if getattr(self, name) >= policy.grid[0]:
+                return f"updates.{name} is {getattr(self, name):g}, but the first time is {policy.grid[0]:g}: give less"
+        return super().refuses(policy)
+
     def _minibatch(
         self, rollout: TensorDictBase, k: Tensor, policy: DenoisingPolicy, generator: Generator
     ) -> TensorDict:
