@@ -112,6 +112,7 @@ METHODS: dict[str, Method] = {
         of="base",
     ),
     "TDM-R1, frozen reference": Method((*LEARNT, "surrogate.reference=frozen"), ablation=True),
+    "TDM-R1, student's interval": Method((*LEARNT, "updates.interval=trajectory"), ablation=True),
     "TDM-R1, no KL": Method((*LEARNT, "surrogate.kl_weight=0"), ablation=True),
     "group loss on the student": Method(
         (

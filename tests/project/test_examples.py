@@ -123,9 +123,11 @@ def test_train_digits_features(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert accuracy > 0.3 and (tmp_path / "x.safetensors").stat().st_size > 100_000
 
 
-def test_few_step_plane(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_step_plane(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = example("few_step_plane")
-    script.SAMPLES = 500
+    monkeypatch.setattr(script, "SAMPLES", 500)
     words = ["--seeds", "2", "--distillation", "1", "--tuning", "1", "--data", "four modes", "scattered"]
     words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     arguments = script.parser().parse_args([*words, "--variants", "TDM-R1", "group loss on the student"])
