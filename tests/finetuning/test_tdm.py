@@ -99,7 +99,7 @@ def test_a_teacher_and_twins_that_cannot_be_are_refused() -> None:
         ({"twins": {"fak": policy.denoiser}}, "twins has fak, but what is trained is fake"),
     ):
         with pytest.raises((InputError, InputTypeError), match=says):
-            Finetuner(policy, never, recipes.tdm(), event_shape=(2,), **given)  # type: ignore[arg-type]
+            Finetuner(policy, never, recipes.tdm(), event_shape=(2,), **given)
 
 
 def test_a_stochastic_policy_and_too_many_draws_are_refused() -> None:

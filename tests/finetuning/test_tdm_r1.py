@@ -98,7 +98,7 @@ def test_least_times_are_kept() -> None:
         assert (part.get(PREFERENCE).get(keys.RENOISE_T) >= 0.55).all()
         assert (part.get(REWARD_T) >= 0.25).all()
     with pytest.raises(ValueError, match="surrogate.reference is 'slow': give 'ema' or 'frozen'"):
-        LearntReward(reference="slow")  # type: ignore[arg-type]
+        LearntReward(reference="slow")
     with pytest.raises(ValueError, match="updates.reward_t_min is 1, but the first time is 1"):
         recipe = recipes.tdm_r1(updates=PreferenceUpdates(reward_t_min=1.0))
         Finetuner(generator_policy(), lambda x, c: x[:, 0], recipe, event_shape=(2,))
