@@ -128,8 +128,9 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """
         self._load()
         if name not in self._entries:
+            known = ", ".join(self) or "(none is registered yet)"
             raise InputError(
-                f"{self.kind} is {name!r}: give one of {', '.join(self)}; a method of your own is made "
+                f"{self.kind} is {name!r}: give one of {known}; a method of your own is made "
                 "known by --import MODULE on the command line, or by importing its module in Python"
             )
         return self._entries[name]

@@ -61,6 +61,8 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     for registry in GROUPS:
         with pytest.raises(ValueError, match=f"{registry.kind} is 'nothing': give one of .*--import MODULE"):
             registry.entry("nothing")
+    with pytest.raises(ValueError, match=r"detector is 'nothing': give one of \(none is registered yet\); "):
+        Registry("detector", "diffrl.rewards").entry("nothing")
 
 
 # Processes
