@@ -32,8 +32,8 @@ from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import Registry
-from diffrl.rewards.by_name import DETECTORS
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.by_name import DETECTORS
 from diffrl.training.optim import FinetuningOptim
 from tests.kit.configs import small
 from tests.kit.policies import make_policy, right
