@@ -95,6 +95,8 @@ def _about_a_key(error: OmegaConfBaseException) -> str:
         return f"{where} has no default: give {where}=..."
     known = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
     if not known or key in known:
+        if where == "heldout_reward.target" and "'reward.target'" in str(error):
+            return "this reward has no target for the held-out judge to share: set heldout_reward=none, or choose one"
         return f"{where}: {str(error).splitlines()[0]}"
     group = where.removesuffix(key)
     if near := _paths(parent, key)[:3] or [group + k for k in get_close_matches(key, known, n=3)]:

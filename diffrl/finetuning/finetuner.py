@@ -220,6 +220,8 @@ class Finetuner(Loop):
         self.policy.eval()
 
     def _caption(self, row: dict[str, float], evaluated: dict[str, float]) -> str:
+        if not row["queries"]:
+            return f"loss {row['loss_policy']:.3g}" if "loss_policy" in row else ""
         held_out = f"held-out {evaluated['eval_reward']:.3g}, " if "eval_reward" in evaluated else ""
         clipped = f"clipped {row['clip_fraction']:.0%}, " if "clip_fraction" in row else ""
         return f"reward {row['reward']:.3g}, {held_out}{clipped}{row['queries']:,} queries"

@@ -56,5 +56,7 @@ def check_tuner(tuner: Finetuner) -> Report:
     finally:
         tuner.policy.nfe = nfe
         tuner.reward.load_state_dict(remembered)
+    if recipe.placement.queries(tuner.policy.num_steps) == 0:  # nobody pays, so there is nothing to credit
+        report = Report(tuple(c for c in report.checks if not c.name.startswith("advantages")))
     report.raise_if_failed()
     return report

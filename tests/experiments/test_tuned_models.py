@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import diffrl
+from diffrl.__main__ import main
 from diffrl.configs.cli import settings
 from diffrl.errors import InputError
 from diffrl.experiments.finetune import opened, run_finetuning
 from diffrl.experiments.train import run_experiment
 from diffrl.finetuning.models.tuned import latest_tuned, tuned_model
+from diffrl.finetuning.run_checks import check_tuner
 from diffrl.training.checkpoints import load_weights, weight_sets
 from diffrl.training.identity import RunFolderError
 from tests.kit.configs import composed, small
@@ -131,6 +133,20 @@ def test_what_is_no_tuned_run_is_refused(base: Path) -> None:
     with pytest.raises(InputError, match="model.path is null: give the folder of a fine-tuning run"):
         tuned_model()
     with pytest.raises(InputError, match="model.teacher is 'nobody': give 'base' or 'itself'"):
-        tuned_model("x", teacher="nobody")  # type: ignore[arg-type]
+        tuned_model("x", teacher="nobody")
     with pytest.raises(RunFolderError, match="holds a run of the command train"):
         tuned_model(str(base))
+
+
+def test_a_judge_of_a_target_wants_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["compare=[]", "reward=ink", f"model.path={base}"]
+    monkeypatch.setattr("sys.argv", ["diffrl", "finetune", *words])
+    with pytest.raises(SystemExit, match="set heldout_reward=none"):
+        main()
+
+
+def test_a_recipe_without_a_reward_is_not_told_that_it_learns_nothing(base: Path) -> None:
+    tuner = opened(tuning("recipe=tdm", f"model.path={base}")).tuner
+    assert "advantages" not in str(check_tuner(tuner))
+    asked = opened(tuning("recipe=awm", "rollouts.group_size=8", f"model.path={base}")).tuner
+    assert "advantages" in str(check_tuner(asked))

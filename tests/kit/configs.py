@@ -10,6 +10,8 @@ from diffrl.configs.cli import settings
 from diffrl.configs.groups import register
 
 FINETUNING = {
+    "digits_tdm",
+    "digits_tdm_r1",
     "finetune_credit",
     "finetune_credit_student",
     "finetune_critic",

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from diffrl.configs.cli import settings
+from tests.kit.configs import composed
 from tests.kit.paths import EXAMPLES
 
 
@@ -87,3 +89,16 @@ def test_methods_are_told_apart_by_colour(example: ModuleType) -> None:
     for kind in (True, False):
         styles = [example.style_of(name) for name, m in example.METHODS.items() if m.ablation is kind]
         assert len(set(styles)) == len(styles)
+
+
+def test_the_experiments_have_the_numbers_of_the_example(example: ModuleType) -> None:
+    def tuning(*words: str) -> dict[str, Any]:
+        return settings(composed(*words, "model.path=x", "compare=[]", name="finetune"), [])
+
+    def pieces(config: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in config.items() if key not in ("loop", "evaluation")}
+
+    of_class = ("reward=class_decision", "reward.target=7")
+    assert pieces(tuning("experiment=digits_tdm")) == pieces(tuning(*example.STUDENT, *of_class))
+    words = (*example.LEARNT, *example.TUNED, "reward.target=7", "model=tuned")
+    assert pieces(tuning("experiment=digits_tdm_r1")) == pieces(tuning(*words))
