@@ -114,7 +114,7 @@ LINES: list[tuple[list[Any], str]] = [
     ([], "pairs.jsonl: holds no pair; write one a line"),
     ([PAIR, "{"], "pairs.jsonl, line 2: is no JSON; write one object a line"),
     (["[]"], 'line 1: lacks the path "preferred" or "rejected"; write'),
-    ([{"prefered": "a.png", "rejected": "a.png"}], 'line 1: lacks the path "preferred"'),
+    ([{"chosen": "a.png", "rejected": "a.png"}], 'line 1: lacks the path "preferred"'),
     ([{**PAIR, "rejected": 3}], 'line 1: lacks the path "preferred" or "rejected"'),
     ([{**PAIR, "label": -1}], "line 1: label -1 is no whole number"),
     ([{**PAIR, "label": True}], "line 1: label True is no whole number"),
