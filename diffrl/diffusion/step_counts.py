@@ -17,7 +17,42 @@ LAYERS = ("first", "noise_embedding.3", "time_embedding.linear_2", "timestep_emb
 """Where the networks that we know add up what they are told besides the state: MLP, UNet, diffusers' networks."""
 
 
-class StepConditioned(nn.Module):
+class _Around(nn.Module):
+    """What a denoiser tells of itself, told by a module around it."""
+
+    denoiser: nn.Module
+
+    @property
+    def process(self) -> Schedule:
+        """Noise schedule of the denoiser."""
+        inner: Any = self.denoiser
+        process: Schedule = inner.process
+        return process
+
+    @property
+    def network(self) -> nn.Module:
+        """That of the denoiser."""
+        inner: Any = self.denoiser
+        network: nn.Module = inner.network
+        return network
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for each state."""
+        return int(getattr(self.denoiser, "evaluations", 1))
+
+    @property
+    def scalings(self) -> Any:
+        """See `diffrl.Denoiser.scalings`."""
+        return self.denoiser.scalings
+
+    @property
+    def null_condition(self) -> Any:
+        """See `diffrl.Denoiser.null_condition`."""
+        return self.denoiser.null_condition
+
+
+class StepConditioned(_Around):
     """A denoiser D(x_t, t, cond, K) that is told the number K of steps that its sampler takes.
 
         h ← h + e_K,    e_K = 0 at the start
@@ -77,35 +112,6 @@ class StepConditioned(nn.Module):
         """Another denoiser told the same numbers, from the start."""
         return StepConditioned(denoiser, self.step_counts, self.layer)
 
-    @property
-    def process(self) -> Schedule:
-        """Noise schedule of the denoiser."""
-        inner: Any = self.denoiser
-        process: Schedule = inner.process
-        return process
-
-    @property
-    def network(self) -> nn.Module:
-        """That of the denoiser."""
-        inner: Any = self.denoiser
-        network: nn.Module = inner.network
-        return network
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations for each state."""
-        return int(getattr(self.denoiser, "evaluations", 1))
-
-    @property
-    def scalings(self) -> Any:
-        """See `diffrl.Denoiser.scalings`."""
-        return self.denoiser.scalings
-
-    @property
-    def null_condition(self) -> Any:
-        """See `diffrl.Denoiser.null_condition`."""
-        return self.denoiser.null_condition
-
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, *, num_steps: int) -> Tensor:
         """Clean estimate D of states [N, *E] at times [N], of x_t's shape, for a sampler of `num_steps` steps.
 
@@ -126,7 +132,7 @@ class StepConditioned(nn.Module):
         return h + self.embedding[self._row]
 
 
-class AtSteps(nn.Module):
+class AtSteps(_Around):
     """A `StepConditioned` denoiser at one number of steps.
 
     Raises:
@@ -138,26 +144,6 @@ class AtSteps(nn.Module):
         if num_steps not in denoiser.step_counts:
             raise InputError(f"num_steps is {num_steps}: this denoiser knows {list(denoiser.step_counts)}")
         self.denoiser, self.num_steps = denoiser, num_steps
-
-    @property
-    def process(self) -> Schedule:
-        """Noise schedule of the denoiser."""
-        return self.denoiser.process
-
-    @property
-    def network(self) -> nn.Module:
-        """That of the denoiser."""
-        return self.denoiser.network
-
-    @property
-    def scalings(self) -> Any:
-        """See `diffrl.Denoiser.scalings`."""
-        return self.denoiser.scalings
-
-    @property
-    def null_condition(self) -> Any:
-        """See `diffrl.Denoiser.null_condition`."""
-        return self.denoiser.null_condition
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Clean estimate D of states [N, *E] at times [N], of x_t's shape."""
