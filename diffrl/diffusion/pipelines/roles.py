@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from diffrl.diffusion.pipelines.lora import adapters, adapters_disabled
 from diffrl.diffusion.pipelines.parts import plain
 from diffrl.diffusion.predictions import Scalings
 from diffrl.errors import InputError
-
-if TYPE_CHECKING:
-    from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser
 
 __all__ = ["AdapterDenoiser", "BaseDenoiser", "checkpointed", "worn"]
 
@@ -62,7 +59,7 @@ def checkpointed(module: nn.Module, *args: Any) -> Any:
 class _View(nn.Module):
     """A denoiser that asks the network of another one; its prompts, process and coefficients are the same."""
 
-    def __init__(self, denoiser: "PipelineDenoiser") -> None:
+    def __init__(self, denoiser: Any) -> None:
         super().__init__()
         self.__dict__["denoiser"] = (
             denoiser  # no submodule: nothing of it is trained, moved or saved from here
@@ -91,7 +88,7 @@ class BaseDenoiser(_View):
     @torch.no_grad()
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """As `PipelineDenoiser.forward`; without gradients."""
-        denoiser: PipelineDenoiser = self.__dict__["denoiser"]
+        denoiser = self.__dict__["denoiser"]
         with adapters_disabled(denoiser.network):
             D_x: Tensor = denoiser(x_t, t, cond)
         return D_x
@@ -102,7 +99,7 @@ class BaseDenoiser(_View):
 
     def twin(self) -> "AdapterDenoiser":
         """One to be trained that begins as this: U = 0, and V as the denoiser has it now."""
-        denoiser: PipelineDenoiser = self.__dict__["denoiser"]
+        denoiser = self.__dict__["denoiser"]
         first = denoiser.adapters.items()
         return AdapterDenoiser(denoiser, {name: p * 0 if ".lora_B." in name else p for name, p in first})
 
@@ -119,7 +116,7 @@ class AdapterDenoiser(_View):
         weights: first values of all adapters, by their names in the network; copied.
     """
 
-    def __init__(self, denoiser: "PipelineDenoiser", weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, denoiser: Any, weights: Mapping[str, Tensor]) -> None:
         super().__init__(denoiser)
         self.names = tuple(weights)
         for name, weight in weights.items():
@@ -137,7 +134,7 @@ class AdapterDenoiser(_View):
             ValueError: gradient checkpointing that the network was given by other means than the denoiser, under which
                 the backward pass would take another role's adapters.
         """
-        denoiser: PipelineDenoiser = self.__dict__["denoiser"]
+        denoiser = self.__dict__["denoiser"]
         network, weights = plain(denoiser.network), self.weights
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in weights.values())
         if trained and _recomputes_otherwise(network):
