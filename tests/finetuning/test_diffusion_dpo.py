@@ -219,7 +219,7 @@ def test_adapters_of_a_pipeline_learn_from_recorded_latents(tmp_path: Path) -> N
                 tmp_path / f"{side}{i}.npy", np.random.default_rng(i).normal(size=SHAPE) * (3 if i else 1)
             )
         lines.append({"preferred": f"preferred{i}.npy", "rejected": f"rejected{i}.npy", "prompt": prompt})
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     denoiser = denoiser_of()
     add_lora(denoiser, 2, None, ("to_q", "to_v"), generator=torch.Generator().manual_seed(0))
     before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
