@@ -23,7 +23,7 @@ def npz(folder: Path, **arrays: Any) -> Path:
 
 def table(folder: Path, *lines: Any) -> Path:
     text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / "pairs.jsonl").write_text("\n".join(text), "utf-8")
+    (folder / "pairs.jsonl").write_text("\n".join(text), encoding="utf-8")
     return folder / "pairs.jsonl"
 
 
@@ -143,7 +143,7 @@ def test_a_fault_of_a_table_is_named(lines: list[Any], said: str, tmp_path: Path
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.csv").write_text("a,b", encoding="utf-8")
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 cut")
     for name, said in (
         ("x.csv", "are read from .npz and .jsonl files"),
