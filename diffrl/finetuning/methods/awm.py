@@ -13,7 +13,7 @@ from torchrl.objectives.common import LossModule
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.finetuning.credit.group import GroupRelative
-from diffrl.finetuning.methods.matching import IN_KEYS, Noised, advantages
+from diffrl.finetuning.methods.matching import IN_KEYS, Noised, advantages, output_distance
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.placement.terminal import Terminal
@@ -105,10 +105,12 @@ class AWMLoss(LossModule):
         """The loss of samples [N] or [n, m] at fresh times."""
         b, adv = Noised(tensordict), advantages(tensordict, self.advantage_clip)
         D = b.denoised(self.policy)
-        W = self.W(b.distance(self.policy, D, b.x0), b.t)
+        W = self.W(output_distance(self.policy, b.t, D, b.x0), b.t)
         with torch.no_grad():
             old = self.__dict__["old"]
-            W_old = W if old is None else self.W(b.distance(self.policy, b.denoised(old), b.x0), b.t)
+            W_old = (
+                W if old is None else self.W(output_distance(self.policy, b.t, b.denoised(old), b.x0), b.t)
+            )
         log_ratio = W_old.detach() - W
         r, eps = log_ratio.exp(), self.clip_range
         loss = torch.maximum(-adv * r, -adv * r.clamp(1 - eps, 1 + eps))
@@ -116,7 +118,7 @@ class AWMLoss(LossModule):
             if coef > 0:
                 with torch.no_grad():
                     D_other = b.denoised(other)
-                loss = loss + coef * b.distance(self.policy, D, D_other)
+                loss = loss + coef * output_distance(self.policy, b.t, D, D_other)
         clipped = log_ratio.detach().expm1().abs() > eps
         return TensorDict({"loss_policy": loss.mean(), **policy_figures(log_ratio, clipped)})
 

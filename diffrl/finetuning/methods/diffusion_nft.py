@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torchrl.objectives.common import LossModule
 
 from diffrl.finetuning.credit.group import GroupRelative
-from diffrl.finetuning.methods.matching import IN_KEYS, Noised, advantages
+from diffrl.finetuning.methods.matching import IN_KEYS, Noised, advantages, output_distance
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.methods.tdm import pull
 from diffrl.finetuning.piece import Setting
@@ -85,8 +85,8 @@ class NFTLoss(LossModule):
         step = self.strength * (D - D_old)
         good, bad = (pull(side, b.x0 - side, b.x0) for side in (D_old + step, D_old - step))
         pulls = q * good + (1 - q) * bad
-        loss = self.advantage_clip / self.strength * pulls + self.anchor_coef * b.distance(
-            self.policy, D, D_ref
+        loss = self.advantage_clip / self.strength * pulls + self.anchor_coef * output_distance(
+            self.policy, b.t, D, D_ref
         )
         return TensorDict({"loss_policy": loss.mean(), "moved": (D.detach() - D_old).square().mean().sqrt()})
 

@@ -11,7 +11,8 @@ from torchrl.objectives.common import LossModule
 from diffrl import keys
 from diffrl.diffusion.renoising import marginal_target
 from diffrl.errors import InputError
-from diffrl.finetuning.methods.tdm import Boundary, output_scalings
+from diffrl.finetuning.methods.matching import output_distance
+from diffrl.finetuning.methods.tdm import Boundary
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.updates.preferences import PREFERENCE
 
@@ -84,48 +85,50 @@ class GroupPreferenceLoss(LossModule):
     def error(self, policy: DenoisingPolicy, b: Boundary, D: Tensor | None = None) -> Tensor:
         """L of boundaries, shape [N]."""
         D = policy.denoise(b.x_t, b.t, b.cond) if D is None else D
-        return self._distance(D, marginal_target(b.process, b.x_s, b.s, b.t, b.noise), b)
-
-    def _distance(self, D: Tensor, other: Tensor, b: Boundary) -> Tensor:
-        """Mean over the event dims of ‖(D - other)/c_out‖², shape [N]."""
-        c_out = output_scalings(self.surrogate, b.t)[1].to(D)
-        return (D - other).square().flatten(1).mean(1) / c_out**2
+        target = marginal_target(b.process, b.x_s, b.s, b.t, b.noise)
+        return output_distance(self.surrogate, b.t, D, target)
 
     @torch.no_grad()
     def prepare(self, minibatch: TensorDictBase, at_once: int) -> None:
-        """Write z of every boundary of a minibatch [n, m] into it, of whole groups, and how far φ is from D_T.
+        """Ask each network about every boundary of a minibatch [n, m] once, and write what is to be known into it.
+
+        That is z of whole groups, l_old, D_T, and how far φ is from it on the mean.
 
         Args:
             minibatch: with whole groups of rows.
             at_once: most states forwarded side by side.
         """
-        compared, found, apart = minibatch.get(PREFERENCE), [], []
+        phi, old, ref, teacher = (
+            self.surrogate,
+            *(self.__dict__[k] for k in ("old", "reference", "teacher")),
+        )
+        compared, parts = minibatch.get(PREFERENCE), []
         for part in compared.reshape(-1).split(at_once):
-            b = Boundary(part, self.surrogate)
-            D = self.surrogate.denoise(b.x_t, b.t, b.cond)
-            found.append(self.error(self.surrogate, b, D) - self.error(self.__dict__["reference"], b))
-            if self.runaway is not None:
-                D_T = self.__dict__["teacher"].denoise(b.x_t, b.t, b.cond)
-                apart.append(self._distance(D, D_T, b))
-        difference = torch.cat(found).view(minibatch.shape)
+            b = Boundary(part, phi)
+            asked = dict.fromkeys((phi, ref, teacher, *((old,) if self.clip_range > 0 else ())))
+            D = {policy: policy.denoise(b.x_t, b.t, b.cond) for policy in asked}
+            l = {policy: self.error(policy, b, D[policy]) for policy in asked}
+            known = {"difference": l[phi] - l[ref], "l_old": l.get(old, l[phi]), "D_T": D[teacher]}
+            known["apart"] = output_distance(phi, b.t, D[phi], D[teacher])
+            parts.append(TensorDict(known, part.shape))
+        found = torch.cat(parts)
         adv, group = compared.get(keys.ADVANTAGE)[..., 0], compared.get(keys.GROUP)[:, 0, 0]
-        compared.set("z", self.beta * group_sums(adv * difference, group, self.ranks).unsqueeze(-1))
-        if apart:
-            distances = torch.cat(apart)
-            everyone = distances if self.ranks is None else _of_all(distances, self.ranks)
-            compared.set("apart", everyone.mean().expand_as(adv).unsqueeze(-1))
+        z = self.beta * group_sums(adv * found["difference"].view(adv.shape), group, self.ranks)
+        apart = found["apart"] if self.ranks is None else _of_all(found["apart"], self.ranks)
+        compared.set("z", z.unsqueeze(-1))
+        compared.set("l_old", found["l_old"].view(adv.shape).unsqueeze(-1))
+        compared.set("D_T", found["D_T"].view(*adv.shape, *found["D_T"].shape[1:]))
+        compared.set("apart", apart.mean().expand_as(adv).unsqueeze(-1))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The loss of boundaries [n, m] that were prepared, with σ(z), the share without gradient, and the anchor."""
         flat = tensordict.get(PREFERENCE).reshape(-1)
-        b, adv = Boundary(flat, self.surrogate), flat.get(keys.ADVANTAGE).flatten()
+        b, adv, D_T = Boundary(flat, self.surrogate), flat.get(keys.ADVANTAGE).flatten(), flat.get("D_T")
         D = self.surrogate.denoise(b.x_t, b.t, b.cond)
         l_phi = self.error(self.surrogate, b, D)
-        with torch.no_grad():
-            D_T = self.__dict__["teacher"].denoise(b.x_t, b.t, b.cond)
-            stopped = self._outside(adv, l_phi, b)
-        anchor = self._distance(D, D_T, b)
+        anchor = output_distance(self.surrogate, b.t, D, D_T)
+        stopped = self._outside(adv, l_phi.detach(), flat.get("l_old").flatten())
         if self.runaway is not None and float(flat.get("apart")[0]) > self.runaway:
             l_T = self.error(self.__dict__["teacher"], b, D_T)
             stopped |= torch.where(adv > 0, l_phi.detach() < l_T, l_phi.detach() > l_T)
@@ -142,10 +145,10 @@ class GroupPreferenceLoss(LossModule):
             }
         )
 
-    def _outside(self, adv: Tensor, l_phi: Tensor, b: Boundary) -> Tensor:
+    def _outside(self, adv: Tensor, l_phi: Tensor, l_old: Tensor) -> Tensor:
         if self.clip_range == 0:
             return torch.zeros_like(adv, dtype=torch.bool)
-        rho, eps = (self.error(self.__dict__["old"], b) - l_phi).exp(), self.clip_range
+        rho, eps = (l_old - l_phi).exp(), self.clip_range
         return torch.where(adv > 0, rho > 1 + eps, rho < 1 - eps)
 
 

@@ -1,13 +1,15 @@
-"""What losses on clean samples at fresh times share: a sample with noise, and the denoising error of it."""
+"""What losses of denoising errors share: samples with noise, and distances in units of a network's output."""
+
+from typing import Any
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.finetuning.methods.tdm import output_scalings
+from diffrl.errors import InputTypeError
 from diffrl.finetuning.policy import DenoisingPolicy
 
-__all__ = ["IN_KEYS", "Noised", "advantages"]
+__all__ = ["IN_KEYS", "Noised", "advantages", "output_distance", "output_scalings"]
 
 IN_KEYS = [keys.X_T, keys.T, keys.X0, keys.ADVANTAGE]
 """Entries of samples that such a loss reads; cond where present."""
@@ -29,16 +31,29 @@ class Noised:
         """D(x_t), shape [N, *E]."""
         return policy.denoise(self.x_t, self.t, self.cond)
 
-    def distance(self, policy: DenoisingPolicy, D: Tensor, other: Tensor) -> Tensor:
-        """Mean over the event dims of ‖(D - other)/c_out‖², shape [N]: of velocities, where the network predicts those.
 
-        Args:
-            policy: whose output's units are used.
-            D: clean estimates, shape [N, *E].
-            other: what they are compared with, such as x0.
-        """
-        c_out = output_scalings(policy, self.t)[1].to(D)
-        return (D - other).square().flatten(1).mean(1) / c_out**2
+def output_scalings(policy: DenoisingPolicy, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out and c_in of a policy's denoiser at times [N]: errors are weighed in units of its output."""
+    denoiser: Any = policy.denoiser
+    if not hasattr(denoiser, "scalings"):
+        raise InputTypeError(
+            f"{type(denoiser).__name__} has no scalings, which weigh this loss: give a denoiser such as diffrl.Denoiser"
+        )
+    found: tuple[Tensor, Tensor, Tensor] = denoiser.scalings(t)
+    return found
+
+
+def output_distance(policy: DenoisingPolicy, t: Tensor, D: Tensor, other: Tensor) -> Tensor:
+    """Mean over the event dims of ‖(D - other)/c_out‖², shape [N]: of velocities, where the network predicts those.
+
+    Args:
+        policy: whose output's units are used.
+        t: times, shape [N].
+        D: clean estimates, shape [N, *E].
+        other: what they are compared with, such as x0.
+    """
+    c_out = output_scalings(policy, t)[1].to(D)
+    return (D - other).square().flatten(1).mean(1) / c_out**2
 
 
 def advantages(tensordict: TensorDictBase, clip: float) -> Tensor:

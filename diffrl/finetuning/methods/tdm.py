@@ -12,9 +12,10 @@ from torchrl.objectives.common import LossModule
 
 from diffrl import keys
 from diffrl.diffusion.renoising import marginal_target, renoise, target_noise
-from diffrl.errors import InputError, InputTypeError
+from diffrl.errors import InputError
 from diffrl.finetuning.credit.standardised import Standardised
 from diffrl.finetuning.guidance import Teacher, teacher_of
+from diffrl.finetuning.methods.matching import output_scalings
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.piece import Setting
 from diffrl.finetuning.placement.unpaid import Unpaid
@@ -191,17 +192,6 @@ def pull(D_x: Tensor, d: Tensor, towards: Tensor, huber: float = 0.0) -> Tensor:
     square = (D_x - (D_x + d).detach()).square()
     each = square if huber == 0 else (square + huber**2).sqrt() - huber
     return (each / expand_like(c, D_x)).flatten(1).mean(1)
-
-
-def output_scalings(policy: DenoisingPolicy, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out and c_in of a policy's denoiser at times [N]: errors are weighed in units of its output."""
-    denoiser: Any = policy.denoiser
-    if not hasattr(denoiser, "scalings"):
-        raise InputTypeError(
-            f"{type(denoiser).__name__} has no scalings, which weigh this loss: give a denoiser such as diffrl.Denoiser"
-        )
-    found: tuple[Tensor, Tensor, Tensor] = denoiser.scalings(t)
-    return found
 
 
 @SURROGATES.register("trajectory_matching")
