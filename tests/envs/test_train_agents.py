@@ -1,23 +1,19 @@
 """The example that trains agents from outside, at tiny size; and what it found at full size."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.kit.paths import EXAMPLES, ROOT
+from tests.kit.examples import example
+from tests.kit.paths import ROOT
 
 RESULTS = ROOT / "results" / "agents"
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_agents", EXAMPLES / "agents" / "train_agents.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("agents/train_agents")
 
 
 @pytest.mark.filterwarnings("ignore")  # of Stable-Baselines3 and what it imports

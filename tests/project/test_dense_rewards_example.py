@@ -1,6 +1,5 @@
 """The measurement of predicted dense rewards runs, at small size, and its errors are what it says."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kit.examples import example
 from tests.kit.oracles import randn
 from tests.kit.paths import EXAMPLES
 
@@ -17,11 +17,7 @@ SCRIPT = EXAMPLES / "dense_rewards.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("examples_dense_rewards", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("dense_rewards")
 
 
 def test_errors_against_numpy(script: ModuleType) -> None:

@@ -1,26 +1,17 @@
 """The examples run, at small size, and do what they say."""
 
-import importlib.util
 import json
 import math
 import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from diffrl.experiments.train import run_experiment
 from tests.kit.configs import SMALL, small
+from tests.kit.examples import example
 from tests.kit.paths import EXAMPLES
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def shell(monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> None:

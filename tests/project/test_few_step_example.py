@@ -1,8 +1,6 @@
 """The example of few steps at tiny size: equal reward calls, runs that are kept, figures that mean what they say."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,17 +10,12 @@ import torch
 
 from diffrl.configs.cli import settings
 from tests.kit.configs import composed
-from tests.kit.paths import EXAMPLES
+from tests.kit.examples import example as load_example
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("finetune_few_step", EXAMPLES / "finetune_few_step.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass asks for it
-    spec.loader.exec_module(module)
-    return module
+    return load_example("finetune_few_step")
 
 
 def run(example: ModuleType, folder: Path, *words: str) -> dict[str, Any]:

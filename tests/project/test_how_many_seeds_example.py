@@ -1,8 +1,6 @@
 """The study of how many seeds runs at small size, goes on where it was stopped, and counts what it says."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,17 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kit.paths import EXAMPLES
+from tests.kit.examples import example
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("examples_how_many_seeds", EXAMPLES / "how_many_seeds.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+    return example("how_many_seeds")
 
 
 def test_the_decision_is_one_on_one_mode_only(script: ModuleType) -> None:
