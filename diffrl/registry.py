@@ -19,6 +19,7 @@ __all__ = [
     "Entry",
     "Registry",
     "accepted",
+    "as_tuples",
     "import_named",
     "options_of",
     "registries",
@@ -230,6 +231,11 @@ def accepted(function: Callable[..., Any], options: Config) -> dict[str, Any]:
     """The options that `function` has parameters for."""
     names = inspect.signature(function).parameters
     return {k: v for k, v in options.items() if k in names}
+
+
+def as_tuples(options: Config) -> dict[str, Any]:
+    """Turn the lists of a configuration into the tuples that constructors take."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def options_of(

@@ -1,7 +1,7 @@
 """A generator of four steps, distilled by TDM, is tuned for a yes or no: TDM-R1 against DDPO, SDPO, AWM and NFT.
 
 python examples/finetune_few_step.py                      # five seeds, two processes
-python examples/finetune_few_step.py --seeds 1 --out /tmp/few_step
+python examples/finetune_few_step.py --seeds 1 --out runs/few_step_of_one
 
 For each seed a small denoiser of digits is trained and distilled into four deterministic steps; then every method tunes
 that student for the hard decision of a classifier, 1 or 0, with the same number of reward calls. Every stage is a run

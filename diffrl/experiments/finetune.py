@@ -14,18 +14,18 @@ from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
 from diffrl.errors import FileError, InputError
 from diffrl.experiments.resuming import continued
-from diffrl.experiments.run import AUTOCAST, Job, as_tuples, check_settings, interruptible, made_of, shown
+from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.models.base import Tunable
-from diffrl.finetuning.models.registry import MODELS
+from diffrl.finetuning.models.registry import build_model
 from diffrl.finetuning.models.tuned import latest_tuned
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.registry import Config, accepted
+from diffrl.registry import Config
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import as_reward
@@ -143,9 +143,7 @@ class _Job(Job):
 
 
 def _model(config: Config) -> Tunable:
-    options, run = as_tuples(config["model"]), {"device": config["device"], "seed": config["seed"]}
-    model: Tunable = MODELS.build(options, **accepted(MODELS[options["name"]], run))
-    return model
+    return build_model(config["model"], device=config["device"], seed=config["seed"])
 
 
 def _policy(config: Config, model: Tunable) -> DenoisingPolicy:

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffrl.devices import usable_device
 from diffrl.errors import InputError, of_group
 from diffrl.extras import require_installed
+from diffrl.registry import as_tuples
 from diffrl.shell_words import setting
 from diffrl.training.checkpoints import tidy
 from diffrl.training.identity import ACCEPT, identity_of
@@ -27,7 +28,6 @@ __all__ = [
     "AUTOCAST",
     "Interrupted",
     "Job",
-    "as_tuples",
     "check_settings",
     "interruptible",
     "made_of",
@@ -151,11 +151,6 @@ def check_settings(config: Mapping[str, Any]) -> None:
     if config["logger"] != "csv":
         require_installed(config["logger"], extra=config["logger"])
     usable_device(config["device"])
-
-
-def as_tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the lists of a configuration into the tuples that constructors take."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
 def made_of(group: str, make: Callable[..., Made], config: Mapping[str, Any], **more: Any) -> Made:

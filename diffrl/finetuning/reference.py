@@ -118,10 +118,8 @@ class References:
     def twin(self, name: str) -> DenoisingPolicy:
         """A copy of the teacher, or of what it is to begin as, to be trained; saved with the moving copies."""
         if name not in self.twins:
-            begin, like = (
-                self._begin.get(name, self.teacher.denoiser),
-                getattr(self.policy.denoiser, "like", None),
-            )
+            begin = self._begin.get(name, self.teacher.denoiser)
+            like = getattr(self.policy.denoiser, "like", None)
             if like is not None and not hasattr(begin, "step_counts"):
                 begin = like(begin)
             self.twins[name] = self._asked[name] = _policy_of(trainable_copy(begin), self.policy)

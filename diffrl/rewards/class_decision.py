@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.networks.digits_cnn import digits_cnn
 from diffrl.errors import InputError
+from diffrl.rewards.class_probability import logits_of
 from diffrl.rewards.registry import REWARDS
 
 __all__ = ["ClassDecision"]
@@ -39,8 +39,7 @@ class ClassDecision:
     @torch.no_grad()
     def __call__(self, x0: Tensor, cond: Any = None) -> Tensor:
         """Rewards of samples [N, *E]: 0.0 or 1.0, shape [N]."""
-        classifier = digits_cnn(x0.device) if self.classifier is None else self.classifier
-        logits = classifier(x0 if self.classifier is not None else x0.float())
+        logits = logits_of(self.classifier, x0)
         if self.target >= logits.shape[1]:
             raise InputError(f"the classifier has classes 0..{logits.shape[1] - 1}, not {self.target}")
         return (logits.argmax(1) == self.target).float()

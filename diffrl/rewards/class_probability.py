@@ -10,7 +10,7 @@ from diffrl.diffusion.networks.digits_cnn import digits_cnn
 from diffrl.errors import InputError
 from diffrl.rewards.registry import REWARDS
 
-__all__ = ["ClassProbability"]
+__all__ = ["ClassProbability", "logits_of"]
 
 
 @REWARDS.register("class_probability")
@@ -49,11 +49,15 @@ class ClassProbability:
             raise InputError(
                 "no class to take the probability of: give target, or labels [N] as the condition"
             )
-        classifier = digits_cnn(x0.device) if self.classifier is None else self.classifier
-        log_p = classifier(x0 if self.classifier is not None else x0.float()).log_softmax(-1)
+        log_p = logits_of(self.classifier, x0).log_softmax(-1)
         if len(x0) and not 0 <= int(y.min()) <= int(y.max()) < log_p.shape[1]:
             raise InputError(
                 f"the classifier has classes 0..{log_p.shape[1] - 1}, not all of {y.unique().tolist()}"
             )
         log_p_y = log_p.gather(1, y.long()[:, None])[:, 0]
         return log_p_y if self.log else log_p_y.exp()
+
+
+def logits_of(classifier: nn.Module | None, x0: Tensor) -> Tensor:
+    """Logits [N, C] of samples by a classifier; None: `digits_cnn`, in float32."""
+    return digits_cnn(x0.device)(x0.float()) if classifier is None else classifier(x0)

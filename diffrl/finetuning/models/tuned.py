@@ -1,5 +1,6 @@
 """What a fine-tuning run made, to be tuned further: a distilled student, for instance."""
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
@@ -7,9 +8,8 @@ from torch import nn
 
 from diffrl.errors import InputError
 from diffrl.finetuning.models.base import Tunable
-from diffrl.finetuning.models.registry import MODELS
+from diffrl.finetuning.models.registry import MODELS, build_model
 from diffrl.finetuning.reference import frozen_denoiser, load_policy_weights, trainable_copy
-from diffrl.registry import accepted
 from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights, weight_sets
 from diffrl.training.identity import require_kind
 from diffrl.training.runs import RunFolder
@@ -63,9 +63,7 @@ def tuned_model(
     folder = RunFolder.reopen(Path(path))
     config = folder.config()
     require_kind(folder.path, config, "finetune")
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in config["model"].items()}
-    run = accepted(MODELS[str(options["name"])], {"device": device, "seed": seed})
-    model: Tunable = MODELS.build(options, **run)
+    model = build_model(config["model"], device=device, seed=seed)
     base = frozen_denoiser(model.denoiser) if model.teacher is None else model.teacher
     newest = latest_tuned(folder)
     twins: dict[str, nn.Module] = {}
@@ -73,11 +71,5 @@ def tuned_model(
         twins["fake"] = trainable_copy(base)
         load_policy_weights(twins["fake"], load_weights(newest, FAKE), newest, whole=True)
     load_policy_weights(model.denoiser, load_weights(newest, "policy"), newest)
-    return Tunable(
-        **{
-            **vars(model),
-            "name": folder.path.name,
-            "teacher": base if teacher == "base" else None,
-            "twins": twins,
-        }
-    )
+    learnt_from = base if teacher == "base" else None
+    return dataclasses.replace(model, name=folder.path.name, teacher=learnt_from, twins=twins)
