@@ -98,10 +98,8 @@ class GroupPreferenceLoss(LossModule):
             minibatch: with whole groups of rows.
             at_once: most states forwarded side by side.
         """
-        phi, old, ref, teacher = (
-            self.surrogate,
-            *(self.__dict__[k] for k in ("old", "reference", "teacher")),
-        )
+        phi = self.surrogate
+        old, ref, teacher = (self.__dict__[name] for name in ("old", "reference", "teacher"))
         compared, parts = minibatch.get(PREFERENCE), []
         for part in compared.reshape(-1).split(at_once):
             b = Boundary(part, phi)
@@ -111,14 +109,13 @@ class GroupPreferenceLoss(LossModule):
             known = {"difference": l[phi] - l[ref], "l_old": l.get(old, l[phi]), "D_T": D[teacher]}
             known["apart"] = output_distance(phi, b.t, D[phi], D[teacher])
             parts.append(TensorDict(known, part.shape))
-        found = torch.cat(parts)
+        found = TensorDict.cat(parts).view(minibatch.shape)
         adv, group = compared.get(keys.ADVANTAGE)[..., 0], compared.get(keys.GROUP)[:, 0, 0]
-        z = self.beta * group_sums(adv * found["difference"].view(adv.shape), group, self.ranks)
-        apart = found["apart"] if self.ranks is None else _of_all(found["apart"], self.ranks)
-        compared.set("z", z.unsqueeze(-1))
-        compared.set("l_old", found["l_old"].view(adv.shape).unsqueeze(-1))
-        compared.set("D_T", found["D_T"].view(*adv.shape, *found["D_T"].shape[1:]))
-        compared.set("apart", apart.mean().expand_as(adv).unsqueeze(-1))
+        z = self.beta * group_sums(adv * found.get("difference"), group, self.ranks)
+        apart = found.get("apart") if self.ranks is None else _of_all(found.get("apart"), self.ranks)
+        known = {"z": z, "l_old": found.get("l_old"), "apart": apart.mean().expand_as(z)}
+        compared.update({name: value.unsqueeze(-1) for name, value in known.items()})
+        compared.set("D_T", found.get("D_T"))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
