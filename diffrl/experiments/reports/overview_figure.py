@@ -1,0 +1,88 @@
+"""One picture of a study on all of its cases: the score of each scheme over the baseline's, as a heat map."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffrl.experiments.reports.style import INK, drawing, save_figure, write_note, write_title
+from diffrl.experiments.study_findings import SCORE, Estimate, Panel
+
+__all__ = ["draw_overview"]
+
+MOST = 2.0  # log2 at the ends of the scale: a quarter and four times
+
+
+def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | None:
+    """Draw the panels of one study side by side: a row for each case, a column for each scheme.
+
+    Args:
+        panels: of one study, on different cases.
+        folder: for the files; made if missing.
+
+    Returns:
+        Title and path of the PNG; None if there are fewer than two cases with a score, or nothing but the baseline.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    scored = [panel for panel in panels if panel.compared and SCORE in panel.quantities]
+    study = panels[0].study
+    schemes = [s for s in study.schemes if s != study.baseline and any(s in p.compared for p in scored)]
+    if len(scored) < 2 or not schemes:
+        return None
+    title = f"{study.title[:1].upper()}{study.title[1:] or study.name}: value error over {study.baseline}'s"
+    rows = [_row(panel, scheme) for panel in scored for scheme in schemes]
+    with drawing(figsize=(2.2 + 0.95 * len(schemes), 1.7 + 0.42 * len(scored))) as figure:
+        _draw(figure.subplots(), scored, schemes)
+        write_title(figure, title)
+        sigmas = ", ".join(scored[0].score_sigmas)
+        seeds = {len(panel.seeds(scheme)) for panel in scored for scheme in schemes if scheme in panel.compared}
+        note = (
+            f"Mean over σ = {sigmas}; less is better; interquartile mean over {min(seeds)}"
+            f"{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds, small: 95 % interval. Matched: "
+            f"{study.matched.replace('_', ' ')}. Bold: the interval lies below 1."
+        )
+        write_note(figure, note)
+        path = save_figure(figure, folder / f"{study.name}_overview.png", rows=rows)
+    return title, path
+
+
+def _estimate(panel: Panel, scheme: str) -> Estimate | None:
+    return panel.estimates.get((scheme, SCORE))
+
+
+def _row(panel: Panel, scheme: str) -> dict[str, Any]:
+    """The numbers of one field, for the CSV; NaN where a scheme did not run, or diverged."""
+    estimate = _estimate(panel, scheme)
+    where = {"case": panel.case, "scheme": scheme}
+    if estimate is None:
+        return {**where, "seeds": 0, "iqm": math.nan, "low": None, "high": None}
+    return {**where, "seeds": len(estimate.seeds), **estimate.ratio._asdict()}
+
+
+def _draw(axes: Any, panels: Sequence[Panel], schemes: Sequence[str]) -> None:
+    found = [[_row(panel, scheme) for scheme in schemes] for panel in panels]
+    table = np.array([[row["iqm"] for row in line] for line in found])
+    axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-MOST, vmax=MOST, aspect="auto")
+    axes.set_xticks(range(len(schemes)), [scheme.replace(", ", ",\n") for scheme in schemes], rotation=40, ha="left")
+    axes.set_yticks(range(len(panels)), [panel.case for panel in panels])
+    axes.xaxis.tick_top()
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for (i, j), ratio in np.ndenumerate(table):
+        if math.isnan(ratio):
+            axes.text(j, i, "—", ha="center", va="center", color=INK)
+            continue
+        row = found[i][j]
+        colour = "white" if abs(math.log2(ratio)) > 0.65 * MOST else INK
+        style = {"ha": "center", "color": colour}
+        weight = "bold" if row["high"] is not None and row["high"] < 1 else "normal"
+        if row["low"] is None:
+            axes.text(j, i, f"{ratio:.2f}", va="center", fontsize=9, weight=weight, **style)
+            continue
+        axes.text(j, i - 0.12, f"{ratio:.2f}", va="center", fontsize=9, weight=weight, **style)
+        axes.text(j, i + 0.27, f"{row['low']:.2f} to {row['high']:.2f}", va="center", fontsize=5.5, **style)
