@@ -161,6 +161,8 @@ def _fixed_point(
     name, options = "fixed point: bias of the target (s.e.)", config["objective"]
     if oracle is None or x0[0].numel() > DIM_LIMIT or not {"lmbda", "n_steps"} <= options.keys():
         return []
+    last = {option: values[-1] for option, values in (options.get("anneal") or {}).items()}
+    options = {**options, **last}  # as they are at the end of the training
     n, lmbda = options["n_steps"], DEFAULT_LMBDA if options["lmbda"] is None else options["lmbda"]
     target = f"n_steps={n}" if n is not None else f"lmbda={lmbda:g}"
     rows = torch.arange(STATES) % len(

@@ -174,6 +174,7 @@ class Trainer(Loop):
             "data.title": self.data.name,
             "objective.name": self.name,
             **{f"objective.{name}": value for name, value in _options(self.loss).items()},
+            **{f"objective.anneal.{name}": values for name, values in _anneal(self.loss).items()},
             "chain": repr(getattr(self.objective.draw, "chain", None)),
             "denoiser.prediction_type": self.denoiser.prediction_type,
             "denoiser.sigma_data": self.denoiser.sigma_data,
@@ -267,15 +268,20 @@ class Trainer(Loop):
 
 
 def _options(loss: nn.Module) -> dict[str, Any]:
-    """The options of a loss that it or its estimator keeps under their own names, where they are plain."""
+    """The options of a loss that it or its estimator keeps under their own names, where they are plain and stay."""
     homes = (loss, getattr(loss, "_value_estimator", None))  # the property would make one
     found = {
         name: getattr(home, name)
         for name in inspect.signature(type(loss)).parameters
         for home in homes
-        if hasattr(home, name)
+        if hasattr(home, name) and name not in _anneal(loss)
     }
     return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
+
+
+def _anneal(loss: nn.Module) -> Mapping[str, Any]:
+    """The schedules of the options of a loss that change along the training."""
+    return getattr(loss, "anneal", {})
 
 
 def _target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:

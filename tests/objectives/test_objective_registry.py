@@ -20,12 +20,15 @@ from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.registry import Entry
 
+ANNEALED = {"bootstrap_share": (float, 1.0), "anneal": (Any | None, None)}
 WEIGHT = {"weight": (str, "edm"), "weight_options": (Any | None, None)}
 TD = {
     **{"gamma": (float, 1.0), "bootstrap": (str, "own"), **WEIGHT},
     "denoising_coef": (float, 0.0),
+    **ANNEALED,
 }
 CT = {
+    **ANNEALED,
     **{"metric": (str, "pseudo_huber"), "ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
     **{
         "s_0": (int, 2),
@@ -46,7 +49,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "edm": {**WEIGHT, **NOISE_LAW},
     "denoising": {**WEIGHT, "num_steps": (int, 1000)},
     "td_edm": {
-        **{**WEIGHT, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
+        **{**WEIGHT, **ANNEALED, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
         **{"num_steps": (int, 18), "span": (float, 3.0), "stride": (float, 0.2), **NOISE_LAW},
     },
     "ct": CT,
@@ -113,7 +116,12 @@ def mine() -> Iterator[None]:
         ("td", {}, f"TD(λ={DEFAULT_LMBDA:g})"),
         ("td", {"lmbda": 0.25}, "TD(λ=0.25)"),
         ("td", {"n_steps": 2, "lmbda": None}, "2-step TD"),
+        ("td", {"anneal": {"lmbda": [1, 0.5, 0]}}, "TD(λ=1→0.5→0)"),
+        ("td", {"anneal": {"n_steps": [18, 1]}}, "18→1-step TD"),
+        ("td", {"lmbda": 0, "bootstrap_share": 0.5}, "TD(0), bootstrap share 0.5"),
+        ("td", {"n_steps": 1, "anneal": {"bootstrap_share": [0, 1]}}, "TD(0), bootstrap share 0→1"),
         ("td_lambda_schedule", {}, "TD(λ=0…1)"),
+        ("td_lambda_schedule", {"anneal": {"high_noise": [1, 0.5]}}, "TD(λ=0…1→0.5)"),
         ("td_lambda_schedule", {"low_noise": 0.3}, "TD(λ=0.3…1)"),
         ("ct", {"name": "ct"}, "CT"),
         ("monte_carlo", {"name": "td", "lmbda": 0.5}, "Monte Carlo"),
