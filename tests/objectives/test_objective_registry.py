@@ -14,6 +14,7 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.experiments.reports.run_table import objective_label
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.td_edm import sample_td_edm_pairs
@@ -53,6 +54,16 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{"num_steps": (int, 18), "span": (float, 3.0), "stride": (float, 0.2), **NOISE_LAW},
     },
     "ct": CT,
+    "ect": {
+        **{**ANNEALED, "c": (float, 0.0), "ect_weight": (str, "gap"), "stages": (int, 8)},
+        **{
+            "P_mean": (float, -1.1),
+            "P_std": (float, 2.0),
+            "q": (float, 2.0),
+            "k": (float, 8.0),
+            "b": (float, 1.0),
+        },
+    },
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
 """Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
@@ -90,6 +101,7 @@ def test_what_draws_the_states() -> None:
         "denoising": sample_uniform_states,
         "td_edm": sample_td_edm_pairs,
         "ct": ConsistencyPairs,
+        "ect": ECTPairs,
         "td_ct": ConsistencyPairs,
     }
 
