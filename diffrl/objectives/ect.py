@@ -57,7 +57,7 @@ class ECTLoss(DenoiserLoss):
         ValueError: an argument outside its range.
     """
 
-    fed_with = "diffrl.objectives.ect_pairs.ECTPairs"
+    fed_with = "diffrl.objectives.ECTPairs"
     out_keys = ["loss_value", "td_error"]
     annealable: ClassVar[Ranges] = {"bootstrap_share": (0, 1)}
     bootstrap = "own"

@@ -65,6 +65,15 @@ class _Attention(nn.Module):
         return x + self.out(h.mT.reshape(x.shape))
 
 
+def _require_halves(event_shape: tuple[int, ...], resolutions: int) -> None:
+    factor = 2 ** (resolutions - 1)
+    if len(event_shape) != 3 or any(size % factor for size in event_shape[1:]):
+        raise InputError(
+            f"a UNet with {resolutions} multipliers needs events (C, H, W) with H and W divisible "
+            f"by {factor}, not {event_shape}: pad the images or give fewer multipliers"
+        )
+
+
 @NETWORKS.register("unet")
 class UNet(nn.Module):
     """F_θ(x, c_noise, cond) of an image: residual blocks at several resolutions, each half the one before.
@@ -115,12 +124,7 @@ class UNet(nn.Module):
                 "a UNet needs channels that are a multiple of 4 and at least one of multipliers, "
                 f"not channels={channels}, multipliers={tuple(multipliers)}"
             )
-        factor = 2 ** (len(multipliers) - 1)
-        if len(self.event_shape) != 3 or any(size % factor for size in self.event_shape[1:]):
-            raise InputError(
-                f"a UNet with {len(multipliers)} multipliers needs events (C, H, W) with H and W divisible "
-                f"by {factor}, not {self.event_shape}: pad the images or give fewer multipliers"
-            )
+        _require_halves(self.event_shape, len(multipliers))
         embedding = 4 * channels
         with of_features("noise"):
             features = FourierFeatures(1, noise_features, noise_scale)
@@ -138,8 +142,9 @@ class UNet(nn.Module):
         self.middle = _Block(widths[-1], widths[-1], embedding, dropout)
         self.attention = _Attention(widths[-1]) if attention else nn.Identity()
         # a channels come from below, and b by the skip connection; the widths are those of the way down, reversed
-        below = pairwise([widths[-1], *widths[::-1]])
-        self.up = nn.ModuleList(_Block(a + b, b, embedding, dropout) for a, b in below)
+        self.up = nn.ModuleList(
+            _Block(a + b, b, embedding, dropout) for a, b in pairwise([widths[-1], *widths[::-1]])
+        )
         self.norm = _norm(widths[0])
         self.last = _zero(nn.Conv2d(widths[0], self.event_shape[0], 3, padding=1))
 
