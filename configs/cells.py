@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.configs.cli import check_words, explain
-from diffrl.configs.groups import register
+from diffrl.configs.groups import SINGLE, register
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.run import Interrupted
@@ -29,6 +29,8 @@ __all__ = ["base_run", "plan_comparison", "plan_finetuning", "plan_seeds"]
 
 OF_THE_COMMAND = {"out": "cell", "compare": [], "methods": {}, "seeds": [], "workers": 0, "pretrain": []}
 """Settings of the command `finetune` that say what is run and not what a run is, with their value in a cell."""
+_ONE_OPTION = {group for group, *_ in SINGLE}
+"""Groups whose option goes without saying: a key `name` in them is an option like others."""
 
 
 def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
@@ -237,7 +239,8 @@ def _deviations(config: DictConfig) -> dict[str, Any]:
         is_group = OmegaConf.is_dict(config[key]) and OmegaConf.get_type(config, key) is not dict
         if is_group:
             defaults = _defaults(config[key])
-            found[key] = {k: v for k, v in value.items() if k == "name" or v != defaults.get(k)}
+            tag = None if key in _ONE_OPTION else "name"
+            found[key] = {k: v for k, v in value.items() if k == tag or v != defaults.get(k)}
         elif key not in usual or value != usual[key]:
             found[key] = value
     return found

@@ -89,6 +89,10 @@ class TrainConfig:
     logger: str = "csv"
     guidance_scale: float = 1.0
     compare: bool = True
+    init: str | None = None
+    """To start from: a run folder, or a model file of `diffrl.save`; the run keeps a copy of the weights."""
+    init_weights: str = "ema"
+    """Of a run to start from: its averaged weights, "ema", or those of its last step, "model"."""
     run_dir: str | None = None
     resume: str | None = None
     """Folder of a run to go on with."""

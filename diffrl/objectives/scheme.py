@@ -30,9 +30,9 @@ class Draw(Protocol):
 
 @runtime_checkable
 class Progressive(Protocol):
-    """A `Draw` that changes along the training; where that stands is all it depends on, so resuming is exact.
+    """A `Draw` or a loss that changes along the training; where that stands is all it depends on: resuming is exact.
 
-    It may bring `target_decay`, the decay of the target network after the present step.
+    A draw may bring `target_decay`, the decay of the target network after the present step.
     """
 
     def set_progress(self, step: int, grad_steps: int) -> None:
@@ -66,9 +66,10 @@ class Objective:
     draw: Draw
 
     def set_progress(self, step: int, grad_steps: int) -> None:
-        """Tell a `Progressive` draw where the training stands; to be called before every step."""
-        if isinstance(self.draw, Progressive):
-            self.draw.set_progress(step, grad_steps)
+        """Tell draw and loss, where they are `Progressive`, where the training stands; before every step."""
+        for part in (self.draw, self.loss):
+            if isinstance(part, Progressive):
+                part.set_progress(step, grad_steps)
 
     @property
     def target_decay(self) -> float | None:
