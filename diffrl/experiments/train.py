@@ -83,7 +83,7 @@ class TrainingJob(Job):
     def __init__(self, config: Mapping[str, Any], data: Data, *, baseline: bool) -> None:
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
-        objective = build_objective(config, denoiser, baseline=baseline)
+        objective = build_objective(config, denoiser, data=data, baseline=baseline)
         self.trainer = Trainer(
             objective,
             data,
