@@ -1,16 +1,20 @@
 """What is known of the law of x0 given x_t: by a batch of reference data, or exactly."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diffrl.data.dataset import Data
-from diffrl.diffusion.exact import EmpiricalDenoiser, MixtureDenoiser
+from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 
 __all__ = ["ExactLaw", "ReferenceBatch", "X0Law", "exact_x0_law", "reference_mean"]
+
+
+NUMBERS = 2**22  # weights that are held at once
 
 
 class X0Law(Protocol):
@@ -61,14 +65,15 @@ class ReferenceBatch:
             raise InputError("a reference batch needs one row at least")
         if labels is not None and labels.shape != rows.shape[:1]:
             raise InputError(f"labels have shape {tuple(labels.shape)}, expected {tuple(rows.shape[:1])}")
-        self.process, self.rows, self.labels, self.num_classes = process, rows, labels, num_classes
-        self._known: dict[int | None, MixtureDenoiser] = {}
+        self.process, self.num_classes = process, num_classes
+        self._rows, self._labels = rows.double().flatten(1), labels
+        self._of_label: dict[int, Tensor] = {}
 
     def mean(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """S(x_t) for states [N, *E] at noisy times [N], with labels [N] or none; shape and dtype of x_t."""
         S = torch.empty_like(x_t)
-        for here, denoiser in self._parts(cond):
-            S[here] = denoiser(x_t[here], t[here])
+        for here, p, rows in self._weights(x_t, t, cond):
+            S[here] = (p @ rows).to(x_t.dtype).view(-1, *x_t.shape[1:])
         return S
 
     def draw(
@@ -76,29 +81,46 @@ class ReferenceBatch:
     ) -> Tensor:
         """One row for each state, drawn by the softmax; shape and dtype of x_t."""
         drawn = torch.empty_like(x_t)
-        for here, denoiser in self._parts(cond):
-            drawn[here] = denoiser.sample_posterior(x_t[here], t[here], 1, generator)[:, 0]
+        for here, p, rows in self._weights(x_t, t, cond):
+            j = torch.multinomial(p, 1, generator=generator).squeeze(1)
+            drawn[here] = rows[j].to(x_t.dtype).view(-1, *x_t.shape[1:])
         return drawn
 
-    def _parts(self, cond: Tensor | None) -> list[tuple[Tensor | slice, MixtureDenoiser]]:
-        """Which states see which rows."""
-        if cond is None or self.labels is None:
-            return [(slice(None), self._of(None))]
+    def _weights(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Block by block: which states, the softmax over the rows that they see, and these rows."""
+        alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
+        x = x_t.double().flatten(1) * alpha / sigma**2
+        for states, rows in self._seen(len(x_t), cond):
+            half_squares = (rows**2).sum(1) / 2
+            for here in states.split(max(1, NUMBERS // len(rows))):
+                # -‖x_t - α x_j‖²/(2σ²) without ‖x_t‖², which is the same for all j
+                logits = x[here] @ rows.T - (alpha[here] / sigma[here]) ** 2 * half_squares
+                yield here, logits.softmax(1), rows
+
+    def _seen(self, N: int, cond: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """States by the rows that they see."""
+        if cond is None or self._labels is None:
+            yield torch.arange(N, device=self._rows.device), self._rows
+            return
         if cond.is_floating_point() or cond.ndim != 1:
             raise InputError(
                 f"cond has dtype {cond.dtype} and shape {tuple(cond.shape)}: a reference batch knows labels only, "
                 "one whole number for each state"
             )
-        null = self.num_classes
-        return [(cond == c, self._of(None if c == null else int(c))) for c in cond.unique().tolist()]
+        for label in cond.unique().tolist():
+            yield (cond == label).nonzero().squeeze(1), self._rows_of(label)
 
-    def _of(self, label: int | None) -> MixtureDenoiser:
-        if label not in self._known:
-            rows = self.rows if label is None or self.labels is None else self.rows[self.labels == label]
+    def _rows_of(self, label: int) -> Tensor:
+        if label == self.num_classes:
+            return self._rows
+        if label not in self._of_label:
+            rows = self._rows[self._labels == label]
             if len(rows) == 0:
                 raise InputError(f"no row of the reference batch has label {label}, but a state has")
-            self._known[label] = EmpiricalDenoiser(self.process, rows)
-        return self._known[label]
+            self._of_label[label] = rows
+        return self._of_label[label]
 
 
 class ExactLaw:
