@@ -17,6 +17,7 @@ from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.objectives.twins import TwinSteps
 from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.registry import Entry
 
@@ -48,6 +49,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "td_edm": {
         **{**WEIGHT, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
         **{"num_steps": (int, 18), "span": (float, 3.0), "stride": (float, 0.2), **NOISE_LAW},
+    },
+    "double_sampling": {
+        **{**WEIGHT, "residual_coef": (float, 1.0), "denoising_coef": (float, 0.0)},
+        **{"source": (str, "posterior"), "rollout_steps": (int, 1)},
     },
     "ct": CT,
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
@@ -86,6 +91,7 @@ def test_what_draws_the_states() -> None:
         "edm": sample_log_normal_states,
         "denoising": sample_uniform_states,
         "td_edm": sample_td_edm_pairs,
+        "double_sampling": TwinSteps,
         "ct": ConsistencyPairs,
         "td_ct": ConsistencyPairs,
     }
