@@ -98,7 +98,7 @@ class TrainingJob(Job):
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
         start = _started(denoiser, config)
-        objective = build_objective(config, denoiser, baseline=baseline)
+        objective = build_objective(config, denoiser, data=data, baseline=baseline)
         self.trainer = Trainer(
             objective,
             data,

@@ -82,6 +82,11 @@ class ValueLoss(DenoiserLoss):
     after potential-based shaping with Φ(x_i) = A_i x0 + κ_i x_i: then no κ x cancels in float32, and the
     reward that is left is (γ-1) Φ(x_{i+1}), which is 0 at γ = 1. With γ < 1 the fixed point is no denoiser.
 
+    A chain may hold an estimate S_i of E[x0 | x_i] under ``x0_mean`` (see `with_x0_mean`). It then stands in for x0
+    in every reward, which adds (A_i - A_{i+1}) (S_i - x0) to the one above, and in L_den. `monte_carlo` becomes plain
+    regression on S, δ_i = A_i (S_i - D(x_i)). λ = 1 and n ≥ K are the *telescoped* form of it instead,
+    G_i = Σ_{j≥i} (A_j - A_{j+1}) S_j: each reward on the way has the S of its own state. Both are unbiased if S is.
+
     Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
     shaping: Policy Invariance Under Reward Transformations (Ng et al., 1999), Theorem 1.
 
@@ -94,7 +99,8 @@ class ValueLoss(DenoiserLoss):
             gradient stopped, at no further evaluation, which at λ = 0 beats Monte Carlo on small mixtures at one
             learning rate, and stalls from 32 dimensions on unless Adam's β1 is near 0.5; "target", a target network in
             evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with
-            gradient through both ends.
+            gradient through both ends: the biased form, whose minimum is no denoiser where the next state is random
+            (`DoubleSamplingLoss` is the unbiased one).
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
         weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
         denoising_coef: c ∈ [0, 1e6], the added denoising loss. Where the chain marks a state not `valid`, its loss
@@ -174,7 +180,7 @@ class ValueLoss(DenoiserLoss):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries of the chain that the loss reads; x0, cond and valid are read where present."""
+        """Entries of the chain that the loss reads; x0, x0_mean, cond and valid are read where present."""
         k = self.tensor_keys
         state = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         reached = [*state, k.reward, k.done, k.terminated]
@@ -274,7 +280,8 @@ class ValueLoss(DenoiserLoss):
                 raise InputKeyError(
                     "the denoising loss needs x0, which this chain has lost: set denoising_coef=0"
                 )
-            c, L_den = self.denoising_coef, _square_mean(D_x - x0) / terms.c_out**2
+            c = self.denoising_coef
+            L_den = _square_mean(D_x - chain.get(keys.X0_MEAN, x0)) / terms.c_out**2
             loss = loss + c * L_den
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
@@ -290,9 +297,10 @@ class ValueLoss(DenoiserLoss):
         estimator, reached, k = self.value_estimator, chain[keys.NEXT], self.tensor_keys
         done, terminated = reached[k.done], reached[k.terminated]
         if isinstance(estimator, MonteCarlo) or self.bootstrap_share < 1:
-            if x0 is not None and estimator.gamma == 1:
+            datum = chain.get(keys.X0_MEAN, x0)
+            if datum is not None and estimator.gamma == 1:
                 if isinstance(estimator, MonteCarlo) or self.bootstrap_share == 0:
-                    return expand_like(chain[keys.A], D_x) * (x0 - D_x)  # the tail beyond a cut is known too
+                    return expand_like(chain[keys.A], D_x) * (datum - D_x)  # the tail beyond a cut is known too
             elif is_truncated(terminated, done):
                 raise InputError(
                     "the Monte Carlo return of a chain that is cut is known only from x0 and for gamma=1: "
@@ -305,6 +313,10 @@ class ValueLoss(DenoiserLoss):
             gamma = estimator.gamma
             # 0 where terminated: A = κ = 0
             reward = None if gamma == 1 else (gamma - 1) * state_value(reached, x0)
+            S = chain.get(keys.X0_MEAN, None)
+            if S is not None:
+                paid = (A - A_next) * (S - x0)
+                reward = paid if reward is None else reward + paid
             e_next = A_next * (D_next - x0)
             G = estimator.returns(reward, e_next, terminated, done, reached)
             G = mixed_returns(G, self.bootstrap_share, reward, terminated, done, gamma=gamma)

@@ -15,6 +15,7 @@ from diffrl.data.dataset import Data
 from diffrl.errors import InputError
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
+from diffrl.objectives.stand_ins import StandIn
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import EMA
@@ -164,6 +165,7 @@ class Trainer(Loop):
     def facts(self) -> dict[str, Any]:
         """Data, process, objective and options; the network's weights are the checkpoint's own."""
         groups = {group: vars(options) for group, options in self.options.items()}
+        stand_in = getattr(self.objective.draw, "stand_in", StandIn())
         return {
             **super().facts,
             **flat(groups),
@@ -179,6 +181,7 @@ class Trainer(Loop):
             **{f"objective.{name}": value for name, value in _options(self.loss).items()},
             **{f"objective.anneal.{name}": values for name, values in _anneal(self.loss).items()},
             "chain": repr(getattr(self.objective.draw, "chain", None)),
+            **{f"chain.{name}": value for name, value in vars(stand_in).items()},
             "denoiser.prediction_type": self.denoiser.prediction_type,
             "denoiser.sigma_data": self.denoiser.sigma_data,
             "process": repr(self.denoiser.process),

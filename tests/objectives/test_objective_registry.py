@@ -18,6 +18,7 @@ from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.objectives.twins import TwinSteps
 from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.registry import Entry
 
@@ -52,6 +53,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "td_edm": {
         **{**WEIGHT, **ANNEALED, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
         **{"num_steps": (int, 18), "span": (float, 3.0), "stride": (float, 0.2), **NOISE_LAW},
+    },
+    "double_sampling": {
+        **{**WEIGHT, "residual_coef": (float, 1.0), "denoising_coef": (float, 0.0)},
+        **{"source": (str, "posterior"), "rollout_steps": (int, 1)},
     },
     "ct": CT,
     "ect": {
@@ -100,6 +105,7 @@ def test_what_draws_the_states() -> None:
         "edm": sample_log_normal_states,
         "denoising": sample_uniform_states,
         "td_edm": sample_td_edm_pairs,
+        "double_sampling": TwinSteps,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
         "td_ct": ConsistencyPairs,
