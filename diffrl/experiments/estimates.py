@@ -19,7 +19,7 @@ LONGEST = 20.0  # seconds of trying, all kinds together
 
 
 class Kind(NamedTuple):
-    """Runs that differ in their seed alone."""
+    """Runs that take as long as each other: those that differ in their seed, or in their learning rate."""
 
     opened: Callable[[Config], Job]
     """A run in no folder; importable from other processes."""
@@ -62,13 +62,16 @@ def measure(task: tuple[Callable[[Config], Job], Config]) -> Pace:
     return Pace(step, evaluation, job.loop.length.eval_every, _peak())
 
 
-def estimate(kinds: Sequence[Kind], *, workers: int, stop: Callable[[], bool]) -> str | None:
+def estimate(
+    kinds: Sequence[Kind], *, workers: int, stop: Callable[[], bool], at_most: bool = False
+) -> str | None:
     """One line for people on what is to come; None if nothing is, or nothing could be tried.
 
     Args:
         kinds: of the runs.
         workers: processes side by side; 0 for this one.
         stop: whether the user wants to end.
+        at_most: whether some of the runs may turn out to be one.
     """
     todo = [kind for kind in kinds if kind.left]
     untried = [kind for kind in todo if not kind.known]
@@ -87,7 +90,7 @@ def estimate(kinds: Sequence[Kind], *, workers: int, stop: Callable[[], bool]) -
     total = mean * runs / side_by_side
     memory = max((pace.memory for pace in paces.values()), default=0) * side_by_side
     holds = f" and {memory / 2**30:.1f} GiB of memory" if memory else ""
-    left = f"{_count(runs, 'run')} left, {side_by_side} at a time"
+    left = f"{'at most ' if at_most else ''}{_count(runs, 'run')} left, {side_by_side} at a time"
     return f"{left}: about {_time(total)}{holds}, by {_basis(timed, paces, todo)}"
 
 
