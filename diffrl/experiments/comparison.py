@@ -35,6 +35,7 @@ __all__ = [
     "Cell",
     "Execution",
     "JobKind",
+    "Stage",
     "cell_error",
     "cell_figures",
     "cell_folders",
@@ -124,13 +125,31 @@ class Execution:
     interrupted: bool
 
 
+def _is_finished(folder: Path) -> bool:
+    return bool(cell_figures(folder))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of several calls of `run_cells` that make a comparison.
+
+    Args:
+        later: what a later call runs at most: the estimate of time counts it in.
+        settled: whether what lies in a folder is not to be run again.
+        tries: whether the estimate tries kinds of which no run is finished.
+    """
+
+    later: Sequence[Cell] = ()
+    settled: Callable[[Path], bool] = _is_finished
+    tries: bool = True
+
+
 def run_cells(
     cells: Sequence[Cell],
     out: Path,
     *,
     only: Sequence[Cell] | None = None,
-    later: Sequence[Cell] = (),
-    settled: Callable[[Path], bool] | None = None,
+    stage: Stage = Stage(),
     about: Mapping[str, Any] | None = None,
     workers: int = 2,
     progress: bool = True,
@@ -143,8 +162,7 @@ def run_cells(
         cells: of the whole comparison: the index lists them all.
         out: folder of the comparison.
         only: those of them that are run now; None: all.
-        later: what a later call will run at most: the estimate of time counts them in.
-        settled: whether what lies in a folder is not to be run again; None: a run that is finished.
+        stage: which of several calls it is.
         about: what else the index tells of the comparison.
         workers: processes, with one thread each; 0 runs the cells in this process.
         progress: whether to show one bar, in steps, for all of them.
@@ -155,16 +173,15 @@ def run_cells(
         FileError: a file of it is damaged, or cannot be written.
     """
     with folder_lock(out):
-        wanted, run = cells if only is None else only, settled or (lambda path: bool(cell_figures(path)))
-        return _run_cells(cells, wanted, later, out, run, about or {}, workers, progress)
+        wanted = cells if only is None else only
+        return _run_cells(cells, wanted, out, stage, about or {}, workers, progress)
 
 
 def _run_cells(
     cells: Sequence[Cell],
     only: Sequence[Cell],
-    later: Sequence[Cell],
     out: Path,
-    settled: Callable[[Path], bool],
+    stage: Stage,
     about: Mapping[str, Any],
     workers: int,
     progress: bool,
@@ -189,13 +206,14 @@ def _run_cells(
     write_index(index, out)
 
     begun = time.perf_counter()
-    todo = {path: cell for path, cell in wanted.items() if not settled(path)}
-    kinds = _kinds({folders[cell.identity]: cell for cell in cells}, todo, later, took)
+    todo = {path: cell for path, cell in wanted.items() if not stage.settled(path)}
+    kinds = _kinds({folders[cell.identity]: cell for cell in cells}, todo, stage.later, took)
+    how = {"at_most": bool(stage.later), "tries": stage.tries}
     with interruptible() as asked:
-        if progress and (line := estimate(kinds, workers=workers, stop=asked, at_most=bool(later))):
+        if progress and (line := estimate(kinds, workers=workers, stop=asked, **how)):
             print(line, flush=True)
         failed, interrupted = _run_under_bar(todo, [*wanted.values()], workers, progress, took, asked)
-    finished = sum(settled(path) for path in wanted)
+    finished = sum(stage.settled(path) for path in wanted)
     seconds = round(time.perf_counter() - begun, 1)
     command |= {"seconds": seconds, "cells": finished - (len(wanted) - len(todo))}
     write_index(index, out)

@@ -63,7 +63,12 @@ def measure(task: tuple[Callable[[Config], Job], Config]) -> Pace:
 
 
 def estimate(
-    kinds: Sequence[Kind], *, workers: int, stop: Callable[[], bool], at_most: bool = False
+    kinds: Sequence[Kind],
+    *,
+    workers: int,
+    stop: Callable[[], bool],
+    at_most: bool = False,
+    tries: bool = True,
 ) -> str | None:
     """One line for people on what is to come; None if nothing is, or nothing could be tried.
 
@@ -72,11 +77,12 @@ def estimate(
         workers: processes side by side; 0 for this one.
         stop: whether the user wants to end.
         at_most: whether some of the runs may turn out to be one.
+        tries: whether kinds of which no run is finished are tried for a few steps.
     """
     todo = [kind for kind in kinds if kind.left]
     untried = [kind for kind in todo if not kind.known]
     paces, end = dict[int, Pace](), time.monotonic() + LONGEST
-    tasks = [(kind.opened, kind.config) for kind in untried]
+    tasks = [(kind.opened, kind.config) for kind in untried if tries]
     for i, found in run_tasks(measure, tasks, workers=workers, stop=lambda: stop() or time.monotonic() > end):
         if not isinstance(found, Failure):  # the run itself will say why
             paces[i] = found

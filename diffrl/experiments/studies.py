@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrl.errors import InputError
-from diffrl.experiments.comparison import Cell, Execution, cell_folders, run_cells
+from diffrl.experiments.comparison import Cell, Execution, Stage, cell_folders, run_cells
 from diffrl.experiments.rates import Choice, Tuning, choose, has_diverged, is_settled, measured_by
 
 __all__ = ["WHERE", "Comparison", "Study", "run_comparison", "study_cell"]
@@ -183,7 +183,7 @@ def run_comparison(
     def asked(cells: Sequence[Cell]) -> list[Cell]:
         return [cell for cell in cells if not studies or cell.where["study"] in studies]
 
-    def run(only: Sequence[Cell], choices: Sequence[Choice], **how: Any) -> Execution:
+    def run(only: Sequence[Cell], choices: Sequence[Choice], stage: Stage) -> Execution:
         cells = [*comparison.cells, *comparison.tuning, *comparison.at(choices)]
         about = {
             "plan": comparison.name,
@@ -191,19 +191,18 @@ def run_comparison(
             "studies": [asdict(study) for study in comparison.studies],
             "tuning": [choice.plain for choice in choices],
         }
-        return run_cells(cells, out, only=only, about=about, workers=workers, progress=progress, **how)
+        return run_cells(cells, out, only=only, stage=stage, about=about, workers=workers, progress=progress)
 
     tuning, folders = asked(comparison.tuning), cell_folders(comparison.tuning, out)
-    before = Execution(0, 0, {}, interrupted=False)
-    if all(is_settled(folders[cell.identity]) for cell in tuning):
-        count = len({cell.identity for cell in tuning})
-        before = Execution(count, count, {}, interrupted=False)
-    else:
-        before = run(tuning, comparison.choices(out), later=_later(comparison, asked), settled=is_settled)
+    count, tried = len({cell.identity for cell in tuning}), False
+    before = Execution(count, count, {}, interrupted=False)
+    if not all(is_settled(folders[cell.identity]) for cell in tuning):
+        stage, tried = Stage(_later(comparison, asked), is_settled), True
+        before = run(tuning, comparison.choices(out), stage)
         if before.interrupted:
             return before
     choices = comparison.choices(out)
-    done = run(asked([*comparison.cells, *comparison.at(choices)]), choices)
+    done = run(asked([*comparison.cells, *comparison.at(choices)]), choices, Stage(tries=not tried))
     return _together(before, done, [c for c in choices if not studies or c.study in studies], comparison)
 
 
