@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -17,11 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffrl.configs.cli import check_words, explain
-from diffrl.configs.groups import register
+from diffrl.configs.grids import read_grid, read_tuning, refuse_tuned_twice
+from diffrl.configs.groups import SINGLE, register
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.run import Interrupted
-from diffrl.experiments.studies import Comparison, Study, grid_scheme, study_cell
+from diffrl.experiments.studies import Comparison, Study, study_cell
 from diffrl.ranges import require_int
 from diffrl.shell_words import override
 
@@ -29,6 +30,8 @@ __all__ = ["base_run", "plan_comparison", "plan_finetuning", "plan_seeds"]
 
 OF_THE_COMMAND = {"out": "cell", "compare": [], "methods": {}, "seeds": [], "workers": 0, "pretrain": []}
 """Settings of the command `finetune` that say what is run and not what a run is, with their value in a cell."""
+_ONE_OPTION = {group for group, *_ in SINGLE}
+"""Groups whose option goes without saying: a key `name` in them is an option like others."""
 
 
 def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
@@ -40,27 +43,75 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
     Raises:
         ValueError: a name or an override that is not known, with the study, case and scheme it stands in.
     """
-    studies, cells = [], []
+    studies, cells, tuning = list[Study](), list[Cell](), list[Cell]()
+    schemes: dict[tuple[str, str, str], _Scheme] = {}
     for name, given in plan["studies"].items():
-        schemes, axes = _schemes(name, given)
+        overrides, axes = _schemes(name, given)
         cases, seeds = tuple(given["cases"]), tuple(given["seeds"])
-        studies.append(
-            Study(
-                name, given["title"], given["baseline"], given["matched"], cases, tuple(schemes), seeds, axes
-            )
-        )
-        for case, (scheme, overrides) in itertools.product(cases, schemes.items()):
-            if case not in plan["cases"]:
-                raise InputError(
-                    f"study {name}: no case {case!r} in the plan: there are {', '.join(plan['cases'])}"
-                )
-            words = [*plan["cases"][case], *given["overrides"], *overrides]
-            words = [w.replace("{seed}", "${seed}").replace("{data_dir}", plan["data_dir"]) for w in words]
-            with _told_where(f"study {name}, case {case}, scheme {scheme}"):
-                config = _composed("train", [*words, "compare=false"])
-                cells += [study_cell(name, case, scheme, *found) for found in _by_seed(config, seeds)]
+        tried = read_tuning(plan, name, given)
+        named = (name, given["title"], given["baseline"], given["matched"], cases, tuple(overrides), seeds)
+        studies.append(Study(*named, axes, tried))
+        if tried is not None:
+            refuse_tuned_twice(name, overrides, tried)
+        for case, scheme in itertools.product(cases, overrides):
+            made = _Scheme(studies[-1], case, scheme, _words(plan, name, case, overrides[scheme]))
+            schemes[name, case, scheme] = made
+            cells += made.cells(seeds, "fixed")
+            if tried is not None:
+                tuning += [
+                    cell for point in tried.grid.points for cell in made.cells(tried.seeds, "tuning", point)
+                ]
+            made.forget()
     sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
-    return Comparison(plan["name"], sigmas, tuple(studies), tuple(cells))
+
+    def tuned(study: str, case: str, scheme: str, point: str) -> list[Cell]:
+        made = schemes[study, case, scheme]
+        cells = made.cells(made.study.seeds, "tuned", point)
+        made.forget()
+        return cells
+
+    return Comparison(plan["name"], sigmas, tuple(studies), tuple(cells), tuple(tuning), tuned)
+
+
+def _words(plan: Mapping[str, Any], study: str, case: str, overrides: Sequence[str]) -> list[str]:
+    """The words of a case, of every cell of a study, and of a scheme."""
+    if case not in plan["cases"]:
+        raise InputError(f"study {study}: no case {case!r} in the plan: there are {', '.join(plan['cases'])}")
+    given = [*plan["cases"][case], *plan["studies"][study]["overrides"], *overrides]
+    return [word.replace("{seed}", "${seed}").replace("{data_dir}", plan["data_dir"]) for word in given]
+
+
+class _Scheme:
+    """A scheme of a study on a case: its cells at the plan's own values, and at points of the tuning grid."""
+
+    def __init__(self, study: Study, case: str, scheme: str, words: Sequence[str]) -> None:
+        self.study, self.case, self.scheme, self.words = study, case, scheme, words
+        self._config: DictConfig | None = None
+
+    def cells(self, seeds: Sequence[int], rate: str, point: str = "") -> list[Cell]:
+        """One for each seed."""
+        tuning, name = self.study.tuning, self.study.name
+        words = tuning.grid.words(point) if tuning is not None and point else []
+        at = f", {point}" if point else ""
+        with _told_where(f"study {name}, case {self.case}, scheme {self.scheme}{at}"):
+            config = self._composed(words)
+            return [
+                study_cell(name, self.case, self.scheme, *found, rate=rate, point=point)
+                for found in _by_seed(config, seeds)
+            ]
+
+    def _composed(self, words: Sequence[str]) -> DictConfig:
+        """The configuration at a point; every point sets the same values, so that one is set over another."""
+        values = [parsed for word in words if _is_value(parsed := _parsed(word))]
+        if len(values) < len(words):  # the choice of a group
+            return _composed("train", [*self.words, *words, "compare=false"])
+        if self._config is None or not words:
+            self._config = _composed("train", [*self.words, "compare=false"])
+        return _with_values(self._config, values)
+
+    def forget(self) -> None:
+        """Drop the composition, which is large."""
+        self._config = None
 
 
 def plan_finetuning(config: Mapping[str, Any], words: Sequence[str], base: str) -> list[Cell]:
@@ -140,18 +191,8 @@ def base_run(pretrain: Sequence[str], root: Path, *, progress: bool = True) -> P
 
 def _schemes(study: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """Overrides of each scheme, those of the grid among them, and the values of the grid's axes by their labels."""
-    keys, axes = [], {}
-    for label, words in (given["axes"] or {}).items():
-        key, equals, listed = words.partition("=")
-        if not equals or not all(listed.split(",")):
-            raise InputError(f"study {study}: axis {label} is {words!r}: write key=value,value,...")
-        keys.append(key)
-        axes[label] = tuple(value.strip() for value in listed.split(","))
-    schemes = dict(given["schemes"])
-    for values in itertools.product(*axes.values()) if axes else ():
-        scheme = grid_scheme(dict(zip(axes, values, strict=True)))
-        schemes[scheme] = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-    return schemes, axes
+    grid = read_grid(given["axes"] or {}, f"study {study}")
+    return {**given["schemes"], **{point: grid.words(point) for point in grid.points}}, dict(grid.axes)
 
 
 @contextmanager
@@ -187,11 +228,21 @@ def _digest(text: str) -> str:
 
 def _composed(name: str, words: Sequence[str]) -> DictConfig:
     """The configuration `name` with overrides; choices of groups are composed once for all that share them."""
-    parsed = check_words(words)
+    parsed = [_parsed(word) for word in words]
     if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
         raise InputError(f"{swept[0]} has several values: write a scheme for each, or an axis")
-    values = [o for o in parsed if _is_value(o)]
     config = _compose(name, tuple(str(o.input_line) for o in parsed if not _is_value(o))).copy()
+    return _with_values(config, [o for o in parsed if _is_value(o)])
+
+
+@cache
+def _parsed(word: str) -> Override:
+    """The override in a word: most words are those of many cells."""
+    return check_words([word])[0]
+
+
+def _with_values(config: DictConfig, values: Sequence[Override]) -> DictConfig:
+    """The configuration, changed in place."""
     for given in values:
         OmegaConf.update(config, given.key_or_group, given.value(), merge=True)
     return config
@@ -220,7 +271,8 @@ def _by_seed(config: DictConfig, seeds: Sequence[int]) -> Iterator[tuple[str, di
         require_int("each of seeds", seed, 0)
     for seed in seeds:
         config.seed = seed
-        yield _digest(json.dumps(_deviations(config), sort_keys=True)), _plain(config)
+        plain = _plain(config)
+        yield _digest(json.dumps(_deviations(config, plain), sort_keys=True)), plain
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -230,21 +282,27 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items() if key not in PLACE}
 
 
-def _deviations(config: DictConfig) -> dict[str, Any]:
+def _deviations(config: DictConfig, plain: Mapping[str, Any]) -> dict[str, Any]:
     """What differs from the code's defaults: an option that the code gains later changes nothing here."""
-    usual, found = _defaults(config), {}
-    for key, value in _plain(config).items():
-        is_group = OmegaConf.is_dict(config[key]) and OmegaConf.get_type(config, key) is not dict
-        if is_group:
-            defaults = _defaults(config[key])
-            found[key] = {k: v for k, v in value.items() if k == "name" or v != defaults.get(k)}
+    usual, found = _defaults(_kind(config)), {}
+    for key, value in plain.items():
+        if OmegaConf.is_dict(config[key]) and _kind(config[key]) is not dict:
+            defaults = _defaults(_kind(config[key]))
+            tag = None if key in _ONE_OPTION else "name"
+            found[key] = {k: v for k, v in value.items() if k == tag or v != defaults.get(k)}
         elif key not in usual or value != usual[key]:
             found[key] = value
     return found
 
 
-def _defaults(config: DictConfig) -> dict[Any, Any]:
-    """The defaults of the schema that a configuration follows."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(OmegaConf.get_type(config)))
+def _kind(config: Any) -> type:
+    """The schema that a configuration follows."""
+    return cast(type, OmegaConf.get_type(config))
+
+
+@cache
+def _defaults(kind: type) -> dict[Any, Any]:
+    """The defaults of a schema."""
+    defaults = OmegaConf.to_container(OmegaConf.structured(kind))
     assert isinstance(defaults, dict)
     return defaults

@@ -23,8 +23,8 @@ from diffrl.registry import IMPORT, import_named
 
 __all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_modules", "one_line", "settings"]
 
-NAMED = ("+plan.cases.", "+plan.studies.", "+methods.")
-"""Begins of words that add a case, a study, a scheme or a method of fine-tuning under a name of the user's."""
+NAMED = ("+plan.cases.", "+plan.studies.", "+plan.tuning.grid.", "+methods.")
+"""Begins of words that add a case, a study, a scheme, an axis or a method of fine-tuning under a name of the user's."""
 OF_FILES = ("experiment", "plan", "recipe")
 """Groups whose options are files; the others are in Hydra's store."""
 FLAGS = (

@@ -31,6 +31,7 @@ from diffrl.finetuning.rollouts.registry import ROLLOUTS
 from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.stand_ins import StandIn
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.registry import REWARDS
@@ -48,7 +49,7 @@ GROUPS: tuple[Registry, ...] = (
 """Registries whose names are the options of a config group."""
 
 SINGLE: tuple[tuple[str, str, tuple[Callable[..., Any], ...], tuple[str, ...]], ...] = (
-    ("chain", "default", (Chain, ChainSampler), ("process", "offset", "chain", "starts")),
+    ("chain", "default", (Chain, ChainSampler, StandIn), ("process", "offset", "chain", "starts")),
     ("denoiser", "default", (Denoiser,), ("network", "process")),
     ("optim", "default", (Optim,), ()),
     ("optim", "finetuning", (FinetuningOptim,), ()),
@@ -89,6 +90,10 @@ class TrainConfig:
     logger: str = "csv"
     guidance_scale: float = 1.0
     compare: bool = True
+    init: str | None = None
+    """To start from: a run folder, or a model file of `diffrl.save`; the run keeps a copy of the weights."""
+    init_weights: str = "ema"
+    """Of a run to start from: its averaged weights, "ema", or those of its last step, "model"."""
     run_dir: str | None = None
     resume: str | None = None
     """Folder of a run to go on with."""

@@ -4,7 +4,39 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-__all__ = ["CompareConfig", "PlanConfig", "StudyConfig"]
+__all__ = ["CompareConfig", "PlanConfig", "StudyConfig", "StudyTuningConfig", "TuningConfig"]
+
+
+@dataclass
+class TuningConfig:
+    """Each scheme at its own learning rate: what is tried, on what, and what decides.
+
+    Runs at the plan's own values are reported beside it.
+    """
+
+    grid: dict[str, str | None] = field(
+        default_factory=lambda: {"lr": "optim.lr=1e-3,2e-3,4e-3,8e-3,1.6e-2", "betas": None}
+    )
+    """By the label of each axis its setting and values, as in a study's `axes`; each point of their product is tried.
+    null leaves an axis out. For Adam's β1 too: ``betas: optim.betas=[0.5,0.999],[0.9,0.999]``."""
+    seeds: list[int] = field(default_factory=lambda: [101, 102])
+    """Of the runs that are compared. No study may report one of them; a case with ``data.mixture_seed={seed}`` is
+    tuned on other mixtures by it."""
+    by: str = "error"
+    """error: the least value error at `score_sigmas` where the data's law is known, else the least denoising error on
+    held-out data; samples: the least sample distance."""
+
+
+@dataclass
+class StudyTuningConfig:
+    """What a study tunes otherwise than the plan."""
+
+    grid: dict[str, str | None] = field(default_factory=dict)
+    """Axes in place of the plan's of the same label, or beside them; null leaves one out."""
+    seeds: list[int] | None = None
+    """null: the plan's."""
+    by: str | None = None
+    """null: the plan's."""
 
 
 @dataclass
@@ -18,7 +50,8 @@ class StudyConfig:
     schemes: dict[str, list[str]] = field(default_factory=dict)
     """Overrides of each scheme, by its name."""
     axes: dict[str, str] = field(default_factory=dict)
-    """A grid of further schemes: by the label of each axis its setting and values, as ``objective.lmbda=0,0.5,1``."""
+    """A grid of further schemes: by the label of each axis its setting and values, as ``objective.lmbda=0,0.5,1``. A
+    value may be a list: ``optim.betas=[0.5,0.999],[0.9,0.999]``."""
     baseline: str = MISSING
     """The scheme that the others are measured by; one of a grid has a name such as ``λ=1, η=1``."""
     matched: str = "grad_steps"
@@ -26,6 +59,8 @@ class StudyConfig:
     overrides: list[str] = field(default_factory=list)
     """Overrides of every cell of the study."""
     seeds: list[int] = MISSING
+    tuning: StudyTuningConfig | None = field(default_factory=StudyTuningConfig)
+    """What it tunes otherwise than the plan; null: nothing is tuned."""
 
 
 @dataclass
@@ -41,6 +76,8 @@ class PlanConfig:
     """Overrides of each case: data, network, sizes. ``{seed}`` stands for the seed of a cell, ``{data_dir}`` for
     `data_dir`."""
     studies: dict[str, StudyConfig] = MISSING
+    tuning: TuningConfig | None = field(default_factory=TuningConfig)
+    """How each scheme gets a learning rate of its own; null: no study is tuned."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ T: Final = "t"  # diffusion time of the state, [B, K, 1]
 A: Final = "A"  # coefficient of x0 in the one-step posterior mean at the state, [B, K, 1]
 KAPPA: Final = "kappa"  # coefficient of x_t in it, [B, K, 1]
 X0: Final = "x0"  # the datum the environment drew, hidden from the denoiser, [B, K, *E]
+X0_MEAN: Final = "x0_mean"  # estimate of E[x0 | x_t] that stands in for x0 in rewards, [B, K, *E]; absent: x0
 INDEX: Final = "index"  # position along the chain: 0 is the noisiest state, [B, K, 1]
 VALID: Final = "valid"  # whether a pair lies on the grid (TD-EDM), [B, K, 1]
 COND: Final = "cond"  # condition (label, embedding), [B, K, ...]
@@ -17,6 +18,7 @@ IMPORTANCE: Final = "importance"  # weight that corrects for starts drawn uneven
 LOSS: Final = (
     "loss"  # loss of each state before it is multiplied by `importance`, without gradient, [B, K, 1]
 )
+EVALUATIONS: Final = "evaluations"  # network evaluations that drawing the step took, [B, K, 1]; absent: 0
 GROUP: Final = "group"  # index of prompt or pair, [B, K, 1]
 
 NEXT: Final = "next"

@@ -136,6 +136,7 @@ def _rewards(drawn: TensorDict) -> Check:
 
 def _monte_carlo(trainer: Trainer, drawn: TensorDict) -> list[Check]:
     """At λ = 1 the loss is mean A²‖x0 - D(x)‖²/max(A² c_out², 1e-8): denoising, whatever the chain."""
+    trainer.denoiser.eval()  # dropout would make two forward passes differ
     denoiser, x, t, cond = trainer.denoiser, drawn[keys.X_T], drawn[keys.T], drawn.get(keys.COND, None)
     D = denoiser(x.flatten(0, 1), t.flatten(), None if cond is None else cond.flatten(0, 1)).view_as(x)
     A, c_out = (expand_like(c, x) for c in (drawn[keys.A], denoiser.scalings(t).c_out))
@@ -161,6 +162,8 @@ def _fixed_point(
     name, options = "fixed point: bias of the target (s.e.)", config["objective"]
     if oracle is None or x0[0].numel() > DIM_LIMIT or not {"lmbda", "n_steps"} <= options.keys():
         return []
+    last = {option: values[-1] for option, values in (options.get("anneal") or {}).items()}
+    options = {**options, **last}  # as they are at the end of the training
     n, lmbda = options["n_steps"], DEFAULT_LMBDA if options["lmbda"] is None else options["lmbda"]
     target = f"n_steps={n}" if n is not None else f"lmbda={lmbda:g}"
     rows = torch.arange(STATES) % len(

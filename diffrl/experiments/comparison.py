@@ -5,7 +5,6 @@ index.json    the cells and their folders, the commands that were run
 cells/…       one run folder a cell; ``error.txt`` in one that failed
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +19,11 @@ from tqdm import tqdm
 from diffrl.experiments import finetune, train
 from diffrl.experiments.estimates import Kind, estimate
 from diffrl.experiments.finetune import run_finetuning
+from diffrl.experiments.index import past_index, write_index
 from diffrl.experiments.run import Interrupted, Job, interruptible
 from diffrl.experiments.train import planned_objectives, run_experiment
 from diffrl.registry import Config
-from diffrl.text_files import file_errors, read_json, read_text, write_atomically
+from diffrl.text_files import file_errors, read_text, write_atomically
 from diffrl.training.identity import ACCEPT, flat
 from diffrl.training.lock import folder_lock
 from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions
@@ -35,9 +35,10 @@ __all__ = [
     "Cell",
     "Execution",
     "JobKind",
+    "Stage",
     "cell_error",
     "cell_figures",
-    "read_index",
+    "cell_folders",
     "run_cells",
     "run_in_folder",
 ]
@@ -78,6 +79,7 @@ class Cell:
         names: for people and for its folder, such as ``(case, scheme)``.
         identity: letters and digits that differ where configurations differ.
         config: what the job takes, but for ``run_dir`` and ``resume``.
+        details: further names of one that costs what others of its `names` do, such as ``("lr=1e-3",)``.
     """
 
     job: str
@@ -85,16 +87,19 @@ class Cell:
     names: tuple[str, ...]
     identity: str
     config: Config
+    details: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """Its name for people."""
-        return ", ".join([*self.names, f"seed {self.config['seed']}"])
+        return ", ".join([*self.names, *self.details, f"seed {self.config['seed']}"])
 
     @property
     def folder(self) -> str:
         """Name of its folder if it is the first cell with this configuration."""
-        words = (re.sub(r"[^\w.=]+", "-", w.translate(ASCII), flags=re.ASCII) for w in self.names)
+        words = (
+            re.sub(r"[^\w.=]+", "-", w.translate(ASCII), flags=re.ASCII) for w in (*self.names, *self.details)
+        )
         return "_".join([*(w.strip("-")[:60] for w in words), f"s{self.config['seed']}", self.identity])
 
     @property
@@ -120,11 +125,31 @@ class Execution:
     interrupted: bool
 
 
+def _is_finished(folder: Path) -> bool:
+    return bool(cell_figures(folder))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of several calls of `run_cells` that make a comparison.
+
+    Args:
+        later: what a later call runs at most: the estimate of time counts it in.
+        settled: whether what lies in a folder is not to be run again.
+        tries: whether the estimate tries kinds of which no run is finished.
+    """
+
+    later: Sequence[Cell] = ()
+    settled: Callable[[Path], bool] = _is_finished
+    tries: bool = True
+
+
 def run_cells(
     cells: Sequence[Cell],
     out: Path,
     *,
     only: Sequence[Cell] | None = None,
+    stage: Stage = Stage(),
     about: Mapping[str, Any] | None = None,
     workers: int = 2,
     progress: bool = True,
@@ -137,6 +162,7 @@ def run_cells(
         cells: of the whole comparison: the index lists them all.
         out: folder of the comparison.
         only: those of them that are run now; None: all.
+        stage: which of several calls it is.
         about: what else the index tells of the comparison.
         workers: processes, with one thread each; 0 runs the cells in this process.
         progress: whether to show one bar, in steps, for all of them.
@@ -147,22 +173,23 @@ def run_cells(
         FileError: a file of it is damaged, or cannot be written.
     """
     with folder_lock(out):
-        return _run_cells(cells, out, only=only, about=about, workers=workers, progress=progress)
+        wanted = cells if only is None else only
+        return _run_cells(cells, wanted, out, stage, about or {}, workers, progress)
 
 
 def _run_cells(
     cells: Sequence[Cell],
+    only: Sequence[Cell],
     out: Path,
-    *,
-    only: Sequence[Cell] | None,
-    about: Mapping[str, Any] | None,
+    stage: Stage,
+    about: Mapping[str, Any],
     workers: int,
     progress: bool,
 ) -> Execution:
-    past = _past_index(out, cells)
-    folders = _folders(cells, out / "cells")
+    past = past_index(out, [cell.where for cell in cells])
+    folders = cell_folders(cells, out)
     wanted: dict[Path, Cell] = {}
-    for cell in cells if only is None else only:
+    for cell in only:
         wanted.setdefault(folders[cell.identity], cell)
     for path, cell in wanted.items():
         _refuse_other_configuration(path, cell)
@@ -171,20 +198,25 @@ def _run_cells(
     entries = [{**cell.where, "folder": folders[cell.identity].name} for cell in cells]
     took: dict[str, float] = past.get("seconds", {})
     index = {
-        **(about or {}),
+        **about,
         "commands": [*past.get("commands", []), command],
         "cells": entries,
         "seconds": took,
     }
-    _write_index(index, out)
+    write_index(index, out)
 
     begun = time.perf_counter()
-    todo = {path: cell for path, cell in wanted.items() if not cell_figures(path)}
-    failed, interrupted = _run_all(todo, wanted, workers, progress, took)
-    finished = sum(bool(cell_figures(path)) for path in wanted)
+    todo = {path: cell for path, cell in wanted.items() if not stage.settled(path)}
+    kinds = _kinds({folders[cell.identity]: cell for cell in cells}, todo, stage.later, took)
+    how = {"at_most": bool(stage.later), "tries": stage.tries}
+    with interruptible() as asked:
+        if progress and (line := estimate(kinds, workers=workers, stop=asked, **how)):
+            print(line, flush=True)
+        failed, interrupted = _run_under_bar(todo, [*wanted.values()], workers, progress, took, asked)
+    finished = sum(stage.settled(path) for path in wanted)
     seconds = round(time.perf_counter() - begun, 1)
     command |= {"seconds": seconds, "cells": finished - (len(wanted) - len(todo))}
-    _write_index(index, out)
+    write_index(index, out)
     return Execution(finished, len(wanted), failed, interrupted)
 
 
@@ -224,57 +256,9 @@ def cell_error(folder: Path) -> str | None:
     return (read_text(file) or "no reason was written").splitlines()[0] if file.exists() else None
 
 
-def read_index(out: Path, keys: Sequence[str], about: Sequence[str] = ()) -> dict[str, Any]:
-    """The index of a comparison.
-
-    Args:
-        out: folder of the comparison.
-        keys: what places a cell in this kind of comparison, such as study, case, scheme and seed.
-        about: what else the index must tell.
-
-    Raises:
-        RunFolderError: there is no comparison in the folder, or one of another kind, or the index is damaged.
-    """
-    file = out / "index.json"
-    if not file.is_file():
-        raise RunFolderError(f"{out} holds no comparison: there is no {file.name} in it")
-    index: dict[str, Any] = read_json(file)
-    cells = index.get("cells")
-    listed = isinstance(index.get("commands"), list) and isinstance(index.get("seconds", {}), dict)
-    if not listed or not isinstance(cells, list) or not all(map(_is_entry, cells)):
-        raise RunFolderError(
-            f"{file} is damaged: it lists no cells: remove it, and the comparison's own command writes it anew"
-        )
-    for cell in cells:
-        if set(cell) != {*keys, "folder"}:
-            found, wanted = ", ".join(key for key in cell if key != "folder"), ", ".join(keys)
-            raise RunFolderError(
-                f"{out} holds another kind of comparison, with one run for each {found} and not for each {wanted}: "
-                "choose another out"
-            )
-    if lacking := [key for key in about if key not in index]:
-        raise RunFolderError(
-            f"{file} is damaged: it lacks {', '.join(lacking)}: the comparison's own command writes it anew"
-        )
-    return index
-
-
-def _is_entry(cell: Any) -> bool:
-    """Whether it can be the place of a cell in an index."""
-    return isinstance(cell, dict) and isinstance(cell.get("folder"), str)
-
-
-def _past_index(out: Path, cells: Sequence[Cell]) -> dict[str, Any]:
-    """The index of this comparison as it was run before; empty if it was not."""
-    if (out / "config.yaml").exists():
-        raise RunFolderError(f"{out} holds a run, and not a comparison: choose another folder")
-    if not cells or not (out / "index.json").exists():
-        return {}
-    return read_index(out, tuple(cells[0].where))
-
-
-def _folders(cells: Sequence[Cell], root: Path) -> dict[str, Path]:
+def cell_folders(cells: Sequence[Cell], out: Path) -> dict[str, Path]:
     """Folder of each identity: the one that is there, else named after the first cell that has it."""
+    root = out / "cells"
     there = {path.name.rpartition("_")[2]: path for path in sorted(root.glob("*_*"))}
     for cell in cells:
         there.setdefault(cell.identity, root / cell.folder)
@@ -294,41 +278,20 @@ def _refuse_other_configuration(path: Path, cell: Cell) -> None:
             )
 
 
-def _write_index(index: Mapping[str, Any], out: Path) -> None:
-    write_atomically(out / "index.json", json.dumps(index, indent=1, ensure_ascii=False))
-
-
-def _run_all(
-    todo: Mapping[Path, Cell],
-    wanted: Mapping[Path, Cell],
-    workers: int,
-    progress: bool,
-    took: dict[str, float],
-) -> tuple[dict[str, str], bool]:
-    """Run cells; returns the errors by label, and whether it or a cell was interrupted.
-
-    `took` has the seconds of finished cells by folder, and gets those of more.
-    """
-    with interruptible() as asked:
-        if progress and (line := estimate(_kinds(todo, wanted, took), workers=workers, stop=asked)):
-            print(line, flush=True)
-        return _run_under_bar(todo, [*wanted.values()], workers, progress, took, asked)
-
-
-def _kinds(todo: Mapping[Path, Cell], wanted: Mapping[Path, Cell], took: Mapping[str, float]) -> list[Kind]:
-    """The cells by what they are but for their seed."""
-    kinds: dict[tuple[str, ...], list[Path]] = {}
-    for path, cell in wanted.items():
-        kinds.setdefault((cell.job, *cell.names), []).append(path)
+def _kinds(
+    cells: Mapping[Path, Cell], todo: Mapping[Path, Cell], later: Sequence[Cell], took: Mapping[str, float]
+) -> list[Kind]:
+    """What is left by what it is but for its seed and its details, and how long finished cells of that kind took."""
+    found: dict[tuple[Any, ...], list[Cell]] = {}
+    known: dict[tuple[Any, ...], list[float]] = {}
+    for cell in (*todo.values(), *later):
+        found.setdefault((cell.job, *cell.names, cell.steps), []).append(cell)
+    for path, cell in cells.items():
+        if path.name in took and path not in todo:
+            known.setdefault((cell.job, *cell.names, cell.steps), []).append(took[path.name])
     return [
-        Kind(
-            JOBS[wanted[paths[0]].job].opened,
-            wanted[paths[0]].config,
-            wanted[paths[0]].steps,
-            sum(path in todo for path in paths),
-            [took[path.name] for path in paths if path.name in took and path not in todo],
-        )
-        for paths in kinds.values()
+        Kind(JOBS[alike[0].job].opened, alike[0].config, alike[0].steps, len(alike), known.get(kind, []))
+        for kind, alike in found.items()
     ]
 
 

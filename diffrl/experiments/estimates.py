@@ -19,7 +19,7 @@ LONGEST = 20.0  # seconds of trying, all kinds together
 
 
 class Kind(NamedTuple):
-    """Runs that differ in their seed alone."""
+    """Runs that take as long as each other: those that differ in their seed, or in their learning rate."""
 
     opened: Callable[[Config], Job]
     """A run in no folder; importable from other processes."""
@@ -62,18 +62,27 @@ def measure(task: tuple[Callable[[Config], Job], Config]) -> Pace:
     return Pace(step, evaluation, job.loop.length.eval_every, _peak())
 
 
-def estimate(kinds: Sequence[Kind], *, workers: int, stop: Callable[[], bool]) -> str | None:
+def estimate(
+    kinds: Sequence[Kind],
+    *,
+    workers: int,
+    stop: Callable[[], bool],
+    at_most: bool = False,
+    tries: bool = True,
+) -> str | None:
     """One line for people on what is to come; None if nothing is, or nothing could be tried.
 
     Args:
         kinds: of the runs.
         workers: processes side by side; 0 for this one.
         stop: whether the user wants to end.
+        at_most: whether some of the runs may turn out to be one.
+        tries: whether kinds of which no run is finished are tried for a few steps.
     """
     todo = [kind for kind in kinds if kind.left]
     untried = [kind for kind in todo if not kind.known]
     paces, end = dict[int, Pace](), time.monotonic() + LONGEST
-    tasks = [(kind.opened, kind.config) for kind in untried]
+    tasks = [(kind.opened, kind.config) for kind in untried if tries]
     for i, found in run_tasks(measure, tasks, workers=workers, stop=lambda: stop() or time.monotonic() > end):
         if not isinstance(found, Failure):  # the run itself will say why
             paces[i] = found
@@ -87,7 +96,7 @@ def estimate(kinds: Sequence[Kind], *, workers: int, stop: Callable[[], bool]) -
     total = mean * runs / side_by_side
     memory = max((pace.memory for pace in paces.values()), default=0) * side_by_side
     holds = f" and {memory / 2**30:.1f} GiB of memory" if memory else ""
-    left = f"{_count(runs, 'run')} left, {side_by_side} at a time"
+    left = f"{'at most ' if at_most else ''}{_count(runs, 'run')} left, {side_by_side} at a time"
     return f"{left}: about {_time(total)}{holds}, by {_basis(timed, paces, todo)}"
 
 

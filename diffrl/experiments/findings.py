@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffrl.experiments.comparison import cell_error, cell_figures, read_index
+from diffrl.experiments.comparison import cell_error, cell_figures
+from diffrl.experiments.index import read_index
 from diffrl.training.table import Table
 
 __all__ = ["Finding", "Findings"]
@@ -78,5 +79,5 @@ class Findings:
         return [c for c in self.cells if c.status == "finished" and where.items() <= c.where.items()]
 
     def unfinished(self) -> list[Finding]:
-        """Cells without figures, each folder once."""
-        return list({cell.path: cell for cell in self.cells if cell.status != "finished"}.values())
+        """Cells without figures, each run once."""
+        return list({(c.path, c.seed): c for c in self.cells if c.status != "finished"}.values())

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffrl.experiments.findings import Finding, Findings
+from diffrl.experiments.rates import Choice
 from diffrl.experiments.studies import WHERE, Study
 from diffrl.metrics.intervals import Interval, interval
 from diffrl.metrics.seeds import iqm, probability_of_improvement
@@ -87,12 +88,14 @@ class Panel:
         case: the case.
         score_sigmas: σ whose value errors make the score.
         cells: finished cells by scheme and seed.
+        rate: "tuned" if each scheme is at its own best values, "fixed" if all are at the plan's.
     """
 
     study: Study
     case: str
     score_sigmas: tuple[str, ...]
     cells: Mapping[str, Mapping[int, Finding]]
+    rate: str = "fixed"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -234,12 +237,49 @@ class StudyFindings(Findings):
         self.plan: str = self.index["plan"]
         self.score_sigmas = tuple(self.index["score_sigmas"])
         self.studies = [Study.read(entry) for entry in self.index["studies"]]
+        self.folder = out / "cells"
+
+        self.tuning: list[Choice] = [Choice(**entry) for entry in self.index.get("tuning", [])]
+        self.cells += self._without_a_point()
 
     def panels(self) -> Iterator[Panel]:
-        """Every study on each of its cases."""
+        """Every study on each of its cases: at each scheme's own best values if such cells are finished."""
         for study in self.studies:
             for case in study.cases:
-                cells: dict[str, dict[int, Finding]] = {}
-                for cell in self.finished(study=study.name, case=case):
-                    cells.setdefault(cell.where["scheme"], {})[cell.seed] = cell
-                yield Panel(study, case, self.score_sigmas, cells)
+                tuned = self.panel(study, case, "tuned")
+                yield tuned if tuned.schemes else self.panel(study, case, "fixed")
+
+    def panel(self, study: Study, case: str, rate: str) -> Panel:
+        """A study on a case, at one kind of values.
+
+        Args:
+            study: one of `studies`.
+            case: one of its cases.
+            rate: "tuned" or "fixed".
+        """
+        cells: dict[str, dict[int, Finding]] = {}
+        for cell in self.finished(study=study.name, case=case, rate=rate):
+            cells.setdefault(cell.where["scheme"], {})[cell.seed] = cell
+        return Panel(study, case, self.score_sigmas, cells, rate)
+
+    def choices(self, study: Study, case: str) -> list[Choice]:
+        """What each scheme of a study takes on a case, in its order; one that is not known yet is missing."""
+        found = {c.scheme: c for c in self.tuning if (c.study, c.case) == (study.name, case)}
+        return [found[scheme] for scheme in study.schemes if scheme in found]
+
+    def tuning_runs(self, study: Study, case: str) -> list[Finding]:
+        """The runs that a study was tuned by on a case, each once."""
+        place = {"study": study.name, "case": case, "rate": "tuning"}
+        return list({cell.path: cell for cell in self.cells if place.items() <= cell.where.items()}.values())
+
+    def _without_a_point(self) -> list[Finding]:
+        """The cells of schemes that no point of the tuning grid trains: they failed before they were begun."""
+        seeds = {study.name: study.seeds for study in self.studies}
+        found = []
+        for choice in self.tuning:
+            if choice.point is None:
+                place = (choice.study, choice.case, choice.scheme, "tuned", "")
+                wheres = [dict(zip(WHERE, (*place, seed), strict=True)) for seed in seeds[choice.study]]
+                path = self.folder / (choice.folder or "")
+                found += [Finding(where, path, "failed", choice.reason, {}) for where in wheres]
+        return found

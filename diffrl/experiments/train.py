@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,8 +16,10 @@ from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.scheme import build_objective
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation, draw_samples
+from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
+from diffrl.training.starting import keep_start, start_from, take_kept_start
 from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = ["TrainingJob", "run_experiment"]
@@ -51,6 +54,8 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         job.compare()
         job.check()  # now, and not at the end of training
     with RunFolder.start(config) as folder, interruptible() as interrupted:
+        if config.get("init") is not None:
+            keep_start(folder, job.trainer.denoiser)  # no step was taken yet
         results = folder.results() or {"objectives": {}}
         head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
         for name in objectives:
@@ -75,6 +80,15 @@ def planned_objectives(config: Mapping[str, Any]) -> list[str]:
     return [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
 
 
+def _started(denoiser: Denoiser, config: Mapping[str, Any]) -> dict[str, str]:
+    """Let a denoiser start from ``config["init"]``, or from the copy of a resumed run; the fact that says from what."""
+    if config.get("init") is None:
+        return {}
+    if config["resume"] is None or not take_kept_start(denoiser, Path(config["resume"])):
+        start_from(denoiser, config["init"], config["init_weights"])
+    return {"init.fingerprint": fingerprint(denoiser.state_dict().values())}
+
+
 class TrainingJob(Job):
     """One objective of an experiment: its trainer, and how it is evaluated."""
 
@@ -83,7 +97,8 @@ class TrainingJob(Job):
     def __init__(self, config: Mapping[str, Any], data: Data, *, baseline: bool) -> None:
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
-        objective = build_objective(config, denoiser, baseline=baseline)
+        start = _started(denoiser, config)
+        objective = build_objective(config, denoiser, data=data, baseline=baseline)
         self.trainer = Trainer(
             objective,
             data,
@@ -95,6 +110,7 @@ class TrainingJob(Job):
             target=made_of("target", Target, config),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
+            identity=start,
         )
         super().__init__(config, objective.name, self.trainer)
         self.data, self.sampler = data, build_sampler(config)

@@ -78,7 +78,7 @@ class Finetuner(Loop):
         seed: of first latents, noise, conditions and shuffling.
         folder: for checkpoints; None keeps none.
         length: how long.
-        optim: AdamW; its warm-up and decay count updates.
+        optim: the optimiser; its warm-up and decay count updates.
         teacher: the denoiser that a method of distillation learns from; None: the policy's, as it is now.
         twins: denoisers that trained copies begin as, by name, such as {"fake": the fake score of a distillation};
             others begin as the teacher.

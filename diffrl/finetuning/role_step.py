@@ -55,7 +55,7 @@ def role_step(
             total[key] = total.get(key, 0) + share * value.detach()
     figures = {key: float(value) for key, value in total.items()}
     for key in (k for k in TELLING if not math.isfinite(figures.get(k, 0.0))):
-        optimiser.adamw.zero_grad()
+        optimiser.algorithm.zero_grad()
         raise NonFiniteLoss(f"{key} is {figures[key]:g}")
     stepped = optimiser.step(sum(value for key, value in figures.items() if key.startswith("loss_")))
     return figures | {"grad_norm": stepped["grad_norm"]}

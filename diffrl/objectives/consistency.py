@@ -1,7 +1,7 @@
 """Consistency training, plain (CT) and with a TD term (TD-CT), on pairs of states that share one noise."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,6 +12,7 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
+from diffrl.objectives.annealing import Ranges
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
@@ -67,6 +68,7 @@ class ConsistencyLoss(DenoiserLoss):
         L_CT = w_CT(σ_t) d(f(x_t), f⁻(x_t'))
         L_TD = w ‖δ‖²/dim(E),    δ = A_t (x0 - f(x_t)) - A_t' (x0 - f⁻(x_t'))
         L = mean( valid ? b L_TD + c L_CT : (b + c) L_CT )
+        f⁻(x_t') stands for (1-s) x0 + s f⁻(x_t')
 
     b = 0, c = 1 is plain consistency training (`ct_loss`): with d = l2 and w_CT uniform, TD(0) of the 'clean'
     value under shared noise. b = 1, c = 0.5 is TD-CT (`td_ct_loss`). f⁻ carries no gradient and is evaluated
@@ -83,6 +85,8 @@ class ConsistencyLoss(DenoiserLoss):
         metric: d, a name in `METRICS`.
         ct_weight: w_CT, "uniform" or "karras" (σ_t⁻² + σ_data⁻²).
         bootstrap: f⁻ is a "target" network that lags behind, or the network's "own" prediction.
+        bootstrap_share: s ∈ [0, 1]; 0 regresses on the datum, and f⁻ is not evaluated.
+        anneal: options that change along the training, as in `ValueLoss`: bootstrap_share, td_coef, consistency_coef.
 
     Raises:
         ValueError: an argument outside its range, or a denoiser in another form.
@@ -90,6 +94,9 @@ class ConsistencyLoss(DenoiserLoss):
 
     fed_with = "diffrl.objectives.sample_consistency_pairs"
     out_keys = ["loss_value", "td_error"]
+    annealable: ClassVar[Ranges] = {
+        **{"bootstrap_share": (0, 1), "td_coef": (0, MAX_COEF), "consistency_coef": (0, MAX_COEF)}
+    }
 
     def __init__(
         self,
@@ -101,6 +108,8 @@ class ConsistencyLoss(DenoiserLoss):
         metric: str = "pseudo_huber",
         ct_weight: str = "uniform",
         bootstrap: Literal["target", "own"] = "target",
+        bootstrap_share: float = 1.0,
+        anneal: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         if getattr(denoiser, "prediction_type", "consistency") != "consistency":
             raise InputError(
@@ -109,6 +118,7 @@ class ConsistencyLoss(DenoiserLoss):
             )
         require_number("td_coef", td_coef, 0, MAX_COEF)
         require_number("consistency_coef", consistency_coef, 0, MAX_COEF)
+        require_number("bootstrap_share", bootstrap_share, 0, 1)
         if not td_coef + consistency_coef > 0:
             raise InputError(f"td_coef is {td_coef} and consistency_coef {consistency_coef}: one must be > 0")
         if ct_weight == "edm":
@@ -121,10 +131,12 @@ class ConsistencyLoss(DenoiserLoss):
         if bootstrap not in ("target", "own"):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'target' or 'own'")
         network = TensorDictModule(ChainValue(denoiser), self.in_keys[:4], [keys.STATE_VALUE])
-        super().__init__(network, target=bootstrap == "target")
+        super().__init__(network, target=bootstrap == "target", anneal=anneal)
+        self.bootstrap_share = bootstrap_share
         self.td_coef, self.consistency_coef, self.bootstrap = td_coef, consistency_coef, bootstrap
         self._td_weight, self._metric = weight_function(td_weight), METRICS[metric]
         self._ct_weight = CT_WEIGHTS[ct_weight]
+        self.set_progress(0, 1)
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -158,9 +170,14 @@ class ConsistencyLoss(DenoiserLoss):
         cond = pairs.get(keys.COND, None)
         self._first_look(x0, cond)
         f = self.value_network.module.denoise(x_t, t, cond)
-        with torch.no_grad():
-            f_next = self.bootstrap_network.module.denoise(x_next, t_next, cond)
-        self.network_evaluations += 2 * t.numel()
+        self.network_evaluations += t.numel()
+        f_next, s = x0, self.bootstrap_share
+        if s > 0:
+            with torch.no_grad():
+                f_next = self.bootstrap_network.module.denoise(x_next, t_next, cond)
+            self.network_evaluations += t.numel()
+        if 0 < s < 1:
+            f_next = torch.lerp(x0, f_next, s)
 
         b, c = self.td_coef, self.consistency_coef
         L_CT = self._ct_weight(t, self.denoiser.sigma_data) * self._metric(f - f_next).unsqueeze(-1)

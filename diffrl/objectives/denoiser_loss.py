@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from tensordict import TensorDictBase, TensorDictParams
@@ -14,6 +14,7 @@ from torchrl.objectives.common import LossModule
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError, InputKeyError, InputTypeError
+from diffrl.objectives.annealing import Ranges, annealed, annealing
 from diffrl.rl.estimators import require_time_last
 
 __all__ = ["DenoiserLoss", "rows"]
@@ -32,20 +33,31 @@ class DenoiserLoss(LossModule):
     Args:
         network: a module whose attribute `denoiser` is trained in place, in a TensorDictModule.
         target: whether to keep a target network, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`.
+        anneal: options that change along the training, see `diffrl.objectives.annealing.annealed`.
 
     Raises:
         TypeError: it is no denoiser: a bare network, for example.
+        ValueError: what cannot be annealed, see `annealing`.
     """
 
     fed_with: ClassVar[str]
     """What makes the states that the loss takes, for its errors."""
+    annealable: ClassVar[Ranges] = {}
+    """Options that can change along the training."""
 
     value_network: TensorDictModule
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
 
-    def __init__(self, network: TensorDictModule, *, target: bool) -> None:
+    def __init__(
+        self,
+        network: TensorDictModule,
+        *,
+        target: bool,
+        anneal: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         super().__init__()
+        self.anneal = annealing(anneal, self.annealable)
         denoiser = network.module.denoiser
         if not hasattr(denoiser, "process"):
             raise InputTypeError(
@@ -69,6 +81,14 @@ class DenoiserLoss(LossModule):
     def bootstrap_network(self) -> TensorDictModule:
         """The target network where there is one, else the network itself."""
         return self.__dict__.get("_target_network", self.value_network)
+
+    def set_progress(self, step: int, grad_steps: int) -> None:
+        """Give annealed options their values at gradient step `step`, counted from 0, of `grad_steps`."""
+        for name, values in self.anneal.items():
+            self._set_option(name, annealed(values, step, grad_steps))
+
+    def _set_option(self, name: str, value: float) -> None:
+        setattr(self, name, value)
 
     def train(self, mode: bool = True) -> Self:
         """Switch the denoiser too; a target network stays in evaluation mode."""

@@ -7,10 +7,14 @@ __all__ = ["OBJECTIVES"]
 OBJECTIVES = Registry(
     "objective",
     "diffrl.objectives",
-    omit=("denoiser", "process", "x0", "cond", "sigma", "noise", "fresh_noise", "generator"),
+    omit=(
+        *("denoiser", "process", "sampler", "data"),
+        *("x0", "cond", "sigma", "noise", "fresh_noise", "generator"),
+    ),
 )
 """name → function or class that makes the loss of a denoiser.
 
 Where an objective is not fed with chains, `also` draws its states: a function (process, x0, *, cond, generator,
-...) → TensorDict, or a class whose constructor takes (process, ...) and whose instances take the rest.
+...) → TensorDict, or a class whose constructor takes (process, ...) and whose instances take the rest. The class may
+ask for more by name: `sampler`, which draws the chains of the configuration, `data`, and the `denoiser` in training.
 """

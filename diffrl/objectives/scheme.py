@@ -1,13 +1,14 @@
 """What a configuration trains by: the loss of its objective, and what draws the states that the loss is fed with."""
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
+from inspect import isclass, signature
 from typing import Any, Protocol, runtime_checkable
 
 from tensordict import TensorDict
 from torch import Generator, Tensor
 
+from diffrl.data.dataset import Data
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
@@ -15,6 +16,8 @@ from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError, of_group
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.stand_ins import StandIn, StandInChains
+from diffrl.objectives.twins import TwinSteps
 from diffrl.registry import Config, Entry, accepted
 
 __all__ = ["Adaptive", "Draw", "Objective", "Progressive", "build_objective"]
@@ -30,9 +33,9 @@ class Draw(Protocol):
 
 @runtime_checkable
 class Progressive(Protocol):
-    """A `Draw` that changes along the training; where that stands is all it depends on, so resuming is exact.
+    """A `Draw` or a loss that changes along the training; where that stands is all it depends on: resuming is exact.
 
-    It may bring `target_decay`, the decay of the target network after the present step.
+    A draw may bring `target_decay`, the decay of the target network after the present step.
     """
 
     def set_progress(self, step: int, grad_steps: int) -> None:
@@ -66,9 +69,10 @@ class Objective:
     draw: Draw
 
     def set_progress(self, step: int, grad_steps: int) -> None:
-        """Tell a `Progressive` draw where the training stands; to be called before every step."""
-        if isinstance(self.draw, Progressive):
-            self.draw.set_progress(step, grad_steps)
+        """Tell draw and loss, where they are `Progressive`, where the training stands; before every step."""
+        for part in (self.draw, self.loss):
+            if isinstance(part, Progressive):
+                part.set_progress(step, grad_steps)
 
     @property
     def target_decay(self) -> float | None:
@@ -76,36 +80,76 @@ class Objective:
         return getattr(self.draw, "target_decay", None)
 
 
-def build_objective(config: Config, denoiser: Denoiser, *, baseline: bool = False) -> Objective:
+def build_objective(
+    config: Config, denoiser: Denoiser, *, data: Data | None = None, baseline: bool = False
+) -> Objective:
     """The objective of ``config["objective"]``, on the chains of ``config["chain"]`` unless it draws its own states.
 
     Args:
         config: the configuration of a training run.
-        denoiser: what is trained.
-        baseline: Monte Carlo instead, with the same weight on the same states.
+        denoiser: what is trained, on the device where it will be.
+        data: what it is trained on, for targets that look at more than the batch.
+        baseline: Monte Carlo instead, with the same weight on the same states, and the datum itself as its target.
 
     Raises:
         ValueError: an option outside its range, or options that contradict each other.
     """
     options = dict(config["objective"])
     entry = OBJECTIVES.entry(options.pop("name"))
-    draw = _draw(entry, options, config, denoiser)
+    with of_group("chain", config["chain"]):
+        stand_in = StandIn(**accepted(StandIn, config["chain"]))
+    if entry.also is None:
+        draw: Draw = _chains(config, denoiser, data, StandIn() if baseline else stand_in)
+    else:
+        if stand_in.x0 != "datum":
+            raise InputError(f"objective {entry.name} knows no stand-in for x0: set chain.x0=datum")
+        draw = _own_states(entry, options, config, denoiser, data)
     if baseline:
+        if isinstance(draw, TwinSteps):
+            draw = draw.sampler
         entry = OBJECTIVES.entry("monte_carlo")
     with of_group("objective", options):
         loss = entry.make(denoiser, **accepted(entry.make, options))
+    if stand_in.single and not baseline and not _looks_one_step_ahead(loss):
+        raise InputError(
+            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set objective.lmbda=0"
+        )
     return Objective(entry.name, loss, draw)
 
 
-def _draw(entry: Entry, options: Config, config: Config, denoiser: Denoiser) -> Draw:
-    """What draws the states of an objective: a sampler of its own, or one of chains."""
+def _sampler(config: Config, denoiser: Denoiser) -> ChainSampler:
     starts: Starts = STARTS.build(config["starts"])
-    if entry.also is None:
-        with of_group("chain", config["chain"]):
-            chain = Chain(denoiser.process, **accepted(Chain, config["chain"]))
-            return ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
-    if not isinstance(starts, UniformStarts):
+    with of_group("chain", config["chain"]):
+        chain = Chain(denoiser.process, **accepted(Chain, config["chain"]))
+        return ChainSampler(chain, **accepted(ChainSampler, config["chain"]), starts=starts)
+
+
+def _chains(config: Config, denoiser: Denoiser, data: Data | None, stand_in: StandIn) -> Draw:
+    """What draws chains, and what stands in for their data."""
+    sampler = _sampler(config, denoiser)
+    if stand_in.x0 == "datum":
+        return sampler
+    num_classes = int(getattr(denoiser.network, "num_classes", 0))
+    device = next(denoiser.parameters()).device
+    with of_group("chain", config["chain"]):
+        return StandInChains(sampler, stand_in, data, num_classes=num_classes, device=device)
+
+
+def _own_states(entry: Entry, options: Config, config: Config, denoiser: Denoiser, data: Data | None) -> Draw:
+    """What draws the states of an objective that has a function or class of its own for it."""
+    also = entry.also
+    assert also is not None
+    asked, supplied = signature(also).parameters, {"data": data, "denoiser": denoiser}
+    more: dict[str, Any] = {name: value for name, value in supplied.items() if name in asked}
+    if "sampler" in asked:
+        more["sampler"] = _sampler(config, denoiser)
+    elif not isinstance(STARTS.build(config["starts"]), UniformStarts):
         raise InputError(f"objective {entry.name} draws its states without a chain: set starts=uniform")
-    make = partial(entry.also, denoiser.process, **accepted(entry.also, options))
+    make = partial(also, denoiser.process, **more, **accepted(also, options))
     with of_group("objective", options):
-        return make() if inspect.isclass(entry.also) else make
+        return make() if isclass(also) else make
+
+
+def _looks_one_step_ahead(loss: DenoiserLoss) -> bool:
+    estimator = getattr(loss, "value_estimator", None)
+    return getattr(estimator, "lmbda", None) == 0 or getattr(estimator, "n_steps", None) == 1

@@ -1,9 +1,11 @@
 """TD(λ) whose λ depends on the noise level of the state."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.objectives.annealing import Ranges, written
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
@@ -13,7 +15,30 @@ __all__ = ["td_lambda_schedule_loss"]
 
 
 def _label(options: Mapping[str, Any]) -> str:
-    return f"TD(λ={options['low_noise']:g}…{options['high_noise']:g})"
+    options = {**options, **(options.get("anneal") or {})}
+    return f"TD(λ={written(options['low_noise'])}…{written(options['high_noise'])})"
+
+
+class _AnnealedEnds(ValueLoss):
+    """Its λ are those of a `LambdaSchedule`, whose ends may change along the training."""
+
+    annealable: ClassVar[Ranges] = {
+        **{"low_noise": (0, 1), "high_noise": (0, 1)},
+        **{k: v for k, v in ValueLoss.annealable.items() if k not in ("lmbda", "n_steps")},
+    }
+
+    _schedule: LambdaSchedule
+
+    def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> ValueLoss:  # noqa: ANN401
+        if isinstance(schedule := hyperparams.get("lmbda"), LambdaSchedule):
+            self._schedule = schedule
+        return super().make_value_estimator(value_type, **hyperparams)
+
+    def _set_option(self, name: str, value: float) -> None:
+        if name not in ("low_noise", "high_noise"):
+            return super()._set_option(name, value)
+        self._schedule = replace(self._schedule, **{name: value})
+        self.value_estimator.lmbda = self._schedule.of_states(self.denoiser.process)
 
 
 @OBJECTIVES.register("td_lambda_schedule", label=_label)
@@ -35,6 +60,6 @@ def td_lambda_schedule_loss(
         high_noise: λ at and above nsr_high.
         nsr_low: ratio σ/α of noise to signal.
         nsr_high: another, higher one.
-        options: the other ones of `ValueLoss`.
+        options: the other ones of `ValueLoss`; what can be annealed of λ are its ends, low_noise and high_noise.
     """
-    return ValueLoss(denoiser, lmbda=LambdaSchedule(low_noise, high_noise, nsr_low, nsr_high), **options)
+    return _AnnealedEnds(denoiser, lmbda=LambdaSchedule(low_noise, high_noise, nsr_low, nsr_high), **options)

@@ -1,9 +1,9 @@
 """Value learning: the denoiser is the value function of the chain, and every way to train it is a target."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,13 +16,14 @@ from torchrl.objectives.value import ValueEstimatorBase
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError, InputKeyError, InputTypeError
+from diffrl.objectives.annealing import Ranges, begun, written
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
-from diffrl.ranges import require_number
+from diffrl.ranges import MAX_STEPS, require_number
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
-from diffrl.rl.returns import is_truncated
+from diffrl.rl.returns import is_truncated, mixed_returns
 from diffrl.shapes import event_mean, expand_like, require_floating
 
 __all__ = ["DEFAULT_LMBDA", "ChainValue", "ValueLoss", "state_value"]
@@ -31,10 +32,14 @@ DEFAULT_LMBDA = 0.9  # a weak bootstrap: little bias where the network is small 
 
 
 def _label(options: Mapping[str, Any]) -> str:
-    n, lmbda = options["n_steps"], options["lmbda"]
+    options = {**options, **(options.get("anneal") or {})}
+    n, lmbda, share = options["n_steps"], options["lmbda"], options.get("bootstrap_share", 1.0)
+    of_share = "" if share == 1 else f", bootstrap share {written(share)}"
     if n == 1 or (n is None and lmbda == 0):
-        return "TD(0)"
-    return f"{n}-step TD" if n is not None else f"TD(λ={DEFAULT_LMBDA if lmbda is None else lmbda:g})"
+        return f"TD(0){of_share}"
+    if n is not None:
+        return f"{written(n)}-step TD{of_share}"
+    return f"TD(λ={written(DEFAULT_LMBDA if lmbda is None else lmbda)}){of_share}"
 
 
 class ChainValue(nn.Module):
@@ -65,7 +70,7 @@ class ValueLoss(DenoiserLoss):
     """Squared TD error of a denoiser on chains; the choice of target is the choice of training method.
 
         V_i = A_i D(x_i) + κ_i x_i,    δ_i = G_i - V_i,    loss = mean_i w_i ‖δ_i‖²/dim(E) + c L_den
-        L_den = ‖D(x_i) - x0‖²/(c_out² dim(E))
+        G_i = (1-s) G_i^MC + s G_i^TD,    L_den = ‖D(x_i) - x0‖²/(c_out² dim(E))
 
     | target | is |
     |---|---|
@@ -76,6 +81,11 @@ class ValueLoss(DenoiserLoss):
     Where the chain holds x0 the loss is evaluated in the error coordinates e_i = A_i (x0 - D(x_i)), that is
     after potential-based shaping with Φ(x_i) = A_i x0 + κ_i x_i: then no κ x cancels in float32, and the
     reward that is left is (γ-1) Φ(x_{i+1}), which is 0 at γ = 1. With γ < 1 the fixed point is no denoiser.
+
+    A chain may hold an estimate S_i of E[x0 | x_i] under ``x0_mean`` (see `with_x0_mean`). It then stands in for x0
+    in every reward, which adds (A_i - A_{i+1}) (S_i - x0) to the one above, and in L_den. `monte_carlo` becomes plain
+    regression on S, δ_i = A_i (S_i - D(x_i)). λ = 1 and n ≥ K are the *telescoped* form of it instead,
+    G_i = Σ_{j≥i} (A_j - A_{j+1}) S_j: each reward on the way has the S of its own state. Both are unbiased if S is.
 
     Sources: Temporal Difference Learning for Diffusion Models (2026), https://arxiv.org/abs/2606.15048;
     shaping: Policy Invariance Under Reward Transformations (Ng et al., 1999), Theorem 1.
@@ -89,11 +99,17 @@ class ValueLoss(DenoiserLoss):
             gradient stopped, at no further evaluation, which at λ = 0 beats Monte Carlo on small mixtures at one
             learning rate, and stalls from 32 dimensions on unless Adam's β1 is near 0.5; "target", a target network in
             evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with
-            gradient through both ends.
+            gradient through both ends: the biased form, whose minimum is no denoiser where the next state is random
+            (`DoubleSamplingLoss` is the unbiased one).
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
         weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
         denoising_coef: c ∈ [0, 1e6], the added denoising loss. Where the chain marks a state not `valid`, its loss
             is (1 + c) L_den.
+        bootstrap_share: s ∈ [0, 1], how much of the target is bootstrapped; the rest is the Monte Carlo return. 0 is
+            Monte Carlo, at no evaluation for the target.
+        anneal: options that change along the training, each with its values at evenly spaced points of it, linear
+            between: lmbda, n_steps (rounded), bootstrap_share, denoising_coef; e.g. ``{"lmbda": [1, 0.5, 0]}``.
+            In a loop of your own call ``loss.set_progress(step, grad_steps)`` before every step.
 
     Raises:
         ValueError: an argument outside its range, or both lmbda and n_steps.
@@ -109,6 +125,10 @@ class ValueLoss(DenoiserLoss):
         "diffrl.sample_chain(process, x0, num_steps=18) (recorded steps get A and kappa by "
         "diffrl.diffusion.add_coefficients)"
     )
+    annealable: ClassVar[Ranges] = {
+        **{"lmbda": (0, 1), "n_steps": (1, MAX_STEPS)},
+        **{"bootstrap_share": (0, 1), "denoising_coef": (0, MAX_COEF)},
+    }
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     out_keys = ["loss_value", "td_error"]
@@ -124,28 +144,43 @@ class ValueLoss(DenoiserLoss):
         weight: str = "edm",
         weight_options: Mapping[str, float] | None = None,
         denoising_coef: float = 0.0,
+        bootstrap_share: float = 1.0,
+        anneal: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         if bootstrap not in ("own", "target", "residual"):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
         require_number("denoising_coef", denoising_coef, 0, MAX_COEF)
+        require_number("bootstrap_share", bootstrap_share, 0, 1)
+        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
+        network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
+        super().__init__(network, target=bootstrap == "target", anneal=anneal)
+        lmbda, n_steps = begun(self.anneal, "lmbda", lmbda), begun(self.anneal, "n_steps", n_steps)
         if lmbda is not None and n_steps is not None:
             raise InputError(
                 f"lmbda is {lmbda} and n_steps is {n_steps}: give lmbda or n_steps, not both, since they are two "
                 "families of targets; in a configuration set one of them to null"
             )
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
-        super().__init__(network, target=bootstrap == "target")
         self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
+        self.bootstrap_share = bootstrap_share
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
         if n_steps is not None:
+            n_steps = round(n_steps) if "n_steps" in self.anneal else n_steps
             self.make_value_estimator("n_step", n_steps=n_steps)
         else:
             self.make_value_estimator("td_lambda", **({} if lmbda is None else {"lmbda": lmbda}))
+        self.set_progress(0, 1)
+
+    def _set_option(self, name: str, value: float) -> None:
+        if name not in ("lmbda", "n_steps"):
+            return super()._set_option(name, value)
+        estimator = self.value_estimator
+        if not (isinstance(estimator, VectorEstimator) and hasattr(estimator, name)):
+            raise InputError(f"anneal.{name}: the target {type(estimator).__name__} has no {name}")
+        setattr(estimator, name, round(value) if name == "n_steps" else value)
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries of the chain that the loss reads; x0, cond and valid are read where present."""
+        """Entries of the chain that the loss reads; x0, x0_mean, cond and valid are read where present."""
         k = self.tensor_keys
         state = [keys.X_T, keys.T, keys.A, keys.KAPPA]
         reached = [*state, k.reward, k.done, k.terminated]
@@ -227,7 +262,7 @@ class ValueLoss(DenoiserLoss):
         if x_t.dtype == torch.float16:
             raise InputTypeError("x_t has dtype float16, in which squares overflow: give x0.float()")
         self._first_look(x0, cond)
-        bootstraps = not isinstance(self.value_estimator, MonteCarlo)
+        bootstraps = self.bootstrap_share > 0 and not isinstance(self.value_estimator, MonteCarlo)
         if bootstraps:
             self._require_order(chain)
         # a target network comes first: what is kept for the backward pass then takes the memory that it frees
@@ -245,7 +280,8 @@ class ValueLoss(DenoiserLoss):
                 raise InputKeyError(
                     "the denoising loss needs x0, which this chain has lost: set denoising_coef=0"
                 )
-            c, L_den = self.denoising_coef, _square_mean(D_x - x0) / terms.c_out**2
+            c = self.denoising_coef
+            L_den = _square_mean(D_x - chain.get(keys.X0_MEAN, x0)) / terms.c_out**2
             loss = loss + c * L_den
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
@@ -260,10 +296,12 @@ class ValueLoss(DenoiserLoss):
         """δ, in error coordinates where x0 is known: value -e, reward (γ-1) Φ of the state reached."""
         estimator, reached, k = self.value_estimator, chain[keys.NEXT], self.tensor_keys
         done, terminated = reached[k.done], reached[k.terminated]
-        if isinstance(estimator, MonteCarlo):
-            if x0 is not None and estimator.gamma == 1:
-                return expand_like(chain[keys.A], D_x) * (x0 - D_x)  # the tail beyond a cut is known too
-            if is_truncated(terminated, done):
+        if isinstance(estimator, MonteCarlo) or self.bootstrap_share < 1:
+            datum = chain.get(keys.X0_MEAN, x0)
+            if datum is not None and estimator.gamma == 1:
+                if isinstance(estimator, MonteCarlo) or self.bootstrap_share == 0:
+                    return expand_like(chain[keys.A], D_x) * (datum - D_x)  # the tail beyond a cut is known too
+            elif is_truncated(terminated, done):
                 raise InputError(
                     "the Monte Carlo return of a chain that is cut is known only from x0 and for gamma=1: "
                     "draw whole chains, or bootstrap at the cut by td_lambda with lmbda=1"
@@ -275,13 +313,22 @@ class ValueLoss(DenoiserLoss):
             gamma = estimator.gamma
             # 0 where terminated: A = κ = 0
             reward = None if gamma == 1 else (gamma - 1) * state_value(reached, x0)
+            S = chain.get(keys.X0_MEAN, None)
+            if S is not None:
+                paid = (A - A_next) * (S - x0)
+                reward = paid if reward is None else reward + paid
             e_next = A_next * (D_next - x0)
-            return estimator.returns(reward, e_next, terminated, done, reached) + A * (x0 - D_x)
+            G = estimator.returns(reward, e_next, terminated, done, reached)
+            G = mixed_returns(G, self.bootstrap_share, reward, terminated, done, gamma=gamma)
+            return G + A * (x0 - D_x)
         V_next = state_value(reached, D_next)
         if isinstance(estimator, VectorEstimator):
             G = estimator.returns(reached[k.reward], V_next, terminated, done, reached)
         else:
             G = self._torchrl_returns(reached, V_next)
+        if self.bootstrap_share < 1:
+            steps = (reached[k.reward], terminated, done)
+            G = mixed_returns(G, self.bootstrap_share, *steps, gamma=float(estimator.gamma))
         return G - state_value(chain, D_x)
 
     def _require_order(self, chain: TensorDictBase) -> None:

@@ -19,7 +19,7 @@ from diffrl.errors import InputError
 from diffrl.ranges import require_int, require_number
 from diffrl.shapes import expand_like
 
-__all__ = ["is_truncated", "lambda_returns", "monte_carlo_returns", "n_step_returns"]
+__all__ = ["is_truncated", "lambda_returns", "mixed_returns", "monte_carlo_returns", "n_step_returns"]
 
 
 def lambda_returns(
@@ -183,6 +183,39 @@ def monte_carlo_returns(
     for k in reversed(range(len(r))):
         X = G[k] = _paid(r[k], gamma, _restart(X, V[k], cut[k]), G[k])
     return torch.stack(G, 1) if out is None else out
+
+
+def mixed_returns(
+    G: Tensor,
+    share: float,
+    reward: Tensor | None,
+    terminated: Tensor,
+    done: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+) -> Tensor:
+    """Any returns with Monte Carlo ones: (1-s) G^MC + s G.
+
+    Args:
+        G: returns, shape [B, K, *E].
+        share: s in [0, 1]; at 1 they are given back as they are.
+        reward: as in `monte_carlo_returns`, and so are the next three; None: G^MC is 0.
+        terminated: where chains end.
+        done: where chains end; none may be cut.
+        gamma: discount γ in [0, 1].
+
+    Raises:
+        ValueError: as `monte_carlo_returns`.
+
+    >>> r, end = torch.tensor([[0.0, 1.0]]), torch.tensor([[[False], [True]]])
+    >>> mixed_returns(torch.tensor([[0.5, 1.0]]), 0.5, r, end)
+    tensor([[0.7500, 1.0000]])
+    """
+    if share == 1:
+        return G
+    if reward is None:
+        return share * G
+    return torch.lerp(monte_carlo_returns(reward, None, terminated, done, gamma=gamma), G, share)
 
 
 def is_truncated(terminated: Tensor, done: Tensor | None = None) -> bool:

@@ -1,7 +1,7 @@
-"""AdamW with a schedule and clipping: one optimiser step of one trained module."""
+"""An optimiser with a schedule and clipping: one optimiser step of one trained module."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,17 +19,36 @@ class NonFiniteLoss(DiffrlError, RuntimeError):
     """The loss or its gradient became NaN or infinite."""
 
 
+FUSED = ("adamw", "adam", "sgd")
+"""Algorithms that PyTorch has a fused kernel of; it has a foreach kernel of the others."""
+MOMENTS = {"betas", "alpha", "momentum"}
+"""Options that tell by their presence what an algorithm keeps of past gradients."""
+
+
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with warm-up and decay of the learning rate.
+    """An optimiser of PyTorch with warm-up and decay of the learning rate.
+
+    | name | step, but for the correction of Adam's moments at the start | weight decay |
+    |---|---|---|
+    | adamw, radam | θ ← θ - lr m/(√v + 1e-8), m ← β1 m + (1-β1) g, v ← β2 v + (1-β2) g² | decoupled |
+    | adam | the same | λ θ is added to g |
+    | rmsprop | θ ← θ - lr b, b ← β1 b + g/(√v + 1e-8), v as above, uncorrected | λ θ is added to g |
+    | sgd | θ ← θ - lr b, b ← β1 b + g | λ θ is added to g |
+
+    So with β1 > 0 sgd and rmsprop go 1/(1-β1) times as far as lr says.
+
+    Sources: Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), https://arxiv.org/abs/1711.05101; On the
+    Variance of the Adaptive Learning Rate and Beyond (Liu et al., 2020), https://arxiv.org/abs/1908.03265.
 
     Args:
         lr: greatest learning rate.
-        betas: decay rates of Adam's moments.
-        weight_decay: decoupled.
+        betas: β1 and β2, decay rates of the moments of the gradient g; sgd has no β2.
+        weight_decay: λ ≥ 0.
         warmup_steps: gradient steps of linear rise from 0.
         decay: "cosine" to 0 at the last step, or "none".
         clip_norm: greatest gradient norm; None does not clip.
+        name: "adamw", "adam", "radam", "rmsprop" or "sgd".
 
     Raises:
         ValueError: an argument outside its range.
@@ -41,6 +60,7 @@ class Optim:
     warmup_steps: int = 100
     decay: Literal["cosine", "none"] = "cosine"
     clip_norm: float | None = 1.0
+    name: Literal["adamw", "adam", "radam", "rmsprop", "sgd"] = "adamw"
 
     def __post_init__(self) -> None:
         require_number("optim.lr", self.lr, 0, ends="()")
@@ -54,6 +74,8 @@ class Optim:
             raise InputError(f"optim.decay is {self.decay!r}: give 'cosine' or 'none'")
         if self.clip_norm is not None:
             require_number("optim.clip_norm", self.clip_norm, 0, ends="()")
+        if self.name not in ALGORITHMS:
+            raise InputError(f"optim.name is {self.name!r}: give one of {', '.join(ALGORITHMS)}")
 
     def factor(self, step: int, grad_steps: int) -> float:
         """Share of `lr` at gradient step `step`, counted from 0, of `grad_steps`."""
@@ -81,6 +103,19 @@ class FinetuningOptim(Optim):
     decay: Literal["cosine", "none"] = "none"
 
 
+ALGORITHMS: dict[str, Callable[[Optim], tuple[type[torch.optim.Optimizer], dict[str, Any]]]] = {
+    "adamw": lambda optim: (torch.optim.AdamW, {"betas": optim.betas}),
+    "adam": lambda optim: (torch.optim.Adam, {"betas": optim.betas}),
+    "radam": lambda optim: (torch.optim.RAdam, {"betas": optim.betas, "decoupled_weight_decay": True}),
+    "rmsprop": lambda optim: (
+        torch.optim.RMSprop,
+        {"momentum": optim.betas[0], "alpha": optim.betas[1], "eps": 1e-8},
+    ),
+    "sgd": lambda optim: (torch.optim.SGD, {"momentum": optim.betas[0]}),
+}
+"""What makes each algorithm, but for the options that all share."""
+
+
 class Optimiser:
     """Steps the parameters of one module, along a schedule that ends after `total` steps.
 
@@ -96,22 +131,23 @@ class Optimiser:
     ) -> None:
         self.parameters, self.optim, self.total = list(parameters), optim, total
         self._foreach = True if vectorised else None
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=optim.lr,
-            betas=optim.betas,
-            weight_decay=optim.weight_decay,
-            fused=True if vectorised else None,
-        )
+        make, options = ALGORITHMS[optim.name](optim)
+        if vectorised:
+            options["fused" if optim.name in FUSED else "foreach"] = True
+        self.algorithm = make(self.parameters, lr=optim.lr, weight_decay=optim.weight_decay, **options)  # type: ignore[call-arg]
         self.steps = 0
         """Steps so far."""
         self._set_schedule()
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.algorithm.param_groups
+
     def _set_schedule(self) -> None:
-        for group in self.adamw.param_groups:
+        for group in self._groups:
             group["initial_lr"] = self.optim.lr
         self.schedule = LambdaLR(
-            self.adamw, lambda step: self.optim.factor(step, self.total), last_epoch=self.steps - 1
+            self.algorithm, lambda step: self.optim.factor(step, self.total), last_epoch=self.steps - 1
         )
 
     def step(self, loss: float) -> dict[str, float]:
@@ -129,31 +165,43 @@ class Optimiser:
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self._foreach)
-        figures = {"grad_norm": norm.item(), "lr": self.adamw.param_groups[0]["lr"]}
+        figures = {"grad_norm": norm.item(), "lr": self._groups[0]["lr"]}
         if not math.isfinite(loss + figures["grad_norm"]):
-            self.adamw.zero_grad()
+            self.algorithm.zero_grad()
             raise NonFiniteLoss(f"loss {loss:g} with gradient norm {figures['grad_norm']:g}")
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.parameters, self.optim.clip_norm, norm, foreach=self._foreach
             )
         try:
-            self.adamw.step()
+            self.algorithm.step()
         except RuntimeError as error:
             if "overflow" not in str(error):
                 raise
             raise NonFiniteLoss(f"an update by the learning rate {figures['lr']:g} overflows") from error
-        self.adamw.zero_grad()
+        self.algorithm.zero_grad()
         self.steps += 1
         self.schedule.step()
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and options of AdamW; the schedule is a function of the step."""
-        return self.adamw.state_dict()
+        """Moments and options of the algorithm; the schedule is a function of the step."""
+        return self.algorithm.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
-        """Continue from `state_dict`, after so many steps."""
-        self.adamw.load_state_dict(state)
+        """Continue from `state_dict`, after so many steps, with the options of now.
+
+        Raises:
+            InputError: it is that of an algorithm with other moments.
+        """
+        now = [{key: group[key] for key in group if key != "params"} for group in self._groups]
+        if MOMENTS & state["param_groups"][0].keys() != MOMENTS & now[0].keys():
+            raise InputError(
+                f"optim.name is {self.optim.name}, but the checkpoint holds the moments of another optimiser: "
+                "set it back, or begin a new run with init=..."
+            )
+        self.algorithm.load_state_dict(state)
+        for group, options in zip(self._groups, now, strict=True):
+            group.update(options)
         self.steps = steps
         self._set_schedule()

@@ -272,7 +272,13 @@ class Run:
         return x
 
 
-def load(path: str | Path, objective: str | None = None, *, network: nn.Module | None = None) -> Run:
+def load(
+    path: str | Path,
+    objective: str | None = None,
+    *,
+    network: nn.Module | None = None,
+    weights: str = "ema",
+) -> Run:
     """Load a model file of `diffrl.save`, or the averaged denoiser, configuration and results of a run folder.
 
     Of a run folder neither the data nor the state of the optimiser is needed. Nothing that a file says is run.
@@ -281,6 +287,7 @@ def load(path: str | Path, objective: str | None = None, *, network: nn.Module |
         path: the file or the folder.
         objective: of a run folder, which objective's denoiser; the run's main one if None.
         network: of a model file, the network that its weights go into: needed for one of your own.
+        weights: of a run folder, "ema" or "model", without the average.
 
     Raises:
         RunFolderError: the folder holds no training run.
@@ -312,7 +319,7 @@ def load(path: str | Path, objective: str | None = None, *, network: nn.Module |
         events, name = Events(data.event_shape, data.num_classes, data.class_shares), data.name
     denoiser = build_denoiser(config, events)
     try:
-        denoiser.load_state_dict(load_weights(newest, "ema"))
+        denoiser.load_state_dict(load_weights(newest, weights))
     except RuntimeError as error:
         if isinstance(error, CheckpointError):
             raise

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +15,9 @@ from diffrl.data.dataset import Data
 from diffrl.errors import InputError
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
+from diffrl.objectives.stand_ins import StandIn
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
+from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import EMA
 from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
@@ -135,6 +138,7 @@ class Trainer(Loop):
         self.objective, self.loss, self.data = objective, objective.loss, data
         self.denoiser = self.loss.denoiser
         self.num_classes = int(getattr(self.denoiser.network, "num_classes", 0))
+        self.has_dropout = has_dropout(self.denoiser)
         self.ema = EMA(self.denoiser, average.halflife, average.ramp)
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
         self.optimiser = Optimiser(self.parameters, optim, length.grad_steps, vectorised=True)
@@ -161,6 +165,7 @@ class Trainer(Loop):
     def facts(self) -> dict[str, Any]:
         """Data, process, objective and options; the network's weights are the checkpoint's own."""
         groups = {group: vars(options) for group, options in self.options.items()}
+        stand_in = getattr(self.objective.draw, "stand_in", StandIn())
         return {
             **super().facts,
             **flat(groups),
@@ -174,7 +179,9 @@ class Trainer(Loop):
             "data.title": self.data.name,
             "objective.name": self.name,
             **{f"objective.{name}": value for name, value in _options(self.loss).items()},
+            **{f"objective.anneal.{name}": values for name, values in _anneal(self.loss).items()},
             "chain": repr(getattr(self.objective.draw, "chain", None)),
+            **{f"chain.{name}": value for name, value in vars(stand_in).items()},
             "denoiser.prediction_type": self.denoiser.prediction_type,
             "denoiser.sigma_data": self.denoiser.sigma_data,
             "process": repr(self.denoiser.process),
@@ -207,7 +214,7 @@ class Trainer(Loop):
         self.objective.set_progress(self.step, self.length.grad_steps)
         x0, labels, generator = self.batch(self.step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
-        with self.precision():
+        with self.precision(), seeded(generator) if self.has_dropout else nullcontext():
             out = self.loss(chain)
         loss = out["loss_value"]
         loss.backward()
@@ -267,15 +274,20 @@ class Trainer(Loop):
 
 
 def _options(loss: nn.Module) -> dict[str, Any]:
-    """The options of a loss that it or its estimator keeps under their own names, where they are plain."""
+    """The options of a loss that it or its estimator keeps under their own names, where they are plain and stay."""
     homes = (loss, getattr(loss, "_value_estimator", None))  # the property would make one
     found = {
         name: getattr(home, name)
         for name in inspect.signature(type(loss)).parameters
         for home in homes
-        if hasattr(home, name)
+        if hasattr(home, name) and name not in _anneal(loss)
     }
     return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
+
+
+def _anneal(loss: nn.Module) -> Mapping[str, Any]:
+    """The schedules of the options of a loss that change along the training."""
+    return getattr(loss, "anneal", {})
 
 
 def _target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:

@@ -30,6 +30,7 @@ from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
+from diffrl.objectives.stand_ins import StandIn
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import Optim
@@ -55,7 +56,7 @@ def built(config: dict[str, Any]) -> None:
     """Build all of a configuration, and take the loss of one batch."""
     data = build_data(config)
     denoiser = build_denoiser(config, data)
-    objective = build_objective(config, denoiser)
+    objective = build_objective(config, denoiser, data=data)
     build_sampler(config)
     build_oracle(data, denoiser.process)
     objective.set_progress(0, 10)
@@ -133,7 +134,11 @@ def constructors() -> list[tuple[str, str, Callable[..., Any]]]:
     found += [("objective", entry.name, f) for entry in OBJECTIVES.entries() for f in entry.functions]
     singles = {"chain": ChainSampler, "denoiser": Denoiser, "optim": Optim, "ema": Average, "target": Target}
     singles |= {"trainer": Length, "eval": Evaluation}
-    return found + [(g, "default", f) for g, f in singles.items()] + [("chain", "default", Chain)]
+    return (
+        found
+        + [(g, "default", f) for g, f in singles.items()]
+        + [("chain", "default", f) for f in (Chain, StandIn)]
+    )
 
 
 @pytest.mark.parametrize(("group", "name", "function"), constructors())

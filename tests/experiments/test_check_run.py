@@ -117,7 +117,7 @@ def test_a_state_that_is_not_saved_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
     def forgetful(self: Trainer, *args: Any) -> None:
         restore(self, *args)
-        self.optimiser.adamw.state.clear()
+        self.optimiser.algorithm.state.clear()
 
     monkeypatch.setattr(Trainer, "_restore", forgetful)
     assert failed(check_run(small())) == {"resuming"}

@@ -237,7 +237,7 @@ def test_another_kind_of_comparison_is_refused(tmp_path: Path) -> None:
     tuned = Cell(
         "finetune", {"method": "m", "seed": 0}, ("m",), "abc", {"seed": 0, "loop": {"iterations": 1}}
     )
-    said = "another kind of comparison, with one run for each study, case, scheme, seed and not for each method, seed"
+    said = "another kind of comparison, with one run for each study, case, scheme, rate, point, seed and not"
     with pytest.raises(RunFolderError, match=said):
         run_cells([tuned], tmp_path, workers=0, progress=False)
     assert (tmp_path / "index.json").read_bytes() == before

@@ -339,7 +339,7 @@ def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
     copies = ("policy", "reference_fake", "reference_surrogate", "reference_slow")
     assert held == dict.fromkeys(copies, adapters) and adapters < 0.1 * network
     for optimiser in tuner.optimisers.values():
-        kept = optimiser.adamw.state.values()
+        kept = optimiser.algorithm.state.values()
         assert sum(x.numel() for found in kept for x in found.values() if x.ndim > 0) == 2 * adapters
     for file in tmp_path.rglob("*.safetensors"):
         tensors = load_file(file).values()

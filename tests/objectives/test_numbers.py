@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
+from diffrl.data.synthetic import gmm
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.mlp import MLP
@@ -21,10 +22,12 @@ from diffrl.diffusion.starts import STARTS
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.stand_ins import StandIn
 from diffrl.objectives.weights import WEIGHTS, weight_function
 
 Case = tuple[str, Callable[..., Any], str, bool]
 X0 = torch.zeros(4, 2)
+SUPPLIED = {"sampler": ChainSampler(Chain(EDM(), 6, "markov")), "data": gmm(dim=2, test_size=4)}
 NO_FLOATS = [math.nan, -math.inf, "1", True, [1.0], 10**400, -1e30]
 NO_INTS = [math.nan, math.inf, 5.5, "5", True, [1], -1]
 # infinity is a published setting of these: every level, and the value "clean"
@@ -47,9 +50,12 @@ def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
         also: Any = entry.also
         if also is not None:
             given = (EDM(),) if inspect.isclass(also) else (EDM(), X0)
-            yield f"{entry.name} states", also, partial(also, *given)
+            asked = inspect.signature(also).parameters
+            more = {name: part for name, part in SUPPLIED.items() if name in asked}
+            yield f"{entry.name} states", also, partial(also, *given, **more)
     yield "chain", Chain, lambda **options: Chain(EDM(), **{"num_steps": 6, "coupling": "markov", **options})
     chain = Chain(EDM(), 6, "markov")
+    yield "stand-in", StandIn, partial(StandIn, "reference")
     yield "chain sampler", ChainSampler, partial(ChainSampler, chain)
     yield "denoiser", Denoiser, partial(Denoiser, MLP((2,), hidden=4), EDM())
     for name, weight in WEIGHTS.items():

@@ -14,18 +14,23 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.experiments.reports.run_table import objective_label
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.td_edm import sample_td_edm_pairs
+from diffrl.objectives.twins import TwinSteps
 from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.registry import Entry
 
+ANNEALED = {"bootstrap_share": (float, 1.0), "anneal": (Any | None, None)}
 WEIGHT = {"weight": (str, "edm"), "weight_options": (Any | None, None)}
 TD = {
     **{"gamma": (float, 1.0), "bootstrap": (str, "own"), **WEIGHT},
     "denoising_coef": (float, 0.0),
+    **ANNEALED,
 }
 CT = {
+    **ANNEALED,
     **{"metric": (str, "pseudo_huber"), "ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
     **{
         "s_0": (int, 2),
@@ -46,10 +51,24 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "edm": {**WEIGHT, **NOISE_LAW},
     "denoising": {**WEIGHT, "num_steps": (int, 1000)},
     "td_edm": {
-        **{**WEIGHT, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
+        **{**WEIGHT, **ANNEALED, "denoising_coef": (float, 0.5), "coupling": (float | str | int, "markov")},
         **{"num_steps": (int, 18), "span": (float, 3.0), "stride": (float, 0.2), **NOISE_LAW},
     },
+    "double_sampling": {
+        **{**WEIGHT, "residual_coef": (float, 1.0), "denoising_coef": (float, 0.0)},
+        **{"source": (str, "posterior"), "rollout_steps": (int, 1)},
+    },
     "ct": CT,
+    "ect": {
+        **{**ANNEALED, "c": (float, 0.0), "ect_weight": (str, "gap"), "stages": (int, 8)},
+        **{
+            "P_mean": (float, -1.1),
+            "P_std": (float, 2.0),
+            "q": (float, 2.0),
+            "k": (float, 8.0),
+            "b": (float, 1.0),
+        },
+    },
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
 """Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
@@ -86,7 +105,9 @@ def test_what_draws_the_states() -> None:
         "edm": sample_log_normal_states,
         "denoising": sample_uniform_states,
         "td_edm": sample_td_edm_pairs,
+        "double_sampling": TwinSteps,
         "ct": ConsistencyPairs,
+        "ect": ECTPairs,
         "td_ct": ConsistencyPairs,
     }
 
@@ -113,7 +134,12 @@ def mine() -> Iterator[None]:
         ("td", {}, f"TD(λ={DEFAULT_LMBDA:g})"),
         ("td", {"lmbda": 0.25}, "TD(λ=0.25)"),
         ("td", {"n_steps": 2, "lmbda": None}, "2-step TD"),
+        ("td", {"anneal": {"lmbda": [1, 0.5, 0]}}, "TD(λ=1→0.5→0)"),
+        ("td", {"anneal": {"n_steps": [18, 1]}}, "18→1-step TD"),
+        ("td", {"lmbda": 0, "bootstrap_share": 0.5}, "TD(0), bootstrap share 0.5"),
+        ("td", {"n_steps": 1, "anneal": {"bootstrap_share": [0, 1]}}, "TD(0), bootstrap share 0→1"),
         ("td_lambda_schedule", {}, "TD(λ=0…1)"),
+        ("td_lambda_schedule", {"anneal": {"high_noise": [1, 0.5]}}, "TD(λ=0…1→0.5)"),
         ("td_lambda_schedule", {"low_noise": 0.3}, "TD(λ=0.3…1)"),
         ("ct", {"name": "ct"}, "CT"),
         ("monte_carlo", {"name": "td", "lmbda": 0.5}, "Monte Carlo"),

@@ -209,7 +209,7 @@ def test_gradients_are_clipped_to_their_norm() -> None:
     for clip in (None, 1e-3):
         trainer = make(optim=Optim(lr=1.0, betas=(0.0, 0.0), warmup_steps=0, clip_norm=clip))
         seen: list[float] = []
-        trainer.optimiser.adamw.register_step_pre_hook(
+        trainer.optimiser.algorithm.register_step_pre_hook(
             lambda optimiser, *_, seen=seen: seen.append(
                 float(sum(p.grad.square().sum() for g in optimiser.param_groups for p in g["params"]).sqrt())
             )

@@ -11,7 +11,7 @@ from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
-from diffrl.ranges import MAX_LAYERS, require_int
+from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
 __all__ = ["UNet"]
 
@@ -31,11 +31,12 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
 class _Block(nn.Module):
     """Residual block; noise level and label scale and shift the output of its second norm.
 
-    h = conv(SiLU(norm(x))),    x ← skip(x) + conv₀(SiLU((1 + a) norm(h) + b)),    [a, b] = W e
+    h = conv(SiLU(norm(x))),    x ← skip(x) + conv₀(dropout(SiLU((1 + a) norm(h) + b))),    [a, b] = W e
     """
 
-    def __init__(self, channels_in: int, channels_out: int, embedding: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm_in, self.norm_out = _norm(channels_in), _norm(channels_out)
         self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.conv_out = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
@@ -46,7 +47,7 @@ class _Block(nn.Module):
         h = self.conv_in(F.silu(self.norm_in(x)))
         a, b = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(b, self.norm_out(h), 1 + a)
-        return self.skip(x) + self.conv_out(F.silu(h))
+        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
 
 
 class _Attention(nn.Module):
@@ -62,6 +63,15 @@ class _Attention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).flatten(2).mT.chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.mT.reshape(x.shape))
+
+
+def _require_halves(event_shape: tuple[int, ...], resolutions: int) -> None:
+    factor = 2 ** (resolutions - 1)
+    if len(event_shape) != 3 or any(size % factor for size in event_shape[1:]):
+        raise InputError(
+            f"a UNet with {resolutions} multipliers needs events (C, H, W) with H and W divisible "
+            f"by {factor}, not {event_shape}: pad the images or give fewer multipliers"
+        )
 
 
 @NETWORKS.register("unet")
@@ -82,6 +92,7 @@ class UNet(nn.Module):
         attention: add self-attention at the lowest resolution.
         noise_features: number of Fourier features of c_noise, even.
         noise_scale: standard deviation of their phases in radians per unit of c_noise, as in `MLP`.
+        dropout: share of a block's inner activations that training sets to 0, in [0, 1).
 
     Raises:
         ValueError: an event shape that cannot be halved so often, or a size outside its range.
@@ -97,9 +108,11 @@ class UNet(nn.Module):
         attention: bool = False,
         noise_features: int = 16,
         noise_scale: float = 4.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
+        require_number("dropout", dropout, 0, 1, "[)")
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes, self.blocks = num_classes, blocks
         require_int("blocks", blocks, most=MAX_LAYERS)
@@ -111,12 +124,7 @@ class UNet(nn.Module):
                 "a UNet needs channels that are a multiple of 4 and at least one of multipliers, "
                 f"not channels={channels}, multipliers={tuple(multipliers)}"
             )
-        factor = 2 ** (len(multipliers) - 1)
-        if len(self.event_shape) != 3 or any(size % factor for size in self.event_shape[1:]):
-            raise InputError(
-                f"a UNet with {len(multipliers)} multipliers needs events (C, H, W) with H and W divisible "
-                f"by {factor}, not {self.event_shape}: pad the images or give fewer multipliers"
-            )
+        _require_halves(self.event_shape, len(multipliers))
         embedding = 4 * channels
         with of_features("noise"):
             features = FourierFeatures(1, noise_features, noise_scale)
@@ -130,11 +138,13 @@ class UNet(nn.Module):
 
         widths = [channels * multiplier for multiplier in multipliers for _ in range(blocks)]
         self.first = nn.Conv2d(self.event_shape[0], channels, 3, padding=1)
-        self.down = nn.ModuleList(_Block(a, b, embedding) for a, b in pairwise([channels, *widths]))
-        self.middle = _Block(widths[-1], widths[-1], embedding)
+        self.down = nn.ModuleList(_Block(a, b, embedding, dropout) for a, b in pairwise([channels, *widths]))
+        self.middle = _Block(widths[-1], widths[-1], embedding, dropout)
         self.attention = _Attention(widths[-1]) if attention else nn.Identity()
         # a channels come from below, and b by the skip connection; the widths are those of the way down, reversed
-        self.up = nn.ModuleList(_Block(a + b, b, embedding) for a, b in pairwise([widths[-1], *widths[::-1]]))
+        self.up = nn.ModuleList(
+            _Block(a + b, b, embedding, dropout) for a, b in pairwise([widths[-1], *widths[::-1]])
+        )
         self.norm = _norm(widths[0])
         self.last = _zero(nn.Conv2d(widths[0], self.event_shape[0], 3, padding=1))
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffrl.errors import InputError
+from diffrl.experiments.grids import grid_scheme
 from diffrl.experiments.reports.run_table import data_label
 from diffrl.experiments.reports.style import (
     BLUE,
@@ -27,7 +28,6 @@ from diffrl.experiments.reports.style import (
     write_title,
 )
 from diffrl.experiments.reports.target_figure import run_target_errors
-from diffrl.experiments.studies import grid_scheme
 from diffrl.experiments.study_findings import SCORE, Panel, StudyFindings
 from diffrl.extras import require
 from diffrl.metrics.intervals import interval

@@ -8,7 +8,9 @@ from typing import Any
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table
 
-__all__ = ["commands_table", "reward_label", "write_summary"]
+__all__ = ["commands_table", "folded", "reward_label", "write_summary"]
+
+LONG = 24  # rows; a longer table is folded away
 
 
 def commands_table(commands: Sequence[Mapping[str, Any]]) -> str:
@@ -23,6 +25,13 @@ def commands_table(commands: Sequence[Mapping[str, Any]]) -> str:
         took = "stopped" if seconds is None else f"{seconds / 60:.1f} min"
         rows.append([f"`{command['command']}`", command["started"], str(command.get("cells", "")), took])
     return markdown_table(rows)
+
+
+def folded(title: str, rows: list[list[str]], *, fold: bool = False) -> str:
+    """A table with a title, in Markdown; folded away if it is long, or where `fold` asks for it."""
+    if fold or len(rows) > LONG:
+        return f"<details><summary>{title}</summary>\n\n{markdown_table(rows)}\n</details>\n"
+    return f"**{title}**\n\n{markdown_table(rows)}"
 
 
 def reward_label(config: Mapping[str, Any]) -> str:

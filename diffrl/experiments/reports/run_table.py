@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.stand_ins import StandIn
+from diffrl.registry import accepted
 from diffrl.text_tables import text_table
 
 __all__ = ["data_label", "distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
@@ -30,7 +32,10 @@ def objective_label(name: str, config: Mapping[str, Any]) -> str:
     entry = OBJECTIVES.entry(name)
     parameters = [p for function in entry.functions for p in signature(function).parameters.values()]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return entry.label_for({**defaults, **config.get("objective", {})})
+    options = config.get("objective", {})
+    label = entry.label_for({**defaults, **options})
+    beside = name != options.get("name", name)  # Monte Carlo beside it, whose target is the datum
+    return label if beside else StandIn(**accepted(StandIn, config.get("chain", {}))).label(label)
 
 
 def data_label(config: Mapping[str, Any]) -> str:

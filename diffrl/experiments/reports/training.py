@@ -8,12 +8,14 @@ out/
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffrl.experiments.findings import Finding
-from diffrl.experiments.reports.parts import commands_table, write_summary
+from diffrl.experiments.rates import has_diverged
+from diffrl.experiments.reports.parts import commands_table, folded, write_summary
+from diffrl.experiments.reports.rates import at_what, rates
 from diffrl.experiments.reports.run_table import distance_label
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.study_findings import COSTS, SCORE, Estimate, Panel, Quantity, StudyFindings
@@ -23,7 +25,6 @@ from diffrl.text_tables import markdown_table
 
 __all__ = ["write_report"]
 
-LONG = 24  # rows; a longer table is folded away
 NAMES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
 LEGEND = """\
 Every figure is a distance or an error: **less is better**. `0.62 [0.58, 0.66] P 1.00` reads: interquartile
@@ -52,25 +53,32 @@ def write_report(out: Path) -> Path:
     """
     findings = StudyFindings(out)
     panels = [panel for panel in findings.panels() if panel.schemes]
+    fixed = {
+        (p.study.name, p.case): findings.panel(p.study, p.case, "fixed") for p in panels if p.rate == "tuned"
+    }
+    every = [*panels, *fixed.values()]
     rows = [_flat(cell) for cell in findings.cells]
     _write_csv(out / "summary.csv", rows)
     summary = {
         "plan": findings.plan,
         "commands": findings.commands,
         "cells": rows,
-        "estimates": [entry for panel in panels for entry in _estimates(panel)],
-        "efforts": [entry for panel in panels for entry in _efforts(panel)],
+        "estimates": [entry for panel in every for entry in _estimates(panel)],
+        "efforts": [entry for panel in every for entry in _efforts(panel)],
+        "tuning": [choice.plain for choice in findings.tuning],
     }
     write_summary(out, summary)
 
-    parts = [_head(findings), _in_short(panels)]
+    parts = [_head(findings), _in_short(panels, fixed)]
     study = None
     for panel in panels:
         if panel.study != study:
             study = panel.study
             parts.append(f"## {study.name}: {study.title}\n")
         figures = draw_figures(panel, out / "figures")
-        parts.append(_panel(panel))
+        parts += [f"### {study.name}, {panel.case}\n", rates(findings, panel), _panel(panel)]
+        if beside := fixed.get((study.name, panel.case)):
+            parts.append(_beside(beside))
         parts += [f"![{title}](figures/{path.name})\n" for title, path in figures]
     parts.append(_unfinished(findings))
     write_atomically(out / "report.md", "\n".join(part for part in parts if part))
@@ -78,9 +86,13 @@ def write_report(out: Path) -> Path:
 
 
 def _head(findings: StudyFindings) -> str:
-    cells = {cell.path: cell.status for cell in findings.cells}
-    finished = sum(status == "finished" for status in cells.values())
+    cells = {(cell.path, cell.seed): cell for cell in findings.cells}.values()
+    finished = sum(cell.status == "finished" for cell in cells)
+    tuning = [cell for cell in cells if cell.where["rate"] == "tuning"]
     lines = [f"# Comparison: {findings.plan}\n", f"{finished} of {len(cells)} cells are finished.\n"]
+    if tuning:
+        diverged = sum(has_diverged(cell.error) for cell in tuning)
+        lines.append(f"{len(tuning)} of them are runs of tuning, of which {diverged} diverged.\n")
     lines.append(commands_table(findings.commands))
     used = {json.dumps(command["versions"]): command["versions"] for command in findings.commands}
     for versions in used.values():
@@ -89,45 +101,66 @@ def _head(findings: StudyFindings) -> str:
     return "\n".join([*lines, LEGEND.format(sigmas=sigmas)])
 
 
-def _in_short(panels: Sequence[Panel]) -> str:
-    """The table of the best schemes: one for each figure of each study on each case."""
-    rows = [["study", "case", "figure", "best scheme", "over the baseline"]]
+def _in_short(panels: Sequence[Panel], fixed: Mapping[tuple[str, str], Panel]) -> str:
+    """The table of the best schemes: one for each figure of each study on each case, at own and at fixed rates."""
+    rows = [["study", "case", "figure", "rate", "best scheme", "over the baseline"]]
     for panel in panels:
+        beside = fixed.get((panel.study.name, panel.case))
         for quantity in panel.quantities:
-            if quantity.kind == "value_error" or len(panel.compared) < 2:
-                continue
-            estimates = {s: e for s in panel.compared if (e := panel.estimates[s, quantity]) is not None}
-            if estimates:
-                best = min(estimates, key=lambda s: estimates[s].ratio.iqm)
-                what = _cell(estimates[best]) if best != panel.study.baseline else "1 (the baseline)"
-                rows.append([panel.study.name, panel.case, _label(quantity, panel), best, what])
+            if quantity.kind != "value_error":
+                rows += [_best(each, quantity) for each in (panel, beside) if each is not None]
+    rows = [row for row in rows if row]
+    if not fixed:
+        rows = [[*row[:3], *row[4:]] for row in rows]
     return f"## Best schemes\n\n{markdown_table(rows)}" if len(rows) > 1 else ""
+
+
+def _best(panel: Panel, quantity: Quantity) -> list[str]:
+    """A row of the table of the best schemes; empty if there is nothing to compare."""
+    if len(panel.compared) < 2 or quantity not in panel.quantities:
+        return []
+    estimates = {s: e for s in panel.compared if (e := panel.estimates[s, quantity]) is not None}
+    if not estimates:
+        return []
+    best = min(estimates, key=lambda s: estimates[s].ratio.iqm)
+    what = _cell(estimates[best]) if best != panel.study.baseline else "1 (the baseline)"
+    return [panel.study.name, panel.case, _label(quantity, panel), panel.rate, best, what]
 
 
 def _panel(panel: Panel) -> str:
     """The tables of a study on a case."""
     study = panel.study
-    lines = [f"### {study.name}, {panel.case}\n"]
     if not panel.compared:
-        return (
-            f"{lines[0]}\nNo seed of the baseline, {study.baseline}, is finished: nothing to compare with.\n"
-        )
+        return f"No seed of the baseline, {study.baseline}, is finished: nothing to compare with.\n"
     spent = panel.costs(study.baseline)[study.matched]
-    lines.append(
-        f"Baseline: {study.baseline}. Matched: {NAMES[study.matched]}, {spent:,.0f}. Seeds: "
-        f"{', '.join(str(seed) for seed in study.seeds)}.\n"
-    )
+    seeds = ", ".join(str(seed) for seed in study.seeds)
+    head = f"Baseline: {study.baseline}. Matched: {NAMES[study.matched]}, {spent:,.0f}. Seeds: {seeds}."
+    lines = [f"{head} {at_what(panel)}".rstrip() + "\n", *_figure_tables(panel)]
+    if SCORE in panel.quantities:
+        lines.append(folded("Effort to reach the baseline's last value error", _effort_rows(panel)))
+    lines.append(folded("Cost of a run", _cost_rows(panel)))
+    return "\n".join(lines)
+
+
+def _beside(panel: Panel) -> str:
+    """The tables of a study on a case where nothing is tuned."""
+    head = f"#### {panel.study.name}, {panel.case}, at a fixed rate\n"
+    if not panel.compared:
+        return f"{head}\nNo seed of the baseline, {panel.study.baseline}, is finished at it.\n"
+    return "\n".join([head, f"{at_what(panel)}\n", *_figure_tables(panel)])
+
+
+def _figure_tables(panel: Panel) -> list[str]:
+    """Value errors and sample distances: over the baseline's, and folded away the figures themselves."""
     errors = [q for q in panel.quantities if q.kind != "sample_distance"]
     distances = [q for q in panel.quantities if q.kind == "sample_distance"]
     name = f"{distance_label(panel.metric)}, {panel.metric.partition('@')[2]} samples"
+    tables = []
     for title, quantities in (("Value error", errors), (f"Sample distance: {name}", distances)):
         if quantities:
-            lines.append(_folded(f"{title}, × baseline", _ratio_rows(panel, quantities)))
-            lines.append(_folded(f"{title}, absolute", _value_rows(panel, quantities), fold=True))
-    if SCORE in panel.quantities:
-        lines.append(_folded("Effort to reach the baseline's last value error", _effort_rows(panel)))
-    lines.append(_folded("Cost of a run", _cost_rows(panel)))
-    return "\n".join(lines)
+            tables.append(folded(f"{title}, × baseline", _ratio_rows(panel, quantities)))
+            tables.append(folded(f"{title}, absolute", _value_rows(panel, quantities), fold=True))
+    return tables
 
 
 def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
@@ -184,15 +217,19 @@ def _unfinished(findings: StudyFindings) -> str:
     """Schemes with cells that have no result, and why."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for c in findings.unfinished():
+        if c.where["rate"] == "tuning" and has_diverged(c.error):
+            continue  # the table of what is tuned tells it
         where = f"`cells/{c.path.name}`" if c.status in ("failed", "stopped") else ""
         error = c.error or ""
-        place = tuple(c.where[key] for key in ("study", "case", "scheme"))
+        study, case, scheme, rate, point = (c.where[k] for k in ("study", "case", "scheme", "rate", "point"))
+        at = "" if rate == "fixed" else f", {rate} at {point}" if point else f", {rate}"
+        place = (study, case, f"{scheme}{at}")
         groups.setdefault((*place, c.status, where, error), []).append(str(c.seed))
     if not groups:
         return ""
     rows = [["study", "case", "scheme", "seeds", "state", "folder", "error"]]
     rows += [[*key[:3], ", ".join(seeds), *key[3:]] for key, seeds in groups.items()]
-    table = _folded("What has not been run, or did not end", rows)
+    table = folded("What has not been run, or did not end", rows)
     return f"## Cells without a result\n\nThe same command runs them again.\n\n{table}"
 
 
@@ -201,7 +238,7 @@ def _estimates(panel: Panel) -> Iterable[dict[str, Any]]:
     for scheme in panel.compared:
         for quantity in panel.quantities:
             estimate = panel.estimates[scheme, quantity]
-            where = {"study": panel.study.name, "case": panel.case, "scheme": scheme, **quantity._asdict()}
+            where = {**_place(panel, scheme), **quantity._asdict()}
             yield {**where, **({} if estimate is None else _plain(estimate))}
 
 
@@ -209,8 +246,12 @@ def _efforts(panel: Panel) -> Iterable[dict[str, Any]]:
     """Every effort, for summary.json."""
     if SCORE in panel.quantities:
         for scheme in panel.compared:
-            where = {"study": panel.study.name, "case": panel.case, "scheme": scheme}
-            yield {**where, **_plain(panel.effort(scheme))}
+            yield {**_place(panel, scheme), **_plain(panel.effort(scheme))}
+
+
+def _place(panel: Panel, scheme: str) -> dict[str, str]:
+    """Where an estimate stands, for summary.json."""
+    return {"study": panel.study.name, "case": panel.case, "scheme": scheme, "rate": panel.rate}
 
 
 def _flat(cell: Finding) -> dict[str, Any]:
@@ -247,13 +288,6 @@ def _seeded(scheme: str, panel: Panel) -> str:
 
 def _cell(estimate: Estimate | None) -> str:
     return "not finite" if estimate is None else f"{estimate.ratio:.2f} P {estimate.probability:.2f}"
-
-
-def _folded(title: str, rows: list[list[str]], *, fold: bool = False) -> str:
-    """A table with a title; folded away if it is long, or where `fold` asks for it."""
-    if fold or len(rows) > LONG:
-        return f"<details><summary>{title}</summary>\n\n{markdown_table(rows)}\n</details>\n"
-    return f"**{title}**\n\n{markdown_table(rows)}"
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

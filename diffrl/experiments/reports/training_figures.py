@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from diffrl.experiments.grids import grid_scheme
+from diffrl.experiments.reports.rates import at_what
 from diffrl.experiments.reports.run_table import data_label, distance_label
 from diffrl.experiments.reports.style import (
     BLUE,
@@ -24,7 +26,6 @@ from diffrl.experiments.reports.style import (
     write_note,
     write_title,
 )
-from diffrl.experiments.studies import grid_scheme
 from diffrl.experiments.study_findings import SCORE, Panel, Quantity
 from diffrl.extras import require
 from diffrl.metrics.intervals import Interval, interval
@@ -104,7 +105,7 @@ def _footer(panel: Panel) -> str:
     parts.append(f"Samples: {distance_label(name)} of {int(count):,}.")
     if SCORE in panel.quantities:
         parts.append(f"Value error: mean over σ = {', '.join(panel.score_sigmas)}.")
-    return " ".join(parts)
+    return " ".join([*parts, at_what(panel)]).rstrip()
 
 
 def _ratio_row(panel: Panel, scheme: str, quantity: Quantity) -> dict[str, Any]:
@@ -165,8 +166,8 @@ def _draw_heat_map(axes: Any, panel: Panel, quantity: Quantity, table: Array, mo
     """One heat map, with its numbers and a frame around the best; `most` is log2 at the ends of the scale."""
     (row_label, row_values), (column_label, column_values) = panel.study.axes.items()
     image = axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    axes.set_xticks(range(len(column_values)), [f"{float(v):g}" for v in column_values])
-    axes.set_yticks(range(len(row_values)), [f"{float(v):g}" for v in row_values])
+    axes.set_xticks(range(len(column_values)), [_tick(v) for v in column_values])
+    axes.set_yticks(range(len(row_values)), [_tick(v) for v in row_values])
     axes.set(xlabel=column_label, ylabel=row_label, title=_title(quantity))
     axes.grid(False)
     axes.tick_params(length=0)
@@ -182,6 +183,14 @@ def _draw_heat_map(axes: Any, panel: Panel, quantity: Quantity, table: Array, mo
     )
     axes.add_patch(frame)
     return image
+
+
+def _tick(value: str) -> str:
+    """A value of an axis for people: 0.50 as 0.5, and what is no number as it is written."""
+    try:
+        return f"{float(value):g}"
+    except ValueError:
+        return value
 
 
 def _draw_intervals(figure: Any, panel: Panel) -> Rows:
