@@ -1,4 +1,4 @@
-"""Each scheme at its own rate: the best on seeds that are not reported, in two stages, with the fixed rate beside it."""
+"""Each scheme at its own rate: the best on seeds that are not reported, in two stages; the fixed rate beside it."""
 
 import csv
 import json
@@ -214,11 +214,8 @@ def test_studies_are_tuned_when_they_are_asked_for(tmp_path: Path, ran: list[tup
     assert [c.study for c in findings.tuning] == ["a", "b"]
     assert len(findings.finished(study="b", rate="tuned")) == 2  # what was run before stays in the index
     run_comparison(made, tmp_path, studies=["c"], workers=0, progress=False)
-    assert {p.study.name: p.rate for p in StudyFindings(tmp_path).panels()} == {
-        "a": "tuned",
-        "b": "tuned",
-        "c": "fixed",
-    }
+    rates = {panel.study.name: panel.rate for panel in StudyFindings(tmp_path).panels()}
+    assert rates == {"a": "tuned", "b": "tuned", "c": "fixed"}
 
 
 def test_an_interruption_in_either_stage_continues_to_the_same(
