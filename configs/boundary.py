@@ -111,7 +111,7 @@ def _paths(config: DictConfig, key: str) -> list[str]:
     return [
         f"{group!s}.{key}"
         for group, options in config.items_ex(resolve=False)
-        if group != "hydra" and isinstance(options, DictConfig) and len(options) and key in options
+        if group != "hydra" and isinstance(options, DictConfig) and key in options
     ]
 
 

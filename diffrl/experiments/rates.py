@@ -40,9 +40,9 @@ class Tuning:
 
     def __post_init__(self) -> None:
         if len(self.grid.points) < 2:
-            raise InputError("tuning.grid has fewer than two points: give values, or tuning: null for none")
+            raise InputError("tuning.grid has fewer than two points: give values, or tuning.enabled=false")
         if not self.seeds:
-            raise InputError("tuning.seeds is empty: give at least one, or tuning: null for no tuning")
+            raise InputError("tuning.seeds is empty: give at least one, or tuning.enabled=false")
         if self.by not in CRITERIA:
             raise InputError(f"tuning.by is {self.by!r}: give one of {', '.join(CRITERIA)}")
 

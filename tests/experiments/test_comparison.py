@@ -380,7 +380,7 @@ def test_multirun_with_joblib_gives_each_job_a_folder(tmp_path: Path) -> None:
 def test_multirun_with_joblib_shares_studies_out(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "examples" / "compare_bootstrapping.py"), "-m"]
     script += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "plan=quick", "studies=[map],[schemes]"]
-    script += ["plan.tuning=null"]
+    script += ["plan.tuning.enabled=false"]
     script += ["out=${hydra:job.num}", "workers=0", f"hydra.sweep.dir={tmp_path}/sweep"]
     script += ["plan.studies.map.seeds=[0]", "plan.studies.schemes.seeds=[0]"]
     words = ",".join(f"'{word}'" for word in TINY)
