@@ -78,6 +78,21 @@ class Choice:
     folder: str | None
     error: str | None
 
+    @classmethod
+    def read(cls, entry: Any) -> "Choice":
+        """As the index of a comparison has it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return cls(**entry)
+        except TypeError as error:
+            raise InputError(
+                f"index.json is damaged: what a scheme takes cannot be read ({error}): the comparison's own command "
+                "writes it anew"
+            ) from error
+
     @property
     def plain(self) -> dict[str, Any]:
         """For the index of a comparison."""
