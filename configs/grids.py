@@ -47,8 +47,8 @@ def read_tuning(plan: Mapping[str, Any], study: str, given: Mapping[str, Any]) -
     Raises:
         ValueError: a grid without values, or a seed that some study reports.
     """
-    whole, own = plan.get("tuning"), given.get("tuning", {})
-    if whole is None or own is None:
+    whole, own = plan.get("tuning", {"enabled": False}), given.get("tuning", {})
+    if not (whole.get("enabled", True) and own.get("enabled", True)):
         return None
     seeds = own.get("seeds") or whole["seeds"]
     for name, other in plan["studies"].items():
@@ -74,8 +74,8 @@ def refuse_tuned_twice(study: str, schemes: Mapping[str, Sequence[str]], tuning:
         for word in words:
             if (key := word.lstrip("+").partition("=")[0]) in tuning.grid.keys.values():
                 raise InputError(
-                    f"study {study}, scheme {scheme}: {word} is tuned by the plan: give the study tuning: null if "
-                    f"{key} is what it compares, or leave the word out"
+                    f"study {study}, scheme {scheme}: {word} is tuned by the plan: give the study "
+                    f"tuning.enabled=false if {key} is what it compares, or leave the word out"
                 )
 
 

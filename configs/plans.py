@@ -14,6 +14,8 @@ class TuningConfig:
     Runs at the plan's own values are reported beside it.
     """
 
+    enabled: bool = True
+    """Whether studies are tuned, but for those that say no."""
     grid: dict[str, str | None] = field(
         default_factory=lambda: {"lr": "optim.lr=1e-3,2e-3,4e-3,8e-3,1.6e-2", "betas": None}
     )
@@ -31,6 +33,8 @@ class TuningConfig:
 class StudyTuningConfig:
     """What a study tunes otherwise than the plan."""
 
+    enabled: bool = True
+    """Whether it is tuned at all, if the plan is."""
     grid: dict[str, str | None] = field(default_factory=dict)
     """Axes in place of the plan's of the same label, or beside them; null leaves one out."""
     seeds: list[int] | None = None
@@ -59,8 +63,8 @@ class StudyConfig:
     overrides: list[str] = field(default_factory=list)
     """Overrides of every cell of the study."""
     seeds: list[int] = MISSING
-    tuning: StudyTuningConfig | None = field(default_factory=StudyTuningConfig)
-    """What it tunes otherwise than the plan; null: nothing is tuned."""
+    tuning: StudyTuningConfig = field(default_factory=StudyTuningConfig)
+    """What it tunes otherwise than the plan."""
 
 
 @dataclass
@@ -76,8 +80,8 @@ class PlanConfig:
     """Overrides of each case: data, network, sizes. ``{seed}`` stands for the seed of a cell, ``{data_dir}`` for
     `data_dir`."""
     studies: dict[str, StudyConfig] = MISSING
-    tuning: TuningConfig | None = field(default_factory=TuningConfig)
-    """How each scheme gets a learning rate of its own; null: no study is tuned."""
+    tuning: TuningConfig = field(default_factory=TuningConfig)
+    """How each scheme gets a learning rate of its own."""
 
 
 @dataclass

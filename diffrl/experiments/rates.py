@@ -40,9 +40,9 @@ class Tuning:
 
     def __post_init__(self) -> None:
         if len(self.grid.points) < 2:
-            raise InputError("tuning.grid has fewer than two points: give values, or tuning: null for none")
+            raise InputError("tuning.grid has fewer than two points: give values, or tuning.enabled=false")
         if not self.seeds:
-            raise InputError("tuning.seeds is empty: give at least one, or tuning: null for no tuning")
+            raise InputError("tuning.seeds is empty: give at least one, or tuning.enabled=false")
         if self.by not in CRITERIA:
             raise InputError(f"tuning.by is {self.by!r}: give one of {', '.join(CRITERIA)}")
 
@@ -77,6 +77,21 @@ class Choice:
     point: str | None
     folder: str | None
     error: str | None
+
+    @classmethod
+    def read(cls, entry: Any) -> "Choice":
+        """As the index of a comparison has it.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return cls(**entry)
+        except TypeError as error:
+            raise InputError(
+                f"index.json is damaged: what a scheme takes cannot be read ({error}): the comparison's own command "
+                "writes it anew"
+            ) from error
 
     @property
     def plain(self) -> dict[str, Any]:

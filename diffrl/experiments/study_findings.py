@@ -239,7 +239,7 @@ class StudyFindings(Findings):
         self.studies = [Study.read(entry) for entry in self.index["studies"]]
         self.folder = out / "cells"
 
-        self.tuning: list[Choice] = [Choice(**entry) for entry in self.index.get("tuning", [])]
+        self.tuning: list[Choice] = [Choice.read(entry) for entry in self.index.get("tuning", [])]
         self.cells += self._without_a_point()
 
     def panels(self) -> Iterator[Panel]:

@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from diffrl.configs.cells import plan_comparison
-from diffrl.configs.grids import read_grid
+from diffrl.configs.grids import read_grid, read_tuning
 from diffrl.configs.groups import register
 from diffrl.experiments.grids import Grid
 from tests.experiments.test_comparison import plan, study
-from tests.kit.configs import MC, TD
+from tests.kit.configs import MC, TD, composed
 
 TUNING = {"grid": {"lr": "optim.lr=1e-3,2e-3,4e-3", "betas": None}, "seeds": [8, 9], "by": "error"}
 
@@ -96,8 +97,11 @@ def test_a_study_tunes_otherwise(own: dict[str, Any], points: int, seeds: tuple[
     assert len(tuning.grid.points) == points and len(made.tuning) == 2 * points * len(seeds)
 
 
-def test_null_tunes_nothing() -> None:
-    for made in (tuned_plan(tuning=None), tuned_plan(tuning={"seeds": [5]}) | {"tuning": None}):
+def test_what_is_not_enabled_tunes_nothing() -> None:
+    for made in (
+        tuned_plan(tuning={"enabled": False}),
+        tuned_plan(tuning={"seeds": [5]}) | {"tuning": TUNING | {"enabled": False}},
+    ):
         comparison = plan_comparison(made)
         assert comparison.tuning == () and comparison.studies[0].tuning is None
 
@@ -122,7 +126,18 @@ def test_a_mistake_in_tuning_is_one_clear_line(changes: dict[str, Any], message:
     assert "\n" not in str(caught.value)
 
 
+def test_tuning_is_set_on_the_command_line() -> None:
+    words = ["plan.studies.map.tuning.enabled=true", "plan.studies.map.tuning.seeds=[5]", "plan=quick"]
+    words += ["plan.tuning.grid.betas='optim.betas=[0.5,0.999],[0.9,0.999]'"]
+    words += ["+plan.studies.map.tuning.grid.lr=null"]
+    config = OmegaConf.to_container(composed(*words, name="compare"), resolve=True)
+    assert isinstance(config, dict)
+    tuning = read_tuning(config["plan"], "map", config["plan"]["studies"]["map"])
+    assert tuning is not None and tuning.seeds == (5,)
+    assert tuning.grid.axes == {"betas": ("[0.5,0.999]", "[0.9,0.999]")}
+
+
 def test_no_study_of_the_plan_reports_what_another_is_tuned_on() -> None:
-    both = plan(a=study(), b=study(seeds=[8], tuning=None)) | {"tuning": TUNING}
+    both = plan(a=study(), b=study(seeds=[8], tuning={"enabled": False})) | {"tuning": TUNING}
     with pytest.raises(ValueError, match="study b: seed 8 is reported, and study a is tuned on it"):
         plan_comparison(both)

@@ -140,8 +140,12 @@ def test_plans_that_come_with_the_library_compose(name: str) -> None:
     assert isinstance(config, dict) and config["plan"]["name"] == name
     assert config["out"] == f"runs/compare_{name}"
     one_seed = {k: {**s, "seeds": s["seeds"][:1]} for k, s in config["plan"]["studies"].items()}
+    config["plan"]["tuning"]["seeds"] = [101]
     made = plan_comparison({**config["plan"], "studies": one_seed})
     assert len(made.cells) == sum(len(s.cases) * len(s.schemes) for s in made.studies)
+    tuned = [(len(s.cases) * len(s.schemes), s.tuning) for s in made.studies if s.tuning is not None]
+    assert len(made.tuning) == sum(n * len(t.grid.points) * len(t.seeds) for n, t in tuned) > 0
+    assert all(len(t.grid.points) >= 4 for _, t in tuned)
 
 
 # execution
@@ -325,7 +329,8 @@ def test_the_quick_plan_takes_less_than_three_minutes_of_two_cores(tmp_path: Pat
     assert running.returncode == 0, said
     assert processor_seconds() - begun < 2 * 180
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "24 of 24 cells are finished" in report and "Cells without a result" not in report
+    assert "cells are finished" in report and "32 of them are runs of tuning" in report
+    assert "at a fixed rate" in report and "Cells without a result" not in report
     for image in (part.partition(")")[0] for part in report.split("](")[1:]):
         assert (tmp_path / image).stat().st_size > 10_000
     (tmp_path / "report.md").unlink()
@@ -375,6 +380,7 @@ def test_multirun_with_joblib_gives_each_job_a_folder(tmp_path: Path) -> None:
 def test_multirun_with_joblib_shares_studies_out(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "examples" / "compare_bootstrapping.py"), "-m"]
     script += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "plan=quick", "studies=[map],[schemes]"]
+    script += ["plan.tuning.enabled=false"]
     script += ["out=${hydra:job.num}", "workers=0", f"hydra.sweep.dir={tmp_path}/sweep"]
     script += ["plan.studies.map.seeds=[0]", "plan.studies.schemes.seeds=[0]"]
     words = ",".join(f"'{word}'" for word in TINY)

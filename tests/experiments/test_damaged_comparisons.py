@@ -53,7 +53,10 @@ def test_an_index_that_is_none_is_named(tmp_path: Path, made: Comparison, text: 
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize(("key", "value"), [("studies", None), ("studies", [{"name": "a"}]), ("plan", None)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("studies", None), ("studies", [{"name": "a"}]), ("plan", None), ("tuning", [{"study": "a"}])],
+)
 def test_an_index_without_its_studies_is_read_by_nobody_and_written_anew(
     finished: Path, made: Comparison, key: str, value: Any
 ) -> None:

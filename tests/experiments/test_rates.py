@@ -1,4 +1,4 @@
-"""Each scheme at its own rate: the best on seeds that are not reported, in two stages, with the fixed rate beside it."""
+"""Each scheme at its own rate: the best on seeds that are not reported, in two stages; the fixed rate beside it."""
 
 import csv
 import json
@@ -201,7 +201,7 @@ def test_studies_are_tuned_when_they_are_asked_for(tmp_path: Path, ran: list[tup
     studies = {
         "a": study(schemes={"MC": MC}),
         "b": study(schemes={"TD": TD}, baseline="TD"),
-        "c": study(tuning=None),
+        "c": study(tuning={"enabled": False}),
     }
     tuning = {"grid": {"lr": "optim.lr=1e-3,4e-3"}, "seeds": [8], "by": "error"}
     made = plan_comparison(plan(**studies) | {"tuning": tuning})
@@ -214,11 +214,8 @@ def test_studies_are_tuned_when_they_are_asked_for(tmp_path: Path, ran: list[tup
     assert [c.study for c in findings.tuning] == ["a", "b"]
     assert len(findings.finished(study="b", rate="tuned")) == 2  # what was run before stays in the index
     run_comparison(made, tmp_path, studies=["c"], workers=0, progress=False)
-    assert {p.study.name: p.rate for p in StudyFindings(tmp_path).panels()} == {
-        "a": "tuned",
-        "b": "tuned",
-        "c": "fixed",
-    }
+    rates = {panel.study.name: panel.rate for panel in StudyFindings(tmp_path).panels()}
+    assert rates == {"a": "tuned", "b": "tuned", "c": "fixed"}
 
 
 def test_an_interruption_in_either_stage_continues_to_the_same(
@@ -379,7 +376,7 @@ def of_0_3(out: Path) -> None:
 
 
 def test_folders_of_old_are_reported_and_continued(tmp_path: Path, ran: list[tuple[str, float, int]]) -> None:
-    run(tuned(tuning=None), tmp_path)
+    run(tuned(tuning={"enabled": False}), tmp_path)
     report, summary = (
         write_report(tmp_path).read_text(encoding="utf-8"),
         (tmp_path / "summary.json").read_bytes(),
@@ -397,7 +394,7 @@ def test_folders_of_old_are_reported_and_continued(tmp_path: Path, ran: list[tup
 def test_before_anything_is_tuned_the_fixed_table_is_shown(
     tmp_path: Path, ran: list[tuple[str, float, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tuned(tuning=None), tmp_path)
+    run(tuned(tuning={"enabled": False}), tmp_path)
 
     def stop(config: dict[str, Any], *, progress: bool) -> None:
         raise Interrupted

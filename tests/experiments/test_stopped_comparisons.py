@@ -27,7 +27,8 @@ def words(kind: str, base: Path) -> list[str]:
         tiny = [*TINY, "trainer.grad_steps=1000", "trainer.eval_every=1000", "trainer.report_every=20"]
         tiny = [f"'{word}'" for word in (*tiny, f"trainer.checkpoint_every={UNSAVED}")]
         return [
-            "compare", "plan=quick", "studies=[schemes]", f"plan.cases.gmm16=[{','.join(tiny)}]",
+            "compare", "plan=quick", "studies=[schemes]", "plan.tuning.enabled=false",
+            f"plan.cases.gmm16=[{','.join(tiny)}]",
             "plan.studies.schemes.cases=[gmm16]", "plan.studies.schemes.seeds=[0]",
         ]  # fmt: skip
     return [

@@ -56,6 +56,7 @@ COMPARISON = [
     *(
         "plan=quick",
         "studies=[schemes]",
+        "plan.tuning.enabled=false",
         "plan.studies.schemes.cases=[gmm16]",
         "plan.studies.schemes.seeds=[0]",
     ),
