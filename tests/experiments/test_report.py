@@ -9,21 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import trim_mean
 
 import diffrl.experiments.comparison
 import diffrl.experiments.reports.training
+from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.style import plain_ticks
 from diffrl.experiments.reports.training import write_report
 from diffrl.experiments.reports.training_figures import _footer, draw_figures
 from diffrl.experiments.studies import Comparison, Study, run_comparison, study_cell
 from diffrl.experiments.study_findings import HELD_OUT, SCORE, Panel, Quantity, StudyFindings
-from diffrl.training.runs import RunFolderError
+from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 
 SIGMAS, NFES = ("0.1", "0.3", "1", "3"), ("5", "9")
 STEPS = 100
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "trainer": {"grad_steps": STEPS},
     "data": {"name": "gmm", "components": 12, "dim": 16},
     "process": {"name": "edm"},
@@ -298,6 +300,23 @@ def test_on_real_data_the_held_out_error_is_in_every_table_and_figure(tmp_path: 
         with path.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
             shown = [row.get("figure", row.get("panel")) for row in csv.DictReader(file)]
         assert shown.count("denoising_error") == 2 or shown.count("curve_held_out") == 3 * 11
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_images_are_shown_scheme_by_scheme(tmp_path: Path) -> None:
+    [panel] = make(tmp_path, study(), data="digits", skip=("λ=0.5/0", "target/2")).panels()
+    assert draw_sheets(panel, tmp_path) == []  # no samples are kept
+    images = torch.linspace(-1, 1, 9 * 16).reshape(9, 1, 4, 4)
+    for scheme in panel.compared:
+        run = RunFolder(panel.cells[scheme][panel.seeds(scheme)[0]].path)
+        run.write_samples("td", {nfe: images.clone() for nfe in NFES})
+    [(_, path)] = draw_sheets(panel, tmp_path / "figures")
+    assert path.name == "a_gmm_samples.png" and path.stat().st_size > 1000
+    assert path.with_suffix(".pdf").exists() and "](figures/a_gmm_samples.png)" in report(tmp_path)
+    for scheme in panel.compared:
+        run = RunFolder(panel.cells[scheme][panel.seeds(scheme)[0]].path)
+        run.write_samples("td", {nfe: images[:, 0, 0].clone() for nfe in NFES})
+    assert draw_sheets(panel, tmp_path) == []  # points
 
 
 def test_a_grid_with_holes_is_drawn(tmp_path: Path) -> None:

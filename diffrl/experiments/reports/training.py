@@ -15,6 +15,7 @@ from typing import Any
 from diffrl.experiments.findings import Finding
 from diffrl.experiments.reports.parts import commands_table, write_summary
 from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.study_findings import (
     COSTS,
@@ -80,7 +81,7 @@ def write_report(out: Path) -> Path:
         if panel.study != study:
             study = panel.study
             parts.append(f"## {study.name}: {study.title}\n")
-        figures = draw_figures(panel, out / "figures")
+        figures = [*draw_figures(panel, out / "figures"), *draw_sheets(panel, out / "figures")]
         parts.append(_panel(panel))
         parts += [f"![{title}](figures/{path.name})\n" for title, path in figures]
     parts.append(_unfinished(findings))
