@@ -39,16 +39,15 @@ def draw_sheets(panel: Panel, folder: Path) -> list[tuple[str, Path]]:
     title = f"Samples ({data_label(panel.config)})"
     with drawing(figsize=(1.6 * len(columns) + 1, 1.28 * len(found) + 0.8)) as figure:
         grid = figure.subplots(len(found), len(columns), squeeze=False)
-        for row, (scheme, sheets) in zip(grid, found.items(), strict=True):
-            row[0].set_ylabel(scheme, rotation=0, ha="right", va="center")
-            for axes, column in zip(row, columns, strict=True):
-                if column in sheets and (column != "data" or row is grid[0]):
-                    show_images(axes, sheets[column][:SHOWN], columns=COLUMNS)
-                    axes.set_title("held-out data" if column == "data" else f"NFE {column}")
-                else:
+        for i, (scheme, sheets) in enumerate(found.items()):
+            grid[i, 0].set_ylabel(scheme, rotation=0, ha="right", va="center")
+            for axes, column in zip(grid[i], columns, strict=True):
+                if column not in sheets or (column == "data" and i > 0):
                     axes.set_axis_off()
-                if row is not grid[0]:
-                    axes.set_title("")
+                    continue
+                show_images(axes, sheets[column][:SHOWN], columns=COLUMNS)
+                if i == 0:
+                    axes.set_title("held-out data" if column == "data" else f"NFE {column}")
         write_title(figure, title)
         seeds = sorted({panel.seeds(scheme)[0] for scheme in found})
         write_note(
