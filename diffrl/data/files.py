@@ -14,6 +14,7 @@ from diffrl.data.image_files import (
     check_labels,
     events_from,
     images_from,
+    pooled,
     read_idx,
     read_npz,
 )
@@ -59,6 +60,7 @@ def idx(
     test_labels: str | None = None,
     test_fraction: float = 0.1,
     max_gib: float = MAX_GIB,
+    pool: int = 1,
 ) -> Data:
     """Images of idx files, the format of MNIST, gzipped or not.
 
@@ -71,13 +73,14 @@ def idx(
         test_labels: idx file of their classes.
         test_fraction: part of `path` that is test, in (0, 1).
         max_gib: GiB of memory that a file's samples may take.
+        pool: take means over blocks of pool × pool pixels, which must divide the images; 2 makes 14×14 of 28×28.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
-    part = _idx_part(path, labels, max_gib)
+    part = _idx_part(path, labels, max_gib, pool)
     if test_path is not None:
-        return _from_parts("idx", part, _idx_part(test_path, test_labels, max_gib))
+        return _from_parts("idx", part, _idx_part(test_path, test_labels, max_gib, pool))
     if test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
     return _from_parts("idx", *_split("idx", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
@@ -91,6 +94,7 @@ def npz(
     test_fraction: float = 0.1,
     channels: str = "auto",
     max_gib: float = MAX_GIB,
+    pool: int = 1,
 ) -> Data:
     """Samples of an npz file (keys `x` or `images`, optional `labels`) or of an npy file.
 
@@ -107,13 +111,14 @@ def npz(
         test_fraction: part of `path` that is test, in (0, 1).
         channels: where the channels of images lie: first, last, or auto, which tells it from the shape.
         max_gib: GiB of memory that a file's samples may take.
+        pool: take means over blocks of pool × pool pixels, which must divide the images.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
-    part = _npz_part(path, conditional, channels, max_gib)
+    part = _npz_part(path, conditional, channels, max_gib, pool)
     if test_path is not None:
-        return _from_parts("npz", part, _npz_part(test_path, conditional, channels, max_gib))
+        return _from_parts("npz", part, _npz_part(test_path, conditional, channels, max_gib, pool))
     return _from_parts("npz", *_split("npz", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
 
 
@@ -157,14 +162,14 @@ def folder(
     return _from_parts("folder", part, test)
 
 
-def _idx_part(path: str, labels: str | None, max_gib: float) -> Part:
-    x = events_from(read_idx(path, max_gib), path)
+def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
+    x = pooled(events_from(read_idx(path, max_gib), path), pool, path)
     return x, None if labels is None else check_labels(read_idx(labels, max_gib), len(x), labels)
 
 
-def _npz_part(path: str, conditional: bool, channels: str, max_gib: float) -> Part:
+def _npz_part(path: str, conditional: bool, channels: str, max_gib: float, pool: int) -> Part:
     array, labels = read_npz(path, max_gib)
-    x = events_from(array, path, channels)
+    x = pooled(events_from(array, path, channels), pool, path)
     if not conditional:
         return x, None
     if labels is None:

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from diffrl.errors import DiffrlError, InputError
+from diffrl.ranges import require_int
 
 __all__ = [
     "MAX_GIB",
@@ -25,6 +27,7 @@ __all__ = [
     "events_from",
     "existing",
     "images_from",
+    "pooled",
     "read_arrays",
     "read_idx",
     "read_npz",
@@ -240,6 +243,28 @@ def check_finite(x: Tensor, where: str) -> None:
 def images_from(pixels: NDArray[np.uint8]) -> Tensor:
     """8-bit images [N, C, H, W] as float32 in [-1, 1]: x/127.5 - 1."""
     return torch.from_numpy(pixels.astype(np.float32, order="C")).div_(127.5).sub_(1)
+
+
+def pooled(x: Tensor, pool: int, where: str) -> Tensor:
+    """Images whose pixels are the means of blocks of pool × pool pixels: [N, C, H, W] → [N, C, H/pool, W/pool].
+
+    Args:
+        x: the samples; with pool 1 they may have any shape, and stay as they are.
+        pool: side of a block in pixels, at least 1.
+        where: what to call them in an error.
+
+    Raises:
+        DataError: samples that are no images, or a height or width that is no multiple of pool.
+        ValueError: pool is no whole number of at least 1.
+    """
+    if require_int("pool", pool) == 1:
+        return x
+    if x.ndim != 4 or any(size % pool for size in x.shape[2:]):
+        raise DataError(
+            f"{where}: samples of shape {tuple(x.shape[1:])} cannot be pooled by {pool}: that takes images [C, H, W] "
+            f"with H and W divisible by {pool}"
+        )
+    return avg_pool2d(x, pool)
 
 
 def events_from(array: NDArray[Any], where: str, channels: str = "auto") -> Tensor:

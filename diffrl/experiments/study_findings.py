@@ -1,7 +1,7 @@
 """What the finished cells of training studies say: each scheme against the baseline at the same seeds."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrl.data import files
 from diffrl.experiments.findings import Finding, Findings
 from diffrl.experiments.rates import Choice
 from diffrl.experiments.studies import WHERE, Study
@@ -17,7 +18,18 @@ from diffrl.metrics.intervals import Interval, interval
 from diffrl.metrics.seeds import iqm, probability_of_improvement
 from diffrl.training.runs import RunFolder
 
-__all__ = ["COSTS", "SCORE", "Curve", "Effort", "Estimate", "Panel", "Quantity", "StudyFindings"]
+__all__ = [
+    "COSTS",
+    "HELD_OUT",
+    "MEANS",
+    "SCORE",
+    "Curve",
+    "Effort",
+    "Estimate",
+    "Panel",
+    "Quantity",
+    "StudyFindings",
+]
 
 Array = NDArray[np.float64]
 
@@ -28,12 +40,20 @@ class Quantity(NamedTuple):
     """Something measured, of which less is better."""
 
     kind: str
-    """"score", "value_error" or "sample_distance"."""
+    """"score", "value_error", "denoising_error" or "sample_distance"."""
     at: str
-    """σ or the number of network evaluations, as keys of results.json; empty for the score."""
+    """σ or the number of network evaluations, as keys of results.json; empty for a mean over σ."""
 
 
 SCORE = Quantity("score", "")
+"""Mean over σ of the value errors, each over the baseline's."""
+
+HELD_OUT = Quantity("denoising_error", "")
+"""The same of the denoising errors on held-out points; on real data alone, where the value error is that of training
+rows. Of a known law it is the value error plus a constant, and says nothing new."""
+
+MEANS = {SCORE: "value_error", HELD_OUT: "denoising_error"}
+"""Means over σ, and of what."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,7 @@ class Estimate:
 
     Args:
         seeds: those at which both the scheme and the baseline are finished.
-        value: of the figure itself; None for the score, which is a ratio.
+        value: of the figure itself; None for a mean over σ, which is of ratios.
         ratio: of the figure over the baseline's at the same seed.
         probability: of improvement over the baseline: the share of seeds at which the scheme is better. At one seed
             the two share data, noise and first weights.
@@ -55,7 +75,7 @@ class Estimate:
 
 
 class Curve(NamedTuple):
-    """A run's score at each evaluation: the mean over σ of its value error over the baseline's *last* one."""
+    """A run's score at each evaluation: the mean over σ of its errors, each over the baseline's *last* one."""
 
     grad_steps: Array
     network_evaluations: Array
@@ -86,7 +106,7 @@ class Panel:
     Args:
         study: the study.
         case: the case.
-        score_sigmas: σ whose value errors make the score.
+        score_sigmas: σ whose errors make the means.
         cells: finished cells by scheme and seed.
         rate: "tuned" if each scheme is at its own best values, "fixed" if all are at the plan's.
     """
@@ -104,6 +124,11 @@ class Panel:
         return RunFolder(cell.path).config()
 
     @property
+    def is_real(self) -> bool:
+        """Whether the data are a finite set that is read, and not draws from a law."""
+        return self.config["data"]["name"] in files.__all__
+
+    @property
     def schemes(self) -> list[str]:
         """The schemes with a finished cell, in the study's order."""
         return [scheme for scheme in self.study.schemes if self.cells.get(scheme)]
@@ -119,14 +144,14 @@ class Panel:
         figures = [cell.figures for cells in self.cells.values() for cell in cells.values()]
         if not figures:
             return []
-        errors = [s for s in figures[0]["value_error"] if all(s in f["value_error"] for f in figures)]
-        nfes = figures[0]["sample_distance"]["by_nfe"]
-        nfes = [n for n in nfes if all(n in f["sample_distance"]["by_nfe"] for f in figures)]
-        found = [
-            *(Quantity("value_error", s) for s in errors),
-            *(Quantity("sample_distance", n) for n in nfes),
-        ]
-        return [SCORE, *found] if set(self.score_sigmas) <= set(errors) else found
+        found: list[Quantity] = []
+        for mean, kind in MEANS.items():
+            errors = _common([f.get(kind, {}) for f in figures])
+            if mean != HELD_OUT or self.is_real:
+                found += [mean] if errors and set(self.score_sigmas) <= set(errors) else []
+                found += [Quantity(kind, sigma) for sigma in errors]
+        nfes = _common([f["sample_distance"]["by_nfe"] for f in figures])
+        return [*found, *(Quantity("sample_distance", nfe) for nfe in nfes)]
 
     @property
     def metric(self) -> str:
@@ -150,8 +175,8 @@ class Panel:
 
     def ratios(self, scheme: str, quantity: Quantity) -> Array:
         """The figure over the baseline's, at each of `seeds`; the score is the mean of value errors' ratios."""
-        if quantity == SCORE:
-            errors = [Quantity("value_error", sigma) for sigma in self.score_sigmas]
+        if kind := MEANS.get(quantity):
+            errors = [Quantity(kind, sigma) for sigma in self.score_sigmas]
             return np.mean([self.ratios(scheme, error) for error in errors], axis=0)
         baseline = self.cells[self.study.baseline]
         return self.values(scheme, quantity) / [
@@ -167,7 +192,7 @@ class Panel:
         ratios = self.ratios(scheme, quantity)
         if not np.isfinite(ratios).all():
             return None
-        value = None if quantity == SCORE else interval(self.values(scheme, quantity))
+        value = None if quantity in MEANS else interval(self.values(scheme, quantity))
         better = probability_of_improvement(np.ones((1, len(ratios))), ratios[None])  # each seed is a task
         return Estimate(self.seeds(scheme), value, interval(ratios), better)
 
@@ -182,12 +207,13 @@ class Panel:
         spent, baseline = (self.costs(s)[axis] for s in (scheme, self.study.baseline))
         return abs(spent - baseline) <= (0.1 if axis == "seconds" else 0.01) * baseline
 
-    def curve(self, scheme: str, seed: int) -> Curve:
-        """The score of a run while it trains."""
+    def curve(self, scheme: str, seed: int, mean: Quantity = SCORE) -> Curve:
+        """A mean over σ of a run's errors while it trains."""
         cell, baseline = self.cells[scheme][seed], self.cells[self.study.baseline][seed]
-        names = [f"value_error_{s}" for s in self.score_sigmas]
+        kind = MEANS[mean]
+        names = [f"{kind}_{s}" for s in self.score_sigmas]
         rows = [row for row in cell.rows() if all(row.get(name) for name in names)]
-        level = np.array([baseline.figures["value_error"][s] for s in self.score_sigmas])
+        level = np.array([baseline.figures[kind][s] for s in self.score_sigmas])
 
         def columns(*names: str) -> Array:
             return np.array([[float(row[name]) for name in names] for row in rows]).reshape(-1, len(names))
@@ -210,6 +236,11 @@ class Panel:
             return Effort(seeds, len(shares), None, None)
         steps, evaluations = np.array(shares).T
         return Effort(seeds, len(shares), interval(steps), interval(evaluations))
+
+
+def _common(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of the first that all have."""
+    return [key for key in found[0] if all(key in other for other in found)]
 
 
 def _figure(cell: Finding, quantity: Quantity) -> float:

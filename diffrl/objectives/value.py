@@ -300,7 +300,9 @@ class ValueLoss(DenoiserLoss):
             datum = chain.get(keys.X0_MEAN, x0)
             if datum is not None and estimator.gamma == 1:
                 if isinstance(estimator, MonteCarlo) or self.bootstrap_share == 0:
-                    return expand_like(chain[keys.A], D_x) * (datum - D_x)  # the tail beyond a cut is known too
+                    return expand_like(chain[keys.A], D_x) * (
+                        datum - D_x
+                    )  # the tail beyond a cut is known too
             elif is_truncated(terminated, done):
                 raise InputError(
                     "the Monte Carlo return of a chain that is cut is known only from x0 and for gamma=1: "

@@ -233,6 +233,43 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path, load: Callable) 
         load(str(tmp_path))
 
 
+@pytest.mark.parametrize("pool", [1, 2, 3])
+def test_pooled_pixels_are_means_of_blocks(tmp_path: Path, pool: int) -> None:
+    x, x_test = images(7, (6, 12)), images(3, (6, 12))
+    path, test_path = write_idx(tmp_path / "x", x), write_idx(tmp_path / "t", x_test)
+    np.savez(tmp_path / "x.npz", x=x[..., None])
+    np.savez(tmp_path / "t.npz", x=x_test[..., None])
+    read = [
+        idx(path, test_path=test_path, pool=pool),
+        npz(str(tmp_path / "x.npz"), test_path=str(tmp_path / "t.npz"), pool=pool),
+    ]
+    for data in read:
+        assert data.train is not None and data.event_shape == (1, 6 // pool, 12 // pool)
+        for got, pixels in ((data.train, x), (data.test, x_test)):
+            rows, columns = 6 // pool, 12 // pool
+            for i, j in ((0, 0), (rows - 1, columns - 1), (rows - 1, 0)):
+                block = pixels[:, pool * i : pool * (i + 1), pool * j : pool * (j + 1)]
+                torch.testing.assert_close(got[:, 0, i, j], scaled(block).mean((1, 2)))
+    assert (read[0].fingerprint == idx(path, test_path=test_path).fingerprint) == (pool == 1)
+
+
+@pytest.mark.parametrize("pool", [0, -2, 1.5, True])
+def test_a_pool_that_is_no_size_is_refused(tmp_path: Path, pool: float) -> None:
+    with pytest.raises(ValueError, match="pool is .*whole number"):
+        idx(write_idx(tmp_path / "x", images()), pool=pool)
+
+
+def test_what_cannot_be_pooled_is_refused(tmp_path: Path) -> None:
+    x = write_idx(tmp_path / "x", images(20, (6, 4)))
+    for pool in (3, 4, 12):
+        with pytest.raises(DataError, match=f"H and W divisible by {pool}") as error:
+            idx(x, pool=pool)
+        check_one_line(error)
+    np.save(tmp_path / "a.npy", VECTORS)
+    with pytest.raises(DataError, match="cannot be pooled by 2"):
+        npz(str(tmp_path / "a.npy"), pool=2)
+
+
 # --- folders and zips of images
 
 

@@ -131,7 +131,7 @@ def test_a_mistake_in_a_plan_is_one_clear_line(changes: dict[str, Any], message:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["quick", "default", "full"])
+@pytest.mark.parametrize("name", ["quick", "default", "full", "mnist"])
 def test_plans_that_come_with_the_library_compose(name: str) -> None:
     with initialize_config_module("diffrl.configs", version_base="1.3"):
         config = OmegaConf.to_container(

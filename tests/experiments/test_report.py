@@ -9,21 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import trim_mean
 
 import diffrl.experiments.comparison
 import diffrl.experiments.reports.training
+from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.style import plain_ticks
 from diffrl.experiments.reports.training import write_report
 from diffrl.experiments.reports.training_figures import _footer, draw_figures
 from diffrl.experiments.studies import Comparison, Study, run_comparison, study_cell
-from diffrl.experiments.study_findings import SCORE, Panel, Quantity, StudyFindings
-from diffrl.training.runs import RunFolderError
+from diffrl.experiments.study_findings import HELD_OUT, SCORE, Panel, Quantity, StudyFindings
+from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 
 SIGMAS, NFES = ("0.1", "0.3", "1", "3"), ("5", "9")
 STEPS = 100
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "trainer": {"grad_steps": STEPS},
     "data": {"name": "gmm", "components": 12, "dim": 16},
     "process": {"name": "edm"},
@@ -38,21 +40,25 @@ def figures(scheme: str, seed: int, *, oracle: bool = True) -> dict[str, Any]:
     rng = np.random.default_rng([seed, *scheme.encode()])
     errors = {s: float(rng.gamma(5.0)) for s in SIGMAS} if oracle else {}
     distances = {n: float(rng.gamma(5.0)) for n in NFES}
-    evaluations = 2000 if "target" in scheme else 1000
+    evaluations, seconds = 2000 if "target" in scheme else 1000, float(rng.gamma(5.0))
     return {
         "grad_steps": STEPS,
         "samples": 400,
         "network_evaluations": evaluations,
-        "seconds": float(rng.gamma(5.0)),
+        "seconds": seconds,
         "value_error": errors,
+        "denoising_error": {s: float(rng.gamma(5.0)) for s in SIGMAS},
         "sample_distance": {"metric": "sliced_w2@50", "by_nfe": distances},
     }
 
 
-def make(out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = True) -> StudyFindings:
+def make(
+    out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = True, data: str = "gmm"
+) -> StudyFindings:
     """A folder as `run_comparison` leaves it, with made-up figures; `skip` names cells, as scheme/seed."""
+    config = {**CONFIG, "data": {**CONFIG["data"], "name": data}}
     cells = [
-        study_cell(s.name, case, scheme, f"{case}{scheme}{seed}".encode().hex(), {**CONFIG, "seed": seed})
+        study_cell(s.name, case, scheme, f"{case}{scheme}{seed}".encode().hex(), {**config, "seed": seed})
         for s in studies
         for case in s.cases
         for scheme in s.schemes
@@ -66,16 +72,17 @@ def make(out: Path, *studies: Study, skip: tuple[str, ...] = (), oracle: bool = 
             raise RuntimeError("it broke | badly\nin a second line")
         path.mkdir(parents=True)
         found = figures(scheme, seed, oracle=oracle)
-        (path / "config.yaml").write_text(json.dumps({**CONFIG, "seed": seed}), encoding="utf-8")
+        (path / "config.yaml").write_text(json.dumps({**config, "seed": seed}), encoding="utf-8")
         (path / "results.json").write_text(
-            json.dumps({"config": CONFIG, "objectives": {"td": found}}), encoding="utf-8"
+            json.dumps({"config": config, "objectives": {"td": found}}), encoding="utf-8"
         )
-        names = [f"value_error_{s}" for s in found["value_error"]]
-        table = Table(path / "metrics.csv", ("objective", "grad_steps", "network_evaluations", *names))
+        kinds = ("value_error", "denoising_error")
+        last = {f"{kind}_{s}": error for kind in kinds for s, error in found[kind].items()}
+        table = Table(path / "metrics.csv", ("objective", "grad_steps", "network_evaluations", *last))
         for step in range(0, STEPS + 1, 10):
-            errors = [error * math.exp(0.03 * (STEPS - step)) for error in found["value_error"].values()]
+            errors = {name: error * math.exp(0.03 * (STEPS - step)) for name, error in last.items()}
             counts = {"grad_steps": step, "network_evaluations": step * found["network_evaluations"] // STEPS}
-            table.append({"objective": "td", **counts, **dict(zip(names, errors, strict=True))})
+            table.append({"objective": "td", **counts, **errors})
         return 1.0
 
     with pytest.MonkeyPatch.context() as patch:
@@ -274,6 +281,42 @@ def test_one_seed_and_one_scheme(tmp_path: Path, schemes: tuple[str, ...], oracl
     if oracle and len(schemes) > 1:
         ratio = panel.estimates["λ=0.5", SCORE]
         assert ratio is not None and f"{ratio.ratio.iqm:.2f} P {ratio.probability:.2f}" in text
+
+
+def test_on_real_data_the_held_out_error_is_in_every_table_and_figure(tmp_path: Path) -> None:
+    [panel] = make(tmp_path, study(), data="digits").panels()
+    errors = [*(Quantity("value_error", s) for s in SIGMAS), HELD_OUT,
+              *(Quantity("denoising_error", s) for s in SIGMAS)]  # fmt: skip
+    assert panel.quantities == [SCORE, *errors, *(Quantity("sample_distance", n) for n in NFES)]
+    mine, base = (figures(scheme, 3)["denoising_error"] for scheme in ("λ=0.5", "MC"))
+    ratios = [mine[s] / base[s] for s in ("0.1", "0.3", "1")]
+    assert panel.ratios("λ=0.5", Quantity("denoising_error", "0.3"))[3] == pytest.approx(ratios[1])
+    assert panel.ratios("λ=0.5", HELD_OUT)[3] == pytest.approx(sum(ratios) / 3)
+    assert panel.curve("λ=0.5", 3, HELD_OUT).score[-1] == pytest.approx(sum(ratios) / 3)
+
+    text = report(tmp_path)
+    assert "**Held-out denoising error, × baseline**" in text and "| held-out denoising error, mean |" in text
+    for _, path in draw_figures(panel, tmp_path / "figures")[:2]:  # the third is of samples alone
+        with path.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+            shown = [row.get("figure", row.get("panel")) for row in csv.DictReader(file)]
+        assert shown.count("denoising_error") == 2 or shown.count("curve_held_out") == 3 * 11
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_images_are_shown_scheme_by_scheme(tmp_path: Path) -> None:
+    [panel] = make(tmp_path, study(), data="digits", skip=("λ=0.5/0", "target/2")).panels()
+    assert draw_sheets(panel, tmp_path) == []  # no samples are kept
+    images = torch.linspace(-1, 1, 9 * 16).reshape(9, 1, 4, 4)
+    for scheme in panel.compared:
+        run = RunFolder(panel.cells[scheme][panel.seeds(scheme)[0]].path)
+        run.write_samples("td", {nfe: images.clone() for nfe in NFES})
+    [(_, path)] = draw_sheets(panel, tmp_path / "figures")
+    assert path.name == "a_gmm_samples.png" and path.stat().st_size > 1000
+    assert path.with_suffix(".pdf").exists() and "](figures/a_gmm_samples.png)" in report(tmp_path)
+    for scheme in panel.compared:
+        run = RunFolder(panel.cells[scheme][panel.seeds(scheme)[0]].path)
+        run.write_samples("td", {nfe: images[:, 0, 0].clone() for nfe in NFES})
+    assert draw_sheets(panel, tmp_path) == []  # points
 
 
 def test_a_grid_with_holes_is_drawn(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
         _draw(figure.subplots(), scored, schemes)
         write_title(figure, title)
         sigmas = ", ".join(scored[0].score_sigmas)
-        seeds = {len(panel.seeds(scheme)) for panel in scored for scheme in schemes if scheme in panel.compared}
+        seeds = {
+            len(panel.seeds(scheme)) for panel in scored for scheme in schemes if scheme in panel.compared
+        }
         note = (
             f"Mean over σ = {sigmas}; less is better; interquartile mean over {min(seeds)}"
             f"{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds, small: 95 % interval. Matched: "
@@ -67,7 +69,9 @@ def _draw(axes: Any, panels: Sequence[Panel], schemes: Sequence[str]) -> None:
     found = [[_row(panel, scheme) for scheme in schemes] for panel in panels]
     table = np.array([[row["iqm"] for row in line] for line in found])
     axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-MOST, vmax=MOST, aspect="auto")
-    axes.set_xticks(range(len(schemes)), [scheme.replace(", ", ",\n") for scheme in schemes], rotation=40, ha="left")
+    axes.set_xticks(
+        range(len(schemes)), [scheme.replace(", ", ",\n") for scheme in schemes], rotation=40, ha="left"
+    )
     axes.set_yticks(range(len(panels)), [panel.case for panel in panels])
     axes.xaxis.tick_top()
     axes.grid(False)

@@ -14,11 +14,21 @@ from typing import Any
 
 from diffrl.experiments.findings import Finding
 from diffrl.experiments.rates import has_diverged
+from diffrl.experiments.reports.overview_figure import draw_overview
 from diffrl.experiments.reports.parts import commands_table, folded, write_summary
 from diffrl.experiments.reports.rates import at_what, rates
 from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.training_figures import draw_figures
-from diffrl.experiments.study_findings import COSTS, SCORE, Estimate, Panel, Quantity, StudyFindings
+from diffrl.experiments.study_findings import (
+    COSTS,
+    MEANS,
+    SCORE,
+    Estimate,
+    Panel,
+    Quantity,
+    StudyFindings,
+)
 from diffrl.metrics.intervals import Interval
 from diffrl.text_files import write_atomically, write_csv
 from diffrl.text_tables import markdown_table
@@ -26,15 +36,18 @@ from diffrl.text_tables import markdown_table
 __all__ = ["write_report"]
 
 NAMES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
+ERRORS = {"value_error": "Value error", "denoising_error": "Held-out denoising error"}
 LEGEND = """\
 Every figure is a distance or an error: **less is better**. `0.62 [0.58, 0.66] P 1.00` reads: interquartile
 mean over seeds 0.62, its 95 % bootstrap interval, and the probability of improvement over the baseline.
 Unless a table says otherwise, figures are multiples of the baseline's at the same seed (same data, noise
 and first weights), and P is the share of seeds that improve; with fewer than some ten seeds the true
 coverage of the intervals is lower. Bold: the least of a column. *Value error* is ‖D - D\\*‖²/c_out² against
-the exact denoiser; its mean is over {sigmas}. Network evaluations are states forwarded in training, over
-all networks; NFE counts them for one sample. Seconds are those of training on one thread, beside other
-cells.
+the exact denoiser; its mean is over {sigmas}. Of a finite set that is the denoiser which knows
+the training rows by heart: there *held-out denoising error* stands beside it, ‖D - x0‖²/c_out² on images
+that no training saw. Part of that is noise which no denoiser removes, so its ratios lie near 1.
+Network evaluations are states forwarded in training, over all networks; NFE counts them for one sample.
+Seconds are those of training on one thread, beside other cells.
 """
 
 
@@ -75,7 +88,9 @@ def write_report(out: Path) -> Path:
         if panel.study != study:
             study = panel.study
             parts.append(f"## {study.name}: {study.title}\n")
-        figures = draw_figures(panel, out / "figures")
+            if drawn := draw_overview([p for p in panels if p.study == study], out / "figures"):
+                parts.append(f"![{drawn[0]}](figures/{drawn[1].name})\n")
+        figures = [*draw_figures(panel, out / "figures"), *draw_sheets(panel, out / "figures")]
         parts += [f"### {study.name}, {panel.case}\n", rates(findings, panel), _panel(panel)]
         if beside := fixed.get((study.name, panel.case)):
             parts.append(_beside(beside))
@@ -107,7 +122,7 @@ def _in_short(panels: Sequence[Panel], fixed: Mapping[tuple[str, str], Panel]) -
     for panel in panels:
         beside = fixed.get((panel.study.name, panel.case))
         for quantity in panel.quantities:
-            if quantity.kind != "value_error":
+            if quantity.kind not in MEANS.values() or quantity in MEANS:
                 rows += [_best(each, quantity) for each in (panel, beside) if each is not None]
     rows = [row for row in rows if row]
     if not fixed:
@@ -152,15 +167,16 @@ def _beside(panel: Panel) -> str:
 
 def _figure_tables(panel: Panel) -> list[str]:
     """Value errors and sample distances: over the baseline's, and folded away the figures themselves."""
-    errors = [q for q in panel.quantities if q.kind != "sample_distance"]
-    distances = [q for q in panel.quantities if q.kind == "sample_distance"]
+    tables: dict[str, list[Quantity]] = {}
+    for quantity in panel.quantities:
+        tables.setdefault("value_error" if quantity == SCORE else quantity.kind, []).append(quantity)
     name = f"{distance_label(panel.metric)}, {panel.metric.partition('@')[2]} samples"
-    tables = []
-    for title, quantities in (("Value error", errors), (f"Sample distance: {name}", distances)):
-        if quantities:
-            tables.append(folded(f"{title}, × baseline", _ratio_rows(panel, quantities)))
-            tables.append(folded(f"{title}, absolute", _value_rows(panel, quantities), fold=True))
-    return tables
+    titles = {**ERRORS, "sample_distance": f"Sample distance: {name}"}
+    lines = []
+    for kind, quantities in tables.items():
+        lines.append(folded(f"{titles[kind]}, × baseline", _ratio_rows(panel, quantities)))
+        lines.append(folded(f"{titles[kind]}, absolute", _value_rows(panel, quantities), fold=True))
+    return lines
 
 
 def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
@@ -180,8 +196,8 @@ def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]
 
 
 def _value_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
-    """Figures themselves: a row for each scheme, a column for each figure but the score, which is a ratio."""
-    quantities = [quantity for quantity in quantities if quantity != SCORE]
+    """Figures themselves: a row for each scheme, a column for each figure but means, which are of ratios."""
+    quantities = [quantity for quantity in quantities if quantity not in MEANS]
     rows = [["scheme", *(_label(quantity, panel) for quantity in quantities)]]
     for scheme in panel.compared:
         estimates = [panel.estimates[scheme, quantity] for quantity in quantities]
@@ -262,7 +278,7 @@ def _flat(cell: Finding) -> dict[str, Any]:
         **cell.where,
         "status": cell.status,
         **{cost: figures.get(cost) for cost in COSTS},
-        **{f"value_error_{sigma}": error for sigma, error in figures.get("value_error", {}).items()},
+        **{f"{kind}_{sigma}": error for kind in ERRORS for sigma, error in figures.get(kind, {}).items()},
         **{f"sample_distance_nfe_{nfe}": found for nfe, found in distance["by_nfe"].items()},
         "metric": distance.get("metric"),
         "folder": cell.path.name,
@@ -275,9 +291,9 @@ def _plain(found: Any) -> dict[str, Any]:
 
 
 def _label(quantity: Quantity, panel: Panel) -> str:
-    if quantity == SCORE:
-        return "value error, mean"
-    return f"σ = {quantity.at}" if quantity.kind == "value_error" else f"NFE {quantity.at}"
+    if quantity in MEANS:
+        return f"{ERRORS[MEANS[quantity]].lower()}, mean"
+    return f"NFE {quantity.at}" if quantity.kind == "sample_distance" else f"σ = {quantity.at}"
 
 
 def _seeded(scheme: str, panel: Panel) -> str:

@@ -26,7 +26,7 @@ from diffrl.experiments.reports.style import (
     write_note,
     write_title,
 )
-from diffrl.experiments.study_findings import SCORE, Panel, Quantity
+from diffrl.experiments.study_findings import HELD_OUT, MEANS, SCORE, Panel, Quantity
 from diffrl.extras import require
 from diffrl.metrics.intervals import Interval, interval
 
@@ -37,6 +37,7 @@ Styles = Mapping[str, Mapping[str, Any]]
 """How the line of each scheme is drawn."""
 
 AXES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
+TITLES = {SCORE: "Value error", HELD_OUT: "Held-out denoising error"}
 EFFORTS = {"grad_steps": (-0.13, ""), "network_evaluations": (0.13, "white")}
 """How each cost is drawn: the shift of its mark, and what fills it, the scheme's colour if nothing else."""
 NOTES = {"intervals": " Grey: the interval holds 1, or there is one seed. †: not matched."}
@@ -80,12 +81,12 @@ def draw_figures(panel: Panel, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _shown(panel: Panel) -> list[Quantity]:
-    """The score and the sample distances."""
-    return [quantity for quantity in panel.quantities if quantity.kind != "value_error"]
+    """The means over σ and the sample distances."""
+    return [q for q in panel.quantities if q in MEANS or q.kind == "sample_distance"]
 
 
 def _title(quantity: Quantity) -> str:
-    return "Value error" if quantity == SCORE else f"Samples, NFE {quantity.at}"
+    return TITLES[quantity] if quantity in MEANS else f"Samples, NFE {quantity.at}"
 
 
 def _footer(panel: Panel) -> str:
@@ -104,7 +105,8 @@ def _footer(panel: Panel) -> str:
     parts.append(f"Matched: {spread(panel.study.matched)}. Others: {others}; {seeds} seeds.")
     parts.append(f"Samples: {distance_label(name)} of {int(count):,}.")
     if SCORE in panel.quantities:
-        parts.append(f"Value error: mean over σ = {', '.join(panel.score_sigmas)}.")
+        errors = "Errors" if HELD_OUT in panel.quantities else "Value error"
+        parts.append(f"{errors}: mean over σ = {', '.join(panel.score_sigmas)}.")
     return " ".join([*parts, at_what(panel)]).rstrip()
 
 
@@ -244,25 +246,34 @@ def _how_many(chosen: Styles, panel: Panel) -> str:
 
 
 def _draw_learning(figure: Any, panel: Panel) -> Rows:
-    """Left the score while training; right the share of the baseline's effort until its last score."""
+    """The errors while training, a panel each; right the share of the baseline's effort until its last score."""
     chosen = _selected(panel, [SCORE])
-    figure.set_size_inches(12.5, max(3.8, 1.4 + 0.3 * len(chosen)))
-    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    curves = [row for scheme in chosen for row in _curve_rows(panel, scheme)]
+    means = [mean for mean in MEANS if mean in panel.quantities]
+    figure.set_size_inches(7.5 + 5 * len(means), max(3.8, 1.4 + 0.3 * len(chosen)))
+    *grid, right = figure.subplots(1, len(means) + 1, width_ratios=(*[1.5] * len(means), 1))
+    rows: Rows = []
+    for axes, mean in zip(grid, means, strict=True):
+        curves = [row for scheme in chosen for row in _curve_rows(panel, scheme, mean)]
+        _draw_curves(axes, curves, panel.study.baseline, chosen, TITLES[mean])
+        rows += curves
     efforts = [row for scheme in chosen for row in _effort_rows(panel, scheme)]
-    _draw_curves(left, curves, panel.study.baseline, chosen)
     _draw_efforts(right, efforts, panel.study.baseline, chosen)
-    legend_beside(figure, left, _how_many(chosen, panel))
-    return [*curves, *efforts]
+    legend_beside(figure, grid[0], _how_many(chosen, panel))
+    return [*rows, *efforts]
 
 
-def _curve_rows(panel: Panel, scheme: str) -> Rows:
-    """The score of a scheme at each evaluation that all seeds have."""
-    runs = [panel.curve(scheme, seed) for seed in panel.seeds(scheme)]
+def _curve_rows(panel: Panel, scheme: str, mean: Quantity) -> Rows:
+    """A mean of a scheme's errors at each evaluation that all seeds have."""
+    runs = [panel.curve(scheme, seed, mean) for seed in panel.seeds(scheme)]
     rows = []
     for i in range(min(len(run.score) for run in runs)):
         steps, evaluations = float(runs[0].grad_steps[i]), float(runs[0].network_evaluations[i])
-        row = {"panel": "curve", "scheme": scheme, "grad_steps": steps, "network_evaluations": evaluations}
+        row = {
+            "panel": "curve" if mean == SCORE else "curve_held_out",
+            "scheme": scheme,
+            "grad_steps": steps,
+            "network_evaluations": evaluations,
+        }
         rows.append({**row, **interval([run.score[i] for run in runs])._asdict()})
     return rows
 
@@ -278,8 +289,8 @@ def _effort_rows(panel: Panel, scheme: str) -> Rows:
     return rows
 
 
-def _draw_curves(axes: Any, rows: Rows, baseline: str, styles: Styles) -> None:
-    """The score while training, a line for each scheme."""
+def _draw_curves(axes: Any, rows: Rows, baseline: str, styles: Styles, error: str) -> None:
+    """A mean of errors while training, a line for each scheme."""
     for scheme, style in styles.items():
         own = [row for row in rows if row["scheme"] == scheme]
         points = [Interval(row["iqm"], row["low"], row["high"]) for row in own]
@@ -287,7 +298,7 @@ def _draw_curves(axes: Any, rows: Rows, baseline: str, styles: Styles) -> None:
     axes.axhline(1, color=INK, linewidth=0.8)
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "top"}
     axes.annotate(f"{baseline}'s last", (0.01, 1), (0, -3), fontsize=8, color=INK, **place)
-    axes.set(xlabel="gradient steps", ylabel=f"value error, × {baseline}'s last", title="Learning curves")
+    axes.set(xlabel="gradient steps", ylabel=f"{error.lower()}, × {baseline}'s last", title="Learning curves")
     _ratio_scale(axes, "y", least=0.75)  # leaves room for the words under the line
 
 
