@@ -80,7 +80,7 @@ def _take(denoiser: Denoiser, weights: dict[str, torch.Tensor], source: str) -> 
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"init is {source}, whose weights are of another network: give its network options ({reason[:300]})"
+            f"init is {source}, whose weights are of another network: give its network options ({reason[:120]} ...)"
         ) from error
 
 
