@@ -21,7 +21,8 @@ from diffrl import load
 from diffrl.data.dataset import Data
 from diffrl.data.files import idx
 from diffrl.diffusion.samplers.registry import SAMPLERS
-from diffrl.experiments.comparison import cell_figures, read_index
+from diffrl.experiments.comparison import cell_figures
+from diffrl.experiments.index import read_index
 from diffrl.experiments.studies import WHERE
 from diffrl.metrics.distances import frechet_distance, sliced_w2
 from diffrl.text_files import write_csv
