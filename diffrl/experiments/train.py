@@ -177,6 +177,7 @@ class TrainingJob(Job):
             **self.trainer.figures,
             **self.errors(),
             "sample_distance": {"metric": metric, "by_nfe": by_nfe},
+            **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),
         }
 
     def _warn_of_divergence(self, folder: RunFolder) -> None:

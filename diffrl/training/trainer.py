@@ -1,7 +1,8 @@
 """Training a denoiser: draw states, descend the loss, move averages and target networks."""
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from diffrl.errors import InputError
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.stand_ins import StandIn
+from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import EMA
 from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.optim import Optim, Optimiser
+from diffrl.training.trials import Trials, held_out
 
 __all__ = ["Average", "Length", "Target", "Trainer"]
 
@@ -144,6 +147,10 @@ class Trainer(Loop):
         self.optimiser = Optimiser(self.parameters, optim, length.grad_steps, vectorised=True)
         self.target = _target_updater(self.loss, target)
         self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
+        self.trials = None
+        if isinstance(self.loss, AdaptiveLoss):
+            self.data, held = held_out(data, seed)
+            self.trials = Trials(self.loss, held, seed)
         data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
 
     @property
@@ -182,6 +189,7 @@ class Trainer(Loop):
             **{f"objective.anneal.{name}": values for name, values in _anneal(self.loss).items()},
             "chain": repr(getattr(self.objective.draw, "chain", None)),
             **{f"chain.{name}": value for name, value in vars(stand_in).items()},
+            **({} if self.trials is None else flat({"objective": vars(self.trials.loss.plan)})),
             "denoiser.prediction_type": self.denoiser.prediction_type,
             "denoiser.sigma_data": self.denoiser.sigma_data,
             "process": repr(self.denoiser.process),
@@ -211,8 +219,18 @@ class Trainer(Loop):
         return x0.to(self.device, dtype), labels, generator
 
     def _advance(self) -> dict[str, float]:
-        self.objective.set_progress(self.step, self.length.grad_steps)
-        x0, labels, generator = self.batch(self.step)
+        if self.trials is not None:
+            self.trials.run(self)
+        return self.train_on(self.step)
+
+    def train_on(self, step: int) -> dict[str, float]:
+        """One gradient step on the data and the noise of `step`; its figures.
+
+        Raises:
+            NonFiniteLoss: loss or gradient are not finite.
+        """
+        self.objective.set_progress(step, self.length.grad_steps)
+        x0, labels, generator = self.batch(step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
         with self.precision(), seeded(generator) if self.has_dropout else nullcontext():
             out = self.loss(chain)
@@ -228,6 +246,19 @@ class Trainer(Loop):
         if self.adaptive is not None:
             self.adaptive.update(chain)
         return {"loss_value": loss_value, "td_error": out["td_error"].item(), **stepped}
+
+    def remember(self) -> Callable[[], None]:
+        """A function that brings all that is trained back to where it is now; evaluations stay counted."""
+        weights, training = copy.deepcopy(self._state())
+        sets = {name: dict(tensors) for name, tensors in weights.items()}
+        now = Checkpoint(self.step, sets, training, versions={}, identity={})
+
+        def back() -> None:
+            spent = self.loss.network_evaluations
+            self._restore(copy.deepcopy(now), Path())
+            self.loss.network_evaluations = spent
+
+        return back
 
     def save(self) -> Path:
         """Write a checkpoint of this step.
@@ -254,6 +285,8 @@ class Trainer(Loop):
         }
         if self.adaptive is not None:
             training["draw"] = self.adaptive.state_dict()
+        if self.trials is not None:
+            training["trials"] = self.trials.state_dict()
         return weights, training
 
     def _restore(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -270,6 +303,8 @@ class Trainer(Loop):
         self.optimiser.load_state_dict(training["optimiser"], checkpoint.step)
         if self.adaptive is not None:
             self.adaptive.load_state_dict(training["draw"])
+        if self.trials is not None:
+            self.trials.load_state_dict(training["trials"])
         self.loss.network_evaluations = training["network_evaluations"]
 
 
