@@ -89,6 +89,9 @@ class TrainConfig:
     logger: str = "csv"
     guidance_scale: float = 1.0
     compare: bool = True
+    """Whether Monte Carlo and the schemes of `beside` are trained too."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """Further schemes by name, each with its settings that differ, such as {chain: {coupling: shared}}."""
     run_dir: str | None = None
     resume: str | None = None
     """Folder of a run to go on with."""

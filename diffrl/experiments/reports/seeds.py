@@ -14,7 +14,7 @@ import numpy as np
 
 from diffrl.experiments.findings import Findings
 from diffrl.experiments.reports.parts import commands_table
-from diffrl.experiments.reports.run_table import distance_label, mean_value_error, objective_label, title
+from diffrl.experiments.reports.run_table import distance_label, mean_error, objective_label, title
 from diffrl.metrics.intervals import interval
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table, text_table
@@ -102,7 +102,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, float]:
     errors, distance = found["value_error"], found["sample_distance"]
     figures = {f"value error, σ = {sigma}": error for sigma, error in errors.items()}
     if errors:
-        figures["value error, mean"] = mean_value_error(errors)
+        figures["value error, mean"] = mean_error(errors)
     label = distance_label(distance["metric"])
     figures |= {f"{label}, NFE {nfe}": x for nfe, x in distance["by_nfe"].items()}
     return {**figures, "seconds of training": found["seconds"]}
