@@ -23,7 +23,7 @@ from diffrl.registry import IMPORT, import_named
 
 __all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_modules", "one_line", "settings"]
 
-NAMED = ("+plan.cases.", "+plan.studies.", "+methods.")
+NAMED = ("+plan.cases.", "+plan.studies.", "+methods.", "+beside.")
 """Begins of words that add a case, a study, a scheme or a method of fine-tuning under a name of the user's."""
 OF_FILES = ("experiment", "plan", "recipe")
 """Groups whose options are files; the others are in Hydra's store."""
