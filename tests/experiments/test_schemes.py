@@ -11,16 +11,20 @@ import pytest
 import torch
 
 import diffrl
+from diffrl.configs.cells import plan_seeds
+from diffrl.configs.cli import settings
 from diffrl.errors import InputError
+from diffrl.experiments.comparison import run_cells
 from diffrl.experiments.reports.run_figure import draw_summary
 from diffrl.experiments.reports.run_table import mean_ratio, objective_label, summary_table
 from diffrl.experiments.reports.run_words import in_words
+from diffrl.experiments.reports.seeds import seeds_table
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.schemes import planned_objectives, settings_of
 from diffrl.experiments.train import run_experiment
 from diffrl.training.runs import RunFolder
 from diffrl.training.trainer import Trainer
-from tests.kit.configs import small
+from tests.kit.configs import composed, small
 from tests.kit.runs import checkpoint, run
 
 BESIDE = (
@@ -187,8 +191,9 @@ def test_table_of_three() -> None:
 def test_words_of_three() -> None:
     text = in_words(of_three())
     first, second, equal = text.split("\n\n")
-    assert first.startswith("TD(0), fresh noise, against Monte Carlo:") and "gain: 0.65 ×" in first
-    assert "price: 2.12 ×" in second and "3.00 × at σ = 1" in second and "0.20 × at NFE 2" in second
+    assert first.startswith("TD(0), fresh noise, against Monte Carlo:") and "is nearer to the exact" in first
+    assert "0.65 × in the mean; at σ = 0.3, 1: 0.50, 0.80 ×" in first and "The price" not in first
+    assert "The price: the denoiser is farther" in second and "at NFE 2: 0.20 ×" in second
     assert "1.50 × the time" in second and "30 steps of 8 data" in equal and "60 network evaluations" in equal
     other = of_three()
     other["objectives"]["td"]["network_evaluations"] = 120
@@ -201,6 +206,16 @@ def test_words_of_fewer_are_none(several: RunFolder) -> None:
     assert "seed 0" in in_words(several.results())
     del (two := of_three())["objectives"]["shared"]
     assert in_words(two) == ""
+
+
+def test_seeds_have_a_ratio_for_each_scheme(tmp_path: Path) -> None:
+    words = ["data.test_size=64", "network=mlp", "network.hidden=8", "network.depth=1", *SHORT, *BESIDE]
+    words += ["trainer.batch_size=4", "eval.points=8", "eval.samples=16", "eval.num_steps=[2]", "data=rings"]
+    config = {**settings(composed(*words), words), "seeds": [1, 2], "run_dir": str(tmp_path / "out")}
+    cells, out = plan_seeds(config, words)
+    assert run_cells(cells, out, workers=0, progress=False).finished == 2
+    head = seeds_table(out).splitlines()[2]
+    assert head.count("TD(λ=0.9), fresh noise") == 3 and head.count("× TD(λ=0.5), shared noise") == 1
 
 
 # How it is drawn

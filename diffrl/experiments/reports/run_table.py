@@ -99,8 +99,8 @@ def title(results: Mapping[str, Any]) -> str:
     """One line that says what was run."""
     config = results["config"]
     length = config["trainer"]
-    *others, last = (objective_label(name, config) for name in results["objectives"])
-    versus = f"{'; '.join(others)} and {last}" if others else last
+    labels = [objective_label(name, config) for name in results["objectives"]]
+    versus = ("; " if len(labels) > 2 else " and ").join(labels)
     return (
         f"{versus} on {data_label(config)}: {length['grad_steps']:,} gradient steps "
         f"of {length['batch_size']} data, seed {results['seed']}"

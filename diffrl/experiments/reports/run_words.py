@@ -48,17 +48,18 @@ def _sentences(found: Found, by: Found) -> list[str]:
     lines = []
     if found["value_error"]:
         ratio = mean_ratio(found["value_error"], by["value_error"])
-        kind = "gain" if ratio < 1 - ALIKE else "price" if ratio > 1 + ALIKE else "neither gain nor price"
-        levels = _listed(found["value_error"], by["value_error"], "σ = ")
-        lines.append(f"The denoiser, {kind}: {ratio:.2f} × the distance to the exact one ({levels}).")
+        far = "about as near to" if abs(ratio - 1) <= ALIKE else "nearer to" if ratio < 1 else "farther from"
+        price = "The price: the" if ratio > 1 + ALIKE else "The"
+        levels = _listed(found["value_error"], by["value_error"], "σ =")
+        lines.append(f"{price} denoiser is {far} the exact one of the training data.")
+        lines.append(f"  Value error {ratio:.2f} × in the mean; {levels}")
     if found.get("denoising_error"):
-        levels = _listed(found["denoising_error"], by["denoising_error"], "σ = ")
         ratio = mean_ratio(found["denoising_error"], by["denoising_error"])
-        lines.append(f"On data that no training saw: {ratio:.2f} × the denoising error ({levels}).")
-    levels = _listed(*(of["sample_distance"]["by_nfe"] for of in (found, by)), "NFE ")
-    if levels:
-        metric = distance_label(found["sample_distance"]["metric"])
-        lines.append(f"Samples, {metric} to the data: {levels}.")
+        levels = _listed(found["denoising_error"], by["denoising_error"], "σ =")
+        lines.append(f"  On data that no training saw, denoising error {ratio:.2f} × in the mean; {levels}")
+    samples, reference = (of["sample_distance"]["by_nfe"] for of in (found, by))
+    metric = distance_label(found["sample_distance"]["metric"])
+    lines.append(f"Samples, {metric} to the data: {_listed(samples, reference, 'NFE')}")
     pace = found["seconds"] / by["seconds"] if by["seconds"] else 1.0
     extra = found["network_evaluations"] / by["network_evaluations"]
     return [*lines, f"Training: {extra:.2f} × the network evaluations, {pace:.2f} × the time."]
@@ -66,4 +67,9 @@ def _sentences(found: Found, by: Found) -> list[str]:
 
 def _listed(found: Mapping[str, float], by: Mapping[str, float], at: str) -> str:
     """Each figure as a multiple of the baseline's."""
-    return ", ".join(f"{x / by[key]:.2f} × at {at}{key}" for key, x in found.items() if by[key] > 0)
+    ratios = {key: f"{x / by[key]:.2f}" for key, x in found.items() if by[key] > 0}
+    return (
+        f"at {at} {', '.join(ratios)}: {', '.join(ratios.values())} ×"
+        if ratios
+        else "no ratio: it is 0 or below"
+    )

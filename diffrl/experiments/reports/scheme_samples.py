@@ -13,9 +13,9 @@ __all__ = ["COLUMNS", "draw_scheme_samples"]
 
 COLUMNS = 3
 """Numbers of evaluations shown: the fewest."""
-ACROSS, DOWN = 7, 2
+ACROSS, DOWN = 5, 2
 """Images in a cell."""
-BESIDE = 4
+BESIDE = 3
 """Real images in a row."""
 
 
