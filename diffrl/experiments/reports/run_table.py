@@ -35,12 +35,21 @@ DISTANCES = {
 def objective_label(name: str, config: Mapping[str, Any]) -> str:
     """Name of an objective for people, such as "TD(λ=0.5)"; its key if no objective of that name is known here.
 
-    In a run of several schemes the name says what noise the states of a chain share, unless it does not matter.
+    In a run of several schemes the name says what noise the states of a chain share, unless it does not matter; of two
+    that would be called alike, the one beside the run's own has its key added.
 
     Args:
         name: its key in ``results["objectives"]``.
         config: the run's configuration; options that it lacks are taken to have the defaults of today.
     """
+    label, beside = _label(name, config), config.get("beside") or {}
+    others = [config["objective"]["name"], *beside] if name in beside else []
+    alike = any(_label(other, config) == label for other in others if other != name)
+    return f"{label} ({name})" if alike else label
+
+
+def _label(name: str, config: Mapping[str, Any]) -> str:
+    """The name as the settings of the scheme give it."""
     beside = config.get("beside") or {}
     settings = settings_of(config, name) if name in beside else config
     objective = settings.get("objective", {})
