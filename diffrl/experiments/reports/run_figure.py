@@ -206,22 +206,7 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
             panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
         panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
-    if known:
-        panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")
-        if (baseline := baseline_of(names)) is not None and len(names) > 2:
-            panels[0].set(title="a  Distance to the exact denoiser, while training")
-            panels[0].set_ylabel(f"value error over {names[baseline]}'s\nat the end, mean over noise levels")
-        panels[1].set(title="b  Value error by noise level", xscale="log")
-        panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
-        _name_ticks(panels[1], list(first["value_error"]))
-    else:
-        panels[0].set(title="a  Training loss: each its own, no comparison", ylabel="loss")
-    metric, _, count = first["sample_distance"]["metric"].partition("@")
-    panels[0].set_xlabel("gradient steps")
-    panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
-    panels[-1].set_xlabel("network evaluations per sample (NFE)")
-    panels[-1].set_ylabel(f"{distance_label(metric)}\n{int(count):,} samples")
-    _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
+    _name_panels(panels, names, first)
     for axes in panels:
         _log_scale(axes)
     if known:
@@ -234,6 +219,27 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
         handles.append(require("matplotlib.lines", "plot").Line2D([], [], linestyle=""))
         labels.append(f"×: {' over '.join(labels) if len(names) == 2 else f'over {names[baseline]}'}")
     part.legend(handles, labels, loc="outside upper left", ncols=len(handles), borderpad=0, borderaxespad=1)
+
+
+def _name_panels(panels: Sequence[Any], names: Mapping[str, str], first: Mapping[str, Any]) -> None:
+    """Titles, names of axes and ticks; `first` are the figures of one objective."""
+    known, baseline = bool(first["value_error"]), baseline_of(names)
+    panels[0].set_xlabel("gradient steps")
+    if known:
+        panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")
+        panels[1].set(title="b  Value error by noise level", xscale="log")
+        panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
+        _name_ticks(panels[1], list(first["value_error"]))
+        if baseline is not None and len(names) > 2:
+            panels[0].set(title="a  Distance to the exact denoiser, while training")
+            panels[0].set_ylabel(f"value error over {names[baseline]}'s\nat the end, mean over noise levels")
+    else:
+        panels[0].set(title="a  Training loss: each its own, no comparison", ylabel="loss")
+    metric, _, count = first["sample_distance"]["metric"].partition("@")
+    panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
+    panels[-1].set_xlabel("network evaluations per sample (NFE)")
+    panels[-1].set_ylabel(f"{distance_label(metric)}\n{int(count):,} samples")
+    _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
 
 
 def _name_ticks(axes: Any, values: Sequence[str]) -> None:
