@@ -23,7 +23,7 @@ from diffrl.registry import IMPORT, import_named
 
 __all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_modules", "one_line", "settings"]
 
-NAMED = ("+plan.cases.", "+plan.studies.", "+plan.tuning.grid.", "+methods.")
+NAMED = ("+plan.cases.", "+plan.studies.", "+plan.tuning.grid.", "+methods.", "+beside.")
 """Begins of words that add a case, a study, a scheme, an axis or a method of fine-tuning under a name of the user's."""
 OF_FILES = ("experiment", "plan", "recipe")
 """Groups whose options are files; the others are in Hydra's store."""
@@ -32,12 +32,18 @@ FLAGS = (
     *("config-path", "config-name", "config-dir", "experimental-rerun", "info"),
 )
 """What Hydra takes with two dashes, or begins of it."""
+AROUND = ("trainer", "eval", "seed", "seeds", "workers", "device", "logger", "run_dir", "hydra")
+"""Words and groups that leave it open what is run."""
 LARGEST = 2**63 - 1
 """What a whole number of torch can hold."""
 
 
-def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
+def command(
+    config_name: str, main_job: str | None = None
+) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
     """Make a script's main function a command over the config of that name in `diffrl.configs`.
+
+    Where no word says what is to be run, the word `main_job` is added, as if it had been typed.
 
     Errors that a user can mend are printed in one line, with exit status 1; HYDRA_FULL_ERROR=1 gives the
     traceback. A run that is stopped by a signal is saved, and ends with exit status 1 too. Of a sweep, a job that fails
@@ -55,6 +61,8 @@ def command(config_name: str) -> Callable[[Callable[[dict[str, Any]], None]], Ca
                 import_users_modules()
                 register()
                 refuse_dashes(sys.argv[1:])
+                if main_job is not None and not any(map(_says_what, sys.argv[1:])):
+                    sys.argv.append(main_job)
                 check_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
 
             def job(config: DictConfig) -> None:
@@ -93,6 +101,12 @@ def import_users_modules() -> None:
         import_named(*modules)
         os.environ[IMPORT] = ",".join(modules)
         sys.argv[1:] = rest
+
+
+def _says_what(word: str) -> bool:
+    """Whether a word chooses what is run, and not only how long, how often, where or with which seeds."""
+    key, equals, _ = word.partition("=")
+    return equals == "=" and not key.startswith("-") and key.partition(".")[0] not in AROUND
 
 
 def refuse_dashes(words: Sequence[str]) -> None:

@@ -17,9 +17,11 @@ from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import objective_label, summary_table
+from diffrl.experiments.reports.run_words import in_words
 from diffrl.experiments.reports.seeds import seeds_table, write_seeds_report
 from diffrl.experiments.reports.training import write_report
 from diffrl.experiments.reports.tuning_figure import draw_tuning
+from diffrl.experiments.schemes import planned_objectives, settings_of
 from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
@@ -32,6 +34,8 @@ from diffrl.training.runs import RunFolder, load
 
 __all__ = ["COMMANDS"]
 
+MAIN_JOB = "experiment=bootstrapping"
+"""What is trained where no word says what."""
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 
 
@@ -39,7 +43,7 @@ def _require_demo() -> None:
     require_installed("matplotlib", "ot", "PIL", "scipy", "sklearn", "torchmetrics", extra="demo")
 
 
-@command("train")
+@command("train", MAIN_JOB)
 def train(config: dict[str, Any]) -> None:
     """Train, print the table, draw the figure; of several seeds one table with intervals."""
     _require_demo()
@@ -51,17 +55,22 @@ def train(config: dict[str, Any]) -> None:
         _end(done)
         return
     folder = run_experiment(config)
-    print(summary_table(folder.results()))
+    results = folder.results()
+    print("\n\n".join(filter(None, (summary_table(results), in_words(results)))))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
 
 
-@command("train")
+@command("train", MAIN_JOB)
 def check(config: dict[str, Any]) -> None:
-    """Check a training run before it is started, and print what was found."""
-    report = check_run(config)
-    print(report)
-    if not report.passed:
-        sys.exit(f"error: {len(report.failed)} checks failed")
+    """Check a training run before it is started, each of its schemes, and print what was found."""
+    main, failed = config["objective"]["name"], 0
+    for name in planned_objectives(config):
+        if name == main or name in config["beside"]:
+            report = check_run(settings_of(config, name))
+            print(f"{name}\n{report}\n" if config["beside"] else report)
+            failed += len(report.failed)
+    if failed:
+        sys.exit(f"error: {failed} checks failed")
     print("\nthe run is right as far as can be told: start it by the command train with the same words")
 
 

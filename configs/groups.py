@@ -90,6 +90,9 @@ class TrainConfig:
     logger: str = "csv"
     guidance_scale: float = 1.0
     compare: bool = True
+    """Whether Monte Carlo and the schemes of `beside` are trained too."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """Further schemes by name, each with its settings that differ, such as {chain: {coupling: shared}}."""
     init: str | None = None
     """To start from: a run folder, or a model file of `diffrl.save`; the run keeps a copy of the weights."""
     init_weights: str = "ema"

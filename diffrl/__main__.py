@@ -8,7 +8,7 @@ from types import FrameType
 USAGE = """\
 usage: python -m diffrl COMMAND WORDS...
 
-  train      train a denoiser by TD(λ), and by Monte Carlo beside it
+  train      show what bootstrapping does, or train a denoiser of your choice
   check      check a training run before it is started
   finetune   tune a denoiser for a reward, or compare methods of tuning
   compare    compare bootstrapping schemes over data sets and seeds

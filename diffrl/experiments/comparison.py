@@ -21,7 +21,8 @@ from diffrl.experiments.estimates import Kind, estimate
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.index import past_index, write_index
 from diffrl.experiments.run import Interrupted, Job, interruptible
-from diffrl.experiments.train import planned_objectives, run_experiment
+from diffrl.experiments.schemes import planned_objectives
+from diffrl.experiments.train import run_experiment
 from diffrl.registry import Config
 from diffrl.text_files import file_errors, read_text, write_atomically
 from diffrl.training.identity import ACCEPT, flat

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -12,7 +13,7 @@ from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
-from diffrl.objectives.monte_carlo import is_monte_carlo
+from diffrl.experiments.schemes import planned_objectives, settings_of
 from diffrl.objectives.scheme import build_objective
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation, draw_samples
@@ -30,7 +31,8 @@ WORSE = 10  # times the error before the first step; training that learns lowers
 def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFolder:
     """Train and evaluate what a configuration says, continuing whatever a resumed folder holds already.
 
-    With ``compare`` Monte Carlo is trained too, on the same data and noise for the same gradient steps.
+    With ``compare`` Monte Carlo is trained too, and every scheme of ``beside``: on the same data for the same gradient
+    steps, with the same random numbers in each and the same first weights.
 
     Args:
         config: what `diffrl.configs` composes.
@@ -47,10 +49,10 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     """
     config = continued(config, "trainer", "grad_steps")
     check_settings(config)
-    data, main = build_data(config), config["objective"]["name"]
+    data = build_data(config)
     objectives = planned_objectives(config)
     for name in objectives:
-        job = TrainingJob(config, data, baseline=name != main)
+        job = _job_of(config, data, name)
         job.compare()
         job.check()  # now, and not at the end of training
     with RunFolder.start(config) as folder, interruptible() as interrupted:
@@ -60,7 +62,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
         for name in objectives:
             known = results["objectives"].get(name, {})
-            job = TrainingJob(config, data, baseline=name != main)
+            job = _job_of(config, data, name)
             if known.get("grad_steps") == job.trainer.length.total:
                 job.tidy(folder)
                 continue
@@ -74,10 +76,11 @@ def opened(config: Mapping[str, Any]) -> "TrainingJob":
     return TrainingJob(config, build_data(config), baseline=False)
 
 
-def planned_objectives(config: Mapping[str, Any]) -> list[str]:
-    """What a run trains, in order: its objective, and with ``compare`` Monte Carlo beside it."""
-    main = config["objective"]["name"]
-    return [main, "monte_carlo"] if config["compare"] and not is_monte_carlo(main) else [main]
+def _job_of(config: Mapping[str, Any], data: Data, name: str) -> "TrainingJob":
+    """The job of one of `planned_objectives`."""
+    beside = name in (config.get("beside") or {})
+    baseline = not beside and name != config["objective"]["name"]
+    return TrainingJob(config, data, baseline=baseline, beside=name if beside else None)
 
 
 def _started(denoiser: Denoiser, config: Mapping[str, Any]) -> dict[str, str]:
@@ -90,15 +93,27 @@ def _started(denoiser: Denoiser, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class TrainingJob(Job):
-    """One objective of an experiment: its trainer, and how it is evaluated."""
+    """One objective of an experiment: its trainer, and how it is evaluated.
+
+    Args:
+        config: of the run.
+        data: what it is trained on.
+        baseline: Monte Carlo in place of the run's objective.
+        beside: name of the scheme of ``config["beside"]`` to train; None: the run's own.
+    """
 
     count: ClassVar[str] = "grad_steps"
 
-    def __init__(self, config: Mapping[str, Any], data: Data, *, baseline: bool) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], data: Data, *, baseline: bool, beside: str | None = None
+    ) -> None:
+        own = config if beside is None else settings_of(config, beside)
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
         start = _started(denoiser, config)
-        objective = build_objective(config, denoiser, data=data, baseline=baseline)
+        objective = build_objective(own, denoiser, data=data, baseline=baseline)
+        if beside is not None:
+            objective = replace(objective, name=beside)
         self.trainer = Trainer(
             objective,
             data,
@@ -107,7 +122,7 @@ class TrainingJob(Job):
             length=made_of("trainer", Length, config),
             optim=made_of("optim", Optim, config),
             average=made_of("ema", Average, config),
-            target=made_of("target", Target, config),
+            target=made_of("target", Target, own),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
             identity=start,

@@ -327,6 +327,35 @@ def test_help_and_cfg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert isinstance(shown, dict) and shown["data"]["name"] == "gmm" and shown["objective"]["lmbda"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("words", "added"),
+    [
+        ([], True),
+        (["seed=1", "trainer.grad_steps=9", "eval.samples=10", "run_dir=x", "seeds=[1]"], True),
+        (["objective.lmbda=0.5"], False),
+        (["data=gmm", "data.dim=3"], False),
+        (["compare=false"], False),
+        (["network.hidden=8"], False),
+        (["+beside.a.chain.coupling=0"], False),
+        (["experiment=gmm16"], False),
+    ],
+)
+def test_without_words_it_is_the_main_job(
+    words: list[str], added: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word is added as if it were typed, so that the folder's command tells it; any choice is the user's own."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    command("train", "experiment=bootstrapping")(seen.append)()
+    assert sys.argv == ["train", *words, *["experiment=bootstrapping"] * added]
+    assert ("td_shared" in seen[0]["beside"]) is added and (seen[0]["sampler"]["name"] == "ddim") is added
+
+
+def test_the_main_job_is_nobody_else_s() -> None:
+    """Plans, and what fine-tuning trains first, start from what `train` composes without it."""
+    assert not composed().beside and composed().sampler.name == "heun" and composed().objective.lmbda is None
+
+
 def test_a_sweep_runs_each_combination(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
     monkeypatch.chdir(tmp_path)

@@ -1,13 +1,22 @@
 """The figure of a training run, drawn from the files in its folder, and pictures of samples."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from diffrl.experiments.reports.run_table import distance_label, mean_value_error, objective_label, title
+from diffrl.experiments.reports.run_table import (
+    baseline_of,
+    distance_label,
+    mean_error,
+    mean_ratio,
+    objective_label,
+    title,
+)
+from diffrl.experiments.reports.scheme_samples import draw_scheme_samples
 from diffrl.experiments.reports.style import (
     BLUE,
     FAINT,
@@ -55,13 +64,20 @@ def draw_summary(folder: str | Path) -> Path:
     names = {name: objective_label(name, results["config"]) for name in results["objectives"]}
     figures = _figures(run.path / "metrics.csv", results)
     images = len(next(iter(samples["data"].values())).shape) == 4
+    several = len(names) > 2
     height = 0.72 * (1 + len(_low_and_high(samples, names))) if images else 3.0
+    if several:
+        height = (1.15 if images else 2.6) * len(names) + 0.3
     with drawing(figsize=(12, 3.9 + height)) as figure:
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
         curves, pictures = figure.subfigures(2, 1, height_ratios=(3.1, height))
         _draw_curves(curves, figures, names, results)
         letter = "d" if any(row["panel"] == "value_error" for row in figures) else "c"
-        (_draw_strips if images else _draw_clouds)(pictures, letter, samples, names)
+        if several:
+            colours = {name: colour for name, (colour, _, _) in _styles(names).items()}
+            draw_scheme_samples(pictures, letter, samples, names, colours)
+        else:
+            (_draw_strips if images else _draw_clouds)(pictures, letter, samples, names)
         write_title(figure, title(results))
         command = run.path / "command.txt"
         if command.exists():
@@ -104,9 +120,21 @@ def draw_samples(
     return Path(path)
 
 
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, str, float]]:
+    """Colour, marker and width of each objective's lines; of several the baseline's is grey."""
+    known = [*names]
+    if len(known) < 3:
+        return {n: (*look, width) for n, look, width in zip(known, PALETTE, WIDTHS, strict=False)}
+    baseline = baseline_of(known)
+    others = [name for name in known if name != baseline]
+    looks = dict(zip(others, itertools.cycle(PALETTE), strict=False))
+    return {name: (*looks.get(name, (GREY, "D")), 1.5) for name in known}
+
+
 def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
     """Every number that the curves show, a row each."""
     found: Figures = []
+    baseline = _last_errors(results)
     rows = Table(metrics, ()).rows()
 
     def add(panel: str, objective: str, sigma: str, x: float, y: float) -> None:
@@ -121,7 +149,9 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
             for sigma, error in errors.items():
                 add("learning_curve", name, sigma, step, error)
             if errors:
-                add("learning_curve", name, "mean", step, mean_value_error(errors))
+                add("learning_curve", name, "mean", step, mean_error(errors))
+                if baseline:
+                    add("learning_curve", name, "score", step, mean_ratio(errors, baseline))
             if not result["value_error"] and row["loss_value"]:
                 add("loss", name, "", step, float(row["loss_value"]))
         for sigma, error in result["value_error"].items():
@@ -129,6 +159,13 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
         for nfe, distance in result["sample_distance"]["by_nfe"].items():
             add("sample_distance", name, "", int(nfe), distance)
     return found
+
+
+def _last_errors(results: Mapping[str, Any]) -> Mapping[str, float]:
+    """The baseline's value errors at the end, which the learning curves of several schemes are measured by."""
+    objectives = results["objectives"]
+    name = baseline_of(objectives) if len(objectives) > 2 else None
+    return {} if name is None else objectives[name]["value_error"]
 
 
 def _line(
@@ -148,7 +185,8 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
     first = next(iter(results["objectives"].values()))
     known = bool(first["value_error"])
     panels = part.subplots(1, 3, width_ratios=(1.3, 1, 1)) if known else part.subplots(1, 2)
-    for (name, label), (colour, marker), width in zip(names.items(), PALETTE, WIDTHS, strict=False):
+    for name, (colour, marker, width) in _styles(names).items():
+        label = names[name]
         mark = {
             "color": colour,
             "marker": marker,
@@ -157,40 +195,51 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
             "label": label,
         }
         if known:
-            for sigma in first["value_error"]:
+            for sigma in first["value_error"] if len(names) < 3 else ():
                 x, y = _line(figures, "learning_curve", name, sigma)
                 panels[0].plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
             mean = {**mark, "markersize": 1 + width}
-            panels[0].plot(*_line(figures, "learning_curve", name, "mean"), **mean)
+            kind = "score" if any(row["sigma"] == "score" for row in figures) else "mean"
+            panels[0].plot(*_line(figures, "learning_curve", name, kind), **mean)
             panels[1].plot(*_line(figures, "value_error", name), **mark)
         else:
             panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
         panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
+    _name_panels(panels, names, first)
+    for axes in panels:
+        _log_scale(axes)
+    if known:
+        if len(names) < 3:
+            _name_lines(panels[0], figures, names, list(first["value_error"]))
+        _write_ratios(panels[1], figures, "value_error", names)
+    _write_ratios(panels[-1], figures, "sample_distance", names)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    if (baseline := baseline_of(names)) is not None:
+        handles.append(require("matplotlib.lines", "plot").Line2D([], [], linestyle=""))
+        labels.append(f"×: {' over '.join(labels) if len(names) == 2 else f'over {names[baseline]}'}")
+    part.legend(handles, labels, loc="outside upper left", ncols=len(handles), borderpad=0, borderaxespad=1)
+
+
+def _name_panels(panels: Sequence[Any], names: Mapping[str, str], first: Mapping[str, Any]) -> None:
+    """Titles, names of axes and ticks; `first` are the figures of one objective."""
+    known, baseline = bool(first["value_error"]), baseline_of(names)
+    panels[0].set_xlabel("gradient steps")
     if known:
         panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")
         panels[1].set(title="b  Value error by noise level", xscale="log")
         panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
         _name_ticks(panels[1], list(first["value_error"]))
+        if baseline is not None and len(names) > 2:
+            panels[0].set(title="a  Distance to the exact denoiser, while training")
+            panels[0].set_ylabel(f"value error over {names[baseline]}'s\nat the end, mean over noise levels")
     else:
         panels[0].set(title="a  Training loss: each its own, no comparison", ylabel="loss")
     metric, _, count = first["sample_distance"]["metric"].partition("@")
-    panels[0].set_xlabel("gradient steps")
     panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
     panels[-1].set_xlabel("network evaluations per sample (NFE)")
     panels[-1].set_ylabel(f"{distance_label(metric)}\n{int(count):,} samples")
     _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
-    for axes in panels:
-        _log_scale(axes)
-    if known:
-        _name_lines(panels[0], figures, names, list(first["value_error"]))
-        _write_ratios(panels[1], figures, "value_error", names)
-    _write_ratios(panels[-1], figures, "sample_distance", names)
-    handles, labels = panels[-1].get_legend_handles_labels()
-    if len(names) == 2:
-        handles.append(require("matplotlib.lines", "plot").Line2D([], [], linestyle=""))
-        labels.append(f"×: {' over '.join(labels)}")
-    part.legend(handles, labels, loc="outside upper left", ncols=len(handles), borderpad=0, borderaxespad=1)
 
 
 def _name_ticks(axes: Any, values: Sequence[str]) -> None:
@@ -222,18 +271,22 @@ def _name_lines(axes: Any, figures: Figures, names: Mapping[str, str], sigmas: S
 
 
 def _write_ratios(axes: Any, figures: Figures, panel: str, names: Mapping[str, str]) -> None:
-    """Write above each pair of points how many times the second objective's figure the first's is."""
-    if len(names) != 2:
+    """Write above each point of the baseline how many times its figure those of the others are."""
+    baseline = baseline_of(names)
+    if baseline is None:
         return
-    (xs, first), (_, second) = (_line(figures, panel, name) for name in names)
+    others = [name for name in names if name != baseline]
     low, high = axes.get_ylim()
+    room = 0.13 if len(others) == 1 else 0.08 * (1 + len(others))
     axes.set_ylim(
-        low, high * (high / low) ** 0.13 if axes.get_yscale() == "log" else high + 0.13 * (high - low)
+        low, high * (high / low) ** room if axes.get_yscale() == "log" else high + room * (high - low)
     )
-    for x, a, b in zip(xs, first, second, strict=True):
-        if b != 0:
-            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "top", "fontsize": 8}
-            axes.annotate(f"×{a / b:.2f}", (x, 0.985), color=BLUE, **place)
+    styles, (xs, by) = _styles(names), _line(figures, panel, baseline)
+    for line, name in enumerate(others):
+        for x, a, b in zip(xs, _line(figures, panel, name)[1], by, strict=True):
+            if b != 0:
+                place = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "top", "fontsize": 8}
+                axes.annotate(f"×{a / b:.2f}", (x, 0.985 - 0.065 * line), color=styles[name][0], **place)
 
 
 def _log_scale(axes: Any) -> None:
@@ -266,7 +319,7 @@ def _draw_strips(
     """The lower part for images: a strip of the data, and one for each objective and number of evaluations."""
     shown = _low_and_high(samples, names)
     strips = [("data", next(iter(samples["data"].values())), GREY)]
-    colours = {name: style[0] for name, style in zip(names, PALETTE, strict=False)}
+    colours = {name: style[0] for name, style in _styles(names).items()}
     strips += [(f"{names[name]}\nNFE {nfe}", samples[name][nfe], colours[name]) for name, nfe in shown]
     grid = part.subplots(len(strips), 1)
     for axes, (label, x, colour) in zip(grid, strips, strict=True):
@@ -282,7 +335,7 @@ def _draw_clouds(
     real = next(iter(samples["data"].values())).numpy()
     plane, labels = plane_of(real)
     shown = _low_and_high(samples, names)
-    colours = {name: style[0] for name, style in zip(names, PALETTE, strict=False)}
+    colours = {name: style[0] for name, style in _styles(names).items()}
     grid = part.subplots(1, 1 + len(shown), sharex=True, sharey=True)
     draw_points(grid[0], plane(real), None, GREY, plane(real))
     grid[0].set_title(f"{letter}  Data (grey in the others)", color=GREY)

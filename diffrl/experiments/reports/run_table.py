@@ -1,17 +1,31 @@
 """What a run found, from its results.json: names for people, and one table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from diffrl.diffusion.posterior import coupling_eta
+from diffrl.experiments.schemes import MONTE_CARLO, settings_of
+from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
 from diffrl.registry import accepted
 from diffrl.text_tables import text_table
 
-__all__ = ["data_label", "distance_label", "mean_value_error", "objective_label", "summary_table", "title"]
+__all__ = [
+    "baseline_of",
+    "data_label",
+    "distance_label",
+    "mean_error",
+    "mean_ratio",
+    "objective_label",
+    "summary_table",
+    "title",
+]
 
+SHARED = {1.0: "fresh noise", 0.0: "shared noise"}
+"""What successive states of a chain have, by η."""
 DISTANCES = {
     "w2": "W2 distance",
     "sliced_w2": "sliced W2 distance",
@@ -23,19 +37,40 @@ DISTANCES = {
 def objective_label(name: str, config: Mapping[str, Any]) -> str:
     """Name of an objective for people, such as "TD(λ=0.5)"; its key if no objective of that name is known here.
 
+    In a run of several schemes the name says what noise the states of a chain share, unless it does not matter; of two
+    that would be called alike, the one beside the run's own has its key added.
+
     Args:
         name: its key in ``results["objectives"]``.
         config: the run's configuration; options that it lacks are taken to have the defaults of today.
     """
-    if name not in OBJECTIVES:
+    label, beside = _label(name, config), config.get("beside") or {}
+    others = [config["objective"]["name"], *beside] if name in beside else []
+    alike = any(_label(other, config) == label for other in others if other != name)
+    return f"{label} ({name})" if alike else label
+
+
+def _label(name: str, config: Mapping[str, Any]) -> str:
+    """The name as the settings of the scheme give it."""
+    beside = config.get("beside") or {}
+    settings = settings_of(config, name) if name in beside else config
+    objective = settings.get("objective", {})
+    registered = objective.get("name", name) if name in beside else name
+    if registered not in OBJECTIVES:
         return name
-    entry = OBJECTIVES.entry(name)
+    entry = OBJECTIVES.entry(registered)
     parameters = [p for function in entry.functions for p in signature(function).parameters.values()]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    options = config.get("objective", {})
-    label = entry.label_for({**defaults, **options})
-    beside = name != options.get("name", name)  # Monte Carlo beside it, whose target is the datum
-    return label if beside else StandIn(**accepted(StandIn, config.get("chain", {}))).label(label)
+    label = entry.label_for({**defaults, **objective})
+    if not beside and name != objective.get(
+        "name", name
+    ):  # Monte Carlo beside the run's own, whose target is the datum
+        return label
+    label = StandIn(**accepted(StandIn, settings.get("chain", {}))).label(label)
+    if not beside or entry.also is not None or is_monte_carlo(registered):
+        return label
+    eta = coupling_eta(settings["chain"]["coupling"])
+    return f"{label}, {SHARED.get(eta, f'partly shared noise (η = {eta:g})')}"
 
 
 def data_label(config: Mapping[str, Any]) -> str:
@@ -57,16 +92,31 @@ def distance_label(metric: str) -> str:
     return DISTANCES.get(name, name)
 
 
-def mean_value_error(errors: Mapping[str, float]) -> float:
+def baseline_of(names: Iterable[str]) -> str | None:
+    """What the others are measured against: Monte Carlo, else the second of two; None if there is no such thing."""
+    known = [*names]
+    if MONTE_CARLO in known and len(known) > 1:
+        return MONTE_CARLO
+    return known[1] if len(known) == 2 else None
+
+
+def mean_error(errors: Mapping[str, float]) -> float:
     """Mean over noise levels."""
     return sum(errors.values()) / len(errors)
+
+
+def mean_ratio(errors: Mapping[str, float], baseline: Mapping[str, float]) -> float:
+    """Mean over noise levels of how many times the baseline's error an error is: the score of comparisons."""
+    ratios = [errors[sigma] / by for sigma, by in baseline.items() if by > 0]
+    return sum(ratios) / len(ratios) if ratios else 1.0
 
 
 def title(results: Mapping[str, Any]) -> str:
     """One line that says what was run."""
     config = results["config"]
     length = config["trainer"]
-    versus = " and ".join(objective_label(name, config) for name in results["objectives"])
+    labels = [objective_label(name, config) for name in results["objectives"]]
+    versus = ("; " if len(labels) > 2 else " and ").join(labels)
     return (
         f"{versus} on {data_label(config)}: {length['grad_steps']:,} gradient steps "
         f"of {length['batch_size']} data, seed {results['seed']}"
@@ -74,27 +124,40 @@ def title(results: Mapping[str, Any]) -> str:
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
-    """One row a figure, one column an objective; of two objectives, a last column with their ratio."""
+    """One row a figure, one column an objective, each with its ratio to the baseline, of two in a last column."""
     objectives = results["objectives"]
-    labels = [objective_label(name, results["config"]) for name in objectives]
+    names, baseline = [*objectives], baseline_of(objectives)
+    labels = [objective_label(name, results["config"]).replace(", ", "\n") for name in names]
     found = list(objectives.values())
-    rows = [["", *labels]]
-    two = len(found) == 2
-    if two:
-        rows[0].append("ratio")
+    rows = [["", *labels, *["ratio"] * (len(names) == 2)]]
 
     def add(name: str, figures: list[float], text: str = "#.3g") -> None:
-        row = [name, *(format(figure, text).rstrip(".") for figure in figures)]
-        rows.append([*row, f"{figures[0] / figures[1]:.2f}" if two and figures[1] else ""][: len(rows[0])])
+        shown = [format(figure, text).rstrip(".") for figure in figures]
+        ratios = [""] * len(figures)
+        if baseline is not None and (by := figures[names.index(baseline)]):
+            ratios = [
+                f"{figure / by:.2f}" if n != baseline else ""
+                for n, figure in zip(names, figures, strict=True)
+            ]
+        if len(names) > 2:
+            shown = [
+                f"{s}  {ratio:>5}{' ×' if ratio else '  '}" for s, ratio in zip(shown, ratios, strict=True)
+            ]
+        rows.append([name, *shown, *ratios[:1] * (len(names) == 2)])
 
-    for sigma in found[0]["value_error"]:
-        add(f"value error, σ = {sigma}", [f["value_error"][sigma] for f in found])
-    if found[0]["value_error"]:
-        add("value error, mean", [mean_value_error(f["value_error"]) for f in found])
-        rows.append([])
-    if all("denoising_error" in f for f in found):  # runs of diffrl 0.2 and before have none
-        for sigma in found[0]["denoising_error"]:
-            add(f"denoising error, test, σ = {sigma}", [f["denoising_error"][sigma] for f in found])
+    for error, label in (("value_error", "value error"), ("denoising_error", "denoising error, test")):
+        if not all(
+            f.get(error) for f in found
+        ):  # no oracle; runs of diffrl 0.2 and before have no denoising error
+            continue
+        for sigma in found[0][error]:
+            add(f"{label}, σ = {sigma}", [f[error][sigma] for f in found])
+        if len(names) > 2 and baseline is not None:
+            ratios = [mean_ratio(f[error], objectives[baseline][error]) for f in found]
+            shown = [f"{r:.2f} ×" if n != baseline else "" for n, r in zip(names, ratios, strict=True)]
+            rows.append([f"{label}, mean ratio", *shown])
+        elif error == "value_error":
+            add(f"{label}, mean", [mean_error(f[error]) for f in found])
         rows.append([])
     distance = distance_label(found[0]["sample_distance"]["metric"])
     for nfe in found[0]["sample_distance"]["by_nfe"]:
@@ -102,4 +165,5 @@ def summary_table(results: Mapping[str, Any]) -> str:
     rows.append([])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
     add("seconds of training", [f["seconds"] for f in found], ".1f")
+    add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
     return f"{title(results)}\n\n{text_table(rows)}"

@@ -14,7 +14,13 @@ import numpy as np
 
 from diffrl.experiments.findings import Findings
 from diffrl.experiments.reports.parts import commands_table
-from diffrl.experiments.reports.run_table import distance_label, mean_value_error, objective_label, title
+from diffrl.experiments.reports.run_table import (
+    baseline_of,
+    distance_label,
+    mean_error,
+    objective_label,
+    title,
+)
 from diffrl.metrics.intervals import interval
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table, text_table
@@ -78,18 +84,20 @@ def _title(found: _SeedFindings) -> str:
 
 
 def _rows(found: _SeedFindings) -> list[list[str]]:
-    """One row a figure, one column an objective; of two objectives, a last column with their ratio by seed."""
+    """One row a figure, one column an objective, and one for the ratio by seed of each to the baseline."""
     first = found.results[0]
     names = list(first["objectives"])
     labels = [objective_label(name, first["config"]) for name in names]
-    rows = [["", *labels, *["ratio"] * (len(names) == 2)]]
+    baseline = baseline_of(names)
+    others = [name for name in names if name != baseline] if baseline is not None else []
+    ratios = ["ratio"] if len(others) == 1 else [f"× {objective_label(n, first['config'])}" for n in others]
+    rows = [["", *labels, *ratios]]
     figures = {name: [_figures(results["objectives"][name]) for results in found.results] for name in names}
     for figure in figures[names[0]][0]:
-        values = [np.array([by_name[figure] for by_name in figures[name]]) for name in names]
-        if len(names) == 2:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                values.append(values[0] / values[1])
-        rows.append([figure, *(_shown(x) for x in values)])
+        values = {name: np.array([by_name[figure] for by_name in figures[name]]) for name in names}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shown = [*values.values(), *(values[name] / values[str(baseline)] for name in others)]
+        rows.append([figure, *(_shown(x) for x in shown)])
     return rows
 
 
@@ -102,7 +110,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, float]:
     errors, distance = found["value_error"], found["sample_distance"]
     figures = {f"value error, σ = {sigma}": error for sigma, error in errors.items()}
     if errors:
-        figures["value error, mean"] = mean_value_error(errors)
+        figures["value error, mean"] = mean_error(errors)
     label = distance_label(distance["metric"])
     figures |= {f"{label}, NFE {nfe}": x for nfe, x in distance["by_nfe"].items()}
     return {**figures, "seconds of training": found["seconds"]}
