@@ -47,6 +47,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{"low_noise": (float, 0.0), "high_noise": (float, 1.0)},
         **{"nsr_low": (float, 0.1), "nsr_high": (float, 10.0), **TD},
     },
+    "td_adaptive": {
+        **{"candidates": (list[float], [1.0, 0.5, 0.0]), "trials": (int, 4), "trial_steps": (float, 0.025)},
+        **{"heldout": (int, 256), "bootstrap": (str, "own"), **WEIGHT, "denoising_coef": (float, 0.0)},
+    },
     "monte_carlo": WEIGHT,
     "edm": {**WEIGHT, **NOISE_LAW},
     "denoising": {**WEIGHT, "num_steps": (int, 1000)},
