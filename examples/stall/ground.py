@@ -59,12 +59,17 @@ class Run:
     value: Literal["posterior_mean", "clean"] = "posterior_mean"
     first: float = 1.0
     """Factor on the loss of the noisiest level."""
+    then: float = 0.9
+    """β1 from step `at` on, if that is not 0."""
+    at: int = 0
     dim: int = 32
     width: int = 128
 
 
 class Apart(nn.Module):
-    """F with weights of its own at each of K levels: no parameter serves two levels. Inputs hold as many states of each."""
+    """F with weights of its own at each of K levels, of which inputs hold as many states each."""
+
+    codes: Tensor
 
     def __init__(self, event_shape: tuple[int, ...], codes: Tensor, hidden: int) -> None:
         super().__init__()
@@ -130,11 +135,17 @@ class Ground:
         """The data and noise of one step, which are the same for all methods."""
         generator = step_generator(self.run.seed, step)
         x0, _ = self.data.batch(batch or self.run.batch, generator)
-        shape = {"num_steps": self.num_steps, "value": self.run.value}
-        return diffrl.sample_chain(self.process, x0, coupling="markov", generator=generator, **shape)
+        return diffrl.sample_chain(
+            self.process,
+            x0,
+            coupling="markov",
+            num_steps=self.num_steps,
+            value=self.run.value,
+            generator=generator,
+        )
 
     @torch.no_grad()
-    def errors(self, denoiser: nn.Module) -> Tensor:
+    def errors(self, denoiser: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Σ_dims ‖D - D*‖²/c_out² at each level, mean over points: [K], in the units of `metrics.value_error`."""
         D = denoiser(*self.test)
         square = ((D - self.truth).view(len(self.t), POINTS, -1) / self.unit).square()
@@ -145,7 +156,7 @@ class Ground:
         return float(errors[self.headline].mean())
 
 
-def exact_loss(ground: Ground, denoiser: nn.Module, chain: TensorDict, bootstrap: bool) -> Tensor:
+def exact_loss(ground: Ground, denoiser: diffrl.Denoiser, chain: TensorDict, bootstrap: bool) -> Tensor:
     """The loss of `ValueLoss` with weight "edm", and E[x0 | state] in place of x0 in what each state's error is.
 
         δ_i = A_i (D*(x_i) - D(x_i)) - A_{i+1} (D*(x_{i+1}) - D⁻(x_{i+1}))
@@ -199,6 +210,8 @@ class Learner:
     def step(self, k: int, chain: TensorDict, moment: Tensor | None = None) -> float:
         """One step; the second moment may be another's. Returns the loss."""
         rate = self.run.lr * self.schedule.factor(k, self.run.steps)
+        if self.run.at and k == self.run.at:
+            self.optimiser.beta1 = self.run.then
         loss = self.optimiser.step(rate, lambda: self.loss_of(chain), lambda: self._probe(chain), moment)
         self.follow()
         return loss
@@ -218,12 +231,15 @@ class Learner:
         return (scale * u * F).sum(), ((u - back) * F).sum()
 
 
-def train(run: Run, watch: Callable[[int, Learner], None] = lambda k, learner: None) -> dict[str, Any]:
+def train(
+    run: Run, watch: Callable[[int, Learner], None] = lambda k, learner: None, until: int | None = None
+) -> dict[str, Any]:
     """Train once.
 
     Args:
         run: what to train.
         watch: is shown the learner before every step.
+        until: the step to stop at, of a schedule that goes on; None: the end.
 
     Returns:
         ``error`` at the end, ``levels`` (all levels at the end), ``curve`` (step, error); NaN where it diverged.
@@ -233,7 +249,7 @@ def train(run: Run, watch: Callable[[int, Learner], None] = lambda k, learner: N
     learner = Learner(ground, run, run.target)
     donor = Learner(ground, run, run.step_of) if run.step_of else None
     curve = []
-    for k, chain in _minibatches(ground, run):
+    for k, chain in _minibatches(ground, until or run.steps):
         if k % 100 == 0:
             curve.append((k, ground.figure(ground.errors(learner.denoiser))))
         watch(k, learner)
@@ -248,6 +264,6 @@ def train(run: Run, watch: Callable[[int, Learner], None] = lambda k, learner: N
     return {"error": ground.figure(errors), "levels": errors.tolist(), "curve": curve}
 
 
-def _minibatches(ground: Ground, run: Run) -> Iterator[tuple[int, TensorDict]]:
-    for k in range(run.steps):
+def _minibatches(ground: Ground, steps: int) -> Iterator[tuple[int, TensorDict]]:
+    for k in range(steps):
         yield k, ground.chain(k)

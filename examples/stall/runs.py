@@ -1,8 +1,7 @@
 """The runs of each part of the study, and a file that keeps what is finished."""
 
-import hashlib
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from stall.ground import Run, train
 
 SEEDS = (21, 22, 23)  # none of them is a mixture of the pilot's
 MC, OWN, SLOW = Run(target="monte_carlo"), Run(target="own"), Run(target="slow", decay=0.98)
-FLOW = {"process": "flow", "dim": 16, "steps": 1500}
-DDPM = {"process": "ddpm", "dim": 16, "steps": 1500, "batch": 8}
+FLOW: dict[str, Any] = {"process": "flow", "dim": 16, "steps": 1500}
+DDPM: dict[str, Any] = {"process": "ddpm", "dim": 16, "steps": 1500, "batch": 8}
 
 
 def _seeds(*runs: Run) -> list[Run]:
@@ -39,6 +38,7 @@ PARTS: dict[str, list[Run]] = {
         *(replace(OWN, lr=lr, beta1=0.5) for lr in (4e-3, 8e-3)),
         *_betas(OWN, 0.7, 0.8),
     ],
+    "switch": [replace(OWN, then=0.5, at=400), replace(OWN, beta1=0.5, then=0.9, at=400)],
     "levels": _seeds(
         *_betas(replace(MC, levels="apart"), 0.9, 0.0), *_betas(replace(OWN, levels="apart"), 0.9, 0.0)
     ),
@@ -80,24 +80,33 @@ def name(run: Run) -> str:
     return ", ".join([run.target, *(f"{key}={getattr(run, key)}" for key in differ)])
 
 
+def _key(run: Run) -> str:
+    return f"{name(run)}, seed {run.seed}"
+
+
 class Kept:
     """Finished runs in a file of JSON lines, by all that they depend on."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, {}
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             row = json.loads(line)
             self.rows[row["key"]] = row
 
+    def look(self, run: Run) -> dict[str, Any] | None:
+        """The result of a run that is finished."""
+        return self.rows.get(_key(run))
+
     def get(self, run: Run) -> dict[str, Any]:
         """The result of a run, which is made if it is missing."""
-        key = hashlib.blake2b(json.dumps(asdict(run)).encode(), digest_size=8).hexdigest()
+        key = _key(run)
         if key not in self.rows:
             found = train(run)
             print(f"{name(run)}, seed {run.seed}: {found['error']:.3g}", flush=True)
             rounded = {**found, "levels": [float(f"{e:.4g}") for e in found["levels"]]}
             rounded["curve"] = [(k, float(f"{e:.4g}")) for k, e in found["curve"]]
-            self.rows[key] = {"key": key, "name": name(run), "seed": run.seed, **rounded}
+            self.rows[key] = {"key": key, **rounded}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[key]) + "\n")

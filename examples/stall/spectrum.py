@@ -1,9 +1,9 @@
 """The linear theory: which step is stable with momentum, and the eigenvalues of a network's own TD dynamics.
 
-In network units, near weights θ, an error f of the outputs moves under the semi-gradient as f' = -K (I - P̂) f, where K is
-the tangent kernel (with Adam's 1/√v inside) and (P̂ f)_i = ρ_i E[f_{i+1} | x_i], ρ_i = A_{i+1} c_{i+1}/(A_i c_i). The nonzero
-eigenvalues μ of K (I - P̂) are those of S Jᵀ (I - P̂) J S, a matrix of the size of θ with S² = 1/√v, of which only
-products with vectors are needed.
+In network units, near weights θ, an error f of the outputs moves under the semi-gradient as f' = -K (I - P̂) f, where
+K is the tangent kernel (with Adam's 1/√v inside) and (P̂ f)_i = ρ_i E[f_{i+1} | x_i], ρ_i = A_{i+1} c_{i+1}/(A_i c_i).
+The nonzero eigenvalues μ of K (I - P̂) are those of S Jᵀ (I - P̂) J S, a matrix of the size of θ with S² = 1/√v, of
+which only products with vectors are needed.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
-from torch.func import functional_call, linearize, vjp
+from torch.func import functional_call, jvp, vjp
 
 from diffrl import keys
 from stall.ground import Learner
@@ -63,10 +63,15 @@ class Dynamics:
             weights = {n: p.view(s) for n, p, s in zip(names, parts, shapes, strict=True)}
             return functional_call(net, weights, states).view_as(x)
 
-        self.F, self.jvp = linearize(outputs, self.theta)
+        self.outputs = outputs
         self.vjp: Callable[[Tensor], tuple[Tensor]] = vjp(outputs, self.theta)[1]
         self.S = torch.ones_like(self.theta) if moment is None else (moment.sqrt() + 1e-8).rsqrt()
         self.scale = 2 / x.numel()
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """J w, the change of the outputs with the weights: [B, K, D]."""
+        found: Tensor = jvp(self.outputs, (self.theta,), (w,))[1]
+        return found
 
     def next(self, u: Tensor) -> Tensor:
         """P̂ u by the states reached."""
@@ -157,37 +162,3 @@ def copied_radius(
     copy = np.vstack([np.hstack([I, Z, Z]), np.hstack([Z, I, Z]), np.hstack([Z, I, Z])])
     power = copy @ np.linalg.matrix_power(step, every)
     return float(np.abs(np.linalg.eigvals(power)).max() ** (1 / every))
-
-
-class Linearised:
-    """The network's tangent at some weights, trained by minibatches with frozen S: linear dynamics with the true noise.
-
-        F(x) ≈ F(x; θ₀) + J S y,    y ← y - η m
-
-    Args:
-        learner: network and weights θ₀.
-        moment: v̂, frozen.
-        rate: η.
-        beta: β.
-        noise: whether minibatches are drawn; else each step has the same large batch, whose gradient is nearly the mean.
-    """
-
-    def __init__(self, learner: Learner, moment: Tensor, rate: float, beta: float) -> None:
-        self.learner, self.moment, self.rate, self.beta = learner, moment, rate, beta
-        self.y = torch.zeros_like(moment)
-        self.m = torch.zeros_like(moment)
-
-    @torch.no_grad()
-    def step(self, chain: TensorDict, bootstrap: bool, own: "Dynamics | None" = None) -> float:
-        """One step on a minibatch; returns the mean square of its TD error in network units."""
-        d = own or Dynamics(self.learner, chain, self.moment)
-        _, c_out, _ = self.learner.denoiser.scalings(chain[keys.T])
-        F = d.F + d.jvp(d.S * self.y)
-        # (x0 - D)/c_out = (F* - F): what F would have to be to give x0
-        D0 = self.learner.denoiser(chain[keys.X_T].flatten(0, 1), chain[keys.T].flatten()).view_as(d.F)
-        error = (chain[keys.X0] - D0) / c_out - (F - d.F)
-        delta = error - d.next(error) if bootstrap else error
-        g = -d.S * d.vjp(d.scale * delta)[0]
-        self.m = self.beta * self.m + (1 - self.beta) * g
-        self.y = self.y - self.rate * self.m
-        return float(delta.square().mean())
