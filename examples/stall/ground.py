@@ -62,6 +62,9 @@ class Run:
     then: float = 0.9
     """β1 from step `at` on, if that is not 0."""
     at: int = 0
+    after: Literal["", "monte_carlo"] = ""
+    """The target from that step on."""
+    warmup: int = 100
     dim: int = 32
     width: int = 128
 
@@ -186,7 +189,7 @@ class Learner:
         )
         adam = run.optimiser == "adam"
         self.optimiser = Optimiser(self.denoiser, run.beta1, run.correction, normalise=adam)
-        self.schedule = Optim(lr=run.lr, warmup_steps=100, decay="cosine", clip_norm=None)
+        self.schedule = Optim(lr=run.lr, warmup_steps=run.warmup, decay="cosine", clip_norm=None)
         self.follow: Callable[[], None] = lambda: None
         if target == "slow":
             soft = run.decay > 0
@@ -212,6 +215,8 @@ class Learner:
         rate = self.run.lr * self.schedule.factor(k, self.run.steps)
         if self.run.at and k == self.run.at:
             self.optimiser.beta1 = self.run.then
+            if self.run.after:
+                self.loss = ValueLoss(self.denoiser, lmbda=1.0)
         loss = self.optimiser.step(rate, lambda: self.loss_of(chain), lambda: self._probe(chain), moment)
         self.follow()
         return loss

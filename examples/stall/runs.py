@@ -38,7 +38,12 @@ PARTS: dict[str, list[Run]] = {
         *(replace(OWN, lr=lr, beta1=0.5) for lr in (4e-3, 8e-3)),
         *_betas(OWN, 0.7, 0.8),
     ],
-    "switch": [replace(OWN, then=0.5, at=400), replace(OWN, beta1=0.5, then=0.9, at=400)],
+    "switch": [
+        *_seeds(replace(OWN, then=0.5, at=400), replace(OWN, beta1=0.5, at=400)),
+        *(replace(OWN, then=0.5, at=at) for at in (100, 200)),
+        replace(OWN, after="monte_carlo", at=400),
+        *(replace(OWN, warmup=warmup) for warmup in (400, 1000)),
+    ],
     "levels": _seeds(
         *_betas(replace(MC, levels="apart"), 0.9, 0.0), *_betas(replace(OWN, levels="apart"), 0.9, 0.0)
     ),

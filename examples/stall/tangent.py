@@ -23,6 +23,7 @@ from stall.spectrum import (
 
 LOOK_AT = (50, 200, 500, 1000, 1500)
 CHAINS, KRYLOV = 64, 120
+FROM = {0.9: 500, 0.5: 300}  # where both runs, by β1, have about the same error
 DECAYS, COPIES = (0.0, 0.5, 0.8, 0.9, 0.98), (2, 3, 5, 20)
 
 
@@ -130,8 +131,9 @@ class Tangent:
         self.shift -= rate * self.step_size * self.m
 
 
-def tangent_runs(run: Run, k: int = 500, steps: int = 300) -> list[dict[str, Any]]:
-    """Errors of the tangent at step k of a run, trained on by each β and target with and without noise."""
+def tangent_runs(run: Run, steps: int = 300) -> list[dict[str, Any]]:
+    """Errors of the tangent at a step of a run, trained on by each β and target with and without noise."""
+    k = FROM[run.beta1]
     learner, moment = snapshot(run, k)
     found = []
     for target, beta, exact in (

@@ -181,6 +181,6 @@ def test_a_part_runs_is_kept_and_reported(
     script.main(arguments)
     assert len(capsys.readouterr().out.splitlines()) == 2
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "slow, decay=0.5" in page and "slow, every=2" in page
+    assert "decay=0.5" in page and "every=2" in page
     script.main(arguments)
     assert capsys.readouterr().out == ""  # nothing is run again
