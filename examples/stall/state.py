@@ -31,25 +31,33 @@ def readout_error(learner: Learner, inputs: list[Tensor]) -> float:
 
 @torch.no_grad()
 def state(learner: Learner, k: int) -> dict[str, Any]:
-    """Norms of all weight matrices, and of the features before the last layer: size, directions, share of idle units."""
+    """Norms of all weight matrices; of the features before the last layer: size and directions; how stiff units are.
+
+    ``fixed`` is, for each hidden layer, the share of units whose input has one sign on 99 % of all states: they are a
+    linear map or nothing. ``offset`` is the median over units of |mean|/std of that input.
+    """
     ground, net = learner.ground, learner.denoiser.network
     kept: list[Tensor] = []
-    hook = net.last.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    hooks = [
+        m.register_forward_hook(lambda module, inputs, out: kept.extend((inputs[0], out))) for m in linear
+    ]
     errors = ground.errors(learner.denoiser)
-    hook.remove()
-    h = kept[0]
-    layers = [m for m in net.modules() if isinstance(m, nn.Linear)]
-    moment = learner.optimiser.second_moment().sqrt() if learner.optimiser.steps else torch.ones(1)
+    for hook in hooks:
+        hook.remove()
+    inputs, before = kept[::2], kept[1::2][:-1]
+    positive = [(z > 0).float().mean(0) for z in before]
+    h = inputs[-1]
     return {
         "step": k,
         "error": ground.figure(errors),
-        "norms": [float(layer.weight.norm()) for layer in layers],
+        "norms": [float(layer.weight.norm()) for layer in linear],
         "size": float(h.square().mean().sqrt()),
-        "mean_size": float(h.mean(0).square().mean().sqrt()),
         "directions": directions(h[:: max(1, len(h) // 2000)]),
-        "idle": float((h.std(0) < 0.05 * h.std(0).max()).float().mean()),
-        "readout": readout_error(learner, kept),
-        "moment": float(moment.median()),
+        "fixed": [float(((p < 0.01) | (p > 0.99)).float().mean()) for p in positive],
+        "offset": [float((z.mean(0).abs() / z.std(0)).median()) for z in before],
+        "readout": readout_error(learner, [h]),
+        "moment": float(learner.optimiser.v.sqrt().median()),
     }
 
 
