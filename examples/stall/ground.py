@@ -65,6 +65,10 @@ class Run:
     after: Literal["", "monte_carlo"] = ""
     """The target from that step on."""
     warmup: int = 100
+    recentre: bool = False
+    """Whether the bias of each hidden unit is moved at step `at`, so that its input has mean 0 over all states."""
+    norm: bool = False
+    """Whether hidden layers are normalised (layer normalisation without weights) before they bend."""
     dim: int = 32
     width: int = 128
 
@@ -132,6 +136,14 @@ class Ground:
             network: nn.Module = Apart(self.data.event_shape, self.process.c_noise(self.t), self.run.width)
         else:
             network = MLP(self.data.event_shape, hidden=self.run.width)
+            if self.run.norm:
+                layers = [
+                    [nn.LayerNorm(self.run.width, elementwise_affine=False), m] for m in network.middle[::2]
+                ]
+                bends = [*network.middle[1::2], nn.Identity()]
+                network.middle = nn.Sequential(
+                    *(m for two, one in zip(layers, bends, strict=True) for m in (*two, one))
+                )
         return diffrl.Denoiser(network, self.process, 0.5, self.prediction)
 
     def chain(self, step: int, batch: int | None = None) -> TensorDict:
@@ -176,6 +188,18 @@ def exact_loss(ground: Ground, denoiser: diffrl.Denoiser, chain: TensorDict, boo
     return (delta.square().mean(-1, keepdim=True) / ((A * c_out) ** 2).clamp(min=1e-8)).mean()
 
 
+@torch.no_grad()
+def recentre(denoiser: diffrl.Denoiser, states: tuple[Tensor, Tensor]) -> None:
+    """Move the biases of hidden layers, from the first on, so that units' inputs have mean 0 on these states."""
+    hidden = [m for m in denoiser.network.modules() if isinstance(m, nn.Linear)][:-1]
+    for layer in hidden:
+        kept: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda module, inputs, out, kept=kept: kept.append(out.mean(0)))
+        denoiser(*states)
+        hook.remove()
+        layer.bias -= kept[0]
+
+
 class Learner:
     """A denoiser with its loss, optimiser and target network."""
 
@@ -215,6 +239,8 @@ class Learner:
         rate = self.run.lr * self.schedule.factor(k, self.run.steps)
         if self.run.at and k == self.run.at:
             self.optimiser.beta1 = self.run.then
+            if self.run.recentre:
+                recentre(self.denoiser, self.ground.test)
             if self.run.after:
                 self.loss = ValueLoss(self.denoiser, lmbda=1.0)
         loss = self.optimiser.step(rate, lambda: self.loss_of(chain), lambda: self._probe(chain), moment)

@@ -42,6 +42,11 @@ PARTS: dict[str, list[Run]] = {
         *_seeds(replace(OWN, then=0.5, at=400), replace(OWN, beta1=0.5, at=400)),
         *(replace(OWN, then=0.5, at=at) for at in (100, 200)),
         replace(OWN, after="monte_carlo", at=400),
+        *_seeds(
+            replace(OWN, then=0.5, at=400, recentre=True),
+            replace(OWN, beta1=0.5, then=0.5, at=400, recentre=True),
+        ),
+        *(replace(run, norm=True) for run in (MC, OWN, *_betas(OWN, 0.5))),
         *(replace(OWN, warmup=warmup) for warmup in (400, 1000)),
     ],
     "levels": _seeds(
