@@ -137,13 +137,7 @@ class Ground:
         else:
             network = MLP(self.data.event_shape, hidden=self.run.width)
             if self.run.norm:
-                layers = [
-                    [nn.LayerNorm(self.run.width, elementwise_affine=False), m] for m in network.middle[::2]
-                ]
-                bends = [*network.middle[1::2], nn.Identity()]
-                network.middle = nn.Sequential(
-                    *(m for two, one in zip(layers, bends, strict=True) for m in (*two, one))
-                )
+                network.middle = normalised(network.middle, self.run.width)
         return diffrl.Denoiser(network, self.process, 0.5, self.prediction)
 
     def chain(self, step: int, batch: int | None = None) -> TensorDict:
@@ -188,6 +182,15 @@ def exact_loss(ground: Ground, denoiser: diffrl.Denoiser, chain: TensorDict, boo
     return (delta.square().mean(-1, keepdim=True) / ((A * c_out) ** 2).clamp(min=1e-8)).mean()
 
 
+def normalised(middle: nn.Sequential, width: int) -> nn.Sequential:
+    """The same layers with a normalisation before each that bends."""
+    layers: list[nn.Module] = []
+    for layer in middle:
+        norm = [nn.LayerNorm(width, elementwise_affine=False)] if isinstance(layer, nn.SiLU) else []
+        layers += [*norm, layer]
+    return nn.Sequential(*layers)
+
+
 @torch.no_grad()
 def recentre(denoiser: diffrl.Denoiser, states: tuple[Tensor, Tensor]) -> None:
     """Move the biases of hidden layers, from the first on, so that units' inputs have mean 0 on these states."""
@@ -197,7 +200,7 @@ def recentre(denoiser: diffrl.Denoiser, states: tuple[Tensor, Tensor]) -> None:
         hook = layer.register_forward_hook(lambda module, inputs, out, kept=kept: kept.append(out.mean(0)))
         denoiser(*states)
         hook.remove()
-        layer.bias -= kept[0]
+        layer.bias.sub_(kept[0])
 
 
 class Learner:

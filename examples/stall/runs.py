@@ -42,10 +42,7 @@ PARTS: dict[str, list[Run]] = {
         *_seeds(replace(OWN, then=0.5, at=400), replace(OWN, beta1=0.5, at=400)),
         *(replace(OWN, then=0.5, at=at) for at in (100, 200)),
         replace(OWN, after="monte_carlo", at=400),
-        *_seeds(
-            replace(OWN, then=0.5, at=400, recentre=True),
-            replace(OWN, beta1=0.5, then=0.5, at=400, recentre=True),
-        ),
+        *_seeds(*(replace(run, then=0.5, at=400, recentre=True) for run in (OWN, *_betas(OWN, 0.5)))),
         *(replace(run, norm=True) for run in (MC, OWN, *_betas(OWN, 0.5))),
         *(replace(OWN, warmup=warmup) for warmup in (400, 1000)),
     ],
