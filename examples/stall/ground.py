@@ -65,6 +65,8 @@ class Run:
     after: Literal["", "monte_carlo"] = ""
     """The target from that step on."""
     warmup: int = 100
+    forget: bool = False
+    """Whether the optimiser's averages are cleared at step `at`."""
     recentre: bool = False
     """Whether the bias of each hidden unit is moved at step `at`, so that its input has mean 0 over all states."""
     norm: bool = False
@@ -242,6 +244,8 @@ class Learner:
         rate = self.run.lr * self.schedule.factor(k, self.run.steps)
         if self.run.at and k == self.run.at:
             self.optimiser.beta1 = self.run.then
+            if self.run.forget:
+                self.optimiser.forget()
             if self.run.recentre:
                 recentre(self.denoiser, self.ground.test)
             if self.run.after:

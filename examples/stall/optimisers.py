@@ -42,6 +42,10 @@ class Optimiser:
         for p, part in zip(self.parameters, self.theta.split(sizes), strict=True):
             p.data = part.view_as(p)
         self.beta1, self.beta2, self.correction, self.normalise = beta1, 0.999, correction, normalise
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin with empty averages."""
         self.m, self.v, self.e, self.zeta, self.mean, self.u = (
             torch.zeros_like(self.theta) for _ in range(6)
         )

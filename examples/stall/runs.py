@@ -34,14 +34,15 @@ PARTS: dict[str, list[Run]] = {
         for beta in (0.0, 0.9)
     ],
     "rates": [
-        *(replace(OWN, lr=lr) for lr in (5e-4, 1e-3)),
-        *(replace(OWN, lr=lr, beta1=0.5) for lr in (4e-3, 8e-3)),
+        *(replace(run, lr=lr) for lr in (5e-4, 1e-3) for run in (MC, OWN)),
+        *(replace(run, lr=lr) for lr in (4e-3, 8e-3) for run in (MC, *_betas(OWN, 0.5))),
         *_betas(OWN, 0.7, 0.8),
     ],
     "switch": [
         *_seeds(replace(OWN, then=0.5, at=400), replace(OWN, beta1=0.5, at=400)),
         *(replace(OWN, then=0.5, at=at) for at in (100, 200)),
         replace(OWN, after="monte_carlo", at=400),
+        replace(OWN, after="monte_carlo", at=400, forget=True),
         *_seeds(*(replace(run, then=0.5, at=400, recentre=True) for run in (OWN, *_betas(OWN, 0.5)))),
         *(replace(run, norm=True) for run in (MC, OWN, *_betas(OWN, 0.5))),
         *(replace(OWN, warmup=warmup) for warmup in (400, 1000)),
