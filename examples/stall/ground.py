@@ -55,6 +55,8 @@ class Run:
     """Whether x0 in the target is replaced by its conditional mean: the drift alone, hardly any noise."""
     step_of: Literal["", "monte_carlo", "own"] = ""
     """Take Adam's second moment from a run with this target, which goes along."""
+    moment_of: Literal["", "monte_carlo", "own"] = ""
+    """Take Adam's second moment from the gradients that this target would have at the same weights."""
     process: str = "edm"
     value: Literal["posterior_mean", "clean"] = "posterior_mean"
     first: float = 1.0
@@ -219,6 +221,8 @@ class Learner:
         adam = run.optimiser == "adam"
         self.optimiser = Optimiser(self.denoiser, run.beta1, run.correction, normalise=adam)
         self.schedule = Optim(lr=run.lr, warmup_steps=run.warmup, decay="cosine", clip_norm=None)
+        self.other: ValueLoss | None = None
+        self.moment = torch.zeros_like(self.optimiser.theta)
         self.follow: Callable[[], None] = lambda: None
         if target == "slow":
             soft = run.decay > 0
@@ -250,6 +254,12 @@ class Learner:
                 recentre(self.denoiser, self.ground.test)
             if self.run.after:
                 self.loss = ValueLoss(self.denoiser, lmbda=1.0)
+        if self.run.moment_of:
+            lmbda = 1.0 if self.run.moment_of == "monte_carlo" else 0.0
+            self.other = self.other or ValueLoss(self.denoiser, lmbda=lmbda)
+            g = self.optimiser.gradient(self.other(chain)["loss_value"])
+            self.moment = torch.lerp(g.square(), self.moment, self.optimiser.beta2)
+            moment = self.moment / (1 - self.optimiser.beta2 ** (k + 1))
         loss = self.optimiser.step(rate, lambda: self.loss_of(chain), lambda: self._probe(chain), moment)
         self.follow()
         return loss

@@ -54,9 +54,14 @@ PARTS: dict[str, list[Run]] = {
         *(replace(SLOW, decay=decay) for decay in (0.5, 0.8, 0.9, 0.95, 0.99)),
         *(replace(SLOW, decay=0.0, every=every) for every in (2, 3, 5, 20)),
     ],
-    "step": _seeds(
-        *_betas(replace(MC, step_of="own"), 0.9, 0.5), *_betas(replace(OWN, step_of="monte_carlo"), 0.9, 0.5)
-    ),
+    "step": [
+        *_seeds(
+            *_betas(replace(MC, moment_of="own"), 0.9, 0.5),
+            *_betas(replace(OWN, moment_of="monte_carlo"), 0.9, 0.5),
+        ),
+        *_betas(replace(MC, step_of="own"), 0.5),
+        *_betas(replace(OWN, step_of="monte_carlo"), 0.9, 0.5),
+    ],
     "noise": [
         *_seeds(*(replace(run, exact=True) for run in (MC, OWN, *_betas(OWN, 0.5)))),
         *(replace(run, batch=256) for run in (MC, OWN, *_betas(OWN, 0.5, 0.0))),
