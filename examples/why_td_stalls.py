@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stall.figures import draw_all
-from stall.runs import MC, OWN, PARTS, Kept, name
+from stall.runs import FLOW, MC, OWN, PARTS, Kept, name
 from stall.state import states
 from stall.tables import report
 from stall.tangent import mode_in_time, spectra, tangent_runs
@@ -26,7 +26,7 @@ from diffrl.text_files import write_atomically
 
 HALF = replace(OWN, beta1=0.5)
 LINEAR: dict[str, tuple[Callable[..., Any], list[Any]]] = {
-    "kernel": (spectra, [OWN, HALF, MC]),
+    "kernel": (spectra, [OWN, HALF, MC, replace(HALF, **FLOW)]),
     "tangent": (tangent_runs, [OWN, HALF]),
     "state": (states, [OWN, HALF, MC]),
     "oscillation": (mode_in_time, [OWN, HALF]),

@@ -28,13 +28,21 @@ LINES: list[tuple[str, dict[str, Any]]] = [
     ("a network a level, β1 .9", {"levels": "apart"}),
     ("a network a level, β1 0", {"levels": "apart", "beta1": 0.0}),
     ("a network a level, Monte Carlo", {"levels": "apart", "target": "monte_carlo"}),
-    ("own with Monte Carlo's v", {"step_of": "monte_carlo"}),
-    ("Monte Carlo with own's v (β1 .5)", {"step_of": "own", "target": "monte_carlo", "beta1": 0.5}),
+    ("own, β1 .5, with Monte Carlo's v", {"moment_of": "monte_carlo", "beta1": 0.5}),
+    ("Monte Carlo, β1 .5, with own's v", {"moment_of": "own", "target": "monte_carlo", "beta1": 0.5}),
+    ("own, β1 .9 for 400 steps, then .5", {"then": 0.5, "at": 400}),
+    ("own, β1 .5 for 400 steps, then .9", {"beta1": 0.5, "at": 400}),
+    ("own, β1 .9 for 400 steps, then Monte Carlo", {"after": "monte_carlo", "at": 400}),
     ("exact x0, own, β1 .9", {"exact": True}),
     ("exact x0, own, β1 .5", {"exact": True, "beta1": 0.5}),
     ("exact x0, Monte Carlo", {"exact": True, "target": "monte_carlo"}),
 ]
-NAMES = {"own": "own, β1 .9", "own, beta1=0.5": "own, β1 .5", "monte_carlo": "Monte Carlo, β1 .9"}
+NAMES = {
+    "own": "own, β1 .9",
+    "own, beta1=0.5": "own, β1 .5",
+    "monte_carlo": "Monte Carlo, β1 .9",
+    "own, beta1=0.5, steps=1500, process=flow, dim=16": "flow, own, β1 .5",
+}
 
 
 def interventions(kept: Kept, path: Path) -> None:
@@ -61,7 +69,7 @@ def _linear(out: Path, part: str) -> dict[str, Any]:
 
 def spectrum(found: dict[str, Any], path: Path, at: int = 200) -> None:
     """Eigenvalues of own TD times the step, with what is stable at β = .9 and .5."""
-    with drawing(figsize=(6.4, 2.9)) as figure:
+    with drawing(figsize=(6.4, 3.1)) as figure:
         both = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, name in zip(both, ("own", "own, beta1=0.5"), strict=True):
             row = next(row for row in found[name] if row["step"] == at)
@@ -76,7 +84,7 @@ def spectrum(found: dict[str, Any], path: Path, at: int = 200) -> None:
             axes.set(xlim=(0.005, 40), ylim=(-1.1, 1.1), xscale="log", title=f"{NAMES[name]}, step {at}")
             axes.set_xlabel("η Re μ")
         both[0].set_ylabel("η Im μ")
-        both[0].legend(fontsize=7.5, loc="lower right")
+        figure.legend(*both[0].get_legend_handles_labels(), fontsize=7.5, loc="outside lower center", ncols=2)
         plain_ticks(both[0].xaxis)
         save_figure(figure, path)
 
@@ -89,7 +97,7 @@ def edge(found: dict[str, Any], path: Path) -> None:
             for beta, style in (("0.9", "-"), ("0.5", ":")):
                 x, y = [row["step"] for row in rows], [row["allowed"][beta] for row in rows]
                 axes.plot(
-                    x, y, style, marker=marker, ms=4, color=colour, label=f"run {NAMES[name]}; for β {beta}"
+                    x, y, style, marker=marker, ms=4, color=colour, label=f"{NAMES[name]}; for β {beta}"
                 )
         axes.axhline(1, color=FAINT, lw=1)
         axes.set(yscale="log", xlabel="step", ylabel="largest stable rate / rate in use")
@@ -116,16 +124,15 @@ def oscillation(found: dict[str, Any], path: Path) -> None:
 
 
 def tangent(found: dict[str, Any], path: Path) -> None:
-    """Errors of the linearised network, trained on from the stalled one."""
-    (rows,) = found.values()
-    with drawing(figsize=(5.2, 2.8)) as figure:
+    """Errors of the linearised network, trained on from a healthy one."""
+    with drawing(figsize=(5.6, 2.6)) as figure:
         axes = figure.subplots()
-        for row, (colour, marker) in zip(rows, PALETTE, strict=False):
+        for row, (colour, marker) in zip(found["own, beta1=0.5"], PALETTE, strict=False):
             words = f"{row['target'].replace('_', ' ')}, β {row['beta1']:g}" + (
                 ", exact x0" if row["exact"] else ""
             )
             axes.plot(*zip(*row["curve"], strict=True), color=colour, marker=marker, ms=3, label=words)
-        axes.set(yscale="log", xlabel="steps of the tangent", ylabel="error")
+        axes.set(yscale="log", ylim=(10, 1e5), xlabel="steps of the tangent", ylabel="error")
         axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
         plain_ticks(axes.yaxis)
         save_figure(figure, path)

@@ -23,7 +23,7 @@ from stall.spectrum import (
 
 LOOK_AT = (50, 200, 500, 1000, 1500)
 CHAINS, KRYLOV = 64, 120
-FROM = {0.9: 500, 0.5: 300}  # where both runs, by β1, have about the same error
+FROM = {0.9: 500, 0.5: 200}  # where both runs, by β1, have about the same error
 DECAYS, COPIES = (0.0, 0.5, 0.8, 0.9, 0.98), (2, 3, 5, 20)
 
 
@@ -64,7 +64,7 @@ def spectra(run: Run) -> list[dict[str, Any]]:
         if k in LOOK_AT:
             found.append(spectrum(learner, k))
 
-    train(run, watch, until=max(LOOK_AT) + 1)
+    train(run, watch, until=min(max(LOOK_AT) + 1, run.steps))
     return found
 
 
