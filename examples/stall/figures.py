@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffrl.experiments.reports.style import FAINT, GREY, PALETTE, drawing, plain_ticks, save_figure
+from diffrl.experiments.reports.style import FAINT, GREY, PALETTE, drawing, plain_ticks
 from stall.ground import Run
 from stall.runs import MC, OWN, SLOW, Kept
 from stall.tables import ratios
@@ -57,7 +57,7 @@ def interventions(kept: Kept, path: Path) -> None:
         axes.set_yticklabels([label for label, _ in shown])
         axes.invert_yaxis()
         plain_ticks(axes.xaxis)
-        save_figure(figure, path)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def _linear(out: Path, part: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def spectrum(found: dict[str, Any], path: Path, at: int = 200) -> None:
         both[0].set_ylabel("η Im μ")
         figure.legend(*both[0].get_legend_handles_labels(), fontsize=7.5, loc="outside lower center", ncols=2)
         plain_ticks(both[0].xaxis)
-        save_figure(figure, path)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def edge(found: dict[str, Any], path: Path) -> None:
@@ -103,7 +103,7 @@ def edge(found: dict[str, Any], path: Path) -> None:
         axes.set(yscale="log", xlabel="step", ylabel="largest stable rate / rate in use")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
         plain_ticks(axes.yaxis)
-        save_figure(figure, path)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def oscillation(found: dict[str, Any], path: Path) -> None:
@@ -120,7 +120,7 @@ def oscillation(found: dict[str, Any], path: Path) -> None:
         left.set(xlabel="step", ylabel="leading mode, moved outputs")
         right.set(xlabel="lag in steps", ylabel="autocorrelation", ylim=(-1.2, 1.2))
         left.legend(fontsize=7.5)
-        save_figure(figure, path)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def tangent(found: dict[str, Any], path: Path) -> None:
@@ -135,7 +135,7 @@ def tangent(found: dict[str, Any], path: Path) -> None:
         axes.set(yscale="log", ylim=(10, 1e5), xlabel="steps of the tangent", ylabel="error")
         axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
         plain_ticks(axes.yaxis)
-        save_figure(figure, path)
+        figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def draw_all(kept: Kept, out: Path) -> None:
