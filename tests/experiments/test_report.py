@@ -17,7 +17,7 @@ import diffrl.experiments.reports.training
 from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.style import plain_ticks
 from diffrl.experiments.reports.training import write_report
-from diffrl.experiments.reports.training_figures import _footer, draw_figures
+from diffrl.experiments.reports.training_figures import _footer, _tick, draw_figures
 from diffrl.experiments.studies import Comparison, Study, run_comparison, study_cell
 from diffrl.experiments.study_findings import HELD_OUT, SCORE, Panel, Quantity, StudyFindings
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -259,6 +259,10 @@ def test_a_figure_tells_how_many_seeds_it_has(tmp_path: Path) -> None:
     assert "; 3 to 5 seeds." in _footer(panel)
     [panel] = make(tmp_path / "whole", study()).panels()
     assert "; 5 seeds." in _footer(panel)
+
+
+def test_values_of_an_axis_need_not_be_numbers() -> None:
+    assert [_tick(value) for value in ("0.50", "1e-3", "[0.5,0.999]")] == ["0.5", "0.001", "[0.5,0.999]"]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -74,7 +74,9 @@ def test_a_run_of_own_methods_is_resumed_by_name_only(tmp_path: Path) -> None:
 def test_they_run_in_worker_processes(tmp_path: Path) -> None:
     (tmp_path / "conf" / "plan").mkdir(parents=True)
     (tmp_path / "conf" / "plan" / "mine.yaml").write_text(
-        "name: mine\ncases:\n  tiny: [" + ", ".join(f'"{word}"' for word in TINY) + "]\n"
+        "name: mine\ntuning: {enabled: false}\ncases:\n  tiny: ["
+        + ", ".join(f'"{word}"' for word in TINY)
+        + "]\n"
         "studies:\n  a:\n    title: a question\n    cases: [tiny]\n    baseline: Toy\n    seeds: [1]\n"
         "    schemes:\n      Toy: [objective=toy_objective]\n"
         "      Toy, other sampler: [objective=toy_objective, sampler=toy_sampler, process=toy_process]\n",
