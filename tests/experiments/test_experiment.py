@@ -125,8 +125,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
     """What each objective draws: once as it is tried, then at every step."""
     seen: dict[str, list[Tensor]] = {}
 
-    def build(config: dict[str, Any], denoiser: diffrl.Denoiser, *, baseline: bool) -> Objective:
-        objective = build_objective(config, denoiser, baseline=baseline)
+    def build(
+        config: dict[str, Any], denoiser: diffrl.Denoiser, *, data: diffrl.data.Data, baseline: bool
+    ) -> Objective:
+        objective = build_objective(config, denoiser, data=data, baseline=baseline)
 
         def draw(x0: Tensor, **more: Any) -> TensorDict:
             states = objective.draw(x0, **more)

