@@ -53,7 +53,7 @@ def settle(trainer: Trainer, lmbda: float) -> None:
         trainer.loss.lmbda = lmbda
         return lmbda
 
-    trainer.loss.choose = choose  # type: ignore[method-assign, assignment]
+    trainer.loss.choose = choose
 
 
 @pytest.mark.parametrize("bootstrap", ["own", "target"])
@@ -63,7 +63,7 @@ def test_a_trial_leaves_nothing_behind(bootstrap: str) -> None:
     settle(tried, 1.0)
     take(tried, 20)
     take(plain, 20)
-    assert len(tried.trials.history) == 2  # type: ignore[union-attr]
+    assert len(tried.trials.history) == 2
     found = {k: v for k, v in state(tried).items() if not k.startswith("target")}
     expected = {k: v for k, v in state(plain).items() if not k.startswith("target")}
     assert differing(found, expected) == ["counts"]
@@ -89,7 +89,7 @@ def test_resuming_changes_no_bit(tmp_path: Path) -> None:
     assert resumed.resume() and resumed.step == 10
     take(resumed, 10)
     assert differing(state(whole), state(resumed)) == []
-    assert resumed.trials.history == whole.trials.history  # type: ignore[union-attr]
+    assert resumed.trials.history == whole.trials.history
     assert resumed.loss.lmbda == whole.loss.lmbda
 
 
