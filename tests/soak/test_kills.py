@@ -186,8 +186,8 @@ def soaks(kills: int, groups: int, folder: Path) -> list[Soak]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_twice_of_each_kind_it_ends_the_same(tmp_path: Path) -> None:
-    assert [len(done.moments) for done in soaks(2, 2, tmp_path)] == [2, 2, 2, 2]
+def test_killed_once_of_each_kind_it_ends_the_same(tmp_path: Path) -> None:
+    assert [len(done.moments) for done in soaks(1, 1, tmp_path)] == [1, 1, 1, 1]
 
 
 @pytest.mark.soak
