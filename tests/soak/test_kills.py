@@ -184,7 +184,7 @@ def soaks(kills: int, groups: int, folder: Path) -> list[Soak]:
         return list(pool.map(partial(soak, folder, base), rows))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_killed_once_of_each_kind_it_ends_the_same(tmp_path: Path) -> None:
     assert [len(done.moments) for done in soaks(1, 1, tmp_path)] == [1, 1, 1, 1]
