@@ -87,16 +87,18 @@ def read_json(path: Path | str, kind: type = dict) -> Any:
     return found
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 so that a crash leaves the old one or the new one.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write bytes, or a text in UTF-8, so that a crash leaves the old file or the new one.
 
     Raises:
         FileError: it cannot be written; the old one is as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     with file_errors(path, "written"):
-        # names of files keep their bytes, where the locale could not read them
-        temporary.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+        if isinstance(content, str):
+            # names of files keep their bytes, where the locale could not read them
+            content = content.encode("utf-8", errors="surrogateescape")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
 
 

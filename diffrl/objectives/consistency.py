@@ -159,11 +159,8 @@ class ConsistencyLoss(DenoiserLoss):
             KeyError: an entry is missing.
             ValueError: the batch is empty; a network that takes labels, without any.
         """
-        try:
+        with self._telling_what_is_missing(tensordict):
             return self._loss(rows(tensordict))
-        except KeyError:
-            self._require_entries(tensordict)
-            raise
 
     def _loss(self, pairs: TensorDictBase) -> TensorDictBase:
         x_t, t, A, _, x0, valid, x_next, t_next, A_next, _ = (pairs[key] for key in self.in_keys)

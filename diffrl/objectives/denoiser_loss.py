@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 from tensordict import TensorDictBase, TensorDictParams
@@ -120,13 +121,30 @@ class DenoiserLoss(LossModule):
                     stacklevel=4,
                 )
 
-    def _require_entries(self, states: TensorDictBase, optional: Iterable[NestedKey] = ()) -> None:
-        """Say which entries are missing; `optional` ones may.
+    @contextmanager
+    def _telling_what_is_missing(self, states: TensorDictBase) -> Iterator[None]:
+        """Let a key error of what is done with states name all entries that the loss reads and that they lack.
+
+        Raises:
+            KeyError: there are any.
+        """
+        try:
+            yield
+        except KeyError:
+            self._require_entries(states)
+            raise
+
+    def _may_lack(self, states: TensorDictBase) -> Iterable[NestedKey]:
+        """Those of `in_keys` that these states need not have."""
+        return ()
+
+    def _require_entries(self, states: TensorDictBase) -> None:
+        """Say which entries are missing.
 
         Raises:
             KeyError: at least one is.
         """
-        there = states.keys(True, True)
+        there, optional = states.keys(True, True), self._may_lack(states)
         missing = [key for key in self.in_keys if key not in there and key not in optional]
         if missing:
             names = ", ".join(".".join(key) if isinstance(key, tuple) else key for key in missing)

@@ -99,11 +99,8 @@ class DoubleSamplingLoss(DenoiserLoss):
             KeyError: an entry is missing.
             ValueError: rows are no pairs; the batch is empty; a network that takes labels, without any.
         """
-        try:
+        with self._telling_what_is_missing(tensordict):
             return self._loss(tensordict)
-        except KeyError:
-            self._require_entries(tensordict)
-            raise
 
     def _loss(self, tensordict: TensorDictBase) -> TensorDictBase:
         twins = rows(tensordict)

@@ -16,8 +16,7 @@ from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError, of_group
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.stand_ins import StandIn, StandInChains
-from diffrl.objectives.twins import TwinSteps
+from diffrl.objectives.stand_ins import OverChains, StandIn, StandInChains
 from diffrl.registry import Config, Entry, accepted
 
 __all__ = ["Adaptive", "Draw", "Objective", "Progressive", "build_objective"]
@@ -99,14 +98,13 @@ def build_objective(
     with of_group("chain", config["chain"]):
         stand_in = StandIn(**accepted(StandIn, config["chain"]))
     if entry.also is None:
-        draw: Draw = _chains(config, denoiser, data, StandIn() if baseline else stand_in)
+        draw: Draw = _chains(config, denoiser, data, stand_in)
     else:
         if stand_in.x0 != "datum":
             raise InputError(f"objective {entry.name} knows no stand-in for x0: set chain.x0=datum")
         draw = _own_states(entry, options, config, denoiser, data)
     if baseline:
-        if isinstance(draw, TwinSteps):
-            draw = draw.sampler
+        draw = draw.sampler if isinstance(draw, OverChains) else draw
         entry = OBJECTIVES.entry("monte_carlo")
     with of_group("objective", options):
         loss = entry.make(denoiser, **accepted(entry.make, options))

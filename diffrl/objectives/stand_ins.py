@@ -21,7 +21,7 @@ from diffrl.objectives.value import state_value
 from diffrl.ranges import require_int
 from diffrl.shapes import expand_like
 
-__all__ = ["StandIn", "StandInChains", "data_generator", "single_transitions", "with_x0_mean"]
+__all__ = ["OverChains", "StandIn", "StandInChains", "data_generator", "single_transitions", "with_x0_mean"]
 
 MAX_ROWS = 10**6
 
@@ -87,7 +87,44 @@ class StandIn:
         }[self.x0]
 
 
-class StandInChains:
+class OverChains:
+    """A `Draw` that makes its states of the chains that a sampler draws: levels and starts are the sampler's.
+
+    Args:
+        sampler: draws the chains.
+    """
+
+    def __init__(self, sampler: ChainSampler) -> None:
+        self.sampler = sampler
+
+    @property
+    def chain(self) -> Chain:
+        """The levels."""
+        return self.sampler.chain
+
+    def _refuse_learning_starts(self, what: str) -> None:
+        """Where chains are taken apart, starts that learn would not know where a state was drawn.
+
+        Raises:
+            ValueError: there are such starts, and windows are longer than a step.
+        """
+        if self.sampler.window != 1 and not isinstance(self.sampler.starts, UniformStarts):
+            raise InputError(f"{what} takes chains apart: starts that learn need chain.window=1")
+
+    def update(self, states: TensorDict) -> None:
+        """As the sampler's."""
+        self.sampler.update(states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the sampler's."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As the sampler's."""
+        self.sampler.load_state_dict(state)
+
+
+class StandInChains(OverChains):
     """Draws chains, then what stands in for their x0.
 
     The chains are those that `sampler` would draw alone from the same generator, to the last bit.
@@ -113,20 +150,16 @@ class StandInChains:
         num_classes: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sampler, self.stand_in, self.data, self.num_classes = sampler, stand_in, data, num_classes
+        super().__init__(sampler)
+        self.stand_in, self.data, self.num_classes = stand_in, data, num_classes
         if data is None and (stand_in.x0 == "exact" or stand_in.reference):
             asked = f"x0={stand_in.x0}" if stand_in.x0 == "exact" else f"reference={stand_in.reference}"
             raise InputError(f"{asked} needs the data: give them too, as data=...")
-        if stand_in.single and sampler.window != 1 and not isinstance(sampler.starts, UniformStarts):
-            raise InputError(f"x0={stand_in.x0} takes chains apart: starts that learn need chain.window=1")
+        if stand_in.single:
+            self._refuse_learning_starts(f"x0={stand_in.x0}")
         self._exact: X0Law | None = None
         if stand_in.x0 == "exact" and data is not None:
             self._exact = exact_x0_law(sampler.chain.process, data, device)
-
-    @property
-    def chain(self) -> Chain:
-        """The levels."""
-        return self.sampler.chain
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
         """A batch of chains [B, K]; of single steps [B K, 1] where the stand-in takes chains apart."""
@@ -144,18 +177,6 @@ class StandInChains:
         if self.stand_in.single:
             return single_transitions(chain, datum, self.chain.process, self.chain.eta, generator)
         return with_x0_mean(chain, datum.view_as(chain[keys.X_T]))
-
-    def update(self, states: TensorDict) -> None:
-        """As the sampler's."""
-        self.sampler.update(states)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As the sampler's."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As the sampler's."""
-        self.sampler.load_state_dict(state)
 
     def _law(self, x0: Tensor, cond: Tensor | None, generator: Generator) -> X0Law:
         if self._exact is not None:

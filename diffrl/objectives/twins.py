@@ -1,6 +1,6 @@
 """Pairs of steps from one state that are independent given it: by the exact posterior, or by rollouts of the model."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import TensorDict
@@ -8,21 +8,19 @@ from torch import Generator, Tensor, nn
 
 from diffrl import keys
 from diffrl.data.dataset import Data
-from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.diffusion.starts import UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError
 from diffrl.objectives.posteriors import X0Law, exact_x0_law
-from diffrl.objectives.stand_ins import single_transitions
+from diffrl.objectives.stand_ins import OverChains, single_transitions
 from diffrl.ranges import require_int
 from diffrl.shapes import expand_like
 
 __all__ = ["TwinSteps", "reverse_rollout", "twins_of_laws", "twins_of_rollouts"]
 
 
-class TwinSteps:
+class TwinSteps(OverChains):
     """Draws two steps from each state of a chain, independent given that state.
 
     "posterior": the first x0 is the chain's own datum, the second a draw from the exact law of x0 given x_t; then
@@ -56,9 +54,9 @@ class TwinSteps:
         if source not in ("posterior", "rollouts"):
             raise InputError(f"source is {source!r}: give 'posterior' or 'rollouts'")
         require_int("rollout_steps", rollout_steps, 1, 1000)
-        if sampler.window != 1 and not isinstance(sampler.starts, UniformStarts):
-            raise InputError("double sampling takes chains apart: starts that learn need chain.window=1")
-        self.process, self.sampler, self.source, self.rollout_steps = process, sampler, source, rollout_steps
+        super().__init__(sampler)
+        self._refuse_learning_starts("double sampling")
+        self.process, self.source, self.rollout_steps = process, source, rollout_steps
         self._law: X0Law | None = None
         self._denoiser: nn.Module | None = None
         if source == "posterior":
@@ -75,11 +73,6 @@ class TwinSteps:
             raise InputError("source=rollouts needs the model: give denoiser=...")
         self._denoiser = denoiser
 
-    @property
-    def chain(self) -> Chain:
-        """The levels."""
-        return self.sampler.chain
-
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
         """Twin steps from all states of a batch of chains, batch size [B K, 2]."""
         chain = self.sampler(x0, cond=cond, generator=generator)
@@ -89,18 +82,6 @@ class TwinSteps:
         return twins_of_rollouts(
             chain, self._denoiser, self.process, self.chain.eta, self.rollout_steps, generator
         )
-
-    def update(self, states: TensorDict) -> None:
-        """As the sampler's."""
-        self.sampler.update(states)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As the sampler's."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As the sampler's."""
-        self.sampler.load_state_dict(state)
 
 
 def twins_of_laws(

@@ -243,12 +243,11 @@ class ValueLoss(DenoiserLoss):
             ValueError: the batch is empty; a step does not begin where the one before it ended; a Monte Carlo
                 target of a chain that is cut, without x0 or with γ < 1; a network that takes labels, without any.
         """
-        try:
+        with self._telling_what_is_missing(tensordict):
             return self._loss(tensordict)
-        except KeyError:
-            optional = () if keys.X0 not in tensordict.keys() else ((keys.NEXT, self.tensor_keys.reward),)
-            self._require_entries(tensordict, optional)
-            raise
+
+    def _may_lack(self, states: TensorDictBase) -> tuple[NestedKey, ...]:
+        return () if keys.X0 not in states.keys() else ((keys.NEXT, self.tensor_keys.reward),)
 
     def _loss(self, tensordict: TensorDictBase) -> TensorDictBase:
         chain = rows(tensordict)

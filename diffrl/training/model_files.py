@@ -26,7 +26,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.errors import FileError, InputError, InputTypeError
-from diffrl.text_files import file_errors
+from diffrl.text_files import file_errors, write_atomically
 from diffrl.training.build import Events
 
 __all__ = ["SUFFIX", "events_of", "read_model", "save"]
@@ -95,9 +95,7 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
     raw = safetensors.torch.save(tensors, {"diffrl": json.dumps(description)})
     with file_errors(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(raw)
-        temporary.replace(path)
+    write_atomically(path, raw)
     return path
 
 

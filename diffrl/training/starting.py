@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import FileError, InputError
-from diffrl.text_files import file_errors
+from diffrl.text_files import file_errors, write_atomically
 from diffrl.training.runs import RunFolder, load
 
 __all__ = ["keep_start", "start_from", "take_kept_start"]
@@ -44,10 +44,7 @@ def keep_start(folder: RunFolder, denoiser: Denoiser) -> None:
     if file.exists():
         return
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in denoiser.state_dict().items()}
-    with file_errors(file, "written"):
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_bytes(safetensors.torch.save(tensors))
-        temporary.replace(file)
+    write_atomically(file, safetensors.torch.save(tensors))
 
 
 def take_kept_start(denoiser: Denoiser, path: Path) -> bool:

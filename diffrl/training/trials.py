@@ -31,14 +31,14 @@ def held_out(data: Data, seed: int) -> tuple[Data, Data]:
     if data.train is None:
         return data, data
     order = torch.randperm(len(data.train), generator=step_generator(HELD_SEED + seed, 0))
-    held, kept = order[: max(1, round(SHARE * len(order)))], order[max(1, round(SHARE * len(order))) :]
+    n = max(1, round(SHARE * len(order)))
     labels = data.train_labels
 
     def rows(i: Tensor) -> Data:
         assert data.train is not None
         return replace(data, train=data.train[i], train_labels=None if labels is None else labels[i])
 
-    return rows(kept), rows(held)
+    return rows(order[n:]), rows(order[:n])
 
 
 class Trained(Protocol):
