@@ -83,6 +83,11 @@ class DenoiserLoss(LossModule):
         """The target network where there is one, else the network itself."""
         return self.__dict__.get("_target_network", self.value_network)
 
+    @property
+    def moving(self) -> frozenset[str]:
+        """Options whose value at present is a matter of how far the training is."""
+        return frozenset(self.anneal)
+
     def set_progress(self, step: int, grad_steps: int) -> None:
         """Give annealed options their values at gradient step `step`, counted from 0, of `grad_steps`."""
         for name, values in self.anneal.items():

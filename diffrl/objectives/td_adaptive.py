@@ -80,6 +80,11 @@ class AdaptiveLoss(ValueLoss):
         self.plan = plan
 
     @property
+    def moving(self) -> frozenset[str]:
+        """λ, and what is annealed."""
+        return super().moving | {"lmbda"}
+
+    @property
     def lmbda(self) -> float:
         """λ at present."""
         return float(self.value_estimator.lmbda)

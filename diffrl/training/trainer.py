@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
 from diffrl.data.dataset import Data
 from diffrl.errors import InputError
+from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.stand_ins import StandIn
@@ -186,7 +187,7 @@ class Trainer(Loop):
             "data.title": self.data.name,
             "objective.name": self.name,
             **{f"objective.{name}": value for name, value in _options(self.loss).items()},
-            **{f"objective.anneal.{name}": values for name, values in _anneal(self.loss).items()},
+            **{f"objective.anneal.{name}": values for name, values in self.loss.anneal.items()},
             "chain": repr(getattr(self.objective.draw, "chain", None)),
             **{f"chain.{name}": value for name, value in vars(stand_in).items()},
             **({} if self.trials is None else flat({"objective": vars(self.trials.loss.plan)})),
@@ -308,21 +309,17 @@ class Trainer(Loop):
         self.loss.network_evaluations = training["network_evaluations"]
 
 
-def _options(loss: nn.Module) -> dict[str, Any]:
+def _options(loss: DenoiserLoss) -> dict[str, Any]:
     """The options of a loss that it or its estimator keeps under their own names, where they are plain and stay."""
     homes = (loss, getattr(loss, "_value_estimator", None))  # the property would make one
+    kinds = [kind for kind in type(loss).__mro__ if issubclass(kind, DenoiserLoss)]  # one may hand options on
     found = {
         name: getattr(home, name)
-        for name in inspect.signature(type(loss)).parameters
+        for name in dict.fromkeys(name for kind in kinds for name in inspect.signature(kind).parameters)
         for home in homes
-        if hasattr(home, name) and name not in _anneal(loss)
+        if hasattr(home, name) and name not in loss.moving
     }
     return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
-
-
-def _anneal(loss: nn.Module) -> Mapping[str, Any]:
-    """The schedules of the options of a loss that change along the training."""
-    return getattr(loss, "anneal", {})
 
 
 def _target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:

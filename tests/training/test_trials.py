@@ -19,6 +19,7 @@ from diffrl.objectives import ValueLoss
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import Objective
 from diffrl.objectives.td_adaptive import AdaptiveLoss, TrialPlan
+from diffrl.training.identity import RunChanged
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
 from diffrl.training.trials import held_out
@@ -81,11 +82,14 @@ def test_evaluations_of_trials_are_counted() -> None:
     assert extra == steps * 8 * 5 + looks * 16 * 5  # data × levels, on the network's own predictions
 
 
-def test_resuming_changes_no_bit(tmp_path: Path) -> None:
-    whole, stopped = make(), make(tmp_path)
+@pytest.mark.parametrize("lmbda", [None, 0.5])
+def test_resuming_changes_no_bit(tmp_path: Path, lmbda: float | None) -> None:
+    whole, stopped, resumed = make(), make(tmp_path), make(tmp_path)
+    if lmbda is not None:
+        for trainer in (whole, stopped, resumed):
+            settle(trainer, lmbda)
     take(whole, 20)
     take(stopped, 13)  # a checkpoint at 10, after a trial, which is due at the next step
-    resumed = make(tmp_path)
     assert resumed.resume() and resumed.step == 10
     take(resumed, 10)
     assert differing(state(whole), state(resumed)) == []
@@ -95,8 +99,15 @@ def test_resuming_changes_no_bit(tmp_path: Path) -> None:
 
 def test_a_run_with_another_plan_is_another_run(tmp_path: Path) -> None:
     take(make(tmp_path), 6)
-    with pytest.raises(Exception, match="trials"):
+    with pytest.raises(RunChanged, match="trials"):
         make(tmp_path, plan=replace(PLAN, trials=1)).resume()
+
+
+@pytest.mark.parametrize("option", [{"bootstrap": "target"}, {"denoising_coef": 0.5}])
+def test_a_run_with_another_option_of_the_loss_is_another_run(tmp_path: Path, option: dict[str, Any]) -> None:
+    take(make(tmp_path), 6)
+    with pytest.raises(RunChanged, match=next(iter(option))):
+        make(tmp_path, **option).resume()
 
 
 def chosen(before: float, *means: float, spread: float = 0.01, n: int = 100) -> float:
