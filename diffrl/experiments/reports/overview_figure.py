@@ -1,14 +1,22 @@
 """One picture of a study on all of its cases: the score of each scheme over the baseline's, as a heat map."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffrl.experiments.reports.style import INK, drawing, save_figure, write_note, write_title
-from diffrl.experiments.study_findings import SCORE, Estimate, Panel
+from diffrl.experiments.reports.style import (
+    INK,
+    draw_ratios,
+    drawing,
+    ink_on,
+    save_figure,
+    write_note,
+    write_title,
+)
+from diffrl.experiments.study_findings import SCORE, Panel
 
 __all__ = ["draw_overview"]
 
@@ -36,7 +44,7 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
     title = f"{study.title[:1].upper()}{study.title[1:] or study.name}: value error over {study.baseline}'s"
     rows = [_row(panel, scheme) for panel in scored for scheme in schemes]
     with drawing(figsize=(2.2 + 0.95 * len(schemes), 1.7 + 0.42 * len(scored))) as figure:
-        _draw(figure.subplots(), scored, schemes)
+        _draw(figure.subplots(), [panel.case for panel in scored], schemes, rows)
         write_title(figure, title)
         sigmas = ", ".join(scored[0].score_sigmas)
         seeds = {
@@ -52,41 +60,29 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
     return title, path
 
 
-def _estimate(panel: Panel, scheme: str) -> Estimate | None:
-    return panel.estimates.get((scheme, SCORE))
-
-
 def _row(panel: Panel, scheme: str) -> dict[str, Any]:
     """The numbers of one field, for the CSV; NaN where a scheme did not run, or diverged."""
-    estimate = _estimate(panel, scheme)
+    estimate = panel.estimates.get((scheme, SCORE))
     where = {"case": panel.case, "scheme": scheme}
     if estimate is None:
         return {**where, "seeds": 0, "iqm": math.nan, "low": None, "high": None}
     return {**where, "seeds": len(estimate.seeds), **estimate.ratio._asdict()}
 
 
-def _draw(axes: Any, panels: Sequence[Panel], schemes: Sequence[str]) -> None:
-    found = [[_row(panel, scheme) for scheme in schemes] for panel in panels]
-    table = np.array([[row["iqm"] for row in line] for line in found])
-    axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-MOST, vmax=MOST, aspect="auto")
-    axes.set_xticks(
-        range(len(schemes)), [scheme.replace(", ", ",\n") for scheme in schemes], rotation=40, ha="left"
-    )
-    axes.set_yticks(range(len(panels)), [panel.case for panel in panels])
+def _draw(axes: Any, cases: Sequence[str], schemes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The heat map, with the ratio and its interval in each field."""
+    table = np.array([row["iqm"] for row in rows]).reshape(len(cases), len(schemes))
+    draw_ratios(axes, table, MOST, cases, [scheme.replace(", ", ",\n") for scheme in schemes])
     axes.xaxis.tick_top()
-    axes.grid(False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for (i, j), ratio in np.ndenumerate(table):
+    for label in axes.get_xticklabels():
+        label.set(rotation=40, ha="left")
+    for ((i, j), ratio), row in zip(np.ndenumerate(table), rows, strict=True):
         if math.isnan(ratio):
             axes.text(j, i, "—", ha="center", va="center", color=INK)
             continue
-        row = found[i][j]
-        colour = "white" if abs(math.log2(ratio)) > 0.65 * MOST else INK
-        style = {"ha": "center", "color": colour}
-        weight = "bold" if row["high"] is not None and row["high"] < 1 else "normal"
-        if row["low"] is None:
-            axes.text(j, i, f"{ratio:.2f}", va="center", fontsize=9, weight=weight, **style)
-            continue
-        axes.text(j, i - 0.12, f"{ratio:.2f}", va="center", fontsize=9, weight=weight, **style)
-        axes.text(j, i + 0.27, f"{row['low']:.2f} to {row['high']:.2f}", va="center", fontsize=5.5, **style)
+        low, high = row["low"], row["high"]
+        style = {"ha": "center", "va": "center", "color": ink_on(ratio, MOST)}
+        weight, up = ("bold" if high is not None and high < 1 else "normal"), (0.0 if high is None else 0.12)
+        axes.text(j, i - up, f"{ratio:.2f}", fontsize=9, weight=weight, **style)
+        if high is not None:
+            axes.text(j, i + 0.27, f"{low:.2f} to {high:.2f}", fontsize=5.5, **style)

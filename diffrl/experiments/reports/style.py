@@ -25,8 +25,10 @@ __all__ = [
     "Array",
     "draw_band",
     "draw_points",
+    "draw_ratios",
     "drawing",
     "image_sheet",
+    "ink_on",
     "legend_beside",
     "plain_ticks",
     "plane_of",
@@ -142,6 +144,33 @@ def draw_band(axes: Any, x: Sequence[float] | Array, y: Sequence[Interval], **st
     if y and y[0].low is not None:
         low, high = [point.low for point in y], [point.high for point in y]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def draw_ratios(axes: Any, table: Array, most: float, rows: Sequence[str], columns: Sequence[str]) -> Any:
+    """A heat map of ratios, on a scale that is symmetric about 1, without its numbers.
+
+    Args:
+        axes: of matplotlib.
+        table: ratios, [rows, columns]; NaN where there is none.
+        most: log2 of the ratio at the end of the scale.
+        rows: names of the rows.
+        columns: names of the columns.
+
+    Returns:
+        The image, for a colour bar.
+    """
+    image = axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def ink_on(ratio: float, most: float) -> str:
+    """The colour of a number that can be read on the colour of `draw_ratios`."""
+    return "white" if abs(math.log2(ratio)) > 0.65 * most else INK
 
 
 def plain_ticks(axis: Any, most: int = 9) -> None:

@@ -19,7 +19,9 @@ from diffrl.experiments.reports.style import (
     PALETTE,
     Array,
     draw_band,
+    draw_ratios,
     drawing,
+    ink_on,
     legend_beside,
     plain_ticks,
     save_figure,
@@ -167,19 +169,14 @@ def _map_table(panel: Panel, quantity: Quantity) -> tuple[Rows, Array]:
 def _draw_heat_map(axes: Any, panel: Panel, quantity: Quantity, table: Array, most: float) -> Any:
     """One heat map, with its numbers and a frame around the best; `most` is log2 at the ends of the scale."""
     (row_label, row_values), (column_label, column_values) = panel.study.axes.items()
-    image = axes.imshow(np.log2(table), cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-    axes.set_xticks(range(len(column_values)), [_tick(v) for v in column_values])
-    axes.set_yticks(range(len(row_values)), [_tick(v) for v in row_values])
+    image = draw_ratios(axes, table, most, [*map(_tick, row_values)], [*map(_tick, column_values)])
     axes.set(xlabel=column_label, ylabel=row_label, title=_title(quantity))
-    axes.grid(False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     best = np.unravel_index(np.argmin(np.nan_to_num(table, nan=math.inf)), table.shape)
     for (i, j), ratio in np.ndenumerate(table):
         if not math.isnan(ratio):
             weight = "bold" if (i, j) == best else "normal"
-            colour = "white" if abs(math.log2(ratio)) > 0.65 * most else INK
-            axes.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=colour, weight=weight)
+            style = {"fontsize": 8, "color": ink_on(ratio, most), "weight": weight}
+            axes.text(j, i, f"{ratio:.2f}", ha="center", va="center", **style)
     frame = require("matplotlib.patches", "plot").Rectangle(
         (best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor=INK, linewidth=1.8, clip_on=False
     )
