@@ -14,6 +14,7 @@ from scipy.stats import trim_mean
 
 import diffrl.experiments.comparison
 import diffrl.experiments.reports.training
+from diffrl.experiments.reports.overview_figure import draw_overview
 from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.style import plain_ticks
 from diffrl.experiments.reports.training import write_report
@@ -307,6 +308,22 @@ def test_on_real_data_the_held_out_error_is_in_every_table_and_figure(tmp_path: 
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_study_on_several_cases_is_drawn_in_one_picture(tmp_path: Path) -> None:
+    panels = [*make(tmp_path, study(cases=("one", "two"), seeds=(1, 2, 3))).panels()]
+    drawn = draw_overview(panels, tmp_path / "figures")
+    assert drawn is not None and drawn[1].stat().st_size > 10_000
+    with drawn[1].with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+        rows = {(row["case"], row["scheme"]): row for row in csv.DictReader(file)}
+    others = [s for s in panels[0].compared if s != panels[0].study.baseline]
+    assert rows.keys() == {(panel.case, scheme) for panel in panels for scheme in others}
+    for panel in panels:
+        for scheme in others:
+            estimate = panel.estimates[scheme, SCORE]
+            assert estimate is not None
+            assert float(rows[panel.case, scheme]["iqm"]) == pytest.approx(estimate.ratio.iqm)
+    assert draw_overview(panels[:1], tmp_path / "figures") is None
+
+
 def test_images_are_shown_scheme_by_scheme(tmp_path: Path) -> None:
     [panel] = make(tmp_path, study(), data="digits", skip=("λ=0.5/0", "target/2")).panels()
     assert draw_sheets(panel, tmp_path) == []  # no samples are kept
