@@ -131,7 +131,7 @@ def test_a_mistake_in_a_plan_is_one_clear_line(changes: dict[str, Any], message:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["quick", "default", "full", "mnist"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "plan").glob("*.yaml")))
 def test_plans_that_come_with_the_library_compose(name: str) -> None:
     with initialize_config_module("diffrl.configs", version_base="1.3"):
         config = OmegaConf.to_container(
@@ -144,7 +144,8 @@ def test_plans_that_come_with_the_library_compose(name: str) -> None:
     made = plan_comparison({**config["plan"], "studies": one_seed})
     assert len(made.cells) == sum(len(s.cases) * len(s.schemes) for s in made.studies)
     tuned = [(len(s.cases) * len(s.schemes), s.tuning) for s in made.studies if s.tuning is not None]
-    assert len(made.tuning) == sum(n * len(t.grid.points) * len(t.seeds) for n, t in tuned) > 0
+    assert len(made.tuning) == sum(n * len(t.grid.points) * len(t.seeds) for n, t in tuned)
+    assert (len(made.tuning) > 0) == config["plan"]["tuning"]["enabled"]
     assert all(len(t.grid.points) >= 4 for _, t in tuned)
 
 
