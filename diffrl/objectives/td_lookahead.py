@@ -23,9 +23,9 @@ class Lookahead:
 
         λ = max(0, 1 - 1/(h K))
 
-    A λ-return is a mixture of n-step returns, n geometric with mean 1/(1-λ) steps; here that is h K. Chains of any length
-    then bootstrap across the same part of the chain. With one λ for all they do not: with λ = 0 on 100 levels, a target
-    moves an error that all levels share by a few per cent of it. Chains of K ≤ 1/h steps have TD(0).
+    A λ-return is a mixture of n-step returns, n geometric with mean 1/(1-λ) steps; here that is h K. Chains of any
+    length then bootstrap across the same part of the chain. With one λ for all they do not: with λ = 0 on 100 levels,
+    a target moves an error that all levels share by a few per cent of it. Chains of K ≤ 1/h steps have TD(0).
 
     Source: the mean length of a λ-return: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018),
     §12.1, http://incompleteideas.net/book/the-book-2nd.html; tying it to the chain is ours.
