@@ -9,7 +9,7 @@ from torchrl.objectives import SoftUpdate
 from diffrl.objectives import ValueLoss
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.td_lookahead import Lookahead, td_lookahead_loss
-from tests.kit.value_loss import denoiser, draw, gradient, number
+from tests.kit.value_loss import data, denoiser, draw, gradient, number
 
 
 @pytest.mark.parametrize(("share", "K"), [(0.125, 18), (0.125, 100), (0.5, 3), (1.0, 7)])
@@ -29,7 +29,7 @@ def test_short_chains_have_td_0() -> None:
 @pytest.mark.parametrize("bootstrap", ["own", "target", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_is_td_lambda_at_that_lambda(K: int, bootstrap: Any, dtype: torch.dtype) -> None:
-    network, chain = denoiser(dtype=dtype), draw(num_steps=K).to(dtype)
+    network, chain = denoiser(dtype=dtype), draw(x0=data(dtype=dtype), num_steps=K)
     ours = td_lookahead_loss(network, lookahead=0.25, bootstrap=bootstrap)
     theirs = ValueLoss(network, lmbda=max(0, 1 - 4 / K), bootstrap=bootstrap)
     if bootstrap == "target":
