@@ -56,7 +56,7 @@ def check_run(config: Mapping[str, Any]) -> Report:
     data = build_data(config)
 
     def job() -> TrainingJob:
-        return TrainingJob(config, data, baseline=False)
+        return TrainingJob(config, data, config["objective"]["name"])
 
     first = job()
     first.check()

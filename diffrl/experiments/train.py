@@ -52,7 +52,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     data = build_data(config)
     objectives = planned_objectives(config)
     for name in objectives:
-        job = _job_of(config, data, name)
+        job = TrainingJob(config, data, name)
         job.compare()
         job.check()  # now, and not at the end of training
     with RunFolder.start(config) as folder, interruptible() as interrupted:
@@ -62,7 +62,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
         for name in objectives:
             known = results["objectives"].get(name, {})
-            job = _job_of(config, data, name)
+            job = TrainingJob(config, data, name)
             if known.get("grad_steps") == job.trainer.length.total:
                 job.tidy(folder)
                 continue
@@ -73,14 +73,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
 
 def opened(config: Mapping[str, Any]) -> "TrainingJob":
     """The main objective of a run in no folder, to try its pace."""
-    return TrainingJob(config, build_data(config), baseline=False)
-
-
-def _job_of(config: Mapping[str, Any], data: Data, name: str) -> "TrainingJob":
-    """The job of one of `planned_objectives`."""
-    beside = name in (config.get("beside") or {})
-    baseline = not beside and name != config["objective"]["name"]
-    return TrainingJob(config, data, baseline=baseline, beside=name if beside else None)
+    return TrainingJob(config, build_data(config), config["objective"]["name"])
 
 
 def _started(denoiser: Denoiser, config: Mapping[str, Any]) -> dict[str, str]:
@@ -98,22 +91,18 @@ class TrainingJob(Job):
     Args:
         config: of the run.
         data: what it is trained on.
-        baseline: Monte Carlo in place of the run's objective.
-        beside: name of the scheme of ``config["beside"]`` to train; None: the run's own.
+        name: one of `planned_objectives`: the run's objective, a scheme beside it, or Monte Carlo.
     """
 
     count: ClassVar[str] = "grad_steps"
 
-    def __init__(
-        self, config: Mapping[str, Any], data: Data, *, baseline: bool, beside: str | None = None
-    ) -> None:
-        own = config if beside is None else settings_of(config, beside)
+    def __init__(self, config: Mapping[str, Any], data: Data, name: str) -> None:
+        own = settings_of(config, name)
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
         start = _started(denoiser, config)
-        objective = build_objective(own, denoiser, data=data, baseline=baseline)
-        if beside is not None:
-            objective = replace(objective, name=beside)
+        baseline = name != config["objective"]["name"] and name not in (config.get("beside") or {})
+        objective = replace(build_objective(own, denoiser, data=data, baseline=baseline), name=name)
         self.trainer = Trainer(
             objective,
             data,

@@ -151,7 +151,7 @@ def test_samples_of_a_perfect_model_are_near_uneven_data() -> None:
 
 def job(*overrides: str) -> TrainingJob:
     config = small("compare=false", *overrides)
-    return TrainingJob(config, build_data(config), baseline=False)
+    return TrainingJob(config, build_data(config), config["objective"]["name"])
 
 
 def test_the_start_tries_the_sizes_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
