@@ -14,6 +14,7 @@ from .diffusion.samplers.consistency import Multistep as Multistep
 from .diffusion.samplers.ddim import DDIM as DDIM
 from .diffusion.samplers.ddim import Ancestral as Ancestral
 from .diffusion.samplers.edm_stochastic import EDMStochastic as EDMStochastic
+from .diffusion.samplers.flow_map import FlowMap as FlowMap
 from .diffusion.samplers.loop import sample as sample
 from .diffusion.samplers.ode import Euler as Euler
 from .diffusion.samplers.ode import Heun as Heun

@@ -7,6 +7,7 @@ from typing import Final
 
 X_T: Final = "x_t"  # state, [B, K, *E]
 T: Final = "t"  # diffusion time of the state, [B, K, 1]
+R: Final = "r"  # second time: where a jump from the state leads, [B, K, 1]
 A: Final = "A"  # coefficient of x0 in the one-step posterior mean at the state, [B, K, 1]
 KAPPA: Final = "kappa"  # coefficient of x_t in it, [B, K, 1]
 X0: Final = "x0"  # the datum the environment drew, hidden from the denoiser, [B, K, *E]

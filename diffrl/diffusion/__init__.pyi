@@ -7,6 +7,8 @@ from .denoisers import Denoiser as Denoiser
 from .exact import EmpiricalDenoiser as EmpiricalDenoiser
 from .exact import GaussianDenoiser as GaussianDenoiser
 from .exact import MixtureDenoiser as MixtureDenoiser
+from .exact_maps import ExactFlowMap as ExactFlowMap
+from .flow_maps import flow_map as flow_map
 from .foreign import wrap_network as wrap_network
 from .guidance import GuidedDenoiser as GuidedDenoiser
 from .laws import Gaussian as Gaussian

@@ -1,6 +1,8 @@
 """Denoisers D(x_t, t) ≈ E[x0 | x_t]: what they are called with, and a network with its preconditioning.
 
-A denoiser is any callable (x_t [N, *E], t [N], cond [N, ...] or None) → [N, *E].
+A denoiser is any callable (x_t [N, *E], t [N], cond [N, ...] or None) → [N, *E]. One with a *second time* takes a
+fourth argument r [N], has an attribute ``second_time = True``, and tells where the probability-flow ODE leads:
+D(x, t, r) is the average clean estimate on the way from t to r, see `diffrl.diffusion.flow_maps`.
 """
 
 import inspect
@@ -16,7 +18,7 @@ from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like, require_floating
 
-__all__ = ["Denoiser", "DenoiserFn", "require_states"]
+__all__ = ["Denoiser", "DenoiserFn", "require_second_time", "require_states"]
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -43,6 +45,12 @@ class Denoiser(nn.Module):
     >>> denoiser = diffrl.Denoiser(Mine(), diffrl.EDM())
     >>> denoiser(torch.randn(5, 2), torch.full((5,), 0.3)).shape
     torch.Size([5, 2])
+
+    A network with an attribute ``second_time = True`` is called as ``network(x, c_noise, cond, c_noise_r)`` and makes
+    the denoiser one of two times, D(x_t, t, r) = c_skip x_t + c_out F(c_in x_t, c_noise(t), cond, c_noise(r)), with
+    c_skip, c_out and c_in at t. At r = t it is the denoiser, and losses that know nothing of r train it there; with
+    prediction_type "velocity" on `Flow`, F is MeanFlow's average velocity u(x, t, r). For derivatives in x, t and r
+    there is ``torch.func.jvp``. Clean r is coded as the process' least noisy level, see `Schedule.c_noise_end`.
 
     Source: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), eq. 7,
     https://arxiv.org/abs/2206.00364.
@@ -102,13 +110,19 @@ class Denoiser(nn.Module):
             raise InputError("this network takes no labels, so there is none to leave out")
         return torch.full_like(cond, num_classes)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Clean estimate of noisy states.
+    @property
+    def second_time(self) -> bool:
+        """Whether the network is told a second time r."""
+        return bool(getattr(self.network, "second_time", False))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        """Clean estimate of noisy states; with r the average one on the way of the probability-flow ODE from t to r.
 
         Args:
             x_t: states, floating dtype, shape [N, *E].
             t: times, shape [N].
             cond: condition of each state, shape [N, ...], or None.
+            r: second times, not noisier than t, clean ones included, shape [N]; None is r = t.
 
         Returns:
             D, of x_t's shape and dtype.
@@ -116,23 +130,32 @@ class Denoiser(nn.Module):
         Raises:
             TypeError: x_t is no tensor or holds integers, its dtype is not that of the network, or the network returns
                 something else than a tensor.
-            ValueError: t is not one time per state, or the network returns another shape.
+            ValueError: t or r is not one time per state, r is given to a network without a second time, or the network
+                returns another shape.
         """
         require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
-        c_noise = t
-        if self.time_input != "t":
-            # float32 at least: in half precision, different noise levels would become one
-            c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
-            if self.time_input == "c_noise_x1000":
-                c_noise = 1000 * c_noise
-        F_x = self._predict(c_in * x_t, c_noise, cond)
+        codes = [self._code(self.process.c_noise, t, x_t.dtype)]
+        if r is not None:
+            require_second_time(self)
+            require_states(x_t, r, "r")
+        if self.second_time:
+            codes.append(self._code(self.process.c_noise_end, t if r is None else r, x_t.dtype))
+        F_x = self._predict(c_in * x_t, cond, *codes)
         return c_skip * x_t + c_out * F_x.to(x_t.dtype)
 
-    def _predict(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
+    def _code(self, c_noise: Callable[[Tensor], Tensor], t: Tensor, dtype: torch.dtype) -> Tensor:
+        """How the network is told a time."""
+        if self.time_input == "t":
+            return t
+        # float32 at least: in half precision, different noise levels would become one
+        code = c_noise(t).to(torch.promote_types(dtype, torch.float32))
+        return 1000 * code if self.time_input == "c_noise_x1000" else code
+
+    def _predict(self, x: Tensor, cond: Tensor | None, c_noise: Tensor, *c_noise_r: Tensor) -> Tensor:
         """F, a tensor of x's shape."""
         try:
-            F_x = self.network(x, c_noise, cond)
+            F_x = self.network(x, c_noise, cond, *c_noise_r)
         except RuntimeError as error:
             weights = next(self.network.parameters(), x)
             if "dtype" not in str(error) or weights.dtype == x.dtype:
@@ -160,18 +183,33 @@ def _require_contract(network: nn.Module) -> None:
         signature = inspect.signature(network.forward)
     except (AttributeError, TypeError, ValueError):  # a plain function, or compiled code
         return
+    second = bool(getattr(network, "second_time", False))
+    names = ("x", "c_noise", "cond", *(["c_noise_r"] if second else []))
     try:
-        signature.bind("x", "c_noise", "cond")
+        signature.bind(*names)
     except TypeError:
         raise InputTypeError(
-            f"{type(network).__name__}.forward{signature} cannot be called as network(x, c_noise, cond), with "
-            "x [N, *E], c_noise [N], cond [N, ...] or None: give it these arguments, or wrap a network that was "
-            "trained elsewhere by diffrl.wrap_network(network, process)"
+            f"{type(network).__name__}.forward{signature} cannot be called as network({', '.join(names)}), with "
+            f"x [N, *E], c_noise [N], cond [N, ...] or None{', c_noise_r [N]' if second else ''}: give it these "
+            "arguments, or wrap a network that was trained elsewhere by diffrl.wrap_network(network, process)"
         ) from None
 
 
-def require_states(x_t: Tensor, t: Tensor) -> None:
-    """Check the arguments of a denoiser: states x_t [N, *E] and their times t [N].
+def require_second_time(denoiser: object) -> None:
+    """Check that a denoiser takes a second time r.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not getattr(denoiser, "second_time", False):
+        raise InputError(
+            f"this {type(denoiser).__name__} has no second time r: build its network with second_time=True (in a "
+            "configuration network.second_time=true), or leave r out"
+        )
+
+
+def require_states(x_t: Tensor, t: Tensor, name: str = "t") -> None:
+    """Check the arguments of a denoiser: states x_t [N, *E] and their times t [N], which errors call `name`.
 
     Raises:
         TypeError: x_t holds integers.
@@ -180,5 +218,5 @@ def require_states(x_t: Tensor, t: Tensor) -> None:
     require_floating([("x_t", x_t)])
     if t.shape != x_t.shape[:1]:
         raise InputError(
-            f"t has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
+            f"{name} has shape {tuple(t.shape)}, but there are {x_t.shape[0]} states: give [{x_t.shape[0]}]"
         )

@@ -17,6 +17,11 @@ class GaussianDenoiser(nn.Module):
 
         E[x0 | x_t] = m + α C (α² C + σ² I)⁻¹ (x_t - α m)
 
+    It has a second time: with r it gives the average of this on the way of the probability-flow ODE from t to r. On an
+    axis of variance v, n = α² v + σ² is that of the state, which the ODE scales by √(n_r/n_t) around its mean, so that
+
+        D(x, t, r) = m + v (α_r σ_t + α_t σ_r)/(σ_t √(n_t n_r) + σ_r n_t) (x - α_t m)
+
     Source: Gaussian conditioning; Pattern Recognition and Machine Learning (Bishop, 2006), eq. 2.116.
 
     Args:
@@ -25,6 +30,7 @@ class GaussianDenoiser(nn.Module):
         covariance: C, symmetric and positive semi-definite, shape [D, D].
     """
 
+    second_time = True
     mean: Tensor
     variances: Tensor
     axes: Tensor
@@ -37,18 +43,33 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("variances", variances.clamp(min=0))
         self.register_buffer("axes", axes)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Posterior mean of states [N, D] at times [N], of x_t's dtype; cond is ignored.
+    def on(self, process: Schedule) -> "GaussianDenoiser":
+        """The exact denoiser of the same data on another process."""
+        return GaussianDenoiser(process, self.mean, self.axes * self.variances @ self.axes.T)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        """Posterior mean of states [N, D] at times [N], of x_t's dtype, or its average to times r [N]; cond is ignored.
 
         Raises:
             TypeError: x_t holds integers.
-            ValueError: t is not one time for each state.
+            ValueError: t or r is not one time for each state.
         """
         require_states(x_t, t)
         alpha, sigma = self.process.alpha(t.double())[:, None], self.process.sigma(t.double())[:, None]
-        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
+        if r is None:
+            gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
+        else:
+            require_states(x_t, r, "r")
+            gain = self._average_gain(alpha, sigma, r.double()[:, None])
         D_x = self.mean + ((x_t - alpha * self.mean) @ self.axes * gain) @ self.axes.T
         return D_x.to(x_t.dtype)
+
+    def _average_gain(self, alpha_t: Tensor, sigma_t: Tensor, r: Tensor) -> Tensor:
+        v, alpha_r, sigma_r = self.variances, self.process.alpha(r), self.process.sigma(r)
+        n_t, n_r = alpha_t**2 * v + sigma_t**2, alpha_r**2 * v + sigma_r**2
+        norm = sigma_t * (n_t * n_r).sqrt() + sigma_r * n_t
+        # 0 where an axis without variance is followed to clean data
+        return v * (alpha_r * sigma_t + alpha_t * sigma_r) / torch.where(norm > 0, norm, 1.0)
 
     def sample_posterior(
         self, x_t: Tensor, t: Tensor, draws: int, generator: torch.Generator | None = None
@@ -113,6 +134,11 @@ class MixtureDenoiser(nn.Module):
         self.register_buffer("means", means.double().flatten(1))
         self.register_buffer("stds", stds.double())
         self.register_buffer("log_weights", (weights.double() / weights.sum()).log())
+
+    def on(self, process: Schedule) -> "MixtureDenoiser":
+        """The exact denoiser of the same data on another process."""
+        means = self.means.unflatten(1, self.event_shape)
+        return MixtureDenoiser(process, means, self.stds, self.log_weights.exp(), self.batch_size)
 
     def responsibilities(self, x_t: Tensor, t: Tensor) -> Tensor:
         """p(c | x_t), shape [N, C], float64."""

@@ -40,7 +40,12 @@ class GuidedDenoiser(nn.Module):
         """See `diffrl.Denoiser.scalings`: D = c_skip x_t + c_out F holds of the guided outputs F of the network too."""
         return self.denoiser.scalings
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    @property
+    def second_time(self) -> bool:
+        """Whether the denoiser takes a second time; its guided average is not the map of the guided ODE."""
+        return bool(getattr(self.denoiser, "second_time", False))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         """Guided estimate; as `Denoiser.forward`, with labels cond of shape [N].
 
         Raises:
@@ -48,9 +53,10 @@ class GuidedDenoiser(nn.Module):
         """
         if cond is None:
             raise InputError("guidance needs labels: give cond, shape [N]")
+        second = () if r is None else (r,)
         if self.guidance_scale == 1:
-            return self.denoiser(x_t, t, cond)
-        unconditional = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))
+            return self.denoiser(x_t, t, cond, *second)
+        unconditional = self.denoiser(x_t, t, torch.full_like(cond, self.null_label), *second)
         if self.guidance_scale == 0:
             return unconditional
-        return unconditional + self.guidance_scale * (self.denoiser(x_t, t, cond) - unconditional)
+        return unconditional + self.guidance_scale * (self.denoiser(x_t, t, cond, *second) - unconditional)

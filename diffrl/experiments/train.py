@@ -14,6 +14,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
 from diffrl.experiments.schemes import planned_objectives, settings_of
+from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation, draw_samples
@@ -128,7 +129,12 @@ class TrainingJob(Job):
         """Counts, figures of the loss, errors."""
         names = [*self.tag, *self.trainer.figures, "loss_value", "td_error", "grad_norm", "lr"]
         errors = ["denoising_error"] if self.oracle is None else ["value_error", "denoising_error"]
-        return (*names, *(f"{error}_{sigma:g}" for error in errors for sigma in self.evaluation.sigmas))
+        levels = [f"{error}_{sigma:g}" for error in errors for sigma in self.evaluation.sigmas]
+        return (
+            *names,
+            *levels,
+            *(f"map_error_{key}" for key in map_keys(self.average, self.evaluation.map_pairs)),
+        )
 
     @property
     def tag(self) -> dict[str, str]:
@@ -151,10 +157,12 @@ class TrainingJob(Job):
         self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Of the averaged denoiser, by name and σ."""
+        """Of the averaged denoiser, by name and σ; those of its flow map, where they are asked for, by "t->r"."""
+        found = self.evaluation.map_error(self.average, self.oracle, self.data)
         return {
             "value_error": self.evaluation.value_error(self.average, self.oracle, self.data),
             "denoising_error": self.evaluation.denoising_error(self.average, self.data),
+            **({"map_error": found} if found else {}),
         }
 
     def evaluate(self) -> dict[str, float]:

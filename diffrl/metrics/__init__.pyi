@@ -12,6 +12,7 @@ from .distances import sample_distance as sample_distance
 from .distances import sliced_w2 as sliced_w2
 from .distances import value_error as value_error
 from .distances import w2 as w2
+from .map_error import map_error as map_error
 from .seeds import bootstrap_interval as bootstrap_interval
 from .seeds import iqm as iqm
 from .seeds import probability_of_improvement as probability_of_improvement

@@ -26,6 +26,7 @@ __all__ = [
     "mmd",
     "sample_distance",
     "sliced_w2",
+    "time_at",
     "value_error",
     "w2",
 ]
@@ -48,7 +49,7 @@ def evaluation_noise(x0: Tensor, seed: int, first: int = 0) -> Tensor:
     return torch.from_numpy(noise).to(x0)
 
 
-def _time_at(process: Schedule, sigma: float) -> Tensor:
+def time_at(process: Schedule, sigma: float) -> Tensor:
     """The time whose noise-to-signal ratio is sigma: float64 scalar."""
     if not sigma > 0:
         raise InputError(f"sigma is {sigma}: the value error needs noise, so give sigma > 0")
@@ -157,7 +158,7 @@ def _errors(
     batch_size: int,
 ) -> dict[str, float]:
     """Mean of ‖D - truth(x0, x_t, t, cond)‖²/c_out² by σ."""
-    times = {f"{sigma:g}": _time_at(process, sigma).to(x0.device) for sigma in sigmas}
+    times = {f"{sigma:g}": time_at(process, sigma).to(x0.device) for sigma in sigmas}
     totals = dict.fromkeys(times, 0.0)
     for first in range(0, len(x0), batch_size):
         x = x0[first : first + batch_size]

@@ -53,11 +53,12 @@ class ChainValue(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        """D for states [*b, *E], times [*b, 1] and conditions [*b, ...]."""
+    def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor | None, *r: Tensor) -> Tensor:
+        """D for states [*b, *E], times [*b, 1], conditions [*b, ...] and, of a denoiser of two times, r [*b, 1]."""
         b = t.ndim - 1
         cond = None if cond is None else cond.flatten(0, b - 1)
-        return self.denoiser(x_t.flatten(0, b - 1), t.flatten(), cond).view_as(x_t)
+        ends = (end.flatten() for end in r)
+        return self.denoiser(x_t.flatten(0, b - 1), t.flatten(), cond, *ends).view_as(x_t)
 
     def forward(self, x_t: Tensor, t: Tensor, A: Tensor, kappa: Tensor, cond: Tensor | None = None) -> Tensor:
         """V, shape [*b, *E]; the arguments are the chain's entries of the same names."""

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser, DenoiserFn
+from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.guidance import GuidedDenoiser
 from diffrl.diffusion.samplers.base import Model, Noise, Sampler
 from diffrl.diffusion.samplers.loop import trajectory
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, of_group
 from diffrl.metrics.distances import check_distance, denoising_error, sample_distance, value_error
+from diffrl.metrics.map_error import check_pairs, map_error
 from diffrl.ranges import require_int, require_number
 from diffrl.training.build import Events
 
@@ -39,6 +41,9 @@ class Evaluation:
         distance: name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
         at_once: points or samples that go through the network side by side.
         max_gib: GiB of memory that the distance may take.
+        map_pairs: pairs [t, r] of noise-to-signal ratios, r = 0 included, at which the error of the flow map X_{t→r} is
+            taken, on `points` points: of denoisers with a second time, and to r = 0 of consistency models; none by
+            default. It needs data with a known law.
 
     Raises:
         ValueError: an argument outside its range.
@@ -51,6 +56,7 @@ class Evaluation:
     distance: str = "sliced_w2"
     at_once: int = 1000
     max_gib: float = 8.0
+    map_pairs: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("points", "samples", "at_once"):
@@ -58,11 +64,13 @@ class Evaluation:
         require_number("eval.max_gib", self.max_gib, 0)
         if not self.num_steps or min(self.num_steps) < 1:
             raise InputError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
+        with of_group("eval", ("map_pairs",)):
+            check_pairs(self.map_pairs)
 
     def check(
         self,
         denoiser: Denoiser,
-        oracle: DenoiserFn | None,
+        oracle: MixtureDenoiser | None,
         data: Data,
         draw: Callable[[int, int], object] = lambda num_steps, samples: None,
     ) -> None:
@@ -86,6 +94,7 @@ class Evaluation:
             )
         sample_distance(self.distance, reference[:64], reference[:64])
         replace(self, points=1).value_error(denoiser, oracle, data)
+        replace(self, points=1).map_error(denoiser, oracle, data)
         with self._in_memory():
             full = replace(self, sigmas=self.sigmas[:1], points=min(self.points, self.at_once))
             full.value_error(denoiser, oracle, data)
@@ -120,6 +129,22 @@ class Evaluation:
             sigma_data=denoiser.sigma_data,
             batch_size=self.at_once,
         )
+
+    def map_error(self, denoiser: Denoiser, oracle: MixtureDenoiser | None, data: Data) -> dict[str, float]:
+        """Mean of ‖X_{t→r} - X*_{t→r}‖²/(α_r² dim(E)) by "t->r"; empty without `map_pairs`, or without a map.
+
+        Raises:
+            ValueError: data whose law is not known.
+        """
+        if not self.map_pairs:
+            return {}
+        if oracle is None or data.mixture is None:
+            raise InputError(
+                f"eval.map_pairs asks for the exact flow map, but the law of {data.name} is not known: take data=gmm "
+                "or data=rings, or leave it out"
+            )
+        x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
+        return map_error(denoiser, oracle, x0, self.map_pairs, batch_size=self.at_once)
 
     def denoising_error(self, denoiser: Denoiser, data: Data) -> dict[str, float]:
         """‖D - x0‖²/c_out² by σ on test points, never trained on; a conditional denoiser gets their labels."""
@@ -223,6 +248,15 @@ def draw_samples(
     return torch.cat(parts), nfe
 
 
+class _Same:
+    """A denoiser that does nothing, for samplers of one time and of two."""
+
+    second_time = True
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        return x
+
+
 def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
     """Levels of the grid on which a sampler evaluates the denoiser `nfe` times.
 
@@ -231,7 +265,7 @@ def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
     """
 
     def evaluations(levels: int) -> int:
-        model = Model(lambda x, t, cond: x, process, num_steps=levels)
+        model = Model(_Same(), process, num_steps=levels)
         deque(trajectory(model, sampler, torch.zeros(1, 1), Noise(torch.Generator())), maxlen=0)
         return model.nfe
 

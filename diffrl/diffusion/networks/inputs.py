@@ -6,7 +6,7 @@ from torch import Tensor
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
 
-__all__ = ["MAX_SIZE", "check_event_shape", "check_inputs"]
+__all__ = ["MAX_SIZE", "check_event_shape", "check_inputs", "check_second_time"]
 
 MAX_SIZE = 65536
 """Most units, channels or features of a layer: a matrix of them has 16 GiB."""
@@ -25,6 +25,24 @@ def check_event_shape(event_shape: tuple[int, ...], num_classes: int) -> tuple[i
         raise InputError("event_shape must hold one or more sizes of at least 1, such as (2,), not ()")
     require_int("num_classes", num_classes, 0, MAX_CLASSES)
     return shape
+
+
+def check_second_time(x: Tensor, c_noise_r: Tensor | None, *, second_time: bool) -> None:
+    """Checks c_noise_r [N], the code of a second time, against x [N, *E].
+
+    Raises:
+        ValueError: another shape, or a code for a network that was built without a second time.
+    """
+    if c_noise_r is None:
+        return
+    if not second_time:
+        raise InputError(
+            "c_noise_r was given to a network without a second time: build it with second_time=True"
+        )
+    if c_noise_r.shape != x.shape[:1]:
+        raise InputError(
+            f"c_noise_r must have shape [{len(x)}], one per row of x, not {list(c_noise_r.shape)}"
+        )
 
 
 def check_inputs(

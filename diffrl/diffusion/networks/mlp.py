@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
-from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
+from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs, check_second_time
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
@@ -19,8 +19,9 @@ class MLP(nn.Module):
 
         h₁ = W₁ [x, φ(x), φ(c_noise)] + E[cond],    hᵢ₊₁ = Wᵢ₊₁ SiLU(hᵢ),    F = W SiLU(h_depth)
 
-    with φ the random Fourier features and biases left out. W and its bias are 0 at the start, so that F is 0,
-    as in EDM. Parameters and frequencies are drawn from torch's global generator: seed it before building.
+    with φ the random Fourier features and biases left out; a second time adds W_r φ(c_noise_r) to h₁. W and its bias
+    are 0 at the start, so that F is 0, as in EDM. Parameters and frequencies are drawn from torch's global generator:
+    seed it before building.
 
     Args:
         event_shape: *E, the shape of one event; it is flattened to D numbers.
@@ -32,6 +33,8 @@ class MLP(nn.Module):
         x_scale: standard deviation in radians of the phases of x, for x of unit variance, as preconditioning
             leaves it. 2 to 4 resolves finer detail in 2-D, and errs more on 16-D mixtures.
         noise_scale: the same per unit of c_noise; EDM's c_noise = ln(σ)/4 spans 2.6 units from 0.002 to 80.
+        second_time: whether it is told a second time r, that of the state which D(x, t, r) leads to. W_r is drawn last,
+            so that all other parameters are those of the network without.
 
     Raises:
         ValueError: a size outside its range.
@@ -47,11 +50,12 @@ class MLP(nn.Module):
         noise_features: int = 16,
         x_scale: float = 1.0,
         noise_scale: float = 4.0,
+        second_time: bool = False,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         self.event_shape = check_event_shape(event_shape, num_classes)
-        self.num_classes = num_classes
+        self.num_classes, self.second_time = num_classes, second_time
         require_int("hidden", hidden, most=MAX_SIZE)
         require_int("depth", depth, most=MAX_LAYERS)
         require_int("x_features", x_features, 0, MAX_SIZE)
@@ -70,19 +74,24 @@ class MLP(nn.Module):
         self.last = nn.Linear(hidden, D)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.second = nn.Linear(noise_features, hidden, bias=False) if second_time else None
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
+    ) -> Tensor:
         """Output of x's shape.
 
         Args:
             x: the scaled state, shape [N, *E].
             c_noise: the noise level's code, shape [N].
             cond: integer labels in 0..num_classes, shape [N]; num_classes is the null label, None all null.
+            c_noise_r: the code of the second time, shape [N]; None is c_noise, that is r = t.
 
         Raises:
-            ValueError: an argument of another shape, or labels for a network without them.
+            ValueError: an argument of another shape, or labels or a second time for a network without them.
         """
         check_inputs(x, c_noise, cond, self.event_shape, self.num_classes)
+        check_second_time(x, c_noise_r, second_time=self.second_time)
         flat = x.flatten(1)
         inputs = [flat, self.noise_embedding(c_noise[:, None])]
         if self.x_embedding is not None:
@@ -90,4 +99,6 @@ class MLP(nn.Module):
         h = self.first(torch.cat(inputs, dim=1))
         if self.label_embedding is not None:
             h = h + self.label_embedding(cond)
+        if self.second is not None:
+            h = h + self.second(self.noise_embedding((c_noise if c_noise_r is None else c_noise_r)[:, None]))
         return self.last(self.middle(h)).view_as(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
-from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
+from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs, check_second_time
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
@@ -26,6 +26,11 @@ def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def _layers(features: int, embedding: int) -> nn.Sequential:
+    """From features of a noise level to their embedding."""
+    return nn.Sequential(nn.Linear(features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
 
 
 class _Block(nn.Module):
@@ -93,6 +98,8 @@ class UNet(nn.Module):
         noise_features: number of Fourier features of c_noise, even.
         noise_scale: standard deviation of their phases in radians per unit of c_noise, as in `MLP`.
         dropout: share of a block's inner activations that training sets to 0, in [0, 1).
+        second_time: whether it is told a second time r, as in `MLP`: two more layers on the features of c_noise_r,
+            added to the embedding of c_noise and drawn last.
 
     Raises:
         ValueError: an event shape that cannot be halved so often, or a size outside its range.
@@ -109,12 +116,13 @@ class UNet(nn.Module):
         noise_features: int = 16,
         noise_scale: float = 4.0,
         dropout: float = 0.0,
+        second_time: bool = False,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         require_number("dropout", dropout, 0, 1, "[)")
         self.event_shape = check_event_shape(event_shape, num_classes)
-        self.num_classes, self.blocks = num_classes, blocks
+        self.num_classes, self.blocks, self.second_time = num_classes, blocks, second_time
         require_int("blocks", blocks, most=MAX_LAYERS)
         require_int("channels", channels, 4, MAX_SIZE)
         for multiplier in multipliers:
@@ -128,12 +136,7 @@ class UNet(nn.Module):
         embedding = 4 * channels
         with of_features("noise"):
             features = FourierFeatures(1, noise_features, noise_scale)
-        self.noise_embedding = nn.Sequential(
-            features,
-            nn.Linear(noise_features, embedding),
-            nn.SiLU(),
-            nn.Linear(embedding, embedding),
-        )
+        self.noise_embedding = nn.Sequential(features, *_layers(noise_features, embedding))
         self.label_embedding = LabelEmbedding(num_classes, embedding) if num_classes else None
 
         widths = [channels * multiplier for multiplier in multipliers for _ in range(blocks)]
@@ -147,22 +150,30 @@ class UNet(nn.Module):
         )
         self.norm = _norm(widths[0])
         self.last = _zero(nn.Conv2d(widths[0], self.event_shape[0], 3, padding=1))
+        self.second_embedding = _layers(noise_features, embedding) if second_time else None
 
-    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
+    ) -> Tensor:
         """Output of x's shape.
 
         Args:
             x: the scaled images, shape [N, C, H, W].
             c_noise: the noise level's code, shape [N].
             cond: integer labels in 0..num_classes, shape [N]; num_classes is the null label, None all null.
+            c_noise_r: the code of the second time, shape [N]; None is c_noise, that is r = t.
 
         Raises:
-            ValueError: an argument of another shape, or labels for a network without them.
+            ValueError: an argument of another shape, or labels or a second time for a network without them.
         """
         check_inputs(x, c_noise, cond, self.event_shape, self.num_classes)
+        check_second_time(x, c_noise_r, second_time=self.second_time)
         e = self.noise_embedding(c_noise[:, None])
         if self.label_embedding is not None:
             e = e + self.label_embedding(cond)
+        if self.second_embedding is not None:
+            features = self.noise_embedding[0]
+            e = e + self.second_embedding(features((c_noise if c_noise_r is None else c_noise_r)[:, None]))
         e = F.silu(e)
 
         h, skips = self.first(x), []

@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.denoisers import DenoiserFn
+from diffrl.diffusion.denoisers import DenoiserFn, require_second_time
 from diffrl.diffusion.laws import Gaussian, NoiseFn
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, InputTypeError
@@ -73,12 +74,22 @@ class Model:
         self.nfe = 0
         """Calls of the denoiser so far; a guided one counts once, though it evaluates its network twice."""
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """D(x, t) for one time t shared by the batch, or one per state, shape [N]."""
+    def __call__(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
+        """D(x, t), or D(x, t, r), for times shared by the batch, or one per state, shape [N].
+
+        Raises:
+            ValueError: r for a denoiser without a second time.
+        """
         self.nfe += 1
+        if r is None:
+            return self.denoiser(x, self._times(x, t), self.cond)
+        require_second_time(self.denoiser)
+        two_times: Any = self.denoiser
+        return two_times(x, self._times(x, t), self.cond, self._times(x, r))
+
+    def _times(self, x: Tensor, t: Tensor) -> Tensor:
         # float32 at least: bfloat16 cannot hold a timestep such as 999
-        t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
-        return self.denoiser(x, t.expand(len(x)), self.cond)
+        return t.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """dx/dt of the probability-flow ODE, at times as for D."""

@@ -75,6 +75,19 @@ class Schedule(ABC):
         """
         return (-self.log_snr(t) / 8).clamp(-10, 10)
 
+    @property
+    def t_least(self) -> float:
+        """Time of the least noisy level of the longest grid: see `c_noise_end`."""
+        return float(self.time(torch.tensor(MAX_STEPS - 1), MAX_STEPS))
+
+    def c_noise_end(self, r: Tensor) -> Tensor:
+        """The input by which a network knows the time r that a jump leads to: `c_noise` of r, from `t_least` on.
+
+        Clean data have no level, so they count as the least noisy one. The derivative is finite everywhere, and 0 below
+        `t_least`.
+        """
+        return self.c_noise(r.clamp(min=self.t_least))
+
     def time(self, index: Tensor, num_steps: int) -> Tensor:
         """Time of a real-valued index; above N-1 it is the clean state.
 

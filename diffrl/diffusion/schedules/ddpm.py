@@ -76,6 +76,11 @@ class DDPM(Schedule):
             raise IndexError(f"a timestep lies outside -1..{self.train_steps - 1}") from error
         return values.to(t.dtype) if t.is_floating_point() else values
 
+    @property
+    def t_least(self) -> float:
+        """The first timestep."""
+        return 0.0
+
     def alpha(self, t: Tensor) -> Tensor:
         return self._look_up(0, t)
 

@@ -56,6 +56,11 @@ class EDM(Schedule):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return (-log_snr / 2).exp()
 
+    @property
+    def t_least(self) -> float:
+        """σ_min."""
+        return self.sigma_min
+
     def c_noise(self, t: Tensor) -> Tensor:
         return (t.log() / 4).clamp(-10, 10)
 

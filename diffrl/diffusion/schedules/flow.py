@@ -54,6 +54,11 @@ class Flow(Schedule):
     def t_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr / 2)
 
+    @property
+    def t_least(self) -> float:
+        """The clean end itself, as `c_noise` is finite there."""
+        return self.t_clean
+
     def c_noise(self, t: Tensor) -> Tensor:
         """The time itself: pure noise has no finite log-SNR."""
         return t

@@ -91,6 +91,11 @@ class VP(Schedule):
         low, high = curve.t_from_log_snr(ends + 2 * math.log(self.input_scale)).tolist()
         return low, high
 
+    @property
+    def t_least(self) -> float:
+        """t_min, or the time that `log_snr_max` gives."""
+        return self._ends[0]
+
     def alpha(self, t: Tensor) -> Tensor:
         return self._curve.alpha(t)
 
