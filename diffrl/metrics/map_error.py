@@ -1,7 +1,7 @@
 """The error of a learnt flow map against the exact one, which is computed once for a law, its points and its levels."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.exact_maps import ExactFlowMap
 from diffrl.diffusion.flow_maps import flow_map
@@ -58,7 +57,7 @@ def _known(denoiser: Any, pairs: MapPairs) -> list[tuple[float, float]]:
 
 
 def map_error(
-    denoiser: Denoiser,
+    denoiser: Callable[..., Tensor],
     oracle: MixtureDenoiser,
     x0: Tensor,
     pairs: MapPairs,
@@ -141,7 +140,7 @@ def _exact(question: _Question) -> _Answer:
 
 @torch.no_grad()
 def _error(
-    denoiser: Denoiser,
+    denoiser: Callable[..., Tensor],
     process: Schedule,
     x0: Tensor,
     pair: tuple[float, float],
