@@ -56,7 +56,8 @@ def _plain(hint: Any) -> Any:
         union = Union[tuple(dict.fromkeys(inner))] if inner else Any  # noqa: UP007
         return Union[union, None] if NoneType in args else union  # noqa: UP007
     if origin in (tuple, list):
-        return GenericAlias(list, (_plain(args[0]),))
+        inside = _plain(args[0])  # in a list of lists, 1 would be refused for 1.0
+        return GenericAlias(list, (Any if get_origin(inside) is list else inside,))
     if inspect.isclass(hint) and issubclass(hint, (bool, int, float, str, Enum)):
         return hint
     return str if getattr(hint, "__name__", "") in ("Path", "PathLike") else Any

@@ -34,14 +34,14 @@ def check_pairs(pairs: MapPairs) -> list[tuple[float, float]]:
     """
     found: dict[str, tuple[float, float]] = {}
     for pair in pairs:
-        t, *rest = (require_number("map_pairs", level, 0) for level in pair)
-        if not (len(rest) == 1 and t > rest[0]):
-            raise InputError(
-                f"map_pairs holds {list(pair)}: give pairs [t, r] of noise-to-signal ratios, t > r >= 0"
-            )
-        if (key := _key(t, rest[0])) in found:
+        levels = pair if isinstance(pair, list | tuple) else ()
+        numbers = [require_number("map_pairs", level, 0) for level in levels]
+        if not (len(numbers) == 2 and numbers[0] > numbers[1]):
+            raise InputError(f"map_pairs holds {pair!r}: give pairs [t, r] of ratios σ/α, t > r >= 0")
+        t, r = numbers
+        if (key := _key(t, r)) in found:
             raise InputError(f"map_pairs holds {key} twice: give each pair once")
-        found[key] = (t, rest[0])
+        found[key] = (t, r)
     return list(found.values())
 
 

@@ -30,7 +30,6 @@ from tests.kit.oracles import every_process, randn
 DATA = gmm(dim=16)
 SOME = [EDM(), Flow(), VP("cosine"), DDPM()]
 some = pytest.mark.parametrize("process", SOME, ids=lambda p: type(p).__name__)
-smooth = pytest.mark.parametrize("process", SOME[:3], ids=lambda p: type(p).__name__)
 two = pytest.mark.parametrize("process", SOME[:2], ids=lambda p: type(p).__name__)
 
 
@@ -65,7 +64,7 @@ def test_the_map_of_normal_data_is_the_closed_form(process: Schedule) -> None:
     torch.testing.assert_close(back, x[noisy], rtol=1e-6, atol=1e-6)
 
 
-@every_process
+@some
 def test_one_point_draws_everything_to_it(process: Schedule) -> None:
     point = torch.tensor([[0.3, -1.2]], dtype=torch.float64)
     x, t, r = pairs(process)
@@ -112,11 +111,11 @@ def test_another_integrator_in_another_variable_agrees() -> None:
     torch.testing.assert_close(exact.flatten(), torch.from_numpy(found.copy()), rtol=0, atol=1e-7)
 
 
-@smooth
+@two
 def test_the_map_moves_with_the_velocity(process: Schedule) -> None:
     oracle, grid = mixture(process), process.time_grid(6)
-    exact, r, h = ExactFlowMap(oracle, rtol=1e-12), grid[3], 1e-3 * float(grid[3])
-    x, t = states(process, grid[1], 20)
+    exact, r, h = ExactFlowMap(oracle, rtol=1e-11), grid[3], 1e-3 * float(grid[3])
+    x, t = states(process, grid[1], 8)
     ahead, behind = (exact.map(x, t, (r + step).expand_as(t)) for step in (h, -h))
     far, near = (exact.map(x, t, (r + 2 * step).expand_as(t)) for step in (h, -h))
     slope = (8 * (ahead - behind) - (far - near)) / (12 * h)
@@ -127,10 +126,10 @@ def test_the_map_moves_with_the_velocity(process: Schedule) -> None:
 
 def test_a_row_does_not_depend_on_the_others() -> None:
     exact = ExactFlowMap(mixture(Flow()))
-    x, t = states(Flow(), torch.tensor(1.0), 12)
-    r = torch.linspace(0, 0.9, 12).double()
+    x, t = states(Flow(), torch.tensor(1.0), 5)
+    r = torch.linspace(0, 0.9, 5).double()
     whole = exact.map(x, t, r)
-    parts = torch.cat([exact.map(x[i : i + 1], t[i : i + 1], r[i : i + 1]) for i in range(12)])
+    parts = torch.cat([exact.map(x[i : i + 1], t[i : i + 1], r[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-11)
 
 
