@@ -15,7 +15,7 @@ from diffrl.experiments.reports.run_table import (
 from diffrl.metrics.distances import SAMPLE_DISTANCES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
-from diffrl.objectives.value import DEFAULT_LMBDA
+from diffrl.objectives.target_choice import DEFAULT_LMBDA
 from diffrl.training.build import build_data, build_denoiser
 from tests.kit.configs import small
 
