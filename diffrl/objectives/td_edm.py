@@ -129,7 +129,9 @@ def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
         options: those of `ValueLoss` that do not choose a target: w by its name (weight "edm" is the released
             code's, "pairwise" the text's) with its numbers, and c (denoising_coef).
     """
-    return ValueLoss(denoiser, n_steps=1, bootstrap="target", **options)
+    loss = ValueLoss(denoiser, n_steps=1, bootstrap="target", **options)
+    loss.target_decay = 0.999  # as published
+    return loss
 
 
 def _check(

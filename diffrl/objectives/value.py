@@ -19,8 +19,8 @@ from diffrl.errors import InputError, InputKeyError, InputTypeError
 from diffrl.objectives.annealing import Ranges, begun
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
-from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.target_choice import DEFAULT_LMBDA, chosen_lmbda, target_label
+from diffrl.objectives.lookahead import Lookahead
+from diffrl.objectives.target_choice import chosen_lmbda
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_number
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
@@ -53,7 +53,6 @@ class ChainValue(nn.Module):
         return state_value(states, self.denoise(x_t, t, cond))
 
 
-@OBJECTIVES.register("td", label=target_label)
 class ValueLoss(DenoiserLoss):
     """Squared TD error of a denoiser on chains; the choice of target is the choice of training method.
 
@@ -80,17 +79,17 @@ class ValueLoss(DenoiserLoss):
 
     Args:
         denoiser: D, kept by reference and trained in place.
-        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this, `n_steps` or `lookahead`; none is λ = 0.9.
+        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this, `n_steps` or `lookahead`; none is a look-ahead of
+            an eighth of the chain.
         n_steps: n ≥ 1 of n-step TD.
         lookahead: h ∈ (0, 1] of TD(λ) with λ = max(0, 1 - 1/(hK)) on rows of K steps: how far ahead the target looks on
             average, as a share of the chain, see `diffrl.objectives.lookahead.Lookahead`.
         gamma: discount γ ∈ [0, 1].
-        bootstrap: what the target's values come from: "own", the network's own prediction on the chain,
-            gradient stopped, at no further evaluation, which at λ = 0 beats Monte Carlo on small mixtures at one
-            learning rate, and stalls from 32 dimensions on unless Adam's β1 is near 0.5; "target", a target network in
-            evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with
-            gradient through both ends: the biased form, whose minimum is no denoiser where the next state is random
-            (`DoubleSamplingLoss` is the unbiased one).
+        bootstrap: what the target's values come from: "own", the network's own prediction on the chain, gradient
+            stopped, at no further evaluation, which stalls from 32 dimensions on unless Adam's β1 is near 0.5;
+            "target", a target network in evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`;
+            "residual", own predictions with gradient through both ends: the biased form, whose minimum is no denoiser
+            where the next state is random (`DoubleSamplingLoss` is the unbiased one).
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
         weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
         denoising_coef: c ∈ [0, 1e6], the added denoising loss. Where the chain marks a state not `valid`, its loss
@@ -147,6 +146,7 @@ class ValueLoss(DenoiserLoss):
         super().__init__(network, target=bootstrap == "target", anneal=anneal)
         lmbda, n_steps = begun(self.anneal, "lmbda", lmbda), begun(self.anneal, "n_steps", n_steps)
         λ = chosen_lmbda(lmbda, n_steps, lookahead)
+        self.lookahead = λ.share if isinstance(λ, Lookahead) else None
         self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
         self.bootstrap_share = bootstrap_share
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
@@ -180,10 +180,11 @@ class ValueLoss(DenoiserLoss):
             value_type: name, member of TorchRL's `ValueEstimators` (TD0, TD1, TDLambda), or an estimator,
                 class or instance; None is "td_lambda".
             hyperparams: the estimator's own, e.g. ``lmbda=0.5``. With a name, or a class of `VectorEstimator`, gamma
-                defaults to the loss's; the λ of "td_lambda" to 0.9.
+                defaults to the loss's; the λ of "td_lambda" to a look-ahead of an eighth of the chain.
         """
         if value_type in (None, VectorEstimators.TD_LAMBDA):
-            value_type, hyperparams = VectorEstimators.TD_LAMBDA, {"lmbda": DEFAULT_LMBDA, **hyperparams}
+            default = chosen_lmbda(None, None, None)
+            value_type, hyperparams = VectorEstimators.TD_LAMBDA, {"lmbda": default, **hyperparams}
         lmbda = hyperparams.get("lmbda")
         if isinstance(lmbda, LambdaSchedule):
             hyperparams["lmbda"] = lmbda.of_states(self.denoiser.process)

@@ -17,7 +17,7 @@ from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.target_choice import DEFAULT_LMBDA
+from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
 from diffrl.registry import Entry
@@ -44,7 +44,7 @@ NOISE_LAW = {"P_mean": (float, -1.2), "P_std": (float, 1.2)}
 OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "td": {
         **{"lmbda": (float | None, None), "n_steps": (int | None, None), "lookahead": (float | None, None)},
-        **TD,
+        **{**TD, "bootstrap": (str | None, None)},
     },
     "td_lambda_schedule": {
         **{"low_noise": (float, 0.0), "high_noise": (float, 1.0)},
@@ -138,7 +138,7 @@ def mine() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "options", "label"),
     [
-        ("td", {}, f"TD(λ={DEFAULT_LMBDA:g})"),
+        ("td", {}, f"TD(lookahead={DEFAULT_LOOKAHEAD:g})"),
         ("td", {"lmbda": 0.25}, "TD(λ=0.25)"),
         ("td", {"lookahead": 0.125}, "TD(lookahead=0.125)"),
         ("td", {"n_steps": 2, "lmbda": None}, "2-step TD"),
@@ -159,7 +159,7 @@ def test_labels_need_no_option(name: str, options: dict[str, Any], label: str) -
 
 
 def test_a_configuration_without_an_objective_has_labels() -> None:
-    assert objective_label("td", {}) == f"TD(λ={DEFAULT_LMBDA:g})"
+    assert objective_label("td", {}) == f"TD(lookahead={DEFAULT_LOOKAHEAD:g})"
 
 
 @pytest.mark.usefixtures("mine")
