@@ -16,7 +16,8 @@ from diffrl.diffusion.trajectories import draw_chain
 from diffrl.experiments.train import TrainingJob
 from diffrl.finetuning.check_report import Check, Report
 from diffrl.metrics.diagnostics import Oracle, target_errors
-from diffrl.objectives.value import DEFAULT_LMBDA, ValueLoss
+from diffrl.objectives.target_choice import lmbda_of_chain
+from diffrl.objectives.value import ValueLoss
 from diffrl.registry import accepted
 from diffrl.shapes import expand_like
 from diffrl.training.build import build_data
@@ -160,11 +161,12 @@ def _fixed_point(
 ) -> list[Check]:
     """Only where the exact denoiser is known, and for the targets that are those of a chain."""
     name, options = "fixed point: bias of the target (s.e.)", config["objective"]
-    if oracle is None or x0[0].numel() > DIM_LIMIT or not {"lmbda", "n_steps"} <= options.keys():
+    if oracle is None or x0[0].numel() > DIM_LIMIT or not {"lmbda", "n_steps", "lookahead"} <= options.keys():
         return []
     last = {option: values[-1] for option, values in (options.get("anneal") or {}).items()}
     options = {**options, **last}  # as they are at the end of the training
-    n, lmbda = options["n_steps"], DEFAULT_LMBDA if options["lmbda"] is None else options["lmbda"]
+    n = options["n_steps"]
+    lmbda = 0.0 if n is not None else lmbda_of_chain(options, chain.num_steps)
     target = f"n_steps={n}" if n is not None else f"lmbda={lmbda:g}"
     rows = torch.arange(STATES) % len(
         x0

@@ -46,6 +46,9 @@ class DenoiserLoss(LossModule):
     annealable: ClassVar[Ranges] = {}
     """Options that can change along the training."""
 
+    target_decay: float = 0.97
+    """What a target network keeps of itself a step, unless `Target` says; in `results/grounds` it hurt nowhere."""
+
     value_network: TensorDictModule
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams

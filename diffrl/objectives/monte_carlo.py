@@ -13,7 +13,10 @@ __all__ = ["is_monte_carlo", "monte_carlo_loss"]
 @OBJECTIVES.register("monte_carlo", label="Monte Carlo")
 @options_of(
     ValueLoss,
-    drop=("lmbda", "n_steps", "gamma", "bootstrap", "denoising_coef", "bootstrap_share", "anneal"),
+    drop=(
+        *("lmbda", "n_steps", "lookahead", "gamma"),
+        *("bootstrap", "denoising_coef", "bootstrap_share", "anneal"),
+    ),
 )
 def monte_carlo_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
     """Standard denoising: the target of every state is the datum, so nothing is bootstrapped.

@@ -120,7 +120,7 @@ def _label(options: Mapping[str, Any]) -> str:
 
 
 @OBJECTIVES.register("td_adaptive", label=_label)
-@options_of(ValueLoss, drop=("lmbda", "n_steps", "gamma", "anneal", "bootstrap_share"))
+@options_of(ValueLoss, drop=("lmbda", "n_steps", "lookahead", "gamma", "anneal", "bootstrap_share"))
 def td_adaptive_loss(
     denoiser: Denoiser,
     *,

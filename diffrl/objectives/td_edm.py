@@ -111,7 +111,7 @@ def sample_td_edm_pairs(
 
 
 @OBJECTIVES.register("td_edm", also=sample_td_edm_pairs, label="TD-EDM")
-@options_of(ValueLoss, drop=("lmbda", "n_steps", "gamma", "bootstrap"), denoising_coef=0.5)
+@options_of(ValueLoss, drop=("lmbda", "n_steps", "lookahead", "gamma", "bootstrap"), denoising_coef=0.5)
 def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
     """TD(0) on pairs of states with a target network, plus denoising; to be fed with `sample_td_edm_pairs`.
 
@@ -129,7 +129,9 @@ def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
         options: those of `ValueLoss` that do not choose a target: w by its name (weight "edm" is the released
             code's, "pairwise" the text's) with its numbers, and c (denoising_coef).
     """
-    return ValueLoss(denoiser, n_steps=1, bootstrap="target", **options)
+    loss = ValueLoss(denoiser, n_steps=1, bootstrap="target", **options)
+    loss.target_decay = 0.999  # as published
+    return loss
 
 
 def _check(

@@ -42,7 +42,7 @@ class _AnnealedEnds(ValueLoss):
 
 
 @OBJECTIVES.register("td_lambda_schedule", label=_label)
-@options_of(ValueLoss, drop=("lmbda", "n_steps"))
+@options_of(ValueLoss, drop=("lmbda", "n_steps", "lookahead"))
 def td_lambda_schedule_loss(
     denoiser: Denoiser,
     *,

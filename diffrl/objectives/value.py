@@ -16,30 +16,18 @@ from torchrl.objectives.value import ValueEstimatorBase
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError, InputKeyError, InputTypeError
-from diffrl.objectives.annealing import Ranges, begun, written
+from diffrl.objectives.annealing import Ranges, begun
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
-from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.lookahead import Lookahead
+from diffrl.objectives.target_choice import chosen_lmbda
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_number
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated, mixed_returns
 from diffrl.shapes import event_mean, expand_like, require_floating
 
-__all__ = ["DEFAULT_LMBDA", "ChainValue", "ValueLoss", "state_value"]
-
-DEFAULT_LMBDA = 0.9  # a weak bootstrap: little bias where the network is small for its data
-
-
-def _label(options: Mapping[str, Any]) -> str:
-    options = {**options, **(options.get("anneal") or {})}
-    n, lmbda, share = options["n_steps"], options["lmbda"], options.get("bootstrap_share", 1.0)
-    of_share = "" if share == 1 else f", bootstrap share {written(share)}"
-    if n == 1 or (n is None and lmbda == 0):
-        return f"TD(0){of_share}"
-    if n is not None:
-        return f"{written(n)}-step TD{of_share}"
-    return f"TD(λ={written(DEFAULT_LMBDA if lmbda is None else lmbda)}){of_share}"
+__all__ = ["ChainValue", "ValueLoss", "state_value"]
 
 
 class ChainValue(nn.Module):
@@ -66,7 +54,6 @@ class ChainValue(nn.Module):
         return state_value(states, self.denoise(x_t, t, cond))
 
 
-@OBJECTIVES.register("td", label=_label)
 class ValueLoss(DenoiserLoss):
     """Squared TD error of a denoiser on chains; the choice of target is the choice of training method.
 
@@ -93,15 +80,17 @@ class ValueLoss(DenoiserLoss):
 
     Args:
         denoiser: D, kept by reference and trained in place.
-        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this or `n_steps`; neither is λ = 0.9.
+        lmbda: λ ∈ [0, 1] of TD(λ), or a `LambdaSchedule`. Give this, `n_steps` or `lookahead`; none is a look-ahead of
+            an eighth of the chain.
         n_steps: n ≥ 1 of n-step TD.
+        lookahead: h ∈ (0, 1] of TD(λ) with λ = max(0, 1 - 1/(hK)) on rows of K steps: how far ahead the target looks on
+            average, as a share of the chain, see `diffrl.objectives.lookahead.Lookahead`.
         gamma: discount γ ∈ [0, 1].
-        bootstrap: what the target's values come from: "own", the network's own prediction on the chain,
-            gradient stopped, at no further evaluation, which at λ = 0 beats Monte Carlo on small mixtures at one
-            learning rate, and stalls from 32 dimensions on unless Adam's β1 is near 0.5; "target", a target network in
-            evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`; "residual", own predictions with
-            gradient through both ends: the biased form, whose minimum is no denoiser where the next state is random
-            (`DoubleSamplingLoss` is the unbiased one).
+        bootstrap: what the target's values come from: "own", the network's own prediction on the chain, gradient
+            stopped, at no further evaluation, which stalls from 32 dimensions on unless Adam's β1 is near 0.5;
+            "target", a target network in evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`;
+            "residual", own predictions with gradient through both ends: the biased form, whose minimum is no denoiser
+            where the next state is random (`DoubleSamplingLoss` is the unbiased one).
         weight: name in `diffrl.objectives.weights.WEIGHTS`.
         weight_options: numbers of that weight, e.g. ``{"gamma": 0.5}`` for "p2".
         denoising_coef: c ∈ [0, 1e6], the added denoising loss. Where the chain marks a state not `valid`, its loss
@@ -113,7 +102,7 @@ class ValueLoss(DenoiserLoss):
             In a loop of your own call ``loss.set_progress(step, grad_steps)`` before every step.
 
     Raises:
-        ValueError: an argument outside its range, or both lmbda and n_steps.
+        ValueError: an argument outside its range, or more than one of lmbda, n_steps and lookahead.
     """
 
     @dataclass
@@ -140,6 +129,7 @@ class ValueLoss(DenoiserLoss):
         *,
         lmbda: float | LambdaSchedule | None = None,
         n_steps: int | None = None,
+        lookahead: float | None = None,
         gamma: float = 1.0,
         bootstrap: Literal["own", "target", "residual"] = "own",
         weight: str = "edm",
@@ -156,11 +146,8 @@ class ValueLoss(DenoiserLoss):
         network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
         super().__init__(network, target=bootstrap == "target", anneal=anneal)
         lmbda, n_steps = begun(self.anneal, "lmbda", lmbda), begun(self.anneal, "n_steps", n_steps)
-        if lmbda is not None and n_steps is not None:
-            raise InputError(
-                f"lmbda is {lmbda} and n_steps is {n_steps}: give lmbda or n_steps, not both, since they are two "
-                "families of targets; in a configuration set one of them to null"
-            )
+        λ = chosen_lmbda(lmbda, n_steps, lookahead)
+        self.lookahead = λ.share if isinstance(λ, Lookahead) else None
         self.bootstrap, self.denoising_coef, self.gamma = bootstrap, denoising_coef, gamma
         self.bootstrap_share = bootstrap_share
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
@@ -168,7 +155,7 @@ class ValueLoss(DenoiserLoss):
             n_steps = round(n_steps) if "n_steps" in self.anneal else n_steps
             self.make_value_estimator("n_step", n_steps=n_steps)
         else:
-            self.make_value_estimator("td_lambda", **({} if lmbda is None else {"lmbda": lmbda}))
+            self.make_value_estimator("td_lambda", lmbda=λ)
         self.set_progress(0, 1)
 
     def _set_option(self, name: str, value: float) -> None:
@@ -194,10 +181,11 @@ class ValueLoss(DenoiserLoss):
             value_type: name, member of TorchRL's `ValueEstimators` (TD0, TD1, TDLambda), or an estimator,
                 class or instance; None is "td_lambda".
             hyperparams: the estimator's own, e.g. ``lmbda=0.5``. With a name, or a class of `VectorEstimator`, gamma
-                defaults to the loss's; the λ of "td_lambda" to 0.9.
+                defaults to the loss's; the λ of "td_lambda" to a look-ahead of an eighth of the chain.
         """
         if value_type in (None, VectorEstimators.TD_LAMBDA):
-            value_type, hyperparams = VectorEstimators.TD_LAMBDA, {"lmbda": DEFAULT_LMBDA, **hyperparams}
+            default = chosen_lmbda(None, None, None)
+            value_type, hyperparams = VectorEstimators.TD_LAMBDA, {"lmbda": default, **hyperparams}
         lmbda = hyperparams.get("lmbda")
         if isinstance(lmbda, LambdaSchedule):
             hyperparams["lmbda"] = lmbda.of_states(self.denoiser.process)

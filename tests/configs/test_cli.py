@@ -67,6 +67,7 @@ def built(config: dict[str, Any]) -> None:
 
 
 @no_updater
+@no_updater
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str) -> None:
     words = [f"experiment={name}"]
@@ -92,21 +93,25 @@ def files(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@no_updater
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_data_set_builds(name: str, files: dict[str, str]) -> None:
     built(small(f"data={name}", *([f"data.path={files[name]}"] if name in files else [])))
 
 
+@no_updater
 @pytest.mark.parametrize("name", PROCESSES)
 def test_every_process_builds(name: str) -> None:
     built(small(f"process={name}"))
 
 
+@no_updater
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_builds(name: str) -> None:
     built(small(f"network={name}", "data=digits"))
 
 
+@no_updater
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_builds(name: str) -> None:
     built(small(f"sampler={name}"))

@@ -15,7 +15,7 @@ from diffrl.experiments.reports.run_table import (
 from diffrl.metrics.distances import SAMPLE_DISTANCES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
-from diffrl.objectives.value import DEFAULT_LMBDA
+from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
 from diffrl.training.build import build_data, build_denoiser
 from tests.kit.configs import small
 
@@ -37,7 +37,7 @@ def results(*overrides: str, **objectives: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "label"),
     [
-        ([], f"TD(λ={DEFAULT_LMBDA:g})"),
+        ([], f"TD(lookahead={DEFAULT_LOOKAHEAD:g})"),
         (["objective.lmbda=0"], "TD(0)"),
         (["objective.lmbda=0.5"], "TD(λ=0.5)"),
         (["objective.n_steps=1"], "TD(0)"),

@@ -58,8 +58,8 @@ def test_no_last_bit_leads_out_of_the_range() -> None:
         ({"anneal": [1, 0]}, r"anneal is \[1, 0\]: give lists of values by the name of an option"),
         ({"anneal": {"n_steps": [0, 3]}}, r"anneal\.n_steps is 0"),
         ({"anneal": {"lmbda": [1, 0]}, "lmbda": 0.5}, "lmbda is 0.5 and annealed too"),
-        ({"anneal": {"lmbda": [1, 0]}, "n_steps": 2}, "give lmbda or n_steps, not both"),
-        ({"anneal": {"lmbda": [1, 0], "n_steps": [2, 1]}}, "give lmbda or n_steps, not both"),
+        ({"anneal": {"lmbda": [1, 0]}, "n_steps": 2}, "give one of lmbda, n_steps, lookahead"),
+        ({"anneal": {"lmbda": [1, 0], "n_steps": [2, 1]}}, "give one of lmbda, n_steps, lookahead"),
         ({"bootstrap_share": 1.5}, "bootstrap_share is 1.5"),
     ],
 )

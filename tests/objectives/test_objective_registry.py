@@ -17,9 +17,9 @@ from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
-from diffrl.objectives.value import DEFAULT_LMBDA
 from diffrl.registry import Entry
 
 ANNEALED = {"bootstrap_share": (float, 1.0), "anneal": (Any | None, None)}
@@ -42,7 +42,10 @@ CT = {
 }
 NOISE_LAW = {"P_mean": (float, -1.2), "P_std": (float, 1.2)}
 OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
-    "td": {"lmbda": (float | None, None), "n_steps": (int | None, None), **TD},
+    "td": {
+        **{"lmbda": (float | None, None), "n_steps": (int | None, None), "lookahead": (float | None, None)},
+        **{**TD, "bootstrap": (str | None, None)},
+    },
     "td_lambda_schedule": {
         **{"low_noise": (float, 0.0), "high_noise": (float, 1.0)},
         **{"nsr_low": (float, 0.1), "nsr_high": (float, 10.0), **TD},
@@ -135,8 +138,9 @@ def mine() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "options", "label"),
     [
-        ("td", {}, f"TD(λ={DEFAULT_LMBDA:g})"),
+        ("td", {}, f"TD(lookahead={DEFAULT_LOOKAHEAD:g})"),
         ("td", {"lmbda": 0.25}, "TD(λ=0.25)"),
+        ("td", {"lookahead": 0.125}, "TD(lookahead=0.125)"),
         ("td", {"n_steps": 2, "lmbda": None}, "2-step TD"),
         ("td", {"anneal": {"lmbda": [1, 0.5, 0]}}, "TD(λ=1→0.5→0)"),
         ("td", {"anneal": {"n_steps": [18, 1]}}, "18→1-step TD"),
@@ -155,7 +159,7 @@ def test_labels_need_no_option(name: str, options: dict[str, Any], label: str) -
 
 
 def test_a_configuration_without_an_objective_has_labels() -> None:
-    assert objective_label("td", {}) == f"TD(λ={DEFAULT_LMBDA:g})"
+    assert objective_label("td", {}) == f"TD(lookahead={DEFAULT_LOOKAHEAD:g})"
 
 
 @pytest.mark.usefixtures("mine")

@@ -139,7 +139,7 @@ def test_state_dict() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lmbda": 0.5, "n_steps": 1}, "give lmbda or n_steps, not both"),
+        ({"lmbda": 0.5, "n_steps": 1}, "give one of lmbda, n_steps, lookahead"),
         ({"lmbda": 1.5}, r"lmbda is 1.5, but must lie in \[0, 1\]"),
         ({"lmbda": -0.1}, r"lmbda is -0.1, but must lie in \[0, 1\]"),
         ({"lmbda": math.nan}, "lmbda is nan"),

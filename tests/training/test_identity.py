@@ -70,7 +70,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
         (make(tmp_path, seed=1), "seed 0 → 1"),
         (make(tmp_path, optim=Optim(lr=0.5)), "optim.lr 0.002 → 0.5"),
         (make(tmp_path, data=other), f"data.fingerprint '{more.fingerprint}' → '{other.fingerprint}'"),
-        (make(tmp_path, {"lmbda": 0.25}), "objective.lmbda 0.9 → 0.25"),
+        (make(tmp_path, {"lmbda": 0.25}), "objective.lookahead 0.125 → 'nothing'"),
         (make(tmp_path, label_dropout=0.3), "trainer.label_dropout 0.1 → 0.3"),
     ):
         before = state(changed)

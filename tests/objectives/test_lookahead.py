@@ -7,8 +7,7 @@ import torch
 from torchrl.objectives import SoftUpdate
 
 from diffrl.objectives import ValueLoss
-from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.td_lookahead import Lookahead, td_lookahead_loss
+from diffrl.objectives.lookahead import Lookahead
 from tests.kit.value_loss import data, denoiser, draw, gradient, number
 
 
@@ -30,7 +29,7 @@ def test_short_chains_have_td_0() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_is_td_lambda_at_that_lambda(K: int, bootstrap: Any, dtype: torch.dtype) -> None:
     network, chain = denoiser(dtype=dtype), draw(x0=data(dtype=dtype), num_steps=K)
-    ours = td_lookahead_loss(network, lookahead=0.25, bootstrap=bootstrap)
+    ours = ValueLoss(network, lookahead=0.25, bootstrap=bootstrap)
     theirs = ValueLoss(network, lmbda=max(0, 1 - 4 / K), bootstrap=bootstrap)
     if bootstrap == "target":
         for loss in (ours, theirs):
@@ -43,7 +42,7 @@ def test_the_loss_is_td_lambda_at_that_lambda(K: int, bootstrap: Any, dtype: tor
 def test_a_window_is_as_long_as_it_is() -> None:
     """Half a chain of 16 steps is a row of 8, for which h = 1/4 is λ = 1/2."""
     network, chain = denoiser(), draw(num_steps=16)[:, :8]
-    ours = td_lookahead_loss(network, lookahead=0.25, bootstrap="own")(chain.clone())
+    ours = ValueLoss(network, lookahead=0.25)(chain.clone())
     theirs = ValueLoss(network, lmbda=0.5)(chain.clone())
     assert number(ours["loss_value"]) == pytest.approx(number(theirs["loss_value"]), rel=1e-12)
 
@@ -51,4 +50,4 @@ def test_a_window_is_as_long_as_it_is() -> None:
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
 def test_a_share_outside_its_range_is_named(share: float) -> None:
     with pytest.raises(ValueError, match=r"lookahead is .*lie in \(0, 1\]"):
-        OBJECTIVES.entry("td_lookahead").make(denoiser(), lookahead=share)
+        ValueLoss(denoiser(), lookahead=share)

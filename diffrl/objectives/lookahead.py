@@ -1,20 +1,14 @@
-"""TD(λ) whose λ follows from the length of the chain: it looks the same share of every chain ahead."""
+"""λ by the length of the chain: TD(λ) that looks the same share of every chain ahead."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.diffusion.denoisers import Denoiser
-from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ValueLoss
 from diffrl.ranges import require_number
-from diffrl.registry import options_of
 
-__all__ = ["Lookahead", "td_lookahead_loss"]
+__all__ = ["Lookahead"]
 
 
 @dataclass(frozen=True)
@@ -55,27 +49,3 @@ class Lookahead:
         """λ of the states of rows of time, K of them in each: from a TensorDict [B, K] to [1, K, 1]."""
         K = states.batch_size[1]
         return states[keys.T].new_full((1, K, 1), self.lmbda(K))
-
-
-def _label(options: Mapping[str, Any]) -> str:
-    return f"TD(lookahead={options['lookahead']:g})"
-
-
-@OBJECTIVES.register("td_lookahead", label=_label)
-@options_of(ValueLoss, drop=("lmbda", "n_steps", "anneal"))
-def td_lookahead_loss(
-    denoiser: Denoiser,
-    *,
-    lookahead: float = 0.125,
-    bootstrap: Literal["own", "target", "residual"] = "target",
-    **options: Any,
-) -> ValueLoss:
-    """TD(λ) with λ = max(0, 1 - 1/(hK)) on chains of K steps, by a target network: see `Lookahead`.
-
-    Args:
-        denoiser: D, trained in place.
-        lookahead: h ∈ (0, 1], the share of the chain that a target looks ahead on average.
-        bootstrap: as in `ValueLoss`.
-        options: the other ones of `ValueLoss`.
-    """
-    return ValueLoss(denoiser, lmbda=Lookahead(lookahead), bootstrap=bootstrap, **options)

@@ -1,0 +1,56 @@
+"""Which target a configuration chooses: by λ, by n or by the look-ahead, and what it is called."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from diffrl.errors import InputError
+from diffrl.objectives.annealing import written
+from diffrl.objectives.lambda_schedule import LambdaSchedule
+from diffrl.objectives.lookahead import Lookahead
+
+__all__ = ["DEFAULT_LOOKAHEAD", "chosen_lmbda", "lmbda_of_chain", "target_label"]
+
+DEFAULT_LOOKAHEAD = 0.125  # with a target network it hurt on none of the grounds of results/grounds
+
+Lmbda = float | LambdaSchedule | Lookahead
+
+
+def chosen_lmbda(
+    lmbda: float | LambdaSchedule | None, n_steps: float | None, lookahead: float | None
+) -> Lmbda | None:
+    """What makes λ, by default a look-ahead; None with `n_steps`.
+
+    Raises:
+        InputError: more than one of them is given.
+    """
+    options = {"lmbda": lmbda, "n_steps": n_steps, "lookahead": lookahead}
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) > 1:
+        raise InputError(
+            f"{' and '.join(f'{name} is {value}' for name, value in given.items())}: give one of {', '.join(options)}, "
+            "since each of them chooses the target; in a configuration set the others to null"
+        )
+    if not given:
+        return Lookahead(DEFAULT_LOOKAHEAD)
+    return lmbda if lookahead is None else Lookahead(lookahead)
+
+
+def lmbda_of_chain(options: Mapping[str, Any], num_steps: int) -> float:
+    """λ of chains of so many steps, for the options of an objective that chooses no `n_steps`."""
+    lmbda = chosen_lmbda(options["lmbda"], None, options["lookahead"])
+    return lmbda.lmbda(num_steps) if isinstance(lmbda, Lookahead) else float(cast(float, lmbda))
+
+
+def target_label(options: Mapping[str, Any]) -> str:
+    """What the target of those options is called in reports."""
+    options = {**options, **(options.get("anneal") or {})}
+    n, lmbda, h = options["n_steps"], options["lmbda"], options["lookahead"]
+    share = options.get("bootstrap_share", 1.0)
+    of_share = "" if share == 1 else f", bootstrap share {written(share)}"
+    if n == 1 or (n is None and lmbda == 0):
+        return f"TD(0){of_share}"
+    if n is not None:
+        return f"{written(n)}-step TD{of_share}"
+    if lmbda is not None:
+        return f"TD(λ={written(lmbda)}){of_share}"
+    return f"TD(lookahead={DEFAULT_LOOKAHEAD if h is None else h:g}){of_share}"
