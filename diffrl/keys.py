@@ -8,6 +8,7 @@ from typing import Final
 X_T: Final = "x_t"  # state, [B, K, *E]
 T: Final = "t"  # diffusion time of the state, [B, K, 1]
 R: Final = "r"  # second time: where a jump from the state leads, [B, K, 1]
+V: Final = "v"  # velocity of the straight path of datum and noise through the state, [B, K, *E]
 A: Final = "A"  # coefficient of x0 in the one-step posterior mean at the state, [B, K, 1]
 KAPPA: Final = "kappa"  # coefficient of x_t in it, [B, K, 1]
 X0: Final = "x0"  # the datum the environment drew, hidden from the denoiser, [B, K, *E]

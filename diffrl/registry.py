@@ -188,7 +188,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         self._read = True  # now, since the modules may look at the registry themselves
         try:
             package = import_module(self.package)
-            for module in pkgutil.iter_modules(getattr(package, "__path__", ()), f"{self.package}."):
+            for module in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{self.package}."):
                 if not module.ispkg:
                     import_module(module.name)
             _import_plugins()

@@ -1,0 +1,174 @@
+"""What the losses of flow maps share: a denoiser of two times, asked for its average velocity."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from diffrl import keys
+from diffrl.diffusion.denoisers import Denoiser, require_second_time
+from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.diffusion.schedules.flow import Flow
+from diffrl.errors import InputError
+from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
+from diffrl.objectives.value import ChainValue
+from diffrl.shapes import event_mean, expand_like
+
+__all__ = ["MapLoss", "MapRows", "adaptive", "jump", "require_straight", "square_mean"]
+
+
+class MapRows(NamedTuple):
+    """States with a second time each, one a row.
+
+    x: states [N, *E]. t, r: their times and second ones, [N]. x0: data. v: velocity of the path of datum and noise
+    through x, `(x - x0)/t`. cond: conditions [N, ...] or None.
+    """
+
+    x: Tensor
+    t: Tensor
+    r: Tensor
+    x0: Tensor
+    v: Tensor
+    cond: Tensor | None
+
+
+class MapLoss(DenoiserLoss):
+    """A loss of a two-time denoiser on states that stand each for itself; a scheme gives `_losses`.
+
+    On a process with σ(t) = t and α linear in t, `Flow` and `EDM`, the path of a datum and a noise is straight, and
+
+        v = (x_t - x0)/t             velocity of that path; E[v | x_t] is that of the ODE
+        u = (x_t - D(x_t, t, r))/t   average velocity of the ODE from t to r,    X_{t→r} = x_t - (t - r) u
+
+    so that one formula in u, as papers write it for flow matching, holds on both. u at r = t is the ODE's velocity.
+
+    Args:
+        denoiser: D of two times, on `Flow` or `EDM`; trained in place.
+        target: whether to keep a target network.
+        anneal: options that change along the training, as in `ValueLoss`.
+
+    Raises:
+        TypeError: it is no denoiser.
+        ValueError: a denoiser without a second time, or another process.
+    """
+
+    out_keys = ["loss_value", "td_error"]
+    fed_with = "diffrl.objectives.maps.states.map_states"
+    bootstrap = "own"
+
+    def __init__(
+        self, denoiser: Denoiser, *, target: bool = False, anneal: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        require_second_time(denoiser)
+        network = TensorDictModule(
+            ChainValue(denoiser), [keys.X_T, keys.T, keys.A, keys.KAPPA], [keys.STATE_VALUE]
+        )
+        super().__init__(network, target=target, anneal=anneal)
+        require_straight(denoiser.process)
+        self.bootstrap = "target" if target else "own"
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries of the states that the loss reads; cond and importance are read where present."""
+        return [keys.X_T, keys.T, keys.R, keys.X0, keys.V]
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The loss of a batch of states [*b, 1].
+
+        Args:
+            tensordict: what `diffrl.objectives.maps.states.map_states` gives.
+
+        Returns:
+            TensorDict with the scalars ``loss_value`` and ``td_error``, the root mean square of what is compared.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError: the batch is empty; a network that takes labels, without any.
+        """
+        with self._telling_what_is_missing(tensordict):
+            states = rows(tensordict)
+            read = [states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V)]
+            x, t, r, x0, v = read
+            cond = states.get(keys.COND, None)
+        self._first_look(x0, cond)
+        cond = None if cond is None else cond.flatten(0, 1)
+        loss, δ = self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond))
+        if not tensordict.is_locked:
+            tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
+        importance = states.get(keys.IMPORTANCE, None)
+        if importance is not None:
+            loss = importance.flatten() * loss
+        return TensorDict({"loss_value": loss.mean(), "td_error": δ.detach().square().mean().sqrt()})
+
+    @abstractmethod
+    def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
+        """The loss of each row, [N], and the difference that it is a norm of, [N, *E]."""
+
+    def _u(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Tensor:
+        """u(x, t, r) of the network that is trained."""
+        self.network_evaluations += len(t)
+        return _average_velocity(self.denoiser, x, t, r, cond)
+
+    @torch.no_grad()
+    def _u_boot(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Tensor:
+        """u⁻(x, t, r): of the target network where there is one, else of the network itself, without gradient."""
+        self.network_evaluations += len(t)
+        network: nn.Module = self.bootstrap_network.module
+        return _average_velocity(network.denoiser, x, t, r, cond)
+
+    def _u_along(self, s: MapRows, dx: Tensor, dt: float = 1.0, dr: float = 0.0) -> tuple[Tensor, Tensor]:
+        """u(x, t, r), and its derivative along (dx, dt, dr), by one Jacobian-vector product; both have a gradient.
+
+        du = dx·∇_x u + dt ∂_t u + dr ∂_r u
+        """
+        self.network_evaluations += len(s.t)
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return _average_velocity(self.denoiser, x, t, r, s.cond)
+
+        tangents = (dx, torch.full_like(s.t, dt), torch.full_like(s.r, dr))
+        found: tuple[Tensor, Tensor] = torch.func.jvp(u, (s.x, s.t, s.r), tangents)
+        return found
+
+
+def jump(x: Tensor, t: Tensor, r: Tensor, u: Tensor) -> Tensor:
+    """X_{t→r} = x - (t - r) u: states [N, *E] at times t [N], moved to times r [N] by average velocities u."""
+    return x - expand_like(t - r, x) * u
+
+
+def require_straight(process: Schedule) -> None:
+    """Refuse a process on which the path of a datum and a noise is no straight line in t with σ = t.
+
+    Raises:
+        ValueError: another process than `Flow` and `EDM`.
+    """
+    if not isinstance(process, EDM | Flow):
+        raise InputError(
+            f"flow maps are trained on straight paths, and those of {type(process).__name__} are none: set "
+            "process=flow or process=edm"
+        )
+
+
+def _average_velocity(denoiser: Any, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Tensor:
+    return (x - denoiser(x, t, cond, r)) / expand_like(t, x)
+
+
+def square_mean(δ: Tensor) -> Tensor:
+    """‖δ‖²/dim(E) of each row, [N, *E] → [N]."""
+    return event_mean(δ.square(), 1)
+
+
+def adaptive(δ: Tensor, p: float, c: float) -> Tensor:
+    """Weighted squares w ‖δ‖² of each row, with w = 1/sg(‖δ‖² + c)^p and norms that sum over all dims: [N, *E] → [N].
+
+    Source: Mean Flows for One-step Generative Modeling (Geng et al., 2025), eq. 22, https://arxiv.org/abs/2505.13447.
+    """
+    square = δ.square().flatten(1).sum(1)
+    return square / (square.detach() + c) ** p
