@@ -134,8 +134,8 @@ class MapLoss(DenoiserLoss):
             return _average_velocity(self.denoiser, x, t, r, s.cond)
 
         tangents = (dx, torch.full_like(s.t, dt), torch.full_like(s.r, dr))
-        found: tuple[Tensor, Tensor] = torch.func.jvp(u, (s.x, s.t, s.r), tangents)
-        return found
+        value, derivative = torch.func.jvp(u, (s.x, s.t, s.r), tangents)[:2]
+        return value, derivative
 
 
 def jump(x: Tensor, t: Tensor, r: Tensor, u: Tensor) -> Tensor:
