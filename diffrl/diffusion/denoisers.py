@@ -91,6 +91,11 @@ class Denoiser(nn.Module):
             found = scalings(self.process, t, self.prediction_type, self.sigma_data)
         return found if self.scale_input else found._replace(c_in=torch.ones_like(found.c_in))
 
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the network has a second output, of a variance: its attribute of the same name says so."""
+        return bool(getattr(self.network, "predicts_variance", False))
+
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition that stands for none, of the shape of `cond`: the label after the last.
 
@@ -118,6 +123,25 @@ class Denoiser(nn.Module):
                 something else than a tensor.
             ValueError: t is not one time per state, or the network returns another shape.
         """
+        return self._outputs(x_t, t, cond)[0]
+
+    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The clean estimate D and the network's second output v, by one evaluation, each of x_t's shape.
+
+        v places the variance of a reverse step between two bounds, see `diffrl.diffusion.learned_variance`. A network
+        with such an output returns [N, 2 E_1, *E[1:]] for states [N, E_1, *E[1:]], F first, and has the attribute
+        ``predicts_variance = True``. Args and errors are those of `forward`.
+
+        Raises:
+            ValueError: the network predicts no variance.
+        """
+        if not self.predicts_variance:
+            raise InputError("this network predicts no variance: build it with network.variance=true")
+        D_x, v = self._outputs(x_t, t, cond)
+        return D_x, v
+
+    def _outputs(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """D, and v where the network has one."""
         require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         c_noise = t
@@ -127,10 +151,11 @@ class Denoiser(nn.Module):
             if self.time_input == "c_noise_x1000":
                 c_noise = 1000 * c_noise
         F_x = self._predict(c_in * x_t, c_noise, cond)
-        return c_skip * x_t + c_out * F_x.to(x_t.dtype)
+        F_x, *v = F_x.to(x_t.dtype).chunk(2 if self.predicts_variance else 1, dim=1)
+        return [c_skip * x_t + c_out * F_x, *v]
 
     def _predict(self, x: Tensor, c_noise: Tensor, cond: Tensor | None) -> Tensor:
-        """F, a tensor of x's shape."""
+        """F, a tensor of x's shape; F and v, one behind the other, where the network has both."""
         try:
             F_x = self.network(x, c_noise, cond)
         except RuntimeError as error:
@@ -146,10 +171,13 @@ class Denoiser(nn.Module):
                 f"the network returned a {type(F_x).__name__}, not a tensor: give one that returns its prediction, "
                 "or wrap it by diffrl.wrap_network(network, process)"
             )
-        if F_x.shape != x.shape:
+        outputs = 2 if self.predicts_variance else 1
+        if F_x.shape != (len(x), outputs * x.shape[1], *x.shape[2:]):
+            wanted = "the same" if outputs == 1 else "twice as much in the first event dim"
             raise InputError(
-                f"the network returned shape {tuple(F_x.shape)} for states of shape {tuple(x.shape)}: it must be the "
-                "same; of a network that predicts a variance too, return the first half of the channels"
+                f"the network returned shape {tuple(F_x.shape)} for states of shape {tuple(x.shape)}: it must be "
+                f"{wanted}; of a network that predicts a variance too, return the first half of the channels, or set "
+                "its attribute predicts_variance = True"
             )
         return F_x
 

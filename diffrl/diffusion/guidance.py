@@ -46,11 +46,25 @@ class GuidedDenoiser(nn.Module):
         Raises:
             ValueError: no labels.
         """
-        if cond is None:
-            raise InputError("guidance needs labels: give cond, shape [N]")
+        cond = self._labels(cond)
         if self.guidance_scale == 1:
             return self.denoiser(x_t, t, cond)
         unconditional = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))
         if self.guidance_scale == 0:
             return unconditional
         return unconditional + self.guidance_scale * (self.denoiser(x_t, t, cond) - unconditional)
+
+    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The guided estimate, and v of the condition, which is not guided; see `diffrl.Denoiser.with_variance`."""
+        cond, w = self._labels(cond), self.guidance_scale
+        D_x, v = self.denoiser.with_variance(x_t, t, cond)
+        if w == 1:
+            return D_x, v
+        D_none = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))
+        return D_none + w * (D_x - D_none), v
+
+    @staticmethod
+    def _labels(cond: Tensor | None) -> Tensor:
+        if cond is None:
+            raise InputError("guidance needs labels: give cond, shape [N]")
+        return cond

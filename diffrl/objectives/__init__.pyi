@@ -8,6 +8,7 @@ from .denoising import sample_uniform_states as sample_uniform_states
 from .double_sampling import DoubleSamplingLoss as DoubleSamplingLoss
 from .ect import ECTLoss as ECTLoss
 from .ect_pairs import ECTPairs as ECTPairs
+from .hybrid import HybridLoss as HybridLoss
 from .lambda_schedule import LambdaSchedule as LambdaSchedule
 from .posteriors import ExactLaw as ExactLaw
 from .posteriors import ReferenceBatch as ReferenceBatch

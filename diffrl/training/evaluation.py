@@ -223,6 +223,16 @@ def draw_samples(
     return torch.cat(parts), nfe
 
 
+class _Identity:
+    """A stand-in for a denoiser, to count a sampler's evaluations."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        return x_t
+
+    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x_t, x_t
+
+
 def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
     """Levels of the grid on which a sampler evaluates the denoiser `nfe` times.
 
@@ -231,7 +241,7 @@ def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
     """
 
     def evaluations(levels: int) -> int:
-        model = Model(lambda x, t, cond: x, process, num_steps=levels)
+        model = Model(_Identity(), process, num_steps=levels)
         deque(trajectory(model, sampler, torch.zeros(1, 1), Noise(torch.Generator())), maxlen=0)
         return model.nfe
 

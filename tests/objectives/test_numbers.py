@@ -34,8 +34,9 @@ NO_INTS = [math.nan, math.inf, 5.5, "5", True, [1], -1]
 ENDLESS = {("edm_stochastic", "S_max"), ("chain", "stride")}
 
 
-def consistent() -> Denoiser:
-    return Denoiser(MLP((2,), hidden=4), EDM(), prediction_type="consistency")
+def consistent(objective: str) -> Denoiser:
+    network = MLP((2,), hidden=4, variance=objective == "hybrid")
+    return Denoiser(network, EDM(), prediction_type="consistency")
 
 
 def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
@@ -46,7 +47,11 @@ def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
     for name, make in NETWORKS.items():
         yield name, make, partial(make, (1, 8, 8))
     for entry in OBJECTIVES.entries():
-        yield entry.name, entry.make, lambda entry=entry, **options: entry.make(consistent(), **options)
+        yield (
+            entry.name,
+            entry.make,
+            lambda entry=entry, **options: entry.make(consistent(entry.name), **options),
+        )
         also: Any = entry.also
         if also is not None:
             given = (EDM(),) if inspect.isclass(also) else (EDM(), X0)

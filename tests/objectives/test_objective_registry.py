@@ -73,6 +73,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
             "b": (float, 1.0),
         },
     },
+    "hybrid": {**WEIGHT, "vlb_coef": (float, 0.001)},
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
 """Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
@@ -98,7 +99,8 @@ def test_every_objective_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_passes_unseen(name: str) -> None:
     consistency = "consistency" if name in ("ct", "td_ct") else "edm"
-    denoiser = Denoiser(MLP((2,), hidden=4, depth=1), EDM(), prediction_type=consistency)
+    network = MLP((2,), hidden=4, depth=1, variance=name == "hybrid")
+    denoiser = Denoiser(network, EDM(), prediction_type=consistency)
     with pytest.raises(TypeError, match="lmda"):
         OBJECTIVES[name](denoiser, lmda=0.5)
 

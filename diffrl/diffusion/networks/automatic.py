@@ -10,7 +10,11 @@ __all__ = ["auto"]
 
 @NETWORKS.register("auto")
 def auto(
-    event_shape: tuple[int, ...], num_classes: int = 0, channels: int = 16, hidden: int = 128
+    event_shape: tuple[int, ...],
+    num_classes: int = 0,
+    channels: int = 16,
+    hidden: int = 128,
+    variance: bool = False,
 ) -> MLP | UNet:
     """A small network that fits the data: a UNet for images (C, H, W), an MLP for everything else.
 
@@ -19,9 +23,10 @@ def auto(
         num_classes: number of labels; 0 is unconditional.
         channels: of the UNet.
         hidden: units of the MLP's layers.
+        variance: also predict a variance, see `diffrl.Denoiser.with_variance`.
     """
     require_int("channels", channels)  # of the one that is not made, too
     require_int("hidden", hidden)
     if len(event_shape) == 3:
-        return UNet(event_shape, num_classes, channels=channels)
-    return MLP(event_shape, num_classes, hidden=hidden)
+        return UNet(event_shape, num_classes, channels=channels, variance=variance)
+    return MLP(event_shape, num_classes, hidden=hidden, variance=variance)

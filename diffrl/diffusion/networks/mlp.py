@@ -32,6 +32,7 @@ class MLP(nn.Module):
         x_scale: standard deviation in radians of the phases of x, for x of unit variance, as preconditioning
             leaves it. 2 to 4 resolves finer detail in 2-D, and errs more on 16-D mixtures.
         noise_scale: the same per unit of c_noise; EDM's c_noise = ln(σ)/4 spans 2.6 units from 0.002 to 80.
+        variance: also predict a variance, by twice the first size of *E; see `diffrl.Denoiser.with_variance`.
 
     Raises:
         ValueError: a size outside its range.
@@ -47,11 +48,12 @@ class MLP(nn.Module):
         noise_features: int = 16,
         x_scale: float = 1.0,
         noise_scale: float = 4.0,
+        variance: bool = False,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         self.event_shape = check_event_shape(event_shape, num_classes)
-        self.num_classes = num_classes
+        self.num_classes, self.predicts_variance = num_classes, variance
         require_int("hidden", hidden, most=MAX_SIZE)
         require_int("depth", depth, most=MAX_LAYERS)
         require_int("x_features", x_features, 0, MAX_SIZE)
@@ -67,12 +69,14 @@ class MLP(nn.Module):
         for _ in range(depth - 1):
             layers += [nn.Linear(hidden, hidden), nn.SiLU()]
         self.middle = nn.Sequential(*layers)
-        self.last = nn.Linear(hidden, D)
+        first, *others = self.event_shape
+        self.output_shape = (2 * first if variance else first, *others)
+        self.last = nn.Linear(hidden, math.prod(self.output_shape))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Output of x's shape.
+        """Output of x's shape; with a variance, of twice its first event size.
 
         Args:
             x: the scaled state, shape [N, *E].
@@ -90,4 +94,4 @@ class MLP(nn.Module):
         h = self.first(torch.cat(inputs, dim=1))
         if self.label_embedding is not None:
             h = h + self.label_embedding(cond)
-        return self.last(self.middle(h)).view_as(x)
+        return self.last(self.middle(h)).view(len(x), *self.output_shape)

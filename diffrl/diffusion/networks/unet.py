@@ -93,6 +93,7 @@ class UNet(nn.Module):
         noise_features: number of Fourier features of c_noise, even.
         noise_scale: standard deviation of their phases in radians per unit of c_noise, as in `MLP`.
         dropout: share of a block's inner activations that training sets to 0, in [0, 1).
+        variance: also predict a variance, by twice the first size of *E; see `diffrl.Denoiser.with_variance`.
 
     Raises:
         ValueError: an event shape that cannot be halved so often, or a size outside its range.
@@ -109,12 +110,13 @@ class UNet(nn.Module):
         noise_features: int = 16,
         noise_scale: float = 4.0,
         dropout: float = 0.0,
+        variance: bool = False,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         require_number("dropout", dropout, 0, 1, "[)")
         self.event_shape = check_event_shape(event_shape, num_classes)
-        self.num_classes, self.blocks = num_classes, blocks
+        self.num_classes, self.blocks, self.predicts_variance = num_classes, blocks, variance
         require_int("blocks", blocks, most=MAX_LAYERS)
         require_int("channels", channels, 4, MAX_SIZE)
         for multiplier in multipliers:
@@ -146,10 +148,10 @@ class UNet(nn.Module):
             _Block(a + b, b, embedding, dropout) for a, b in pairwise([widths[-1], *widths[::-1]])
         )
         self.norm = _norm(widths[0])
-        self.last = _zero(nn.Conv2d(widths[0], self.event_shape[0], 3, padding=1))
+        self.last = _zero(nn.Conv2d(widths[0], (1 + variance) * self.event_shape[0], 3, padding=1))
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Output of x's shape.
+        """Output of x's shape; with a variance, of twice its channels.
 
         Args:
             x: the scaled images, shape [N, C, H, W].

@@ -7,6 +7,7 @@ from .consistency import Multistep as Multistep
 from .ddim import DDIM as DDIM
 from .ddim import Ancestral as Ancestral
 from .edm_stochastic import EDMStochastic as EDMStochastic
+from .learned_variance import LearnedAncestral as LearnedAncestral
 from .loop import sample as sample
 from .loop import trajectory as trajectory
 from .ode import Euler as Euler
