@@ -55,7 +55,13 @@ class Denoiser(nn.Module):
             consistency models, for which D(x, σ_min) = x, see `diffrl.diffusion.predictions.boundary_scalings`.
         time_input: the form in which the network gets t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
             want it), "c_noise_x1000" (250 ln σ, as consistency models of 64×64 images were published, for networks
-            that embed timesteps up to 1000), or "t" itself.
+            that embed timesteps up to 1000), "t" itself, or "none": F gets 0 and has to see the noise level in its
+            input. c_skip, c_out and c_in know t still. What such a network can learn at best is the mean of the targets
+            over the levels that its input may have, E[F* | c_in x_t], which is biased where few dims leave the level
+            open: of data N(0, I) in a variance-preserving process ε̂ = E[σ_t] x_t, in place of σ_t x_t. With the types
+            "edm", "v" and "velocity" it degrades gracefully; ε-networks with a deterministic sampler are published to
+            fail. Source: Is Noise Conditioning Necessary for Denoising Generative Models? (Sun et al., 2025),
+            https://arxiv.org/abs/2502.13129.
         scale_input: whether F gets c_in x_t; False gives it x_t.
 
     Raises:
@@ -69,15 +75,15 @@ class Denoiser(nn.Module):
         process: Schedule,
         sigma_data: float = 0.5,
         prediction_type: PredictionType | Literal["consistency"] = "edm",
-        time_input: Literal["c_noise", "c_noise_x1000", "t"] = "c_noise",
+        time_input: Literal["c_noise", "c_noise_x1000", "t", "none"] = "c_noise",
         scale_input: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(process, Schedule):
             raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
         require_number("sigma_data", sigma_data, 0, 1e6, "(]")
-        if time_input not in ("c_noise", "c_noise_x1000", "t"):
-            raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
+        if time_input not in ("c_noise", "c_noise_x1000", "t", "none"):
+            raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000', 't' or 'none'")
         _require_contract(network)
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input, self.scale_input = prediction_type, time_input, scale_input
@@ -144,8 +150,8 @@ class Denoiser(nn.Module):
         """D, and v where the network has one."""
         require_states(x_t, t)
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
-        c_noise = t
-        if self.time_input != "t":
+        c_noise = torch.zeros_like(t) if self.time_input == "none" else t
+        if self.time_input in ("c_noise", "c_noise_x1000"):
             # float32 at least: in half precision, different noise levels would become one
             c_noise = self.process.c_noise(t).to(torch.promote_types(x_t.dtype, torch.float32))
             if self.time_input == "c_noise_x1000":
