@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.predictions import PredictionType, Scalings, boundary_scalings, scalings
+from diffrl.diffusion.priors import Prior, PriorKind
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_number
@@ -63,6 +64,9 @@ class Denoiser(nn.Module):
             fail. Source: Is Noise Conditioning Necessary for Denoising Generative Models? (Sun et al., 2025),
             https://arxiv.org/abs/2502.13129.
         scale_input: whether F gets c_in x_t; False gives it x_t.
+        prior: "standard", noise N(0, I); or the noise of a prior like the data, N(m, S), of all "data" or of each
+            "class", which ``denoiser.prior.fit`` measures: see `diffrl.diffusion.priors`. All of the above then holds
+            of standardised states and data, so that σd is about 1. It is trained by the objective `priorgrad`.
 
     Raises:
         TypeError: a network that cannot be called so, or a process that is no schedule.
@@ -77,6 +81,7 @@ class Denoiser(nn.Module):
         prediction_type: PredictionType | Literal["consistency"] = "edm",
         time_input: Literal["c_noise", "c_noise_x1000", "t", "none"] = "c_noise",
         scale_input: bool = True,
+        prior: PriorKind = "standard",
     ) -> None:
         super().__init__()
         if not isinstance(process, Schedule):
@@ -87,6 +92,7 @@ class Denoiser(nn.Module):
         _require_contract(network)
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input, self.scale_input = prediction_type, time_input, scale_input
+        self.prior = None if prior == "standard" else Prior(prior, network)
         self.scalings(process.time_grid(1)[:1])  # refuses an unknown type now, not later in training
 
     def scalings(self, t: Tensor) -> Scalings:
@@ -149,6 +155,15 @@ class Denoiser(nn.Module):
     def _outputs(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> list[Tensor]:
         """D, and v where the network has one."""
         require_states(x_t, t)
+        if self.prior is None:
+            return self._standard_outputs(x_t, t, cond)
+        mean, std = self.prior.of(cond, x_t)
+        u_t = (x_t - expand_like(self.process.alpha(t).to(x_t.dtype), x_t) * mean) / std
+        D_u, *v = self._standard_outputs(u_t, t, cond)
+        return [mean + std * D_u, *v]
+
+    def _standard_outputs(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> list[Tensor]:
+        """As `_outputs`, of states whose noise is N(0, I)."""
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         c_noise = torch.zeros_like(t) if self.time_input == "none" else t
         if self.time_input in ("c_noise", "c_noise_x1000"):

@@ -26,7 +26,12 @@ class GuidedDenoiser(nn.Module):
     def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
         super().__init__()
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
-        self.process = denoiser.process
+        self.process, self.prior = denoiser.process, getattr(denoiser, "prior", None)
+        if guidance_scale != 1 and getattr(self.prior, "kind", None) == "class":
+            raise InputError(
+                f"guidance_scale is {guidance_scale:g}, but the noise is that of a class (denoiser.prior=class), with "
+                "which no estimate without a class goes: give 1"
+            )
         self.evaluations = 1 if guidance_scale in (0, 1) else 2
         """Network evaluations for each state."""
 

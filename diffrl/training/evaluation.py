@@ -104,11 +104,12 @@ class Evaluation:
             ) from error
 
     def value_error(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> dict[str, float]:
-        """‖D - D*‖²/c_out² by σ; empty without an oracle. A conditional denoiser is asked without labels.
+        """‖D - D*‖²/c_out² by σ; empty without an oracle, which knows the noise of no prior but the standard one.
 
+        A conditional denoiser is asked without labels.
         Of a finite set it is taken on the rows that were trained on, whose exact denoiser D* is.
         """
-        if oracle is None:
+        if oracle is None or denoiser.prior is not None:
             return {}
         x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
         return value_error(

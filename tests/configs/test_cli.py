@@ -116,6 +116,7 @@ def test_every_sampler_builds(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_builds(name: str) -> None:
     special = ["denoiser.prediction_type=consistency"] if name in ("ct", "td_ct") else []
+    special += ["denoiser.prior=data"] if name == "priorgrad" else []
     special += ["network.variance=true"] if name == "hybrid" else []
     built(small(f"objective={name}", *special))
 

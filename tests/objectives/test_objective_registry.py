@@ -16,6 +16,7 @@ from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
+from diffrl.objectives.priorgrad import PriorStates
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
@@ -73,6 +74,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
             "b": (float, 1.0),
         },
     },
+    "priorgrad": {**WEIGHT, **NOISE_LAW},
     "hybrid": {**WEIGHT, "vlb_coef": (float, 0.001)},
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
@@ -100,7 +102,8 @@ def test_every_objective_is_in_the_table() -> None:
 def test_no_option_passes_unseen(name: str) -> None:
     consistency = "consistency" if name in ("ct", "td_ct") else "edm"
     network = MLP((2,), hidden=4, depth=1, variance=name == "hybrid")
-    denoiser = Denoiser(network, EDM(), prediction_type=consistency)
+    prior: Any = "data" if name == "priorgrad" else "standard"
+    denoiser = Denoiser(network, EDM(), prediction_type=consistency, prior=prior)
     with pytest.raises(TypeError, match="lmda"):
         OBJECTIVES[name](denoiser, lmda=0.5)
 
@@ -112,6 +115,7 @@ def test_what_draws_the_states() -> None:
         "denoising": sample_uniform_states,
         "td_edm": sample_td_edm_pairs,
         "double_sampling": TwinSteps,
+        "priorgrad": PriorStates,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
         "td_ct": ConsistencyPairs,

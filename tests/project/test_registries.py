@@ -154,6 +154,7 @@ def test_an_objective_trains_and_resumes_to_the_same_figures(name: str, tmp_path
     special = {
         "ct": ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"],
         "td_ct": ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"],
+        "priorgrad": ["denoiser.prior=data"],
         "hybrid": ["network.variance=true", "sampler=ancestral_learned", "eval.num_steps=[2,3]"],
     }
     words = [f"objective={name}", "compare=false", "trainer.grad_steps=12", *special.get(name, [])]
