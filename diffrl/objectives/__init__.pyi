@@ -16,6 +16,7 @@ from .posteriors import exact_x0_law as exact_x0_law
 from .posteriors import reference_mean as reference_mean
 from .priorgrad import PriorGradLoss as PriorGradLoss
 from .priorgrad import PriorStates as PriorStates
+from .scheduled_sampling import RollbackStates as RollbackStates
 from .soft_update import SoftUpdate as SoftUpdate
 from .stand_ins import StandIn as StandIn
 from .stand_ins import StandInChains as StandInChains

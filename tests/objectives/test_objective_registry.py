@@ -18,6 +18,7 @@ from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.priorgrad import PriorStates
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.scheduled_sampling import RollbackStates
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
 from diffrl.objectives.value import DEFAULT_LMBDA
@@ -74,6 +75,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
             "b": (float, 1.0),
         },
     },
+    "scheduled_sampling": {
+        **{**WEIGHT, "num_steps": (int, 1000)},
+        **{"probs_start": (list[float], [0.0, 0.0]), "probs_end": (list[float], [0.2, 0.3])},
+    },
     "priorgrad": {**WEIGHT, **NOISE_LAW},
     "hybrid": {**WEIGHT, "vlb_coef": (float, 0.001)},
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
@@ -116,6 +121,7 @@ def test_what_draws_the_states() -> None:
         "td_edm": sample_td_edm_pairs,
         "double_sampling": TwinSteps,
         "priorgrad": PriorStates,
+        "scheduled_sampling": RollbackStates,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
         "td_ct": ConsistencyPairs,
@@ -123,7 +129,9 @@ def test_what_draws_the_states() -> None:
 
 
 def test_which_are_monte_carlo() -> None:
-    assert {name for name in OPTIONS if is_monte_carlo(name)} == {"monte_carlo", "edm", "denoising"}
+    assert {name for name in OPTIONS if is_monte_carlo(name)} == {
+        *("monte_carlo", "edm", "denoising", "scheduled_sampling"),
+    }
     with pytest.raises(ValueError, match="objective is 'tdd': give one of .*td_edm"):
         is_monte_carlo("tdd")
 
