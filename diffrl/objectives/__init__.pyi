@@ -10,6 +10,7 @@ from .ect import ECTLoss as ECTLoss
 from .ect_pairs import ECTPairs as ECTPairs
 from .hybrid import HybridLoss as HybridLoss
 from .lambda_schedule import LambdaSchedule as LambdaSchedule
+from .physics_residual import PhysicsResidualLoss as PhysicsResidualLoss
 from .posteriors import ExactLaw as ExactLaw
 from .posteriors import ReferenceBatch as ReferenceBatch
 from .posteriors import exact_x0_law as exact_x0_law

@@ -79,6 +79,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{**WEIGHT, "num_steps": (int, 1000)},
         **{"probs_start": (list[float], [0.0, 0.0]), "probs_end": (list[float], [0.2, 0.3])},
     },
+    "physics_residual": {
+        **{"residual": (str, "sphere"), "residual_options": (Any, None), "residual_coef": (float, 0.1)},
+        **{"estimate": (str, "mean"), **WEIGHT},
+    },
     "priorgrad": {**WEIGHT, **NOISE_LAW},
     "hybrid": {**WEIGHT, "vlb_coef": (float, 0.001)},
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
