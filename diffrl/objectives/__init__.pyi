@@ -18,6 +18,8 @@ from .posteriors import reference_mean as reference_mean
 from .priorgrad import PriorGradLoss as PriorGradLoss
 from .priorgrad import PriorStates as PriorStates
 from .scheduled_sampling import RollbackStates as RollbackStates
+from .shortdf import ShortDFLoss as ShortDFLoss
+from .shortdf import sample_shortdf_pairs as sample_shortdf_pairs
 from .soft_update import SoftUpdate as SoftUpdate
 from .stand_ins import StandIn as StandIn
 from .stand_ins import StandInChains as StandInChains

@@ -99,7 +99,7 @@ class PhysicsResidualLoss(DenoiserLoss):
         super().__init__(TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE]), target=False)
         self.residual_coef, self.estimate = residual_coef, estimate
         self._residual = named_function("residual", RESIDUALS, residual, residual_options)
-        self._weight = weight_function(weight, weight_options)
+        self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
 
     @property
     def in_keys(self) -> list[NestedKey]:

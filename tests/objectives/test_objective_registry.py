@@ -19,6 +19,7 @@ from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.priorgrad import PriorStates
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheduled_sampling import RollbackStates
+from diffrl.objectives.shortdf import sample_shortdf_pairs
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
 from diffrl.objectives.value import DEFAULT_LMBDA
@@ -79,8 +80,13 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{**WEIGHT, "num_steps": (int, 1000)},
         **{"probs_start": (list[float], [0.0, 0.0]), "probs_end": (list[float], [0.2, 0.3])},
     },
+    "shortdf": {**WEIGHT, "relax_coef": (float, 1.0), "margin": (float, 1e-4), "num_steps": (int, 1000)},
     "physics_residual": {
-        **{"residual": (str, "sphere"), "residual_options": (Any, None), "residual_coef": (float, 0.1)},
+        **{
+            "residual": (str, "sphere"),
+            "residual_options": (Any | None, None),
+            "residual_coef": (float, 0.1),
+        },
         **{"estimate": (str, "mean"), **WEIGHT},
     },
     "priorgrad": {**WEIGHT, **NOISE_LAW},
@@ -125,6 +131,7 @@ def test_what_draws_the_states() -> None:
         "td_edm": sample_td_edm_pairs,
         "double_sampling": TwinSteps,
         "priorgrad": PriorStates,
+        "shortdf": sample_shortdf_pairs,
         "scheduled_sampling": RollbackStates,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
