@@ -109,7 +109,7 @@ class Evaluation:
         A conditional denoiser is asked without labels.
         Of a finite set it is taken on the rows that were trained on, whose exact denoiser D* is.
         """
-        if oracle is None or denoiser.prior is not None:
+        if oracle is None or getattr(denoiser, "prior", None) is not None:
             return {}
         x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
         return value_error(
