@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.predictions import PredictionType, Scalings, boundary_scalings, scalings
+from diffrl.diffusion.priors import Prior, PriorKind
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_number
@@ -63,8 +64,17 @@ class Denoiser(nn.Module):
             consistency models, for which D(x, σ_min) = x, see `diffrl.diffusion.predictions.boundary_scalings`.
         time_input: the form in which the network gets t: "c_noise" (≈ ln(σ/α)/4, of order one, as `diffrl.networks`
             want it), "c_noise_x1000" (250 ln σ, as consistency models of 64×64 images were published, for networks
-            that embed timesteps up to 1000), or "t" itself.
+            that embed timesteps up to 1000), "t" itself, or "none": F gets 0 and has to see the noise level in its
+            input. c_skip, c_out and c_in know t still. What such a network can learn at best is the mean of the targets
+            over the levels that its input may have, E[F* | c_in x_t], which is biased where few dims leave the level
+            open: of data N(0, I) in a variance-preserving process ε̂ = E[σ_t] x_t, in place of σ_t x_t. With the types
+            "edm", "v" and "velocity" it degrades gracefully; ε-networks with a deterministic sampler are published to
+            fail. Source: Is Noise Conditioning Necessary for Denoising Generative Models? (Sun et al., 2025),
+            https://arxiv.org/abs/2502.13129.
         scale_input: whether F gets c_in x_t; False gives it x_t.
+        prior: "standard", noise N(0, I); or the noise of a prior like the data, N(m, S), of all "data" or of each
+            "class", which ``denoiser.prior.fit`` measures: see `diffrl.diffusion.priors`. All of the above then holds
+            of standardised states and data, so that σd is about 1. It is trained by the objective `priorgrad`.
 
     Raises:
         TypeError: a network that cannot be called so, or a process that is no schedule.
@@ -77,18 +87,20 @@ class Denoiser(nn.Module):
         process: Schedule,
         sigma_data: float = 0.5,
         prediction_type: PredictionType | Literal["consistency"] = "edm",
-        time_input: Literal["c_noise", "c_noise_x1000", "t"] = "c_noise",
+        time_input: Literal["c_noise", "c_noise_x1000", "t", "none"] = "c_noise",
         scale_input: bool = True,
+        prior: PriorKind = "standard",
     ) -> None:
         super().__init__()
         if not isinstance(process, Schedule):
             raise InputTypeError(f"process is {process!r}: give a schedule such as diffrl.EDM()")
         require_number("sigma_data", sigma_data, 0, 1e6, "(]")
-        if time_input not in ("c_noise", "c_noise_x1000", "t"):
-            raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000' or 't'")
+        if time_input not in ("c_noise", "c_noise_x1000", "t", "none"):
+            raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000', 't' or 'none'")
         _require_contract(network)
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input, self.scale_input = prediction_type, time_input, scale_input
+        self.prior = None if prior == "standard" else Prior(prior, network)
         self.scalings(process.time_grid(1)[:1])  # refuses an unknown type now, not later in training
 
     def scalings(self, t: Tensor) -> Scalings:
@@ -98,6 +110,11 @@ class Denoiser(nn.Module):
         else:
             found = scalings(self.process, t, self.prediction_type, self.sigma_data)
         return found if self.scale_input else found._replace(c_in=torch.ones_like(found.c_in))
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the network has a second output, of a variance: its attribute of the same name says so."""
+        return bool(getattr(self.network, "predicts_variance", False))
 
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition that stands for none, of the shape of `cond`: the label after the last.
@@ -133,7 +150,37 @@ class Denoiser(nn.Module):
             ValueError: t or r is not one time per state, r is given to a network without a second time, or the network
                 returns another shape.
         """
+        return self._outputs(x_t, t, cond, r)[0]
+
+    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The clean estimate D and the network's second output v, by one evaluation, each of x_t's shape.
+
+        v places the variance of a reverse step between two bounds, see `diffrl.diffusion.learned_variance`. A network
+        with such an output returns [N, 2 E_1, *E[1:]] for states [N, E_1, *E[1:]], F first, and has the attribute
+        ``predicts_variance = True``. Args and errors are those of `forward`.
+
+        Raises:
+            ValueError: the network predicts no variance.
+        """
+        if not self.predicts_variance:
+            raise InputError("this network predicts no variance: build it with network.variance=true")
+        D_x, v = self._outputs(x_t, t, cond)
+        return D_x, v
+
+    def _outputs(self, x_t: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None = None) -> list[Tensor]:
+        """D, and v where the network has one."""
         require_states(x_t, t)
+        if self.prior is None:
+            return self._standard_outputs(x_t, t, cond, r)
+        mean, std = self.prior.of(cond, x_t)
+        u_t = (x_t - expand_like(self.process.alpha(t).to(x_t.dtype), x_t) * mean) / std
+        D_u, *v = self._standard_outputs(u_t, t, cond, r)
+        return [mean + std * D_u, *v]
+
+    def _standard_outputs(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None
+    ) -> list[Tensor]:
+        """As `_outputs`, of states whose noise is N(0, I)."""
         c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
         codes = [self._code(self.process.c_noise, t, x_t.dtype)]
         if r is not None:
@@ -142,10 +189,13 @@ class Denoiser(nn.Module):
         if self.second_time:
             codes.append(self._code(self.process.c_noise_end, t if r is None else r, x_t.dtype))
         F_x = self._predict(c_in * x_t, cond, *codes)
-        return c_skip * x_t + c_out * F_x.to(x_t.dtype)
+        F_x, *v = F_x.to(x_t.dtype).chunk(2 if self.predicts_variance else 1, dim=1)
+        return [c_skip * x_t + c_out * F_x, *v]
 
     def _code(self, c_noise: Callable[[Tensor], Tensor], t: Tensor, dtype: torch.dtype) -> Tensor:
         """How the network is told a time."""
+        if self.time_input == "none":
+            return torch.zeros_like(t)
         if self.time_input == "t":
             return t
         # float32 at least: in half precision, different noise levels would become one
@@ -153,7 +203,7 @@ class Denoiser(nn.Module):
         return 1000 * code if self.time_input == "c_noise_x1000" else code
 
     def _predict(self, x: Tensor, cond: Tensor | None, c_noise: Tensor, *c_noise_r: Tensor) -> Tensor:
-        """F, a tensor of x's shape."""
+        """F, a tensor of x's shape; F and v, one behind the other, where the network has both."""
         try:
             F_x = self.network(x, c_noise, cond, *c_noise_r)
         except RuntimeError as error:
@@ -169,10 +219,13 @@ class Denoiser(nn.Module):
                 f"the network returned a {type(F_x).__name__}, not a tensor: give one that returns its prediction, "
                 "or wrap it by diffrl.wrap_network(network, process)"
             )
-        if F_x.shape != x.shape:
+        outputs = 2 if self.predicts_variance else 1
+        if F_x.shape != (len(x), outputs * x.shape[1], *x.shape[2:]):
+            wanted = "the same" if outputs == 1 else "twice as much in the first event dim"
             raise InputError(
-                f"the network returned shape {tuple(F_x.shape)} for states of shape {tuple(x.shape)}: it must be the "
-                "same; of a network that predicts a variance too, return the first half of the channels"
+                f"the network returned shape {tuple(F_x.shape)} for states of shape {tuple(x.shape)}: it must be "
+                f"{wanted}; of a network that predicts a variance too, return the first half of the channels, or set "
+                "its attribute predicts_variance = True"
             )
         return F_x
 

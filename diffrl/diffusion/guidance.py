@@ -26,7 +26,12 @@ class GuidedDenoiser(nn.Module):
     def __init__(self, denoiser: Denoiser, null_label: int, guidance_scale: float) -> None:
         super().__init__()
         self.denoiser, self.null_label, self.guidance_scale = denoiser, null_label, guidance_scale
-        self.process = denoiser.process
+        self.process, self.prior = denoiser.process, getattr(denoiser, "prior", None)
+        if guidance_scale != 1 and getattr(self.prior, "kind", None) == "class":
+            raise InputError(
+                f"guidance_scale is {guidance_scale:g}, but the noise is that of a class (denoiser.prior=class), with "
+                "which no estimate without a class goes: give 1"
+            )
         self.evaluations = 1 if guidance_scale in (0, 1) else 2
         """Network evaluations for each state."""
 
@@ -51,8 +56,7 @@ class GuidedDenoiser(nn.Module):
         Raises:
             ValueError: no labels.
         """
-        if cond is None:
-            raise InputError("guidance needs labels: give cond, shape [N]")
+        cond = self._labels(cond)
         second = () if r is None else (r,)
         if self.guidance_scale == 1:
             return self.denoiser(x_t, t, cond, *second)
@@ -60,3 +64,18 @@ class GuidedDenoiser(nn.Module):
         if self.guidance_scale == 0:
             return unconditional
         return unconditional + self.guidance_scale * (self.denoiser(x_t, t, cond, *second) - unconditional)
+
+    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The guided estimate, and v of the condition, which is not guided; see `diffrl.Denoiser.with_variance`."""
+        cond, w = self._labels(cond), self.guidance_scale
+        D_x, v = self.denoiser.with_variance(x_t, t, cond)
+        if w == 1:
+            return D_x, v
+        D_none = self.denoiser(x_t, t, torch.full_like(cond, self.null_label))
+        return D_none + w * (D_x - D_none), v
+
+    @staticmethod
+    def _labels(cond: Tensor | None) -> Tensor:
+        if cond is None:
+            raise InputError("guidance needs labels: give cond, shape [N]")
+        return cond

@@ -73,6 +73,10 @@ class DenoisingPolicy(TensorDictModuleBase):
             raise InputTypeError(
                 f"{sampler!r} has steps without a law: give a sampler such as diffrl.Ancestral()"
             )
+        if getattr(denoiser, "prior", None) is not None:
+            raise InputError(
+                "this denoiser has a prior of its own noise: a policy draws N(0, I), use prior=standard"
+            )
         process = getattr(denoiser, "process", None) if process is None else process
         if process is None:
             raise InputError("this denoiser does not know its process: give process=")

@@ -164,6 +164,8 @@ def _errors(
         x = x0[first : first + batch_size]
         c = None if cond is None else cond[first : first + batch_size]
         noise = evaluation_noise(x, seed, first)
+        prior = getattr(denoiser, "prior", None)
+        noise = noise if prior is None else prior.of(c, x)[1] * noise
         for key, time in times.items():
             t = time.to(x.dtype).expand(len(x))
             x_t = marginal(process, x, t, noise)

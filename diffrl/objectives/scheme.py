@@ -95,6 +95,10 @@ def build_objective(
     """
     options = dict(config["objective"])
     entry = OBJECTIVES.entry(options.pop("name"))
+    if getattr(denoiser, "prior", None) is not None and not getattr(
+        entry.also, "draws_noise_of_prior", False
+    ):
+        raise InputError(f"objective {entry.name} draws N(0, I): with denoiser.prior set objective=priorgrad")
     with of_group("chain", config["chain"]):
         stand_in = StandIn(**accepted(StandIn, config["chain"]))
     if entry.also is None:

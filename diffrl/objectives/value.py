@@ -256,7 +256,8 @@ class ValueLoss(DenoiserLoss):
         # a target network comes first: what is kept for the backward pass then takes the memory that it frees
         D_next = self._target_next(chain) if bootstraps and self.bootstrap == "target" else None
         network = self.value_network.module
-        self.network_evaluations += t.numel()
+        drawn = chain.get(keys.EVALUATIONS, None)
+        self.network_evaluations += t.numel() + (0 if drawn is None else int(drawn.sum()))
         D_x = network.denoise(x_t, t, cond)
         square = _square_mean(self._delta(chain, D_x, x0, D_next))
 

@@ -14,7 +14,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.ranges import require_number
 
-__all__ = ["MAX_COEF", "WEIGHTS", "ChainTerms", "WeightTerms", "weight_function"]
+__all__ = ["MAX_COEF", "WEIGHTS", "ChainTerms", "WeightTerms", "named_function", "weight_function"]
 
 MAX_COEF = 1e6
 """Largest coefficient of a loss or number of a weight: more is a slip, and overflows soon."""
@@ -196,14 +196,31 @@ def weight_function(name: str, options: Mapping[str, float] | None = None) -> Ca
     Raises:
         ValueError: there is none, it has no such number, or a number is outside its range.
     """
-    if name not in WEIGHTS:
-        raise InputError(f"weight is {name!r}: give one of {', '.join(WEIGHTS)}")
+    return named_function("weight", WEIGHTS, name, options)
+
+
+def named_function(
+    kind: str, table: Mapping[str, Callable[..., Tensor]], name: str, options: Mapping[str, float] | None
+) -> Callable[..., Tensor]:
+    """A function of a table by its name, with numbers of its own set.
+
+    Args:
+        kind: what it is, which is also the name of the option.
+        table: functions whose first argument is no number.
+        name: in the table.
+        options: its numbers, each in [0, 1e6].
+
+    Raises:
+        ValueError: there is none, it has no such number, or a number is outside its range.
+    """
+    if name not in table:
+        raise InputError(f"{kind} is {name!r}: give one of {', '.join(table)}")
     options = options or {}
     if not isinstance(options, Mapping):
-        raise InputError(f"weight_options is {options!r}: give names and numbers, such as {{gamma: 0.5}}")
-    known = list(inspect.signature(WEIGHTS[name]).parameters)[1:]
+        raise InputError(f"{kind}_options is {options!r}: give names and numbers, such as {{gamma: 0.5}}")
+    known = list(inspect.signature(table[name]).parameters)[1:]
     for option in options:
         if option not in known:
-            raise InputError(f"weight {name!r} has no number {option!r}: it has {', '.join(known) or 'none'}")
-        require_number(f"weight_options.{option}", options[option], 0, MAX_COEF)
-    return partial(WEIGHTS[name], **options)
+            raise InputError(f"{kind} {name!r} has no number {option!r}: it has {', '.join(known) or 'none'}")
+        require_number(f"{kind}_options.{option}", options[option], 0, MAX_COEF)
+    return partial(table[name], **options)

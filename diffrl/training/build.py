@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffrl.data.dataset import Data
 from diffrl.data.registry import DATASETS
@@ -24,6 +24,8 @@ __all__ = [
     "build_oracle",
     "build_sampler",
 ]
+
+PRIOR_ROWS, PRIOR_SEED = 10_000, 2_236_067_977  # of a set without end, for a prior's mean and std
 
 
 class Events(NamedTuple):
@@ -61,7 +63,16 @@ def build_denoiser(config: Config, data: Data | Events) -> Denoiser:
         )
     with of_group("denoiser", config["denoiser"]):
         denoiser = Denoiser(network, PROCESSES.build(config["process"]), **config["denoiser"])
+    if denoiser.prior is not None and isinstance(data, Data):
+        denoiser.prior.fit(*_rows_for_prior(data))
     return denoiser.to(torch.float64) if config["dtype"] == "float64" else denoiser
+
+
+def _rows_for_prior(data: Data) -> tuple[Tensor, Tensor | None]:
+    """Training rows and their labels: all of a finite set, or as many fresh ones, the same for every run."""
+    if data.train is not None:
+        return data.train, data.train_labels
+    return data.batch(PRIOR_ROWS, torch.Generator().manual_seed(PRIOR_SEED))
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:

@@ -113,11 +113,12 @@ class Evaluation:
             ) from error
 
     def value_error(self, denoiser: Denoiser, oracle: DenoiserFn | None, data: Data) -> dict[str, float]:
-        """‖D - D*‖²/c_out² by σ; empty without an oracle. A conditional denoiser is asked without labels.
+        """‖D - D*‖²/c_out² by σ; empty without an oracle, which knows the noise of no prior but the standard one.
 
+        A conditional denoiser is asked without labels.
         Of a finite set it is taken on the rows that were trained on, whose exact denoiser D* is.
         """
-        if oracle is None:
+        if oracle is None or getattr(denoiser, "prior", None) is not None:
             return {}
         x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
         return value_error(
@@ -249,12 +250,15 @@ def draw_samples(
 
 
 class _Same:
-    """A denoiser that does nothing, for samplers of one time and of two."""
+    """A stand-in for a denoiser that does nothing, for samplers of one time, of two, and of a learned variance."""
 
     second_time = True
 
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         return x
+
+    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x_t, x_t
 
 
 def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:

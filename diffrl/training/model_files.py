@@ -5,7 +5,7 @@ The file is in the safetensors format. Its metadata hold a JSON text under the n
     format        1
     process       name in the registry and numbers of the noise schedule
     network       the same of the network; null for one that is no network of the registry
-    denoiser      sigma_data, prediction_type, time_input, scale_input
+    denoiser      sigma_data, prediction_type, time_input, scale_input; prior, if it is not the standard one
     event_shape   of a sample
     num_classes   labels that the network takes; 0: none
     dtype         of the parameters
@@ -34,6 +34,7 @@ __all__ = ["SUFFIX", "events_of", "read_model", "save"]
 SUFFIX = ".safetensors"
 _FORMAT = 1
 _OPTIONS = ("sigma_data", "prediction_type", "time_input", "scale_input")
+_PRIOR = "prior"
 
 
 def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] | None = None) -> Path:
@@ -79,7 +80,7 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
             **{field.name: getattr(process, field.name) for field in fields(process) if field.init},  # type: ignore[arg-type]
         },
         "network": _network_options(network),
-        "denoiser": {name: getattr(denoiser, name) for name in _OPTIONS},
+        "denoiser": {**{name: getattr(denoiser, name) for name in _OPTIONS}, **_prior(denoiser)},
         "event_shape": list(shape),
         "num_classes": int(getattr(network, "num_classes", 0)),
         "dtype": "float64" if _dtype(denoiser) == torch.float64 else "float32",
@@ -97,6 +98,11 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, raw)
     return path
+
+
+def _prior(denoiser: Denoiser) -> dict[str, str]:
+    """Its kind, where it is not the standard one, of which older versions know nothing."""
+    return {} if denoiser.prior is None else {_PRIOR: denoiser.prior.kind}
 
 
 def events_of(description: dict[str, Any]) -> Events:

@@ -120,8 +120,10 @@ def test_every_sampler_builds(name: str) -> None:
 @no_updater
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_builds(name: str) -> None:
-    consistency = ["denoiser.prediction_type=consistency"] if name in ("ct", "td_ct") else []
-    built(small(f"objective={name}", *consistency))
+    special = ["denoiser.prediction_type=consistency"] if name in ("ct", "td_ct") else []
+    special += ["denoiser.prior=data"] if name == "priorgrad" else []
+    special += ["network.variance=true"] if name == "hybrid" else []
+    built(small(f"objective={name}", *special))
 
 
 def test_every_group_of_the_configuration_has_options() -> None:

@@ -16,6 +16,7 @@ from diffrl.diffusion.samplers.consistency import LCM, Multistep
 from diffrl.diffusion.samplers.ddim import DDIM, Ancestral
 from diffrl.diffusion.samplers.edm_stochastic import EDMStochastic
 from diffrl.diffusion.samplers.flow_map import FlowMap
+from diffrl.diffusion.samplers.learned_variance import LearnedAncestral
 from diffrl.diffusion.samplers.loop import sample, trajectory
 from diffrl.diffusion.samplers.ode import Euler, Heun
 from diffrl.diffusion.samplers.registry import SAMPLERS
@@ -203,6 +204,7 @@ def test_registry() -> None:
         "heun": Heun(),
         "ddim": DDIM(),
         "ancestral": Ancestral(),
+        "ancestral_learned": LearnedAncestral(),
         "edm_stochastic": EDMStochastic(),
         "consistency": Multistep(),
         "lcm": LCM(),

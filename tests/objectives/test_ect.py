@@ -170,7 +170,7 @@ def test_each_step_has_a_dropout_of_its_own() -> None:
 class Flow(Denoiser):
     """The exact consistency function."""
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         return x_t * S / (S**2 + t[:, None] ** 2).sqrt()
 
 

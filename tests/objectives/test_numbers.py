@@ -27,15 +27,21 @@ from diffrl.objectives.weights import WEIGHTS, weight_function
 
 Case = tuple[str, Callable[..., Any], str, bool]
 X0 = torch.zeros(4, 2)
-SUPPLIED = {"sampler": ChainSampler(Chain(EDM(), 6, "markov")), "data": gmm(dim=2, test_size=4)}
+SUPPLIED = {
+    "sampler": ChainSampler(Chain(EDM(), 6, "markov")),
+    "data": gmm(dim=2, test_size=4),
+    "denoiser": None,
+}
 NO_FLOATS = [math.nan, -math.inf, "1", True, [1.0], 10**400, -1e30]
 NO_INTS = [math.nan, math.inf, 5.5, "5", True, [1], -1]
 # infinity is a published setting of these: every level, and the value "clean"
 ENDLESS = {("edm_stochastic", "S_max"), ("chain", "stride")}
 
 
-def consistent() -> Denoiser:
-    return Denoiser(MLP((2,), hidden=4), EDM(), prediction_type="consistency")
+def consistent(objective: str) -> Denoiser:
+    network = MLP((2,), hidden=4, variance=objective == "hybrid")
+    prior: Any = "data" if objective == "priorgrad" else "standard"
+    return Denoiser(network, EDM(), prediction_type="consistency", prior=prior)
 
 
 def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
@@ -46,7 +52,11 @@ def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
     for name, make in NETWORKS.items():
         yield name, make, partial(make, (1, 8, 8))
     for entry in OBJECTIVES.entries():
-        yield entry.name, entry.make, lambda entry=entry, **options: entry.make(consistent(), **options)
+        yield (
+            entry.name,
+            entry.make,
+            lambda entry=entry, **options: entry.make(consistent(entry.name), **options),
+        )
         also: Any = entry.also
         if also is not None:
             given = (EDM(),) if inspect.isclass(also) else (EDM(), X0)

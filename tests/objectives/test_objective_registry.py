@@ -16,7 +16,10 @@ from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
+from diffrl.objectives.priorgrad import PriorStates
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.scheduled_sampling import RollbackStates
+from diffrl.objectives.shortdf import sample_shortdf_pairs
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
@@ -76,6 +79,21 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
             "b": (float, 1.0),
         },
     },
+    "scheduled_sampling": {
+        **{**WEIGHT, "num_steps": (int, 1000)},
+        **{"probs_start": (list[float], [0.0, 0.0]), "probs_end": (list[float], [0.2, 0.3])},
+    },
+    "shortdf": {**WEIGHT, "relax_coef": (float, 1.0), "margin": (float, 1e-4), "num_steps": (int, 1000)},
+    "physics_residual": {
+        **{
+            "residual": (str, "sphere"),
+            "residual_options": (Any | None, None),
+            "residual_coef": (float, 0.1),
+        },
+        **{"estimate": (str, "mean"), **WEIGHT},
+    },
+    "priorgrad": {**WEIGHT, **NOISE_LAW},
+    "hybrid": {**WEIGHT, "vlb_coef": (float, 0.001)},
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
 """Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
@@ -101,7 +119,9 @@ def test_every_objective_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_passes_unseen(name: str) -> None:
     consistency = "consistency" if name in ("ct", "td_ct") else "edm"
-    denoiser = Denoiser(MLP((2,), hidden=4, depth=1), EDM(), prediction_type=consistency)
+    network = MLP((2,), hidden=4, depth=1, variance=name == "hybrid")
+    prior: Any = "data" if name == "priorgrad" else "standard"
+    denoiser = Denoiser(network, EDM(), prediction_type=consistency, prior=prior)
     with pytest.raises(TypeError, match="lmda"):
         OBJECTIVES[name](denoiser, lmda=0.5)
 
@@ -113,6 +133,9 @@ def test_what_draws_the_states() -> None:
         "denoising": sample_uniform_states,
         "td_edm": sample_td_edm_pairs,
         "double_sampling": TwinSteps,
+        "priorgrad": PriorStates,
+        "shortdf": sample_shortdf_pairs,
+        "scheduled_sampling": RollbackStates,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
         "td_ct": ConsistencyPairs,
@@ -120,7 +143,9 @@ def test_what_draws_the_states() -> None:
 
 
 def test_which_are_monte_carlo() -> None:
-    assert {name for name in OPTIONS if is_monte_carlo(name)} == {"monte_carlo", "edm", "denoising"}
+    assert {name for name in OPTIONS if is_monte_carlo(name)} == {
+        *("monte_carlo", "edm", "denoising", "scheduled_sampling"),
+    }
     with pytest.raises(ValueError, match="objective is 'tdd': give one of .*td_edm"):
         is_monte_carlo("tdd")
 

@@ -88,11 +88,18 @@ def test_a_process_adds_noise_as_it_goes(name: str) -> None:
 # Samplers
 
 
+class Exact(diffrl.GaussianDenoiser):
+    """With a second output too, for the sampler that needs one."""
+
+    def with_variance(self, x_t: Any, t: Any, cond: Any = None) -> Any:
+        return self(x_t, t), torch.zeros_like(x_t)
+
+
 def process_for(sampler: Any) -> Any:
     """The first process that it works on."""
     for name in PROCESSES:
         process = PROCESSES[name]()
-        exact = diffrl.GaussianDenoiser(process, torch.zeros(2), torch.eye(2))
+        exact = Exact(process, torch.zeros(2), torch.eye(2))
         try:
             diffrl.sample(exact, (1, 2), sampler=sampler, num_steps=3, seed=0)
         except ValueError:
@@ -106,7 +113,7 @@ def test_a_sampler_draws_each_sample_by_its_seed(name: str) -> None:
     sampler: Any = SAMPLERS[name]()
     process = process_for(sampler)
     mean = torch.tensor([0.5, -0.3])
-    exact = diffrl.GaussianDenoiser(process, mean, 0.04 * torch.eye(2))
+    exact = Exact(process, mean, 0.04 * torch.eye(2))
     options: dict[str, Any] = {"sampler": sampler, "num_steps": 12}
     x = diffrl.sample(exact, (400, 2), seed=0, **options)
     assert x.shape == (400, 2) and x.dtype == torch.float32 and x.isfinite().all()
@@ -122,7 +129,7 @@ def test_a_sampler_draws_each_sample_by_its_seed(name: str) -> None:
 def test_a_samplers_law_is_what_its_step_draws_from(name: str) -> None:
     sampler: Any = SAMPLERS[name]()
     process = process_for(sampler)
-    exact = diffrl.GaussianDenoiser(process, torch.zeros(2), torch.eye(2))
+    exact = Exact(process, torch.zeros(2), torch.eye(2))
     model = Model(exact, process, 4)
     t, s = sampler.grid(process, 4)[1:3]
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
@@ -147,6 +154,8 @@ def test_an_objective_trains_and_resumes_to_the_same_figures(name: str, tmp_path
     special = {
         "ct": ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"],
         "td_ct": ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"],
+        "priorgrad": ["denoiser.prior=data"],
+        "hybrid": ["network.variance=true", "sampler=ancestral_learned", "eval.num_steps=[2,3]"],
     }
     words = [f"objective={name}", "compare=false", "trainer.grad_steps=12", *special.get(name, [])]
     whole = run_experiment(small(f"run_dir={tmp_path / 'whole'}", *words), progress=False)

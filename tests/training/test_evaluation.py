@@ -66,7 +66,7 @@ class Copies(nn.Module):
 
 
 class CopyingDenoiser(Denoiser):
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         return self.network.oracle(x_t, t, cond)
 
 
@@ -85,7 +85,7 @@ def test_errors_are_taken_on_the_rows_that_they_say() -> None:
 class LabelDenoiser(Denoiser):
     """D = the label, wherever it is asked."""
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         return torch.full_like(x_t, math.nan) if cond is None else cond[:, None].to(x_t).expand_as(x_t)
 
 
@@ -125,7 +125,7 @@ def labelled(shares: tuple[int, int]) -> Data:
 class PerfectDenoiser(Denoiser):
     """Exact for N(∓1, 0.05² I) by label."""
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
         assert cond is not None
         mean = torch.tensor([-1.0, 1.0], device=x_t.device)[cond][:, None]
         gain = 0.05**2 / (0.05**2 + t[:, None] ** 2)

@@ -35,6 +35,7 @@ class MLP(nn.Module):
         noise_scale: the same per unit of c_noise; EDM's c_noise = ln(σ)/4 spans 2.6 units from 0.002 to 80.
         second_time: whether it is told a second time r, that of the state which D(x, t, r) leads to. W_r is drawn last,
             so that all other parameters are those of the network without.
+        variance: also predict a variance, by twice the first size of *E; see `diffrl.Denoiser.with_variance`.
 
     Raises:
         ValueError: a size outside its range.
@@ -51,11 +52,12 @@ class MLP(nn.Module):
         x_scale: float = 1.0,
         noise_scale: float = 4.0,
         second_time: bool = False,
+        variance: bool = False,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         self.event_shape = check_event_shape(event_shape, num_classes)
-        self.num_classes, self.second_time = num_classes, second_time
+        self.num_classes, self.second_time, self.predicts_variance = num_classes, second_time, variance
         require_int("hidden", hidden, most=MAX_SIZE)
         require_int("depth", depth, most=MAX_LAYERS)
         require_int("x_features", x_features, 0, MAX_SIZE)
@@ -71,7 +73,9 @@ class MLP(nn.Module):
         for _ in range(depth - 1):
             layers += [nn.Linear(hidden, hidden), nn.SiLU()]
         self.middle = nn.Sequential(*layers)
-        self.last = nn.Linear(hidden, D)
+        first, *others = self.event_shape
+        self.output_shape = (2 * first if variance else first, *others)
+        self.last = nn.Linear(hidden, math.prod(self.output_shape))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
         self.second = nn.Linear(noise_features, hidden, bias=False) if second_time else None
@@ -79,7 +83,7 @@ class MLP(nn.Module):
     def forward(
         self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
     ) -> Tensor:
-        """Output of x's shape.
+        """Output of x's shape; with a variance, of twice its first event size.
 
         Args:
             x: the scaled state, shape [N, *E].
@@ -101,4 +105,4 @@ class MLP(nn.Module):
             h = h + self.label_embedding(cond)
         if self.second is not None:
             h = h + self.second(self.noise_embedding((c_noise if c_noise_r is None else c_noise_r)[:, None]))
-        return self.last(self.middle(h)).view_as(x)
+        return self.last(self.middle(h)).view(len(x), *self.output_shape)

@@ -100,6 +100,7 @@ class UNet(nn.Module):
         dropout: share of a block's inner activations that training sets to 0, in [0, 1).
         second_time: whether it is told a second time r, as in `MLP`: two more layers on the features of c_noise_r,
             added to the embedding of c_noise and drawn last.
+        variance: also predict a variance, by twice the first size of *E; see `diffrl.Denoiser.with_variance`.
 
     Raises:
         ValueError: an event shape that cannot be halved so often, or a size outside its range.
@@ -117,12 +118,14 @@ class UNet(nn.Module):
         noise_scale: float = 4.0,
         dropout: float = 0.0,
         second_time: bool = False,
+        variance: bool = False,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         require_number("dropout", dropout, 0, 1, "[)")
         self.event_shape = check_event_shape(event_shape, num_classes)
-        self.num_classes, self.blocks, self.second_time = num_classes, blocks, second_time
+        self.num_classes, self.blocks = num_classes, blocks
+        self.second_time, self.predicts_variance = second_time, variance
         require_int("blocks", blocks, most=MAX_LAYERS)
         require_int("channels", channels, 4, MAX_SIZE)
         for multiplier in multipliers:
@@ -149,13 +152,13 @@ class UNet(nn.Module):
             _Block(a + b, b, embedding, dropout) for a, b in pairwise([widths[-1], *widths[::-1]])
         )
         self.norm = _norm(widths[0])
-        self.last = _zero(nn.Conv2d(widths[0], self.event_shape[0], 3, padding=1))
+        self.last = _zero(nn.Conv2d(widths[0], (1 + variance) * self.event_shape[0], 3, padding=1))
         self.second_embedding = _layers(noise_features, embedding) if second_time else None
 
     def forward(
         self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
     ) -> Tensor:
-        """Output of x's shape.
+        """Output of x's shape; with a variance, of twice its channels.
 
         Args:
             x: the scaled images, shape [N, C, H, W].

@@ -8,6 +8,7 @@ from .ddim import DDIM as DDIM
 from .ddim import Ancestral as Ancestral
 from .edm_stochastic import EDMStochastic as EDMStochastic
 from .flow_map import FlowMap as FlowMap
+from .learned_variance import LearnedAncestral as LearnedAncestral
 from .loop import sample as sample
 from .loop import trajectory as trajectory
 from .ode import Euler as Euler

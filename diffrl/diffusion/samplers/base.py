@@ -91,6 +91,20 @@ class Model:
         # float32 at least: bfloat16 cannot hold a timestep such as 999
         return t.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
 
+    def with_variance(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """D(x, t) and v(x, t), see `diffrl.Denoiser.with_variance`; times as for D alone.
+
+        Raises:
+            ValueError: the denoiser predicts no variance.
+        """
+        both = getattr(self.denoiser, "with_variance", None)
+        if both is None:
+            raise InputError("this denoiser predicts no variance: give one with network.variance=true")
+        self.nfe += 1
+        t = t.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        D_x, v = both(x, t.expand(len(x)), self.cond)
+        return D_x, v
+
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """dx/dt of the probability-flow ODE, at times as for D."""
         return velocity(self.process, x, self(x, t), t)

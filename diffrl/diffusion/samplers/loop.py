@@ -86,14 +86,22 @@ def sample(
 def trajectory(model: Model, sampler: Sampler, like: Tensor, noise: NoiseFn) -> Iterator[Tensor]:
     """The N+1 states of a batch of reverse chains, each [N, *E]: the start σ ε, then one for each step.
 
+    A denoiser with a prior N(m, S) has noise of that S at the start, which is α m + σ ε, and in every step.
+
     Args:
         model: the denoiser, with its process and grid.
         sampler: the reverse step.
         like: any tensor of the wanted shape [N, *E], dtype and device; its values are not read.
         noise: source of standard normal numbers, for the start too.
     """
-    grid = sampler.grid(model.process, model.num_steps)
-    x = model.process.sigma(grid[0]) * noise(like)
+    grid, prior = sampler.grid(model.process, model.num_steps), getattr(model.denoiser, "prior", None)
+    start: Tensor | float = 0.0
+    if prior is not None:
+        noise, start = (
+            prior.colour(noise, model.cond),
+            model.process.alpha(grid[0]) * prior.of(model.cond, like)[0],
+        )
+    x = start + model.process.sigma(grid[0]) * noise(like)
     yield x
     for t, s in itertools.pairwise(grid):
         x = sampler.step(model, x, t, s, noise)
