@@ -18,8 +18,6 @@ from diffrl.finetuning.updates.preferences import PreferenceUpdates
 from diffrl.training.optim import Optim
 from tests.kit.four_modes import generator_policy, mode_one, on_modes, samples_of
 
-pytestmark = pytest.mark.slow
-
 PLAN: dict[str, Any] = {
     "interval": "trajectory",
     "draws": 1,
@@ -67,6 +65,7 @@ def tuned(distilled: Finetuner, seed: int, surrogate: Any) -> tuple[float, float
     return sum(mode_one(x)) / len(x), on_modes(x), x
 
 
+@pytest.mark.slow
 def test_the_reward_rises_and_samples_stay_near_the_data(distilled: Finetuner) -> None:
     start = samples_of(distilled.policy)
     assert 0.2 < sum(mode_one(start)) / len(start) < 0.3 and on_modes(start) > 0.92
@@ -75,21 +74,25 @@ def test_the_reward_rises_and_samples_stay_near_the_data(distilled: Finetuner) -
     assert median(near for _, near in found) >= 0.93, found
 
 
+@pytest.mark.soak
 def test_a_frozen_reference_stops_learning_early(distilled: Finetuner) -> None:
     assert tuned(distilled, 2, LearntReward(**LEARNT, reference="frozen"))[0] < 0.35
 
 
+@pytest.mark.soak
 def test_without_a_reward_nothing_is_gained(distilled: Finetuner) -> None:
     reward, near, _ = tuned(distilled, 2, LearntReward(**{**LEARNT, "reward_weight": 0.0}))
     assert reward < 0.35 and near > 0.92
 
 
+@pytest.mark.soak
 def test_without_the_teacher_samples_lose_their_spread(distilled: Finetuner) -> None:
     reward, _, x = tuned(distilled, 2, LearntReward(**{**LEARNT, "kl_weight": 0.0}))
     within = x[torch.tensor(mode_one(x)) > 0]
     assert reward > 0.95 and float(within.std(0).mean()) < 0.15  # the data's is 0.25
 
 
+@pytest.mark.soak
 def test_the_group_loss_on_the_generator_itself_gains_little(distilled: Finetuner) -> None:
     direct = GroupPreference(reference="ema", beta=50.0, clip_range=1e-2, anchor_coef=0.3)
     assert tuned(distilled, 2, direct)[0] < 0.45
