@@ -101,6 +101,7 @@ class MapLoss(DenoiserLoss):
         """
         with self._telling_what_is_missing(tensordict):
             states = rows(tensordict)
+            self._require_entries(states)
             read = [states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V)]
             x, t, r, x0, v = read
             cond, s, group = (states.get(key, None) for key in (keys.COND, (keys.NEXT, keys.T), keys.GROUP))
