@@ -49,8 +49,8 @@ class AlphaFlowLoss(MapLoss):
 
     At r = t it is flow matching, with α = 1 in w. At α = 1 it is flow matching for every r, which learns no map; at ½
     with u in place of v it would be a shortcut; as α → 0, u - y is α times MeanFlow's difference, whence the power of
-    α, and α = 0 is MeanFlow, by a Jacobian-vector product. At the exact map the target of 0 < α < 1 has a bias, as x_s is
-    on average an Euler step from x and not on the path through it. Where u is linear in x, as for Gaussian data,
+    α, and α = 0 is MeanFlow, by a Jacobian-vector product. At the exact map the target of 0 < α < 1 has a bias, as x_s
+    is on average an Euler step from x and not on the path through it. Where u is linear in x, as for Gaussian data,
 
         E[y | x] - u = (X_{t→r}(x) - X_{s→r}(x - (t-s) E[v | x]))/(t-r),    of order α²(t-r)
 
