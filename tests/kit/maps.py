@@ -53,6 +53,12 @@ def states(process: Schedule, B: int = 5, std: float = 1.0, seed: int = 0, **tim
     return map_states(process, x0, t, r, generator=generator)
 
 
+def average_velocity(denoiser: nn.Module, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """u(x, t, r) of states [N, *E] at times [N]."""
+    u: Tensor = (x - denoiser(x, t, None, r)) / t.view(-1, *[1] * (x.ndim - 1))
+    return u
+
+
 def gradient(value: Tensor, module: nn.Module) -> Tensor:
     grads = torch.autograd.grad(value, [p for p in module.parameters() if p.requires_grad], allow_unused=True)
     return torch.cat([g.flatten() for g in grads if g is not None])

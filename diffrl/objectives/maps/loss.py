@@ -27,7 +27,8 @@ class MapRows(NamedTuple):
     """States with a second time each, one a row.
 
     x: states [N, *E]. t, r: their times and second ones, [N]. x0: data. v: velocity of the path of datum and noise
-    through x, `(x - x0)/t`. cond: conditions [N, ...] or None.
+    through x, `(x - x0)/t`. cond: conditions [N, ...] or None. s: times between r and t, [N], and group: index of a
+    group of rows, [N], where what draws the states gives them.
     """
 
     x: Tensor
@@ -36,6 +37,12 @@ class MapRows(NamedTuple):
     x0: Tensor
     v: Tensor
     cond: Tensor | None
+    s: Tensor | None = None
+    group: Tensor | None = None
+
+    def pick(self, where: Tensor) -> "MapRows":
+        """Those rows where a mask [N] holds."""
+        return MapRows(*(None if entry is None else entry[where] for entry in self))  # type: ignore[arg-type]
 
 
 class MapLoss(DenoiserLoss):
@@ -75,7 +82,7 @@ class MapLoss(DenoiserLoss):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries of the states that the loss reads; cond and importance are read where present."""
+        """Entries of the states that the loss reads; cond, importance, group and next.t are read where present."""
         return [keys.X_T, keys.T, keys.R, keys.X0, keys.V]
 
     @dispatch(auto_batch_size=False)
@@ -94,12 +101,14 @@ class MapLoss(DenoiserLoss):
         """
         with self._telling_what_is_missing(tensordict):
             states = rows(tensordict)
+            self._require_entries(states)
             read = [states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V)]
             x, t, r, x0, v = read
-            cond = states.get(keys.COND, None)
+            cond, s, group = (states.get(key, None) for key in (keys.COND, (keys.NEXT, keys.T), keys.GROUP))
         self._first_look(x0, cond)
         cond = None if cond is None else cond.flatten(0, 1)
-        loss, δ = self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond))
+        s, group = (None if entry is None else entry.flatten() for entry in (s, group))
+        loss, δ = self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond, s, group))
         if not tensordict.is_locked:
             tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
         importance = states.get(keys.IMPORTANCE, None)
@@ -128,10 +137,22 @@ class MapLoss(DenoiserLoss):
 
         du = dx·∇_x u + dt ∂_t u + dr ∂_r u
         """
+        return self._along(self.denoiser, s, dx, dt, dr)
+
+    @torch.no_grad()
+    def _u_boot_along(
+        self, s: MapRows, dx: Tensor, dt: float = 1.0, dr: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """u⁻(x, t, r) and its derivative along (dx, dt, dr), without gradient."""
+        network: nn.Module = self.bootstrap_network.module
+        u, du = self._along(network.denoiser, s, dx, dt, dr)
+        return u.detach(), du.detach()
+
+    def _along(self, denoiser: Any, s: MapRows, dx: Tensor, dt: float, dr: float) -> tuple[Tensor, Tensor]:
         self.network_evaluations += len(s.t)
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            return _average_velocity(self.denoiser, x, t, r, s.cond)
+            return _average_velocity(denoiser, x, t, r, s.cond)
 
         tangents = (dx, torch.full_like(s.t, dt), torch.full_like(s.r, dr))
         value, derivative = torch.func.jvp(u, (s.x, s.t, s.r), tangents)[:2]

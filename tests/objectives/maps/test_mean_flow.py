@@ -9,13 +9,9 @@ from torch import Tensor
 
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.objectives.maps.mean_flow import MeanFlowLoss
-from tests.kit.maps import PROCESSES, ExactMaps, gradient, states, two_times
+from tests.kit.maps import PROCESSES, ExactMaps, average_velocity, gradient, states, two_times
 
 every_straight = pytest.mark.parametrize("process", PROCESSES, ids=["flow", "edm"])
-
-
-def average_velocity(denoiser: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    return (x - denoiser(x, t, None, r)) / t[:, None]
 
 
 @every_straight
