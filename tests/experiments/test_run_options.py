@@ -28,7 +28,7 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
     [
         (["objective.lmbda=2"], r"lmbda is 2\.0"),
         (["objective.n_steps=0"], "n_steps"),
-        (["objective.lmbda=0.5", "objective.n_steps=3"], "two families"),
+        (["objective.lmbda=0.5", "objective.n_steps=3"], "give one of lmbda, n_steps, lookahead"),
         (["objective.weight=nope"], "weight is 'nope'"),
         (["objective.bootstrap=nope"], "bootstrap is 'nope'"),
         (["dtype=float16"], "dtype is 'float16': give float32, float64, bfloat16"),

@@ -149,7 +149,7 @@ def test_labels() -> None:
     labels = [objective_label(name, config) for name in NAMES]
     partly = "TD(λ=0.5), partly shared noise (η = 0.25)"
     assert labels == ["Monte Carlo", partly, "TD(λ=0.5), shared noise", f"{partly} (slow)"]
-    assert objective_label("td", small()) == "TD(λ=0.9)"  # alone, as ever
+    assert objective_label("td", small()) == "TD(lookahead=0.125)"  # alone, as ever
 
 
 def found(errors: tuple[float, float], distance: float, seconds: float = 2.0) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_seeds_have_a_ratio_for_each_scheme(tmp_path: Path) -> None:
     cells, out = plan_seeds(config, words)
     assert run_cells(cells, out, workers=0, progress=False).finished == 2
     head = seeds_table(out).splitlines()[2]
-    assert head.count("TD(λ=0.9), fresh noise") == 4 and head.count("(slow)") == 2
+    assert head.count("TD(lookahead=0.125), fresh noise") == 4 and head.count("(slow)") == 2
     assert head.count("× TD(λ=0.5), shared noise") == 1
 
 

@@ -43,7 +43,7 @@ def test_a_table_with_intervals_over_seeds(
     td, mc = ([run[name]["value_error"]["1"] for run in by_seed] for name in ("td", "monte_carlo"))
     row = next(line for line in said.splitlines() if "value error, σ = 1 " in line)
     head = next(line for line in said.splitlines() if "Monte Carlo  " in line)
-    assert re.split(r" {2,}", head.strip()) == ["TD(λ=0.9)", "Monte Carlo", "ratio"]
+    assert re.split(r" {2,}", head.strip()) == ["TD(lookahead=0.125)", "Monte Carlo", "ratio"]
     ratio = interval(np.array(td) / np.array(mc))
     assert [f"{x:#.3g}" for x in (interval(td), interval(mc), ratio)] == re.findall(r"[\d.]+ \[.*?\]", row)
 
