@@ -33,8 +33,8 @@ def test_the_loss_by_a_plain_loop(process: Schedule, d: float) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for x, t, r in zip(s["x_t"][:, 0], s["t"].flatten(), s["r"].flatten(), strict=True):
         f = [float(time if isinstance(process, Flow) else time / (1 + time)) for time in (t, r)]
-        m = sum(f) / 2 if isinstance(process, Flow) else sum(f) / (2 - sum(f))
-        m = torch.tensor(m, dtype=torch.float64)
+        middle = sum(f) / 2 if isinstance(process, Flow) else sum(f) / (2 - sum(f))
+        m = torch.tensor(middle, dtype=torch.float64)
         with torch.no_grad():
             x_m = (
                 x - (t - m) * average_velocity(denoiser, x[None], t[None], (t if d == 1 / 8 else m)[None])[0]

@@ -38,7 +38,7 @@ def one_step_samples(name: str) -> Tensor:
     objective = build_objective(
         {"objective": options, "chain": {}, "starts": {"name": "uniform"}}, denoiser, data=DATA
     )
-    updater = SoftUpdate(objective.loss, eps=0.98) if objective.loss.bootstrap == "target" else None  # type: ignore[attr-defined]
+    updater = SoftUpdate(objective.loss, eps=0.98) if objective.loss.bootstrap == "target" else None
     optimiser = torch.optim.Adam(denoiser.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
     generator = torch.Generator().manual_seed(0)
