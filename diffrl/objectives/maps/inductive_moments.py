@@ -151,7 +151,8 @@ class InductiveMomentLoss(MapLoss):
         order, M = _groups(s.group)
         t, r = (self._own_time(time) for time in (s.t, s.r))
         scale = (1 - r) / self.denoiser.process.alpha(s.r) / ((t - r) * self.denoiser.sigma_data + GAP)
-        distance = mmd_square(*(z[order].unflatten(0, (-1, M)).flatten(2) for z in (X, Y)), scale[order[::M]])
+        X_g, Y_g = (z[order].unflatten(0, (-1, M)).flatten(2) for z in (X, Y))
+        distance = mmd_square(X_g, Y_g, scale[order[::M]])
         ω = (
             (1 - t) ** self.a
             / ((1 - t) ** 2 + t**2)

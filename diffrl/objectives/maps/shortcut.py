@@ -80,8 +80,9 @@ class ShortcutLoss(MapLoss):
 
     m is halfway from t to r in `Flow`'s time, so that y = ½(u⁻ + u⁻) there. Halves that are as short as the grid's
     finest step, 1/M, are asked for as u⁻(x, t, t) and u⁻(x_m, m, m): two Euler steps. At the exact map the gradient is
-    0 row by row, but for those rows, which have an error of order 1/M. The release clips x_m and y to [-4, 4]; that is
-    left out.
+    0 row by row, but for those rows, which have an error of order 1/M. In the release the network is told d, not r, and
+    flow matching goes by d = 1/M; here it is r = t, where a denoiser is asked. The release clips x_m and y to [-4, 4];
+    that is left out.
 
     Source: One Step Diffusion via Shortcut Models (Frans et al., 2025), eqs. 4-5, https://arxiv.org/abs/2410.12557, and
     its released code, whose time runs from noise at 0 to data at 1: velocities have the other sign.

@@ -106,7 +106,7 @@ def test_the_bias_at_the_exact_map_is_that_of_an_euler_step(α: float) -> None:
     exact, n = ExactMaps(Flow(), 0.5), 40_000
     t = torch.full((n,), 0.9, dtype=torch.float64)
     s = states(Flow(), n, 0.5, t=t, r=0.1 * t)
-    slope = float(gradient(AlphaFlowLoss(exact, alpha=α, p=0)(s)["loss_value"], exact))  # type: ignore[arg-type]
+    slope = float(gradient(AlphaFlowLoss(exact, alpha=α, p=0)(s)["loss_value"], exact))
     exact.requires_grad_(False)
     x, t, r, v = entries(s)
     mid = α * r + (1 - α) * t

@@ -21,7 +21,7 @@ every_straight = pytest.mark.parametrize("process", PROCESSES, ids=["flow", "edm
 def groups(process: Schedule, B: int = 8, M: int = 4, **options: float) -> TensorDict:
     generator = torch.Generator().manual_seed(0)
     x0 = 0.5 * torch.randn(B, DIM, generator=generator, dtype=torch.float64)
-    draw = MomentGroups(process, two_times(process), group_size=M, **options)  # type: ignore[arg-type]
+    draw = MomentGroups(process, two_times(process), group_size=M, **options)
     return draw(x0, generator=generator)
 
 
@@ -30,8 +30,8 @@ def ends(denoiser: torch.nn.Module, s: TensorDict) -> tuple[Tensor, Tensor]:
     process = denoiser.process
     x, t, r, x0 = s["x_t"][:, 0], s["t"].flatten(), s["r"].flatten(), s["x0"][:, 0]
     mid = s[keys.NEXT, keys.T].flatten()
-    noise = (x - process.alpha(t)[:, None] * x0) / t[:, None]  # type: ignore[operator]
-    x_s = process.alpha(mid)[:, None] * x0 + mid[:, None] * noise  # type: ignore[operator]
+    noise = (x - process.alpha(t)[:, None] * x0) / t[:, None]
+    x_s = process.alpha(mid)[:, None] * x0 + mid[:, None] * noise
     X = x - (t - r)[:, None] * average_velocity(denoiser, x, t, r)
     with torch.no_grad():
         return X, x_s - (mid - r)[:, None] * average_velocity(denoiser, x_s, mid, r)
@@ -125,7 +125,7 @@ def test_the_bias_at_the_exact_map_is_that_of_the_pairs_of_one_datum() -> None:
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     s["x_t"], s["v"], s["t"], s["r"] = (0.4 * x0 + 0.6 * noise)[:, None], (noise - x0)[:, None], t, r
     s[keys.NEXT, keys.T] = mid
-    loss = InductiveMomentLoss(exact)  # type: ignore[arg-type]
+    loss = InductiveMomentLoss(exact)
     slope = float(gradient(loss(s)["loss_value"], exact))
     X, Y = (z.detach().view(n, M, DIM).requires_grad_() for z in ends(exact, s))
     η = 0.6 / 0.4 / 0.5

@@ -94,7 +94,7 @@ def test_the_exact_map_has_no_error_in_any_jump(process: Schedule, kind: type[Se
     s = with_cut(states(process), 0.7)
     if kind is not LagrangianLoss:
         s["r"] = torch.where(torch.arange(5).view(-1, 1, 1) == 0, 0.0, s["r"])
-    assert float(kind(ExactMaps(process))(s)["td_error"]) < 1e-10  # type: ignore[arg-type]
+    assert float(kind(ExactMaps(process))(s)["td_error"]) < 1e-10
 
 
 def test_the_progressive_one_with_its_cut_at_the_midpoint_is_a_shortcut() -> None:
@@ -125,7 +125,7 @@ def test_the_states(process: Schedule) -> None:
     s = SelfDistillationPairs(process)(x0, generator=generator)
     assert abs(float((s["r"] < s["t"]).double().mean()) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
     for cut in ("uniform", "midpoint"):
-        s = ProgressivePairs(process, cut=cut)(x0, generator=generator)  # type: ignore[arg-type]
+        s = ProgressivePairs(process, cut=cut)(x0, generator=generator)
         t, m, r = (
             f if isinstance(process, Flow) else f / (1 + f) for f in (s["t"], s[keys.NEXT, keys.T], s["r"])
         )
@@ -144,6 +144,6 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputKeyError, match="next.t missing"):
         ProgressiveLoss(two_times(Flow()))(s)
     with pytest.raises(InputError, match="'own' or 'target'"):
-        EulerianLoss(two_times(Flow()), bootstrap="residual")  # type: ignore[arg-type]
+        EulerianLoss(two_times(Flow()), bootstrap="residual")
     with pytest.raises(InputError, match="'uniform' or 'midpoint'"):
-        ProgressivePairs(Flow(), cut="end")  # type: ignore[arg-type]
+        ProgressivePairs(Flow(), cut="end")

@@ -33,8 +33,8 @@ def test_the_loss_by_a_plain_loop(process: Schedule, d: float) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for x, t, r in zip(s["x_t"][:, 0], s["t"].flatten(), s["r"].flatten(), strict=True):
         f = [float(time if isinstance(process, Flow) else time / (1 + time)) for time in (t, r)]
-        m = sum(f) / 2 if isinstance(process, Flow) else sum(f) / (2 - sum(f))
-        m = torch.tensor(m, dtype=torch.float64)
+        middle = sum(f) / 2 if isinstance(process, Flow) else sum(f) / (2 - sum(f))
+        m = torch.tensor(middle, dtype=torch.float64)
         with torch.no_grad():
             x_m = (
                 x - (t - m) * average_velocity(denoiser, x[None], t[None], (t if d == 1 / 8 else m)[None])[0]
@@ -62,7 +62,7 @@ def test_at_r_of_t_it_is_flow_matching(process: Schedule) -> None:
 def test_the_exact_map_has_no_error_in_any_row(process: Schedule) -> None:
     times = on_the_grid(process, 1 / 4)
     s = states(process, len(times["t"]), **times)
-    assert float(ShortcutLoss(ExactMaps(process), bootstrap="own")(s)["td_error"]) < 1e-12  # type: ignore[arg-type]
+    assert float(ShortcutLoss(ExactMaps(process), bootstrap="own")(s)["td_error"]) < 1e-12
 
 
 def test_the_finest_jumps_have_an_error_of_the_order_of_their_length() -> None:
@@ -71,7 +71,7 @@ def test_the_finest_jumps_have_an_error_of_the_order_of_their_length() -> None:
     for M in (64, 128):
         t = torch.full((4,), 0.5, dtype=torch.float64)
         s = states(Flow(), 4, t=t, r=t - 2 / M)
-        loss = ShortcutLoss(ExactMaps(Flow(), 0.5), bootstrap="own", finest=M)  # type: ignore[arg-type]
+        loss = ShortcutLoss(ExactMaps(Flow(), 0.5), bootstrap="own", finest=M)
         errors.append(float(loss(s)["td_error"]))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
     assert errors[1] < 0.02
@@ -80,15 +80,15 @@ def test_the_finest_jumps_have_an_error_of_the_order_of_their_length() -> None:
 def test_the_target_network_is_what_a_jump_learns_from() -> None:
     denoiser, times = two_times(Flow()), on_the_grid(Flow(), 1 / 4)
     s = states(Flow(), len(times["t"]), **times)
-    target, own = (ShortcutLoss(denoiser, bootstrap=kind) for kind in ("target", "own"))  # type: ignore[arg-type]
+    target, own = (ShortcutLoss(denoiser, bootstrap=kind) for kind in ("target", "own"))
     updater = SoftUpdate(target, eps=target.target_decay)
     torch.testing.assert_close(target(s)["loss_value"], own(s)["loss_value"])
     with torch.no_grad():
-        denoiser.network.last.weight.mul_(2)  # type: ignore[operator, union-attr]
+        denoiser.network.last.weight.mul_(2)
         assert abs(float(target(s)["loss_value"] - own(s)["loss_value"])) > 1e-3
     updater.step()
     follows = target.bootstrap_network.module.denoiser.network.last.weight
-    moved = (follows / denoiser.network.last.weight).detach()  # type: ignore[operator, union-attr]
+    moved = (follows / denoiser.network.last.weight).detach()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.999 * 0.5 + 0.001))
 
 
@@ -120,4 +120,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="power of 2"):
         ShortcutPairs(Flow(), finest=100)
     with pytest.raises(InputError, match="'own' or 'target'"):
-        ShortcutLoss(two_times(Flow()), bootstrap="residual")  # type: ignore[arg-type]
+        ShortcutLoss(two_times(Flow()), bootstrap="residual")
