@@ -10,7 +10,6 @@ from .ect import ECTLoss as ECTLoss
 from .ect_pairs import ECTPairs as ECTPairs
 from .hybrid import HybridLoss as HybridLoss
 from .lambda_schedule import LambdaSchedule as LambdaSchedule
-from .physics_residual import PhysicsResidualLoss as PhysicsResidualLoss
 from .maps.alpha_flow import AlphaFlowLoss as AlphaFlowLoss
 from .maps.improved_mean_flow import ImprovedMeanFlowLoss as ImprovedMeanFlowLoss
 from .maps.improved_mean_flow import ImprovedMeanFlowPairs as ImprovedMeanFlowPairs
@@ -24,6 +23,7 @@ from .maps.self_distillation import ProgressivePairs as ProgressivePairs
 from .maps.self_distillation import SelfDistillationPairs as SelfDistillationPairs
 from .maps.shortcut import ShortcutLoss as ShortcutLoss
 from .maps.shortcut import ShortcutPairs as ShortcutPairs
+from .physics_residual import PhysicsResidualLoss as PhysicsResidualLoss
 from .posteriors import ExactLaw as ExactLaw
 from .posteriors import ReferenceBatch as ReferenceBatch
 from .posteriors import exact_x0_law as exact_x0_law
