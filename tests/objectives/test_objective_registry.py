@@ -95,7 +95,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "priorgrad": {**WEIGHT, **NOISE_LAW},
     "hybrid": {**WEIGHT, "vlb_coef": (float, 0.001)},
     "alpha_flow": {
-        "alpha": (Optional[float], None),
+        "alpha": (float | None, None),
         "gamma": (float, 25.0),
         "clamp": (float, 0.005),
         "p": (float, 1.0),
