@@ -120,8 +120,9 @@ def test_every_sampler_builds(name: str) -> None:
 @no_updater
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_builds(name: str) -> None:
-    consistency = ["denoiser.prediction_type=consistency"] if name in ("ct", "td_ct") else []
-    built(small(f"objective={name}", *consistency))
+    consistency = ["denoiser.prediction_type=consistency"] if name in ("ct", "cd", "td_ct") else []
+    taught = ["objective.teacher=exact"] if name == "cd" else []
+    built(small(f"objective={name}", *consistency, *taught))
 
 
 def test_every_group_of_the_configuration_has_options() -> None:

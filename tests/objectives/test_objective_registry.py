@@ -14,9 +14,11 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.experiments.reports.run_table import objective_label
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.objectives.distillation import DistillationPairs
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.stable_ct import StablePairs
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
@@ -29,6 +31,10 @@ TD = {
     "denoising_coef": (float, 0.0),
     **ANNEALED,
 }
+STEP = {
+    **{"transition": (str, "forward"), "teacher": (str | None, None)},
+    **{"solver": (str, "heun"), "reference": (int, 0)},
+}
 CT = {
     **ANNEALED,
     **{"metric": (str, "pseudo_huber"), "ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
@@ -39,8 +45,20 @@ CT = {
         "stride": (float, 0.25),
         "kappa": (str, "markov"),
     },
+    **STEP,
 }
 NOISE_LAW = {"P_mean": (float, -1.2), "P_std": (float, 1.2)}
+ECT = {
+    **{**ANNEALED, "c": (float, 0.0), "ect_weight": (str, "gap"), "stages": (int, 8)},
+    **{
+        "P_mean": (float, -1.1),
+        "P_std": (float, 2.0),
+        "q": (float, 2.0),
+        "k": (float, 8.0),
+        "b": (float, 1.0),
+    },
+    **STEP,
+}
 OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "td": {
         **{"lmbda": (float | None, None), "n_steps": (int | None, None), "lookahead": (float | None, None)},
@@ -66,18 +84,17 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{"source": (str, "posterior"), "rollout_steps": (int, 1)},
     },
     "ct": CT,
-    "ect": {
-        **{**ANNEALED, "c": (float, 0.0), "ect_weight": (str, "gap"), "stages": (int, 8)},
-        **{
-            "P_mean": (float, -1.1),
-            "P_std": (float, 2.0),
-            "q": (float, 2.0),
-            "k": (float, 8.0),
-            "b": (float, 1.0),
-        },
+    "ect": ECT,
+    "stable_ct": {**ECT, "transition": (str, "reference")},
+    "cd": {
+        **{**CT, "metric": (str, "l2"), "transition": (str, "teacher")},
+        **{"td_coef": (float, 0.0), "consistency_coef": (float, 1.0), "td_weight": (str, "sum_sq")},
+        **{"num_scales": (int, 40), "mu": (float, 0.95)},
     },
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
+for option in ("s_0", "s_1", "mu_0"):
+    del OPTIONS["cd"][option]
 """Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
 
 
@@ -100,7 +117,7 @@ def test_every_objective_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_passes_unseen(name: str) -> None:
-    consistency = "consistency" if name in ("ct", "td_ct") else "edm"
+    consistency = "consistency" if name in ("ct", "cd", "td_ct") else "edm"
     denoiser = Denoiser(MLP((2,), hidden=4, depth=1), EDM(), prediction_type=consistency)
     with pytest.raises(TypeError, match="lmda"):
         OBJECTIVES[name](denoiser, lmda=0.5)
@@ -115,6 +132,8 @@ def test_what_draws_the_states() -> None:
         "double_sampling": TwinSteps,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
+        "stable_ct": StablePairs,
+        "cd": DistillationPairs,
         "td_ct": ConsistencyPairs,
     }
 
