@@ -1,8 +1,12 @@
 import diffrl.finetuning.methods.ddpo
 import diffrl.finetuning.methods.sdpo
 
+from .cdm import ShortRollouts as ShortRollouts
+from .cdm import reverse_sde as reverse_sde
 from .consistency import ConsistencyLoss as ConsistencyLoss
 from .consistency_pairs import sample_consistency_pairs as sample_consistency_pairs
+from .continuous_ct import ContinuousConsistencyLoss as ContinuousConsistencyLoss
+from .continuous_ct import sample_trigflow_states as sample_trigflow_states
 from .denoising import sample_log_normal_states as sample_log_normal_states
 from .denoising import sample_uniform_states as sample_uniform_states
 from .distillation import DistillationPairs as DistillationPairs
@@ -14,6 +18,8 @@ from .posteriors import ExactLaw as ExactLaw
 from .posteriors import ReferenceBatch as ReferenceBatch
 from .posteriors import exact_x0_law as exact_x0_law
 from .posteriors import reference_mean as reference_mean
+from .progressive import HalvingSteps as HalvingSteps
+from .progressive import ProgressiveLoss as ProgressiveLoss
 from .soft_update import SoftUpdate as SoftUpdate
 from .stable_ct import StablePairs as StablePairs
 from .stand_ins import StandIn as StandIn

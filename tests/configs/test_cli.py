@@ -121,8 +121,8 @@ def test_every_sampler_builds(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_builds(name: str) -> None:
     consistency = ["denoiser.prediction_type=consistency"] if name in ("ct", "cd", "td_ct") else []
-    taught = ["objective.teacher=exact"] if name == "cd" else []
-    built(small(f"objective={name}", *consistency, *taught))
+    own = {"cd": ["objective.teacher=exact"], "progressive": ["process=flow"]}.get(name, [])
+    built(small(f"objective={name}", *consistency, *own))
 
 
 def test_every_group_of_the_configuration_has_options() -> None:

@@ -12,11 +12,14 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.experiments.reports.run_table import objective_label
+from diffrl.objectives.cdm import ShortRollouts
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
+from diffrl.objectives.continuous_ct import sample_trigflow_states
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
 from diffrl.objectives.distillation import DistillationPairs
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
+from diffrl.objectives.progressive import HalvingSteps
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stable_ct import StablePairs
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
@@ -83,6 +86,20 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{**WEIGHT, "residual_coef": (float, 1.0), "denoising_coef": (float, 0.0)},
         **{"source": (str, "posterior"), "rollout_steps": (int, 1)},
     },
+    "cdm": {
+        **{**WEIGHT, "weight": (str, "none"), "residual_coef": (float, 2.0), "denoising_coef": (float, 1.0)},
+        **{**NOISE_LAW, "gap": (float, 0.05), "floor": (float, 0.002), "rollout_steps": (int, 5)},
+    },
+    "progressive": {**WEIGHT, "weight": (str, "trunc_snr"), "start": (int, 1024), "end": (int, 1)},
+    "continuous_ct": {
+        **{
+            "c": (float, 0.1),
+            "normalise": (bool, True),
+            "warmup": (float, 0.025),
+            "prior_weight": (bool, True),
+        },
+        **{"anneal": (Any | None, None), "P_mean": (float, -1.0), "P_std": (float, 1.4)},
+    },
     "ct": CT,
     "ect": ECT,
     "stable_ct": {**ECT, "transition": (str, "reference")},
@@ -133,6 +150,9 @@ def test_what_draws_the_states() -> None:
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
         "stable_ct": StablePairs,
+        "cdm": ShortRollouts,
+        "progressive": HalvingSteps,
+        "continuous_ct": sample_trigflow_states,
         "cd": DistillationPairs,
         "td_ct": ConsistencyPairs,
     }
