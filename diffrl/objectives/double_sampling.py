@@ -40,7 +40,7 @@ class DoubleSamplingLoss(DenoiserLoss):
     states of one x0 would add the variance of E[r | x_t, x0]. A loss of this kind may be negative.
 
     On the 'clean' value (A = A' = 1) r = D(x') - D(x_t). With two rollouts of the model, b = 2, c = 1 and weight "none"
-    that is the loss of Consistent Diffusion Models, but for their levels and sampler.
+    that is the loss of Consistent Diffusion Models, but for their levels and sampler, which `cdm` has.
 
     Sources: double sampling: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), §11.5,
     http://incompleteideas.net/book/the-book-2nd.html; Consistent Diffusion Models (Daras et al., 2023),
