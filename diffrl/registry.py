@@ -21,6 +21,7 @@ __all__ = [
     "accepted",
     "as_tuples",
     "import_named",
+    "option_sources",
     "options_of",
     "registries",
     "user_modules",
@@ -285,6 +286,18 @@ def options_of(
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+def option_sources(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """What a function or class takes options of by `options_of`, and what that takes options of, nearest first."""
+    found: list[Callable[..., Any]] = []
+    source: Any = function
+    while source is not None:
+        source = getattr(
+            source, "options_from", getattr(getattr(source, "__init__", None), "options_from", None)
+        )
+        found += [] if source is None else [source]
+    return found
 
 
 def _identity(entry: Entry) -> tuple[str, str]:

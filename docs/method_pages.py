@@ -23,7 +23,7 @@ ROOT = FOLDER.parent
 sys.path.insert(0, str(ROOT))  # run as a script, this file knows its own folder only
 
 import diffrl  # noqa: E402
-from diffrl.registry import Entry, Registry, import_named, registries  # noqa: E402
+from diffrl.registry import Entry, Registry, import_named, option_sources, registries  # noqa: E402
 from docs.docstrings import Docstring, markdown, write_folder  # noqa: E402
 
 __all__ = [
@@ -262,8 +262,7 @@ def _described(entry: Entry) -> dict[str, str]:
     """What docstrings say about parameters: those of the functions themselves, then of what they refer to."""
     found: dict[str, str] = {}
     for function in entry.functions:
-        source = getattr(function, "options_from", None)
-        for thing in (function, *_mentioned(function), *([] if source is None else [source])):
+        for thing in (function, *_mentioned(function), *option_sources(function)):
             found = {**Docstring.of(thing).args, **found}
     return found
 

@@ -22,6 +22,7 @@ from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
 from diffrl.training.starting import keep_start, start_from, take_kept_start
+from diffrl.training.teachers import keep_teacher, load_teacher, named_teacher
 from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = ["TrainingJob", "run_experiment"]
@@ -51,14 +52,17 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     config = continued(config, "trainer", "grad_steps")
     check_settings(config)
     data = build_data(config)
-    objectives = planned_objectives(config)
+    objectives, teachers = planned_objectives(config), {}
     for name in objectives:
         job = TrainingJob(config, data, name)
         job.compare()
         job.check()  # now, and not at the end of training
+        teachers[name] = job.teacher
     with RunFolder.start(config) as folder, interruptible() as interrupted:
         if config.get("init") is not None:
             keep_start(folder, job.trainer.denoiser)  # no step was taken yet
+        for name, teacher in teachers.items():
+            keep_teacher(folder, name, teacher)
         results = folder.results() or {"objectives": {}}
         head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
         for name in objectives:
@@ -86,6 +90,16 @@ def _started(denoiser: Denoiser, config: Mapping[str, Any]) -> dict[str, str]:
     return {"init.fingerprint": fingerprint(denoiser.state_dict().values())}
 
 
+def _teacher(denoiser: Denoiser, own: Mapping[str, Any], name: str) -> tuple[Denoiser | None, dict[str, str]]:
+    """What ``own["objective"]["teacher"]`` names, if it names anything, and the fact that says what that is."""
+    source = named_teacher(own["objective"])
+    if source is None:
+        return None, {}
+    kept = None if own["resume"] is None else Path(own["resume"])
+    teacher = load_teacher(source, denoiser, kept=kept, name=name)
+    return teacher, {"objective.teacher.fingerprint": fingerprint(teacher.state_dict().values())}
+
+
 class TrainingJob(Job):
     """One objective of an experiment: its trainer, and how it is evaluated.
 
@@ -103,7 +117,9 @@ class TrainingJob(Job):
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
         start = _started(denoiser, config)
         baseline = name != config["objective"]["name"] and name not in (config.get("beside") or {})
-        objective = replace(build_objective(own, denoiser, data=data, baseline=baseline), name=name)
+        self.teacher, taught = _teacher(denoiser, own, name)
+        objective = build_objective(own, denoiser, data=data, teacher=self.teacher, baseline=baseline)
+        objective = replace(objective, name=name)
         self.trainer = Trainer(
             objective,
             data,
@@ -115,7 +131,7 @@ class TrainingJob(Job):
             target=made_of("target", Target, own),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
-            identity=start,
+            identity={**start, **taught},
         )
         super().__init__(config, objective.name, self.trainer)
         self.data, self.sampler = data, build_sampler(config)

@@ -166,6 +166,7 @@ class ConsistencyLoss(DenoiserLoss):
         x_t, t, A, _, x0, valid, x_next, t_next, A_next, _ = (pairs[key] for key in self.in_keys)
         cond = pairs.get(keys.COND, None)
         self._first_look(x0, cond)
+        self._count_drawing(pairs)
         f = self.value_network.module.denoise(x_t, t, cond)
         self.network_evaluations += t.numel()
         f_next, s = x0, self.bootstrap_share

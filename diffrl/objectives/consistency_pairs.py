@@ -1,7 +1,7 @@
 """States for consistency training: pairs at neighbouring noise levels that share one noise, on grids that grow."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -12,7 +12,9 @@ from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
+from diffrl.objectives.transitions import Transition
 from diffrl.ranges import MAX_STEPS, require_int, require_number
+from diffrl.registry import options_of
 from diffrl.shapes import expand_like, require_data, require_finite
 
 __all__ = ["ConsistencyPairs", "num_scales", "sample_consistency_pairs", "target_decay"]
@@ -122,6 +124,7 @@ class ConsistencyPairs:
         mu_0: decay of the target network where s = s_0, in (0, 1]; see `target_decay`.
         stride: Δ > 0.
         kappa: "markov", as published, or "shared".
+        options: those of `diffrl.objectives.transitions.Transition`: where the second state of a pair comes from.
 
     Attributes:
         num_scales: N at the present step.
@@ -131,14 +134,17 @@ class ConsistencyPairs:
         ValueError: an argument outside its range.
     """
 
+    @options_of(Transition)
     def __init__(
         self,
         process: EDM,
+        *,
         s_0: int = 2,
         s_1: int = 150,
         mu_0: float = 0.9,
         stride: float = 0.25,
         kappa: Literal["markov", "shared"] = "markov",
+        **options: Any,
     ) -> None:
         _check_pairs(process, stride, kappa)
         require_int("s_1", s_1, most=MAX_STEPS - 1)
@@ -146,6 +152,7 @@ class ConsistencyPairs:
         require_number("mu_0", mu_0, 0, 1, "(]")
         self.process, self.s_0, self.s_1, self.mu_0 = process, s_0, s_1, mu_0
         self.stride, self.kappa = stride, kappa
+        self.transition = Transition(process, **options)
         self.set_progress(0, 1)
 
     def set_progress(self, step: int, grad_steps: int) -> None:
@@ -155,7 +162,7 @@ class ConsistencyPairs:
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
         """A batch of pairs."""
-        return sample_consistency_pairs(
+        pairs = sample_consistency_pairs(
             self.process,
             x0,
             num_scales=self.num_scales,
@@ -164,6 +171,7 @@ class ConsistencyPairs:
             cond=cond,
             generator=generator,
         )
+        return self.transition(pairs, generator=generator)
 
 
 def _check_pairs(process: object, stride: float, kappa: str) -> None:

@@ -142,6 +142,11 @@ class DenoiserLoss(LossModule):
             self._require_entries(states)
             raise
 
+    def _count_drawing(self, states: TensorDictBase) -> None:
+        """Count the network evaluations that drawing the states took."""
+        evaluations = states.get(keys.EVALUATIONS, None)
+        self.network_evaluations += 0 if evaluations is None else int(evaluations.sum())
+
     def _may_lack(self, states: TensorDictBase) -> Iterable[NestedKey]:
         """Those of `in_keys` that these states need not have."""
         return ()

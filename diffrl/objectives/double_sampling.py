@@ -40,7 +40,7 @@ class DoubleSamplingLoss(DenoiserLoss):
     states of one x0 would add the variance of E[r | x_t, x0]. A loss of this kind may be negative.
 
     On the 'clean' value (A = A' = 1) r = D(x') - D(x_t). With two rollouts of the model, b = 2, c = 1 and weight "none"
-    that is the loss of Consistent Diffusion Models, but for their levels and sampler.
+    that is the loss of Consistent Diffusion Models, but for their levels and sampler, which `cdm` has.
 
     Sources: double sampling: Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), §11.5,
     http://incompleteideas.net/book/the-book-2nd.html; Consistent Diffusion Models (Daras et al., 2023),
@@ -110,8 +110,7 @@ class DoubleSamplingLoss(DenoiserLoss):
             )
         x0, left, cond = twins[keys.X0], twins[:, :1], twins.get(keys.COND, None)
         self._first_look(x0[:, :1], cond)
-        evaluations = twins.get(keys.EVALUATIONS, None)
-        self.network_evaluations += 0 if evaluations is None else int(evaluations.sum())
+        self._count_drawing(twins)
         D_x = self._denoise(left[keys.X_T], left[keys.T], None if cond is None else cond[:, :1])
         r = self._residuals(twins, D_x)
         terms, loss = ChainTerms(left, self.denoiser), torch.zeros_like(left[keys.T])

@@ -107,6 +107,7 @@ class ECTLoss(DenoiserLoss):
         x_t, t, x0, valid, x_r, r = (pairs[key] for key in self.in_keys)
         cond = pairs.get(keys.COND, None)
         self._first_look(x0, cond)
+        self._count_drawing(pairs)
         s, denoise = self.bootstrap_share, self.value_network.module.denoise
         y = x0
         if s > 0 and bool(valid.any()):

@@ -11,7 +11,9 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
+from diffrl.objectives.transitions import Transition
 from diffrl.ranges import MAX_STEPS, require_int, require_number
+from diffrl.registry import options_of
 from diffrl.shapes import expand_like, require_data, require_finite
 
 __all__ = ["ECTPairs", "sample_ect_pairs", "t_to_r"]
@@ -109,6 +111,7 @@ class ECTPairs:
         q: > 1; see `t_to_r`.
         k: ≥ 0.
         b: ≥ 0.
+        options: those of `diffrl.objectives.transitions.Transition`: where the second state of a pair comes from.
 
     Attributes:
         stage: the present one, from 0.
@@ -117,20 +120,24 @@ class ECTPairs:
         ValueError: an argument outside its range.
     """
 
+    @options_of(Transition)
     def __init__(
         self,
         process: EDM,
+        *,
         stages: int = 8,
         P_mean: float = -1.1,
         P_std: float = 2.0,
         q: float = 2.0,
         k: float = 8.0,
         b: float = 1.0,
+        **options: Any,
     ) -> None:
         _check(process, q, k, b, P_mean, P_std)
         self.stages = require_int("stages", stages, most=MAX_STEPS)
         self.process, self.P_mean, self.P_std = process, P_mean, P_std
         self.q, self.k, self.b = q, k, b
+        self.transition = Transition(process, **options)
         self.set_progress(0, 1)
 
     def set_progress(self, step: int, grad_steps: int) -> None:
@@ -146,7 +153,8 @@ class ECTPairs:
             "k": self.k,
             "b": self.b,
         }
-        return sample_ect_pairs(self.process, x0, stage=self.stage, cond=cond, generator=generator, **law)
+        pairs = sample_ect_pairs(self.process, x0, stage=self.stage, cond=cond, generator=generator, **law)
+        return self.transition(pairs, generator=generator)
 
 
 def _check(process: Schedule, q: float, k: float, b: float, P_mean: float, P_std: float) -> None:

@@ -1,5 +1,6 @@
 """What a configuration trains by: the loss of its objective, and what draws the states that the loss is fed with."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from inspect import isclass, signature
@@ -10,13 +11,14 @@ from torch import Generator, Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.chains import Chain
-from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.denoisers import Denoiser, DenoiserFn
 from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError, of_group
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import OverChains, StandIn, StandInChains
+from diffrl.objectives.transitions import Transition
 from diffrl.registry import Config, Entry, accepted
 
 __all__ = ["Adaptive", "Draw", "Objective", "Progressive", "build_objective"]
@@ -80,7 +82,12 @@ class Objective:
 
 
 def build_objective(
-    config: Config, denoiser: Denoiser, *, data: Data | None = None, baseline: bool = False
+    config: Config,
+    denoiser: Denoiser,
+    *,
+    data: Data | None = None,
+    teacher: DenoiserFn | None = None,
+    baseline: bool = False,
 ) -> Objective:
     """The objective of ``config["objective"]``, on the chains of ``config["chain"]`` unless it draws its own states.
 
@@ -88,6 +95,7 @@ def build_objective(
         config: the configuration of a training run.
         denoiser: what is trained, on the device where it will be.
         data: what it is trained on, for targets that look at more than the batch.
+        teacher: the denoiser whose file the option `teacher` names; None: that option says it itself.
         baseline: Monte Carlo instead, with the same weight on the same states, and the datum itself as its target.
 
     Raises:
@@ -99,6 +107,8 @@ def build_objective(
         entry.also, "draws_noise_of_prior", False
     ):
         raise InputError(f"objective {entry.name} draws N(0, I): with denoiser.prior set objective=priorgrad")
+    if teacher is not None:
+        options["teacher"] = teacher
     with of_group("chain", config["chain"]):
         stand_in = StandIn(**accepted(StandIn, config["chain"]))
     if entry.also is None:
@@ -108,7 +118,7 @@ def build_objective(
             raise InputError(f"objective {entry.name} knows no stand-in for x0: set chain.x0=datum")
         draw = _own_states(entry, options, config, denoiser, data)
     if baseline:
-        draw = draw.sampler if isinstance(draw, OverChains) else draw
+        draw = _as_drawn(draw)
         entry = OBJECTIVES.entry("monte_carlo")
     with of_group("objective", options):
         loss = entry.make(denoiser, **accepted(entry.make, options))
@@ -117,6 +127,17 @@ def build_objective(
             f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set objective.lmbda=0"
         )
     return Objective(entry.name, loss, draw)
+
+
+def _as_drawn(draw: Draw) -> Draw:
+    """What draws the same states with the datum itself as their target."""
+    if isinstance(draw, OverChains):
+        return draw.sampler
+    transition = getattr(draw, "transition", None)
+    if isinstance(transition, Transition):
+        draw = copy.copy(draw)
+        draw.transition = Transition(transition.process)  # type: ignore[attr-defined]
+    return draw
 
 
 def _sampler(config: Config, denoiser: Denoiser) -> ChainSampler:

@@ -21,7 +21,15 @@ from diffrl.objectives.value import state_value
 from diffrl.ranges import require_int
 from diffrl.shapes import expand_like
 
-__all__ = ["OverChains", "StandIn", "StandInChains", "data_generator", "single_transitions", "with_x0_mean"]
+__all__ = [
+    "OverChains",
+    "StandIn",
+    "StandInChains",
+    "data_generator",
+    "reference_of_batch",
+    "single_transitions",
+    "with_x0_mean",
+]
 
 MAX_ROWS = 10**6
 
@@ -181,24 +189,53 @@ class StandInChains(OverChains):
     def _law(self, x0: Tensor, cond: Tensor | None, generator: Generator) -> X0Law:
         if self._exact is not None:
             return self._exact
-        rows, labels, n = x0, cond, self.stand_in.reference
-        if 0 < n < len(x0):
+        process, n = self.chain.process, self.stand_in.reference
+        return reference_of_batch(
+            process, x0, cond, n, data=self.data, num_classes=self.num_classes, generator=generator
+        )
+
+
+def reference_of_batch(
+    process: Schedule,
+    x0: Tensor,
+    cond: Tensor | None,
+    reference: int,
+    *,
+    data: Data | None,
+    num_classes: int,
+    generator: Generator,
+) -> ReferenceBatch:
+    """The law of x0 given x_t by the rows of a batch and further ones, which come from the data.
+
+    Args:
+        process: noise schedule.
+        x0: the batch, shape [B, *E].
+        cond: its labels, [B], or None.
+        reference: rows in all, at least B; 0: the batch alone.
+        data: where the further rows come from.
+        num_classes: of the labels: the null label.
+        generator: source of the further rows.
+
+    Raises:
+        ValueError: fewer rows than the batch has, or more than there are training rows.
+    """
+    rows, labels, n = x0, cond, reference
+    if 0 < n < len(x0):
+        raise InputError(
+            f"reference is {n}, but a batch has {len(x0)} rows, which are all among them: give more, or 0 for "
+            "the batch alone"
+        )
+    if n > len(x0) and data is not None:
+        train = data.train
+        if train is not None and n - len(x0) > len(train):
             raise InputError(
-                f"reference is {n}, but a batch has {len(x0)} rows, which are all among them: give more, or 0 for "
-                "the batch alone"
+                f"reference is {n}, but {data.name} has {len(train)} training rows: set x0=exact, which takes them all"
             )
-        if n > len(x0) and self.data is not None:
-            train = self.data.train
-            if train is not None and n - len(x0) > len(train):
-                raise InputError(
-                    f"reference is {n}, but {self.data.name} has {len(train)} training rows: set x0=exact, which "
-                    "takes them all"
-                )
-            more, known = self.data.batch(n - len(x0), data_generator(generator))
-            rows = torch.cat([x0, more.to(x0)])
-            if cond is not None and known is not None:
-                labels = torch.cat([cond, known.to(cond)])
-        return ReferenceBatch(self.chain.process, rows, labels, self.num_classes)
+        more, known = data.batch(n - len(x0), data_generator(generator))
+        rows = torch.cat([x0, more.to(x0)])
+        if cond is not None and known is not None:
+            labels = torch.cat([cond, known.to(cond)])
+    return ReferenceBatch(process, rows, labels, num_classes)
 
 
 def with_x0_mean(chain: TensorDict, x0_mean: Tensor) -> TensorDict:

@@ -37,6 +37,7 @@ from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolderError
 from diffrl.training.trainer import Average, Length, Target
 from tests.kit.configs import FINETUNING, composed, small
+from tests.kit.maps import MAPS
 from tests.kit.paths import ROOT
 
 EXPERIMENTS = sorted(
@@ -120,10 +121,14 @@ def test_every_sampler_builds(name: str) -> None:
 @no_updater
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_builds(name: str) -> None:
-    special = ["denoiser.prediction_type=consistency"] if name in ("ct", "td_ct") else []
-    special += ["denoiser.prior=data"] if name == "priorgrad" else []
-    special += ["network.variance=true"] if name == "hybrid" else []
-    built(small(f"objective={name}", *special))
+    special = {
+        **dict.fromkeys(("ct", "cd", "td_ct"), ["denoiser.prediction_type=consistency"]),
+        **dict.fromkeys(MAPS, ["network.second_time=true"]),
+        "priorgrad": ["denoiser.prior=data"],
+        "hybrid": ["network.variance=true"],
+        "progressive": ["process=flow"],
+    }.get(name, [])
+    built(small(f"objective={name}", *special, *(["objective.teacher=exact"] if name == "cd" else [])))
 
 
 def test_every_group_of_the_configuration_has_options() -> None:

@@ -13,9 +13,14 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.objectives.maps.states import map_states
+from diffrl.objectives.registry import OBJECTIVES
 
 PROCESSES = [Flow(), EDM(0.01, 20.0)]
 DIM = 2
+MAPS = [
+    entry.name for entry in OBJECTIVES.entries() if entry.make.__module__.startswith("diffrl.objectives.maps")
+]
+"""Names of the objectives of two-time denoisers."""
 
 
 def two_times(process: Schedule, prediction_type: Any = None, seed: int = 0) -> Denoiser:

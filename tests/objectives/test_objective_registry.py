@@ -12,14 +12,24 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.experiments.reports.run_table import objective_label
+from diffrl.objectives.cdm import ShortRollouts
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
+from diffrl.objectives.continuous_ct import sample_trigflow_states
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
+from diffrl.objectives.distillation import DistillationPairs
 from diffrl.objectives.ect_pairs import ECTPairs
+from diffrl.objectives.maps.improved_mean_flow import ImprovedMeanFlowPairs
+from diffrl.objectives.maps.inductive_moments import MomentGroups
+from diffrl.objectives.maps.self_distillation import ProgressivePairs, SelfDistillationPairs
+from diffrl.objectives.maps.shortcut import ShortcutPairs
+from diffrl.objectives.maps.states import LogNormalPairs
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.priorgrad import PriorStates
+from diffrl.objectives.progressive import HalvingSteps
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheduled_sampling import RollbackStates
 from diffrl.objectives.shortdf import sample_shortdf_pairs
+from diffrl.objectives.stable_ct import StablePairs
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
 from diffrl.objectives.td_edm import sample_td_edm_pairs
 from diffrl.objectives.twins import TwinSteps
@@ -32,6 +42,10 @@ TD = {
     "denoising_coef": (float, 0.0),
     **ANNEALED,
 }
+STEP = {
+    **{"transition": (str, "forward"), "teacher": (str | None, None)},
+    **{"solver": (str, "heun"), "reference": (int, 0)},
+}
 CT = {
     **ANNEALED,
     **{"metric": (str, "pseudo_huber"), "ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
@@ -42,8 +56,20 @@ CT = {
         "stride": (float, 0.25),
         "kappa": (str, "markov"),
     },
+    **STEP,
 }
 NOISE_LAW = {"P_mean": (float, -1.2), "P_std": (float, 1.2)}
+ECT = {
+    **{**ANNEALED, "c": (float, 0.0), "ect_weight": (str, "gap"), "stages": (int, 8)},
+    **{
+        "P_mean": (float, -1.1),
+        "P_std": (float, 2.0),
+        "q": (float, 2.0),
+        "k": (float, 8.0),
+        "b": (float, 1.0),
+    },
+    **STEP,
+}
 OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "td": {
         **{"lmbda": (float | None, None), "n_steps": (int | None, None), "lookahead": (float | None, None)},
@@ -68,16 +94,27 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         **{**WEIGHT, "residual_coef": (float, 1.0), "denoising_coef": (float, 0.0)},
         **{"source": (str, "posterior"), "rollout_steps": (int, 1)},
     },
-    "ct": CT,
-    "ect": {
-        **{**ANNEALED, "c": (float, 0.0), "ect_weight": (str, "gap"), "stages": (int, 8)},
+    "cdm": {
+        **{**WEIGHT, "weight": (str, "none"), "residual_coef": (float, 2.0), "denoising_coef": (float, 1.0)},
+        **{**NOISE_LAW, "gap": (float, 0.05), "floor": (float, 0.002), "rollout_steps": (int, 5)},
+    },
+    "progressive": {**WEIGHT, "weight": (str, "trunc_snr"), "start": (int, 1024), "end": (int, 1)},
+    "continuous_ct": {
         **{
-            "P_mean": (float, -1.1),
-            "P_std": (float, 2.0),
-            "q": (float, 2.0),
-            "k": (float, 8.0),
-            "b": (float, 1.0),
+            "c": (float, 0.1),
+            "normalise": (bool, True),
+            "warmup": (float, 0.025),
+            "prior_weight": (bool, True),
         },
+        **{"anneal": (Any | None, None), "P_mean": (float, -1.0), "P_std": (float, 1.4)},
+    },
+    "ct": CT,
+    "ect": ECT,
+    "stable_ct": {**ECT, "transition": (str, "reference")},
+    "cd": {
+        **{**CT, "metric": (str, "l2"), "transition": (str, "teacher")},
+        **{"td_coef": (float, 0.0), "consistency_coef": (float, 1.0), "td_weight": (str, "sum_sq")},
+        **{"num_scales": (int, 40), "mu": (float, 0.95)},
     },
     "scheduled_sampling": {
         **{**WEIGHT, "num_steps": (int, 1000)},
@@ -146,6 +183,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
+for option in ("s_0", "s_1", "mu_0"):
+    del OPTIONS["cd"][option]
 """Type and default of every option, as of version 0.1: a changed one changes what old commands mean."""
 
 
@@ -168,7 +207,7 @@ def test_every_objective_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_option_passes_unseen(name: str) -> None:
-    consistency = "consistency" if name in ("ct", "td_ct") else "edm"
+    consistency = "consistency" if name in ("ct", "cd", "td_ct") else "edm"
     network = MLP((2,), hidden=4, depth=1, variance=name == "hybrid")
     prior: Any = "data" if name == "priorgrad" else "standard"
     denoiser = Denoiser(network, EDM(), prediction_type=consistency, prior=prior)
@@ -188,7 +227,20 @@ def test_what_draws_the_states() -> None:
         "scheduled_sampling": RollbackStates,
         "ct": ConsistencyPairs,
         "ect": ECTPairs,
+        "stable_ct": StablePairs,
+        "cdm": ShortRollouts,
+        "progressive": HalvingSteps,
+        "continuous_ct": sample_trigflow_states,
+        "cd": DistillationPairs,
         "td_ct": ConsistencyPairs,
+        "mean_flow": LogNormalPairs,
+        "improved_mean_flow": ImprovedMeanFlowPairs,
+        "alpha_flow": ImprovedMeanFlowPairs,
+        "shortcut": ShortcutPairs,
+        "lagrangian_map": SelfDistillationPairs,
+        "progressive_map": ProgressivePairs,
+        "eulerian_map": SelfDistillationPairs,
+        "inductive_moments": MomentGroups,
     }
 
 

@@ -31,11 +31,12 @@ from diffrl.finetuning.rollouts.registry import ROLLOUTS
 from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.registry import Registry
+from diffrl.registry import Registry, option_sources
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.by_name import DETECTORS
 from diffrl.training.optim import FinetuningOptim
 from tests.kit.configs import small
+from tests.kit.maps import MAPS
 from tests.kit.policies import make_policy, right
 
 ENTRIES = [(registry, name) for registry in (*GROUPS, METHODS) for name in registry]
@@ -49,8 +50,8 @@ IDS = [f"{registry.kind}={name}" for registry, name in ENTRIES]
 def test_an_entry_says_what_it_is_and_what_its_options_mean(registry: Registry, name: str) -> None:
     entry = registry.entry(name)
     assert entry.module.startswith("diffrl.") and entry.summary.endswith((".", ":")), entry.summary
-    sources = [getattr(function, "options_from", None) for function in entry.functions]
-    described = "".join(inspect.getdoc(f) or "" for f in (*entry.functions, *filter(None, sources)))
+    sources = [source for function in entry.functions for source in option_sources(function)]
+    described = "".join(inspect.getdoc(f) or "" for f in (*entry.functions, *sources))
     for function in entry.functions:
         for parameter in inspect.signature(function).parameters.values():
             if parameter.name in registry.omit or parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -151,11 +152,15 @@ def test_a_samplers_law_is_what_its_step_draws_from(name: str) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_trains_and_resumes_to_the_same_figures(name: str, tmp_path: Any) -> None:
+    consistency = ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"]
     special = {
-        "ct": ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"],
-        "td_ct": ["denoiser.prediction_type=consistency", "sampler=consistency", "eval.num_steps=[1,2]"],
         "priorgrad": ["denoiser.prior=data"],
         "hybrid": ["network.variance=true", "sampler=ancestral_learned", "eval.num_steps=[2,3]"],
+        "cd": [*consistency, "objective.teacher=exact"],
+        "progressive": ["process=flow", "denoiser.prediction_type=velocity", "objective.start=4"],
+        "ct": consistency,
+        "td_ct": consistency,
+        **dict.fromkeys(MAPS, ["network.second_time=true", "sampler=flow_map", "eval.num_steps=[1,2]"]),
     }
     words = [f"objective={name}", "compare=false", "trainer.grad_steps=12", *special.get(name, [])]
     whole = run_experiment(small(f"run_dir={tmp_path / 'whole'}", *words), progress=False)

@@ -21,9 +21,9 @@ from diffrl.objectives.registry import OBJECTIVES
 from diffrl.shapes import expand_like
 
 __all__ = [
-    "EulerianLoss",
-    "LagrangianLoss",
-    "ProgressiveLoss",
+    "EulerianMapLoss",
+    "LagrangianMapLoss",
+    "ProgressiveMapLoss",
     "ProgressivePairs",
     "SelfDistillationLoss",
     "SelfDistillationPairs",
@@ -132,7 +132,7 @@ class SelfDistillationLoss(MapLoss):
 
 
 @OBJECTIVES.register("lagrangian_map", also=SelfDistillationPairs, label="Lagrangian self-distillation")
-class LagrangianLoss(SelfDistillationLoss):
+class LagrangianMapLoss(SelfDistillationLoss):
     """Lagrangian self-distillation (LSD): the end of a jump moves with r as the velocity at that end says.
 
         δ = ∂_r X_{t→r}(x) - sg[u⁻(X, r, r)],    ∂_r X_{t→r} = u - (t-r) ∂_r u,    where r < t
@@ -158,7 +158,7 @@ class LagrangianLoss(SelfDistillationLoss):
 
 
 @OBJECTIVES.register("progressive_map", also=ProgressivePairs, label="Progressive self-distillation")
-class ProgressiveLoss(SelfDistillationLoss):
+class ProgressiveMapLoss(SelfDistillationLoss):
     """Progressive self-distillation (PSD): a jump is two jumps, with a stop at m.
 
         δ = u(x, t, r) - sg[(t-m) u⁻(x, t, m) + (m-r) u⁻(x_m, m, r)]/(t-r),    where r < t
@@ -192,7 +192,7 @@ class ProgressiveLoss(SelfDistillationLoss):
 
 
 @OBJECTIVES.register("eulerian_map", also=SelfDistillationPairs, label="Eulerian self-distillation")
-class EulerianLoss(SelfDistillationLoss):
+class EulerianMapLoss(SelfDistillationLoss):
     """Eulerian self-distillation (ESD): where a jump ends does not change as its start moves along the ODE.
 
         δ = -∂_t X_{t→r}(x) - sg[∇X_{t→r}(x)·u⁻(x, t, t)],    where r < t

@@ -14,9 +14,9 @@ from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError, InputKeyError
 from diffrl.objectives.maps.improved_mean_flow import ImprovedMeanFlowLoss
 from diffrl.objectives.maps.self_distillation import (
-    EulerianLoss,
-    LagrangianLoss,
-    ProgressiveLoss,
+    EulerianMapLoss,
+    LagrangianMapLoss,
+    ProgressiveMapLoss,
     ProgressivePairs,
     SelfDistillationLoss,
     SelfDistillationPairs,
@@ -25,7 +25,7 @@ from diffrl.objectives.maps.shortcut import ShortcutLoss
 from tests.kit.maps import PROCESSES, ExactMaps, average_velocity, gradient, states, two_times
 
 every_straight = pytest.mark.parametrize("process", PROCESSES, ids=["flow", "edm"])
-every_loss = pytest.mark.parametrize("kind", [LagrangianLoss, ProgressiveLoss, EulerianLoss])
+every_loss = pytest.mark.parametrize("kind", [LagrangianMapLoss, ProgressiveMapLoss, EulerianMapLoss])
 
 
 def with_cut(s: TensorDict, γ: float) -> TensorDict:
@@ -46,12 +46,12 @@ def end(denoiser: Denoiser, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
 def test_the_loss_by_finite_differences_of_maps(process: Schedule, kind: type[SelfDistillationLoss]) -> None:
     denoiser, s, h = two_times(process), with_cut(states(process), 0.3), 1e-5
     x, t, r, _ = entries(s)
-    if kind is LagrangianLoss:
+    if kind is LagrangianMapLoss:
         with torch.no_grad():
             X = end(denoiser, x, t, r)
             target = average_velocity(denoiser, X, r, r)
         δ = (end(denoiser, x, t, r + h) - end(denoiser, x, t, r - h)) / (2 * h) - target
-    elif kind is ProgressiveLoss:
+    elif kind is ProgressiveMapLoss:
         m = s[keys.NEXT, keys.T].flatten()
         with torch.no_grad():
             X = end(denoiser, end(denoiser, x, t, m), m, r)
@@ -83,7 +83,7 @@ def test_at_r_of_t_it_is_flow_matching(process: Schedule, kind: type[SelfDistill
 def test_both_kinds_of_rows_in_one_batch() -> None:
     denoiser, s = two_times(Flow()), states(Flow())
     s["r"] = torch.where(torch.arange(5).view(-1, 1, 1) < 2, s["t"], s["r"])
-    loss = EulerianLoss(denoiser)
+    loss = EulerianMapLoss(denoiser)
     parts = [float(loss(s[rows])["loss_value"].detach()) for rows in (slice(0, 2), slice(2, 5))]
     assert float(loss(s)["loss_value"].detach()) == pytest.approx((2 * parts[0] + 3 * parts[1]) / 5)
 
@@ -92,14 +92,14 @@ def test_both_kinds_of_rows_in_one_batch() -> None:
 @every_loss
 def test_the_exact_map_has_no_error_in_any_jump(process: Schedule, kind: type[SelfDistillationLoss]) -> None:
     s = with_cut(states(process), 0.7)
-    if kind is not LagrangianLoss:
+    if kind is not LagrangianMapLoss:
         s["r"] = torch.where(torch.arange(5).view(-1, 1, 1) == 0, 0.0, s["r"])
     assert float(kind(ExactMaps(process))(s)["td_error"]) < 1e-10
 
 
 def test_the_progressive_one_with_its_cut_at_the_midpoint_is_a_shortcut() -> None:
     denoiser, s = two_times(Flow()), with_cut(states(Flow()), 0.5)
-    loss = ProgressiveLoss(denoiser)(s)["loss_value"]
+    loss = ProgressiveMapLoss(denoiser)(s)["loss_value"]
     expected = ShortcutLoss(denoiser, bootstrap="own", finest=2**20)(s)["loss_value"]
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, denoiser), gradient(expected, denoiser))
@@ -114,7 +114,7 @@ def test_the_eulerian_one_is_improved_mean_flow_with_the_predicted_velocity_as_d
     x, t, _, _ = entries(s)
     with torch.no_grad():
         s["v"] = average_velocity(denoiser, x, t, t)[:, None]
-    eulerian, improved = EulerianLoss(denoiser)(s), ImprovedMeanFlowLoss(denoiser, p=0)(s)
+    eulerian, improved = EulerianMapLoss(denoiser)(s), ImprovedMeanFlowLoss(denoiser, p=0)(s)
     torch.testing.assert_close(eulerian["loss_value"], improved["loss_value"] / x.shape[1])
     torch.testing.assert_close(eulerian["td_error"], improved["td_error"])
 
@@ -140,10 +140,10 @@ def test_the_states(process: Schedule) -> None:
 def test_what_is_refused() -> None:
     s = states(Flow(), r=torch.zeros(5, dtype=torch.float64))
     with pytest.raises(InputError, match="r is 0"):
-        LagrangianLoss(two_times(Flow()))(s)
+        LagrangianMapLoss(two_times(Flow()))(s)
     with pytest.raises(InputKeyError, match="next.t missing"):
-        ProgressiveLoss(two_times(Flow()))(s)
+        ProgressiveMapLoss(two_times(Flow()))(s)
     with pytest.raises(InputError, match="'own' or 'target'"):
-        EulerianLoss(two_times(Flow()), bootstrap="residual")
+        EulerianMapLoss(two_times(Flow()), bootstrap="residual")
     with pytest.raises(InputError, match="'uniform' or 'midpoint'"):
         ProgressivePairs(Flow(), cut="end")
