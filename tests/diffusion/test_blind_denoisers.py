@@ -63,7 +63,7 @@ def test_the_fixed_point_is_the_mean_over_the_levels(process: Any) -> None:
         assert (abs(float(slope)) < 1e-9) == best
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_in_16_dims_it_costs_little() -> None:
     """Trained alike, without and with the level: it learns, and its value error is at most 3 times as large."""
     set_, process = diffrl.data.gmm(dim=16), diffrl.EDM()

@@ -116,7 +116,7 @@ def test_what_is_refused(options: Any, message: str) -> None:
         PhysicsResidualLoss(denoiser(), **options)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_training_lowers_the_residual_of_samples() -> None:
     """Points on a circle of radius 0.8: after 300 steps samples are nearer to it than those of Monte Carlo."""
     set_ = diffrl.data.rings(modes=64, std=0.0)

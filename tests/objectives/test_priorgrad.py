@@ -204,7 +204,7 @@ def test_a_model_file_keeps_the_prior(tmp_path: Any) -> None:
     assert torch.equal(model.denoiser(x, t), denoiser(x, t))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_training_lowers_the_held_out_error() -> None:
     """Two coordinates of very different scale, whose mixture has four modes: the error in units of S falls to 0.6."""
     g = generator()

@@ -119,7 +119,7 @@ def test_probabilities_that_are_none_are_named(options: Any) -> None:
         RollbackStates(PROCESS, denoiser(), **options)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_training_lowers_the_value_error() -> None:
     """16-D mixture, 18 levels: it learns, and how far from denoising it ends is printed."""
     set_, process = diffrl.data.gmm(dim=16), diffrl.EDM()

@@ -132,7 +132,7 @@ def test_a_number_outside_its_range_is_named(option: Any) -> None:
         ShortDFLoss(denoiser(), **{option: -1})
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_training_from_a_denoiser_improves_samples_of_two_steps() -> None:
     """The rings: 300 steps of denoising, then 300 of each; held-out denoising error and samples of 2 steps, printed."""
     from diffrl.metrics import sliced_w2

@@ -7,6 +7,7 @@ is looked up, of `pip install` the extras, of a script the file.
 
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -88,20 +89,27 @@ def test_words_are_understood(command: str, words: str) -> None:
         assert settings(composed(*chosen, name=name), [w for w in chosen if not w.startswith("extend=")])
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the commands speak of: pictures, pairs of them, and a run as `runs/...`."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_pictures").mkdir()
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "my_pictures").mkdir()
     rng = np.random.default_rng(0)
     for n in range(40):
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(
-            tmp_path / "my_pictures" / f"{n}.png"
+            folder / "my_pictures" / f"{n}.png"
         )
     pairs = rng.integers(0, 256, (2, 8, 1, 8, 8), dtype=np.uint8)
-    np.savez(tmp_path / "pairs.npz", preferred=pairs[0], rejected=pairs[1])
-    run(tmp_path / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
-    return tmp_path
+    np.savez(folder / "pairs.npz", preferred=pairs[0], rejected=pairs[1])
+    run(folder / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to work in."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.mark.slow

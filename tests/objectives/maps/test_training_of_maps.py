@@ -16,7 +16,8 @@ from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.soft_update import SoftUpdate
 
-pytestmark = pytest.mark.slow
+IN_CI = ("mean_flow", "lagrangian_map")
+"""One with a derivative along the path, one that bootstraps on its own velocity; the others are soaks."""
 
 STEPS, BATCH = 400, 256
 DATA = gmm(dim=2, components=4, std=0.05, spread=0.5)
@@ -58,7 +59,10 @@ def one_step_samples(name: str) -> Tensor:
         return flow_map(denoiser, x, torch.ones(2000), torch.zeros(2000))
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.soak) for name in SCHEMES],
+)
 def test_one_step_samples_are_nearer_to_the_data_than_those_of_the_exact_denoiser(name: str) -> None:
     """What Monte Carlo learns: at pure noise the exact denoiser says the mean of the data, whatever the noise."""
     assert name in OBJECTIVES
