@@ -37,6 +37,7 @@ def td_loss(
         options: the other ones of `ValueLoss`.
     """
     if bootstrap is None:
-        own = lmbda is not None or n_steps is not None or {"lmbda", "n_steps"} & {*(anneal or {})}
+        annealed = anneal if isinstance(anneal, Mapping) else {}  # another one is refused below, by its name
+        own = lmbda is not None or n_steps is not None or {"lmbda", "n_steps"} & annealed.keys()
         bootstrap = "own" if own else "target"
     return ValueLoss(denoiser, lmbda=lmbda, n_steps=n_steps, bootstrap=bootstrap, anneal=anneal, **options)

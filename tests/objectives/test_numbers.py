@@ -24,13 +24,14 @@ from diffrl.errors import InputError
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
 from diffrl.objectives.weights import WEIGHTS, weight_function
+from tests.kit.maps import MAPS
 
 Case = tuple[str, Callable[..., Any], str, bool]
 X0 = torch.zeros(4, 2)
 SUPPLIED = {
     "sampler": ChainSampler(Chain(EDM(), 6, "markov")),
     "data": gmm(dim=2, test_size=4),
-    "denoiser": None,
+    "denoiser": Denoiser(MLP((2,), hidden=4, second_time=True), EDM()),
 }
 NO_FLOATS = [math.nan, -math.inf, "1", True, [1.0], 10**400, -1e30]
 NO_INTS = [math.nan, math.inf, 5.5, "5", True, [1], -1]
@@ -38,8 +39,8 @@ NO_INTS = [math.nan, math.inf, 5.5, "5", True, [1], -1]
 ENDLESS = {("edm_stochastic", "S_max"), ("chain", "stride")}
 
 
-def consistent(objective: str) -> Denoiser:
-    network = MLP((2,), hidden=4, variance=objective == "hybrid")
+def denoiser_for(objective: str) -> Denoiser:
+    network = MLP((2,), hidden=4, variance=objective == "hybrid", second_time=objective in MAPS)
     prior: Any = "data" if objective == "priorgrad" else "standard"
     return Denoiser(network, EDM(), prediction_type="consistency", prior=prior)
 
@@ -55,13 +56,15 @@ def makers() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
         yield (
             entry.name,
             entry.make,
-            lambda entry=entry, **options: entry.make(consistent(entry.name), **options),
+            lambda entry=entry, **options: entry.make(denoiser_for(entry.name), **options),
         )
         also: Any = entry.also
         if also is not None:
             given = (EDM(),) if inspect.isclass(also) else (EDM(), X0)
             asked = inspect.signature(also).parameters
             more = {name: part for name, part in SUPPLIED.items() if name in asked}
+            if entry.name == "cd":
+                more["teacher"] = SUPPLIED["denoiser"]
             yield f"{entry.name} states", also, partial(also, *given, **more)
     yield "chain", Chain, lambda **options: Chain(EDM(), **{"num_steps": 6, "coupling": "markov", **options})
     chain = Chain(EDM(), 6, "markov")
