@@ -126,10 +126,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
     """What each objective draws: once as it is tried, then at every step."""
     seen: dict[str, list[Tensor]] = {}
 
-    def build(
-        config: dict[str, Any], denoiser: diffrl.Denoiser, *, data: diffrl.data.Data, baseline: bool
-    ) -> Objective:
-        objective = build_objective(config, denoiser, data=data, baseline=baseline)
+    def build(config: dict[str, Any], denoiser: diffrl.Denoiser, **more: Any) -> Objective:
+        objective = build_objective(config, denoiser, **more)
 
         def draw(x0: Tensor, **more: Any) -> TensorDict:
             states = objective.draw(x0, **more)

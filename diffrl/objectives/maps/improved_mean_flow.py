@@ -21,7 +21,11 @@ class ImprovedMeanFlowPairs(LogNormalPairs):
     Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models (Geng et al., 2025),
     https://arxiv.org/abs/2512.02012, and its released code.
 
-    Args and errors are those of `LogNormalPairs`.
+    Args:
+        process: `Flow` or `EDM`.
+        P_mean: mean of ln(σ/α), in [-15, 15].
+        P_std: its standard deviation, in [0, 5].
+        different: share of rows with r < t, in [0, 1].
     """
 
     def __init__(

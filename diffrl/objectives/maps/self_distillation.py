@@ -36,7 +36,9 @@ class SelfDistillationPairs(UniformPairs):
     Source: How to build a consistency model: Learning flow maps via self-distillation (Boffi et al., 2025),
     https://arxiv.org/abs/2505.18825, and its released code.
 
-    Args and errors are those of `UniformPairs`.
+    Args:
+        process: `Flow` or `EDM`.
+        different: share of rows with r < t, in [0, 1].
     """
 
     def __init__(self, process: Schedule, *, different: float = 0.25) -> None:
