@@ -213,8 +213,10 @@ def test_gamma_is_the_losss_unless_an_estimator_is_given_its_own() -> None:
         )
     ]
     assert values[0] == values[1] == values[2] != values[3]
-    ways = [ValueLoss(D, lmbda=0.9), ValueLoss(D), ValueLoss(D, n_steps=1).make_value_estimator()]
-    assert len({number(loss(chain)["loss_value"]) for loss in ways}) == 1, "the default is λ = 0.9"
+    longer = draw(num_steps=16)
+    ways = [ValueLoss(D, lookahead=0.125), ValueLoss(D), ValueLoss(D, n_steps=1).make_value_estimator()]
+    found = {number(loss(longer)["loss_value"]) for loss in ways}
+    assert [*found] == [pytest.approx(number(ValueLoss(D, lmbda=0.5)(longer)["loss_value"]), rel=1e-12)]
 
 
 # Weights, the added denoising loss
