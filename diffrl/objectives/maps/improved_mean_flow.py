@@ -6,10 +6,10 @@ from torch import Tensor
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.objectives.maps.loss import MapLoss, MapRows, adaptive
+from diffrl.objectives.maps.loss import MapRows, adaptive
+from diffrl.objectives.maps.mean_flow import MeanFlowLoss
 from diffrl.objectives.maps.states import LogNormalPairs
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
 
 __all__ = ["ImprovedMeanFlowLoss", "ImprovedMeanFlowPairs"]
@@ -35,7 +35,7 @@ class ImprovedMeanFlowPairs(LogNormalPairs):
 
 
 @OBJECTIVES.register("improved_mean_flow", also=ImprovedMeanFlowPairs, label="Improved MeanFlow")
-class ImprovedMeanFlowLoss(MapLoss):
+class ImprovedMeanFlowLoss(MeanFlowLoss):
     """Improved MeanFlow: a prediction V made of u and its derivative is regressed on the data's velocity v.
 
         L = w ‖V - v‖²,    V = u(x, t, r) + (t - r) sg[du/dt],    du/dt = u(x, t, t)·∂_x u + ∂_t u,
@@ -67,10 +67,7 @@ class ImprovedMeanFlowLoss(MapLoss):
         c: float = 0.01,
         anneal: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        require_number("p", p, 0, 4)
-        require_number("c", c, 0, ends="()")
-        super().__init__(denoiser, anneal=anneal)
-        self.p, self.c = p, c
+        super().__init__(denoiser, p=p, c=c, anneal=anneal)
 
     def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
         u, du = self._u_along(s, self._u_boot(s.x, s.t, s.t, s.cond))
