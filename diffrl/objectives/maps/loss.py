@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -57,28 +57,33 @@ class MapLoss(DenoiserLoss):
 
     Args:
         denoiser: D of two times, on `Flow` or `EDM`; trained in place.
-        target: whether to keep a target network.
+        bootstrap: what u⁻ comes from: "own", the network itself without gradient, or "target", a target network.
         anneal: options that change along the training, as in `ValueLoss`.
 
     Raises:
         TypeError: it is no denoiser.
-        ValueError: a denoiser without a second time, or another process.
+        ValueError: another bootstrap, a denoiser without a second time, or another process.
     """
 
     out_keys = ["loss_value", "td_error"]
     fed_with = "diffrl.objectives.maps.states.map_states"
-    bootstrap = "own"
 
     def __init__(
-        self, denoiser: Denoiser, *, target: bool = False, anneal: Mapping[str, Sequence[float]] | None = None
+        self,
+        denoiser: Denoiser,
+        *,
+        bootstrap: Literal["own", "target"] = "own",
+        anneal: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
+        if bootstrap not in ("own", "target"):
+            raise InputError(f"bootstrap is {bootstrap!r}: give 'own' or 'target'")
         require_second_time(denoiser)
         network = TensorDictModule(
             ChainValue(denoiser), [keys.X_T, keys.T, keys.A, keys.KAPPA], [keys.STATE_VALUE]
         )
-        super().__init__(network, target=target, anneal=anneal)
+        super().__init__(network, target=bootstrap == "target", anneal=anneal)
         require_straight(denoiser.process)
-        self.bootstrap = "target" if target else "own"
+        self.bootstrap = bootstrap
 
     @property
     def in_keys(self) -> list[NestedKey]:

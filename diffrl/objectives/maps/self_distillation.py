@@ -1,7 +1,6 @@
 """Flow maps by self-distillation: flow matching where r = t, and one of three conditions of a map where r < t."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +9,6 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.objectives.maps.flow_time import at_flow_time, flow_time
@@ -107,17 +105,6 @@ class SelfDistillationLoss(MapLoss):
     Raises:
         ValueError: an argument outside its range, another process, a denoiser without a second time.
     """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        *,
-        bootstrap: Literal["own", "target"] = "own",
-        anneal: Mapping[str, Sequence[float]] | None = None,
-    ) -> None:
-        if bootstrap not in ("own", "target"):
-            raise InputError(f"bootstrap is {bootstrap!r}: give 'own' or 'target'")
-        super().__init__(denoiser, target=bootstrap == "target", anneal=anneal)
 
     def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
         jumps, δ = s.r < s.t, torch.zeros_like(s.x)

@@ -107,9 +107,7 @@ class ShortcutLoss(MapLoss):
         finest: int = FINEST,
         anneal: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        if bootstrap not in ("own", "target"):
-            raise InputError(f"bootstrap is {bootstrap!r}: give 'own' or 'target'")
-        super().__init__(denoiser, target=bootstrap == "target", anneal=anneal)
+        super().__init__(denoiser, bootstrap=bootstrap, anneal=anneal)
         self.finest = require_finest(finest)
 
     def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
