@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from diffrl.objectives.annealing import Ranges
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, WeightTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.registry import options_of
@@ -130,8 +130,7 @@ class ConsistencyLoss(DenoiserLoss):
                 raise InputError(f"{name} is {value!r}: give one of {', '.join(known)}")
         if bootstrap not in ("target", "own"):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'target' or 'own'")
-        network = TensorDictModule(ChainValue(denoiser), self.in_keys[:4], [keys.STATE_VALUE])
-        super().__init__(network, target=bootstrap == "target", anneal=anneal)
+        super().__init__(value_module(denoiser), target=bootstrap == "target", anneal=anneal)
         self.bootstrap_share = bootstrap_share
         self.td_coef, self.consistency_coef, self.bootstrap = td_coef, consistency_coef, bootstrap
         self._td_weight, self._metric = weight_function(td_weight), METRICS[metric]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.denoising import sample_log_normal_states
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like
 
@@ -107,10 +107,7 @@ class ContinuousConsistencyLoss(DenoiserLoss):
     ) -> None:
         require_number("c", c, 0, ends="()")
         require_number("warmup", warmup, 0, 1)
-        network = TensorDictModule(
-            ChainValue(denoiser), [keys.X_T, keys.T, keys.A, keys.KAPPA], [keys.STATE_VALUE]
-        )
-        super().__init__(network, target=False, anneal=anneal)
+        super().__init__(value_module(denoiser), target=False, anneal=anneal)
         _require_edm(denoiser.process)
         self.c, self.normalise, self.warmup, self.prior_weight = c, normalise, warmup, prior_weight
         self.ramp = 1.0

@@ -147,6 +147,13 @@ class DenoiserLoss(LossModule):
         evaluations = states.get(keys.EVALUATIONS, None)
         self.network_evaluations += 0 if evaluations is None else int(evaluations.sum())
 
+    def _by_importance(self, given: TensorDictBase, states: TensorDictBase, loss: Tensor) -> Tensor:
+        """The loss of each state, [B, K, 1] or [N], times its importance; as it was it is left in what was given."""
+        if not given.is_locked:
+            given[keys.LOSS] = loss.detach().view(given[keys.T].shape)
+        importance = states.get(keys.IMPORTANCE, None)
+        return loss if importance is None else importance.reshape(loss.shape) * loss
+
     def _may_lack(self, states: TensorDictBase) -> Iterable[NestedKey]:
         """Those of `in_keys` that these states need not have."""
         return ()

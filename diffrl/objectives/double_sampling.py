@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.twins import TwinSteps
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like
@@ -74,8 +74,7 @@ class DoubleSamplingLoss(DenoiserLoss):
         require_number("denoising_coef", denoising_coef, 0, MAX_COEF)
         if residual_coef == denoising_coef == 0:
             raise InputError("residual_coef and denoising_coef are both 0: one must be > 0")
-        network = TensorDictModule(ChainValue(denoiser), self.in_keys[:4], [keys.STATE_VALUE])
-        super().__init__(network, target=False)
+        super().__init__(value_module(denoiser), target=False)
         self.residual_coef, self.denoising_coef = residual_coef, denoising_coef
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from diffrl.objectives.annealing import Ranges
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
 
@@ -75,9 +75,7 @@ class ECTLoss(DenoiserLoss):
         require_number("bootstrap_share", bootstrap_share, 0, 1)
         if ect_weight not in ECT_WEIGHTS:
             raise InputError(f"ect_weight is {ect_weight!r}: give one of {', '.join(ECT_WEIGHTS)}")
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
-        super().__init__(network, target=False, anneal=anneal)
+        super().__init__(value_module(denoiser), target=False, anneal=anneal)
         self.c, self.ect_weight, self.bootstrap_share = c, ect_weight, bootstrap_share
         self.set_progress(0, 1)
 

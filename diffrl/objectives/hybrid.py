@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from diffrl.diffusion.learned_variance import learned_log_variance, step_kl
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like
@@ -69,10 +69,7 @@ class HybridLoss(DenoiserLoss):
             raise InputError(
                 "objective hybrid trains a variance too: build the network with network.variance=true"
             )
-        network = TensorDictModule(
-            ChainValue(denoiser), [keys.X_T, keys.T, keys.A, keys.KAPPA], [keys.STATE_VALUE]
-        )
-        super().__init__(network, target=False)
+        super().__init__(value_module(denoiser), target=False)
         self.vlb_coef = vlb_coef
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
 
@@ -112,11 +109,7 @@ class HybridLoss(DenoiserLoss):
         L_vlb = self._bound(D_x.detach(), v, x0.flatten(0, 1), t.flatten(), s.flatten()).view_as(t)
         K = t.shape[1]
         loss = self._weight(ChainTerms(chain, self.denoiser)) * square + self.vlb_coef * K * L_vlb
-        if not tensordict.is_locked:
-            tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
-        importance = chain.get(keys.IMPORTANCE, None)
-        if importance is not None:
-            loss = importance * loss
+        loss = self._by_importance(tensordict, chain, loss)
         out = {"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()}
         return TensorDict({**out, "loss_vlb": L_vlb.detach().mean()})
 

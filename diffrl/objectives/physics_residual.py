@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from diffrl.diffusion.posterior import posterior
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, named_function, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like
@@ -95,8 +95,7 @@ class PhysicsResidualLoss(DenoiserLoss):
         require_number("residual_coef", residual_coef, 0, MAX_COEF)
         if estimate not in ("mean", "sample"):
             raise InputError(f"estimate is {estimate!r}: give 'mean' or 'sample'")
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        super().__init__(TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE]), target=False)
+        super().__init__(value_module(denoiser), target=False)
         self.residual_coef, self.estimate = residual_coef, estimate
         self._residual = named_function("residual", RESIDUALS, residual, residual_options)
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
@@ -140,11 +139,7 @@ class PhysicsResidualLoss(DenoiserLoss):
         ).exp()
         of_residual = (R.square() / (2 * beta_tilde)).mean(1).view_as(t)
         loss = self._weight(ChainTerms(chain, self.denoiser)) * square + self.residual_coef * of_residual
-        if not tensordict.is_locked:
-            tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
-        importance = chain.get(keys.IMPORTANCE, None)
-        if importance is not None:
-            loss = importance * loss
+        loss = self._by_importance(tensordict, chain, loss)
         out = {"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()}
         return TensorDict({**out, "residual": R.detach().abs().mean()})
 

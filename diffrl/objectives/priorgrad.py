@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Generator, Tensor
 
@@ -16,7 +16,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.denoising import sample_log_normal_states
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, require_data
@@ -96,8 +96,7 @@ class PriorGradLoss(DenoiserLoss):
         weight_options: Mapping[str, float] | None = None,
     ) -> None:
         _prior(denoiser)
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        super().__init__(TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE]), target=False)
+        super().__init__(value_module(denoiser), target=False)
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.one_step import cut_pairs
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_int
 from diffrl.shapes import event_mean, expand_like, require_data, require_finite
@@ -134,8 +134,7 @@ class ProgressiveLoss(DenoiserLoss):
         weight: str = "trunc_snr",
         weight_options: Mapping[str, float] | None = None,
     ) -> None:
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        super().__init__(TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE]), target=True)
+        super().__init__(value_module(denoiser), target=True)
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.one_step import one_step_chains
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import event_mean, expand_like, require_data, require_finite
@@ -113,8 +113,7 @@ class ShortDFLoss(DenoiserLoss):
     ) -> None:
         require_number("relax_coef", relax_coef, 0, MAX_COEF)
         require_number("margin", margin, 0, MAX_COEF)
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        super().__init__(TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE]), target=True)
+        super().__init__(value_module(denoiser), target=True)
         self.relax_coef, self.margin = relax_coef, margin
         self._weight: Callable[..., Tensor] = weight_function(weight, weight_options)
 

@@ -27,7 +27,7 @@ from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated, mixed_returns
 from diffrl.shapes import event_mean, expand_like, require_floating
 
-__all__ = ["ChainValue", "ValueLoss", "state_value"]
+__all__ = ["ChainValue", "ValueLoss", "state_value", "value_module"]
 
 
 class ChainValue(nn.Module):
@@ -142,9 +142,7 @@ class ValueLoss(DenoiserLoss):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'own', 'target' or 'residual'")
         require_number("denoising_coef", denoising_coef, 0, MAX_COEF)
         require_number("bootstrap_share", bootstrap_share, 0, 1)
-        inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-        network = TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
-        super().__init__(network, target=bootstrap == "target", anneal=anneal)
+        super().__init__(value_module(denoiser), target=bootstrap == "target", anneal=anneal)
         lmbda, n_steps = begun(self.anneal, "lmbda", lmbda), begun(self.anneal, "n_steps", n_steps)
         λ = chosen_lmbda(lmbda, n_steps, lookahead)
         self.lookahead = λ.share if isinstance(λ, Lookahead) else None
@@ -274,11 +272,7 @@ class ValueLoss(DenoiserLoss):
             loss = loss + c * L_den
             if valid is not None:
                 loss = torch.where(valid, loss, (1 + c) * L_den)
-        if not tensordict.is_locked:
-            tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
-        importance = chain.get(keys.IMPORTANCE, None)
-        if importance is not None:
-            loss = importance * loss
+        loss = self._by_importance(tensordict, chain, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
 
     def _delta(self, chain: TensorDictBase, D_x: Tensor, x0: Tensor | None, D_next: Tensor | None) -> Tensor:
@@ -374,6 +368,12 @@ class ValueLoss(DenoiserLoss):
         steps = TensorDict({keys.NEXT: {k.reward: reward, **flags}}, reached.batch_size)
         G = self.value_estimator.value_estimate(steps, next_value=V_next)
         return G if self.bootstrap == "residual" else G.detach()
+
+
+def value_module(denoiser: nn.Module) -> TensorDictModule:
+    """V of a denoiser, as losses are given it: it reads the state and writes its value."""
+    inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
+    return TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
 
 
 def state_value(states: TensorDictBase | Mapping[str, Tensor], D_x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
-from diffrl.objectives.value import ChainValue
+from diffrl.objectives.value import value_module
 from diffrl.shapes import event_mean, expand_like
 
 __all__ = ["MapLoss", "MapRows", "adaptive", "jump", "require_straight", "square_mean"]
@@ -78,10 +78,7 @@ class MapLoss(DenoiserLoss):
         if bootstrap not in ("own", "target"):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'own' or 'target'")
         require_second_time(denoiser)
-        network = TensorDictModule(
-            ChainValue(denoiser), [keys.X_T, keys.T, keys.A, keys.KAPPA], [keys.STATE_VALUE]
-        )
-        super().__init__(network, target=bootstrap == "target", anneal=anneal)
+        super().__init__(value_module(denoiser), target=bootstrap == "target", anneal=anneal)
         require_straight(denoiser.process)
         self.bootstrap = bootstrap
 
@@ -114,11 +111,7 @@ class MapLoss(DenoiserLoss):
         cond = None if cond is None else cond.flatten(0, 1)
         s, group = (None if entry is None else entry.flatten() for entry in (s, group))
         loss, δ = self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond, s, group))
-        if not tensordict.is_locked:
-            tensordict[keys.LOSS] = loss.detach().view(tensordict[keys.T].shape)
-        importance = states.get(keys.IMPORTANCE, None)
-        if importance is not None:
-            loss = importance.flatten() * loss
+        loss = self._by_importance(tensordict, states, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": δ.detach().square().mean().sqrt()})
 
     @abstractmethod
