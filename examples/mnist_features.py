@@ -1,15 +1,17 @@
 """Distances of the samples of `compare plan=mnist` in the features of a classifier, by two samplers.
 
-    python examples/mnist_features.py runs/compare_mnist FOLDER
+    python examples/mnist_features.py runs/compare_mnist FOLDER [--also RUN ...] [--samplers ddim]
 
-FOLDER holds MNIST's idx files. A distance of pixels hardly sees strokes. So a small network learns the ten classes of
-the training images, and the Fréchet distance of its 64 features is taken between them and 1,000 samples of each
-finished run, by DDIM and by Heun's method: a line each in OUT/features.csv, and for scale one each of 1,000 training
-images and of the held-out ones. What is there already is kept. About a minute a run on one CPU core.
+FOLDER holds MNIST's idx files; RUN is a finished run of its own on the same images, measured by its own sampler. A
+distance of pixels hardly sees strokes. So a small network learns the ten classes of the training images, and the
+Fréchet distance of its 64 features is taken between them and 1,000 samples of each finished run, by DDIM and by
+Heun's method: a line each in OUT/features.csv, and for scale one each of 1,000 training images and of the held-out
+ones. What is there already is kept. About a minute a run on one CPU core.
 """
 
 import argparse
 import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,11 @@ from diffrl.text_files import write_csv
 from diffrl.training.evaluation import draw_samples
 from diffrl.training.runs import RunFolder
 
-LEVELS = {"ddim": (2, 3, 5, 9, 18, 35), "heun": (2, 3, 5, 9, 18)}  # Heun: 2N - 1 evaluations
+LEVELS = {
+    "ddim": (2, 3, 5, 9, 18, 35),
+    "heun": (2, 3, 5, 9, 18),  # 2N - 1 evaluations
+    "consistency": (1, 2, 3, 5, 9),
+}
 COLUMNS = (*WHERE, "sampler", "nfe", "samples", "frechet", "sliced_w2")
 
 
@@ -76,11 +82,13 @@ def distances(classifier: Classifier, x: Tensor, real: Tensor) -> dict[str, floa
     return {"frechet": frechet_distance(found, wanted), "sliced_w2": sliced_w2(x, real)}
 
 
-def rows_of(classifier: Classifier, data: Data, denoiser: Any, samples: int) -> list[dict[str, Any]]:
+def rows_of(
+    classifier: Classifier, data: Data, denoiser: Any, samplers: Sequence[str], samples: int
+) -> list[dict[str, Any]]:
     """The distances of a denoiser's samples by each sampler and number of evaluations."""
     rows = []
-    for name, levels in LEVELS.items():
-        for num_steps in levels:
+    for name in samplers:
+        for num_steps in LEVELS[name]:
             sampler = SAMPLERS.build({"name": name})
             x, nfe = draw_samples(denoiser, data, sampler, num_steps=num_steps, samples=samples)
             assert data.train is not None
@@ -89,7 +97,23 @@ def rows_of(classifier: Classifier, data: Data, denoiser: Any, samples: int) -> 
     return rows
 
 
-def main(out: Path, folder: Path, samples: int, epochs: int) -> list[dict[str, Any]]:
+def runs_of(out: Path, also: Sequence[Path]) -> Iterator[tuple[dict[str, str], Path]]:
+    """Where each finished run belongs, and its folder: the cells of the comparison, then those beside it."""
+    for cell in read_index(out, WHERE)["cells"]:
+        if cell_figures(path := out / "cells" / cell["folder"]):
+            yield {key: str(cell[key]) for key in WHERE}, path
+    for path in also:
+        config = RunFolder.open(path).config()
+        name = str(config["objective"]["name"])
+        yield (
+            {**dict.fromkeys(WHERE, ""), "study": "beside", "scheme": name, "seed": str(config["seed"])},
+            path,
+        )
+
+
+def main(
+    out: Path, folder: Path, also: Sequence[Path], samplers: Sequence[str], samples: int, epochs: int
+) -> list[dict[str, Any]]:
     """Measure every finished run that features.csv lacks; returns all lines."""
     file, rows = out / "features.csv", list[dict[str, Any]]()
     if file.exists():
@@ -97,11 +121,11 @@ def main(out: Path, folder: Path, samples: int, epochs: int) -> list[dict[str, A
             rows = list(csv.DictReader(lines))
     images, labels = (str(folder / f"mnist-t10k-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
     known: dict[int, tuple[Data, Classifier]] = {}
-    for cell in read_index(out, WHERE)["cells"]:
-        where, path = {key: str(cell[key]) for key in WHERE}, out / "cells" / cell["folder"]
-        if not cell_figures(path) or any(where.items() <= row.items() for row in rows):
+    for where, path in runs_of(out, also):
+        if any(where.items() <= row.items() for row in rows):
             continue
-        pool = RunFolder(path).config()["data"]["pool"]
+        config = RunFolder(path).config()
+        pool = config["data"]["pool"]
         if pool not in known:
             data = idx(images, labels, pool=pool)
             known[pool] = data, train_classifier(data, epochs)
@@ -116,7 +140,8 @@ def main(out: Path, folder: Path, samples: int, epochs: int) -> list[dict[str, A
             if not any(scale.items() <= row.items() for row in rows):
                 found = distances(classifier, x, data.train)
                 rows.append({**scale, "sampler": "", "nfe": 0, "samples": len(x), **found})
-        rows += [{**where, **row} for row in rows_of(classifier, data, load(path).denoiser, samples)]
+        by = [config["sampler"]["name"]] if where["study"] == "beside" else samplers
+        rows += [{**where, **row} for row in rows_of(classifier, data, load(path).denoiser, by, samples)]
         write_csv(file, COLUMNS, rows)
         print(f"measured: {', '.join(where.values())}", flush=True)
     return rows
@@ -128,7 +153,16 @@ if __name__ == "__main__":
     )
     parser.add_argument("out", type=Path, help="folder of the comparison")
     parser.add_argument("folder", type=Path, help="folder of MNIST's idx files")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], help="finished runs beside it")
+    parser.add_argument("--samplers", nargs="+", choices=[*LEVELS], default=["ddim", "heun"])
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=8)
     arguments = parser.parse_args()
-    main(arguments.out, arguments.folder, arguments.samples, arguments.epochs)
+    main(
+        arguments.out,
+        arguments.folder,
+        arguments.also,
+        arguments.samplers,
+        arguments.samples,
+        arguments.epochs,
+    )

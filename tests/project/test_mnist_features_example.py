@@ -3,6 +3,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def write_mnist(folder: Path) -> None:
 
 def test_finished_runs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = example("mnist_features")
-    monkeypatch.setattr(script, "LEVELS", {"ddim": (2,), "heun": (2,)})
+    monkeypatch.setattr(script, "LEVELS", {"ddim": (2,), "heun": (2,), "consistency": (1,)})
     write_mnist(tmp_path)
     images = f"data.path={tmp_path / 'mnist-t10k-images-idx3-ubyte.gz'}"
     words = ["data=idx", images, "data.pool=2", "network=mlp", "network.hidden=8", "compare=false"]
@@ -34,7 +35,10 @@ def test_finished_runs_are_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     index = {"commands": [], "cells": cells}
     (tmp_path / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
-    rows = script.main(tmp_path, tmp_path, samples=20, epochs=1)
+    def measured(*also: Path) -> list[dict[str, Any]]:
+        return script.main(tmp_path, tmp_path, also, ("ddim", "heun"), samples=20, epochs=1)
+
+    rows = measured()
     assert [row["scheme"] for row in rows] == ["training images", "held-out images", "TD", "TD"]
     assert [(row["sampler"], row["nfe"]) for row in rows[2:]] == [("ddim", 2), ("heun", 3)]
     data = script.idx(str(tmp_path / "mnist-t10k-images-idx3-ubyte.gz"), pool=2)
@@ -42,9 +46,13 @@ def test_finished_runs_are_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     x, _ = draw_samples(denoiser, data, sampler, num_steps=2, samples=20)
     assert rows[2]["sliced_w2"] == pytest.approx(script.sliced_w2(x.clamp(-1, 1), data.train))
 
+    words += ["sampler=consistency", "seed=3"]  # a run beside the comparison has a sampler of its own
+    also = run(tmp_path / "also", *words, "trainer.grad_steps=2", "eval.points=4", "eval.samples=4")
+    rows = measured(also.path)
+    assert {"study": "beside", "seed": "3", "sampler": "consistency", "nfe": 1}.items() <= rows[-1].items()
+
     monkeypatch.setattr(script, "draw_samples", lambda *_, **__: pytest.fail("it was measured before"))
-    again = script.main(tmp_path, tmp_path, samples=20, epochs=1)
-    assert [float(row["frechet"]) for row in again] == [row["frechet"] for row in rows]
+    assert [float(row["frechet"]) for row in measured(also.path)] == [float(row["frechet"]) for row in rows]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (14, 14), (28, 28)])
