@@ -21,6 +21,7 @@ from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
+from diffrl.training.step_cost import forward_equivalents
 from diffrl.training.starting import keep_start, start_from, take_kept_start
 from diffrl.training.teachers import keep_teacher, load_teacher, named_teacher
 from diffrl.training.trainer import Average, Length, Target, Trainer
@@ -203,6 +204,7 @@ class TrainingJob(Job):
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
+            "forward_equivalents": round(forward_equivalents(self.trainer), 2),
             **self.errors(),
             "sample_distance": {"metric": metric, "by_nfe": by_nfe},
             **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),

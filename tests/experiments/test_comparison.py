@@ -24,6 +24,8 @@ from diffrl.training.runs import RunFolderError
 from tests.kit.configs import MC, TD, TINY
 from tests.kit.paths import ROOT
 
+CLOCKS = ("seconds", "forward_equivalents")
+
 
 def study(**changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
@@ -52,11 +54,11 @@ def groups() -> None:
 
 
 def results(out: Path) -> dict[str, Any]:
-    """Figures of each finished cell but for its seconds, by folder."""
+    """Figures of each finished cell but for its clocks, by folder."""
     found = {}
     for file in (out / "cells").glob("*/results.json"):
         [figures] = json.loads(file.read_text(encoding="utf-8"))["objectives"].values()
-        found[file.parent.name] = {k: v for k, v in figures.items() if k != "seconds"}
+        found[file.parent.name] = {k: v for k, v in figures.items() if k not in CLOCKS}
     return found
 
 
