@@ -13,7 +13,10 @@ __all__ = ["forward_equivalents", "step_over_forward"]
 PLACES = 5  # of the training whose steps are timed: schemes change along it
 ROUNDS = 7
 REPEATS = 4  # forward passes that make one time
-LONGEST = 1.0  # seconds, after which no further round is begun
+LONGEST, SHARE = (
+    1.0,
+    0.1,
+)  # seconds, and share of those of the training, after which no further round is begun
 
 
 def forward_equivalents(trainer: Trainer) -> float:
@@ -25,7 +28,7 @@ def forward_equivalents(trainer: Trainer) -> float:
     change along it; trials of `td_adaptive` are not among them. Afterwards the trainer is as it was.
 
     Args:
-        trainer: before or after its training; its network must be trainable still.
+        trainer: after its training, or a part of it: a tenth of that time is spent at most, one round apart.
 
     Raises:
         NonFiniteLoss: of a step that gave it.
@@ -51,6 +54,7 @@ def forward_equivalents(trainer: Trainer) -> float:
             trainer.train_on,
             [(place, forward(place)) for place in places],
             clock=_clock(trainer.device),
+            longest=min(LONGEST, SHARE * trainer.seconds),
             after=back,
         )
     finally:
@@ -64,6 +68,7 @@ def step_over_forward(
     places: Sequence[tuple[int, Callable[[], object]]],
     *,
     clock: Callable[[], float],
+    longest: float = LONGEST,
     after: Callable[[], None] = lambda: None,
 ) -> float:
     """Mean over places of the median over rounds of (time of a step)/(time of a forward pass).
@@ -74,6 +79,7 @@ def step_over_forward(
         step: takes a place.
         places: each with its forward pass.
         clock: seconds.
+        longest: seconds on the wall after which no further round is begun.
         after: called after each round, outside of all times.
     """
 
@@ -87,7 +93,7 @@ def step_over_forward(
     after()
     ratios: list[list[float]] = []
     begun = time.perf_counter()
-    while len(ratios) < ROUNDS and not (ratios and time.perf_counter() - begun > LONGEST):
+    while len(ratios) < ROUNDS and not (ratios and time.perf_counter() - begun > longest):
         ratios.append([timed(lambda p=place: step(p), 1) / timed(pass_, REPEATS) for place, pass_ in places])
         after()
     return float(np.median(ratios, axis=0).mean())
