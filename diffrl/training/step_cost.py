@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def step_over_forward(
     ratios: list[list[float]] = []
     begun = time.perf_counter()
     while len(ratios) < ROUNDS and not (ratios and time.perf_counter() - begun > longest):
-        ratios.append([timed(lambda p=place: step(p), 1) / timed(pass_, REPEATS) for place, pass_ in places])
+        ratios.append([timed(partial(step, place), 1) / timed(pass_, REPEATS) for place, pass_ in places])
         after()
     return float(np.median(ratios, axis=0).mean())
 

@@ -72,7 +72,7 @@ def counted(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int
     def passed(x: torch.Tensor, *args: object) -> torch.Tensor:
         if not torch.is_grad_enabled():
             passes.append(len(x))
-        return forward(x, *args)  # type: ignore[arg-type]
+        return forward(x, *args)
 
     monkeypatch.setattr(trainer, "train_on", stepped)
     monkeypatch.setattr(trainer.denoiser, "forward", passed)
