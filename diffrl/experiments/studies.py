@@ -213,9 +213,9 @@ def run_comparison(
 
 def _later(comparison: Comparison, asked: Callable[[Sequence[Cell]], list[Cell]]) -> list[Cell]:
     """What follows tuning at most: each cell at the plan's own values, and again where its study is tuned."""
-    tuned = {study.name for study in comparison.studies if study.tuning is not None}
-    fixed = asked(comparison.cells)
-    return [*fixed, *(cell for cell in fixed if cell.where["study"] in tuned)]
+    seeds = {study.name: study.seeds for study in comparison.studies}
+    one = {tuple(cell.where[key] for key in WHERE[:3]): cell for cell in asked(comparison.tuning)}
+    return [*asked(comparison.cells), *(cell for place, cell in one.items() for _ in seeds[place[0]])]
 
 
 def _together(

@@ -71,9 +71,8 @@ def write_report(out: Path) -> Path:
     """
     findings = StudyFindings(out)
     panels = [panel for panel in findings.panels() if panel.schemes]
-    fixed = {
-        (p.study.name, p.case): findings.panel(p.study, p.case, "fixed") for p in panels if p.rate == "tuned"
-    }
+    beside = [findings.panel(p.study, p.case, "fixed") for p in panels if p.rate == "tuned"]
+    fixed = {(panel.study.name, panel.case): panel for panel in beside if panel.schemes}
     every = [*panels, *fixed.values()]
     rows = [_flat(cell) for cell in findings.cells]
     _write_csv(out / "summary.csv", rows)
@@ -97,8 +96,8 @@ def write_report(out: Path) -> Path:
                 parts.append(f"![{drawn[0]}](figures/{drawn[1].name})\n")
         figures = [*draw_figures(panel, out / "figures"), *draw_sheets(panel, out / "figures")]
         parts += [f"### {study.name}, {panel.case}\n", rates(findings, panel), _panel(panel)]
-        if beside := fixed.get((study.name, panel.case)):
-            parts.append(_beside(beside))
+        if (study.name, panel.case) in fixed:
+            parts.append(_beside(fixed[study.name, panel.case]))
         parts += [f"![{title}](figures/{path.name})\n" for title, path in figures]
     parts.append(_unfinished(findings))
     write_atomically(out / "report.md", "\n".join(part for part in parts if part))
