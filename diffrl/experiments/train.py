@@ -213,12 +213,14 @@ class TrainingJob(Job):
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
         self._warn_of_divergence(folder)
+        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data)
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
             "forward_equivalents": round(forward_equivalents(self.trainer), 2),
             **self.errors(),
             "sample_distance": {"metric": metric, "by_nfe": by_nfe},
+            **({"target_error": targets} if targets else {}),
             **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),
         }
 

@@ -20,6 +20,8 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, of_group
 from diffrl.metrics.distances import check_distance, denoising_error, sample_distance, value_error
 from diffrl.metrics.map_error import check_pairs, map_error
+from diffrl.metrics.scheme_targets import scheme_target_errors
+from diffrl.objectives.scheme import Objective
 from diffrl.objectives.solutions import Solution
 from diffrl.ranges import require_int, require_number
 from diffrl.training.build import Events
@@ -45,6 +47,9 @@ class Evaluation:
         map_pairs: pairs [t, r] of noise-to-signal ratios, r = 0 included, at which the error of the flow map X_{t→r} is
             taken, on `points` points: of denoisers with a second time, and to r = 0 of consistency models. It needs
             data with a known law. None are given by default: then consistency models alone have it, from `sigmas` to 0.
+        target_states: states at which, at the end, bias and variance of the objective's target are taken, see
+            `diffrl.metrics.scheme_targets`; none by default. It needs data with a known law, and no labels.
+        target_draws: of the datum at each of them, at least 2.
 
     Raises:
         ValueError: an argument outside its range.
@@ -58,11 +63,15 @@ class Evaluation:
     at_once: int = 1000
     max_gib: float = 8.0
     map_pairs: tuple[tuple[float, float], ...] = ()
+    target_states: int = 0
+    target_draws: int = 16
 
     def __post_init__(self) -> None:
         for name in ("points", "samples", "at_once"):
             require_int(f"eval.{name}", getattr(self, name))
         require_number("eval.max_gib", self.max_gib, 0)
+        require_int("eval.target_states", self.target_states, 0)
+        require_int("eval.target_draws", self.target_draws, 2)
         if not self.num_steps or min(self.num_steps) < 1:
             raise InputError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
         with of_group("eval", ("map_pairs",)):
@@ -168,6 +177,19 @@ class Evaluation:
         x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
         to_clean = None if solution is None else solution == "to_clean"
         return map_error(denoiser, oracle, x0, pairs, to_clean=to_clean, batch_size=self.at_once)
+
+    def target_error(
+        self, objective: Objective, oracle: MixtureDenoiser | None, data: Data
+    ) -> dict[str, float]:
+        """Bias and variance of a target at its own networks; empty unless asked for, or where none is defined."""
+        denoiser = objective.loss.denoiser
+        known = oracle is not None and data.mixture is not None and getattr(denoiser, "prior", None) is None
+        if not self.target_states or not known or _num_classes(denoiser):
+            return {}
+        assert oracle is not None
+        x0 = _reference(data)[: self.target_states].to(next(denoiser.parameters()))
+        objective.loss.eval()
+        return scheme_target_errors(objective, oracle, x0, draws=self.target_draws)
 
     def denoising_error(self, denoiser: Denoiser, data: Data) -> dict[str, float]:
         """‖D - x0‖²/c_out² by σ on test points, never trained on; a conditional denoiser gets their labels."""

@@ -19,6 +19,7 @@ from diffrl.experiments.reports.parts import commands_table, folded, write_summa
 from diffrl.experiments.reports.rates import at_what, rates
 from diffrl.experiments.reports.run_table import distance_label
 from diffrl.experiments.reports.sample_figure import draw_sheets
+from diffrl.experiments.reports.target_table import targets
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.study_findings import (
     COSTS,
@@ -159,6 +160,7 @@ def _panel(panel: Panel) -> str:
         lines.append(folded("Map error: ‖X - X\\*‖²/(α_r² dim) from t to r, absolute", _map_rows(panel)))
     if SCORE in panel.quantities:
         lines.append(folded("Effort to reach the baseline's last value error", _effort_rows(panel)))
+    lines += [part for part in (targets(panel),) if part]
     lines.append(folded("Cost of a run", _cost_rows(panel)))
     return "\n".join(lines)
 
@@ -298,6 +300,7 @@ def _flat(cell: Finding) -> dict[str, Any]:
             for sigma, error in figures.get(kind, {}).items()
         },
         **{f"sample_distance_nfe_{nfe}": found for nfe, found in distance["by_nfe"].items()},
+        **{f"target_{part}": error for part, error in figures.get("target_error", {}).items()},
         "metric": distance.get("metric"),
         "folder": cell.path.name,
         "error": cell.error,
