@@ -75,7 +75,7 @@ def test_the_bias_of_alpha_flow_is_its_closed_form(process: Schedule) -> None:
     s = states(process, 4000, t=t, r=r)
     exact = ExactMaps(process)
     found = map_target_errors(
-        AlphaFlowLoss(exact, alpha=α), s, normal(process), draws=6, generator=Generator().manual_seed(0)
+        AlphaFlowLoss(exact, alpha=α), s, normal(process), draws=200, generator=Generator().manual_seed(0)
     )
     x, mid = s["x_t"][:, 0], α * r + (1 - α) * t
     there = x - (t - mid)[:, None] * average_velocity(exact, x, t, t)  # an Euler step along E[v | x]
@@ -84,9 +84,10 @@ def test_the_bias_of_alpha_flow_is_its_closed_form(process: Schedule) -> None:
     )
     bias = (X - Y) / (t - r)[:, None] * t[:, None]
     wanted = float((bias.detach().square().sum(1) / unit(process, t)).mean())
-    assert found["bias_sq"] == pytest.approx(wanted, rel=0.1) and wanted > 1e-4
+    assert found["bias_sq"] == pytest.approx(wanted, rel=0.15) and wanted > 1e-4
 
 
+@torch.no_grad()
 def test_consistency_by_a_plain_loop() -> None:
     process, oracle = EDM(), normal(EDM())
     torch.manual_seed(0)
