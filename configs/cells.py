@@ -56,7 +56,8 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
         for case, scheme in itertools.product(cases, overrides):
             made = _Scheme(studies[-1], case, scheme, _words(plan, name, case, overrides[scheme]))
             schemes[name, case, scheme] = made
-            cells += made.cells(seeds, "fixed")
+            if tried is None or plan["tuning"].get("beside", True):
+                cells += made.cells(seeds, "fixed")
             if tried is not None:
                 tuning += [
                     cell for point in tried.grid.points for cell in made.cells(tried.seeds, "tuning", point)

@@ -9,10 +9,7 @@ __all__ = ["CompareConfig", "PlanConfig", "StudyConfig", "StudyTuningConfig", "T
 
 @dataclass
 class TuningConfig:
-    """Each scheme at its own learning rate: what is tried, on what, and what decides.
-
-    Runs at the plan's own values are reported beside it.
-    """
+    """Each scheme at its own learning rate: what is tried, on what, and what decides."""
 
     enabled: bool = True
     """Whether studies are tuned, but for those that say no."""
@@ -26,7 +23,9 @@ class TuningConfig:
     tuned on other mixtures by it."""
     by: str = "error"
     """error: the least value error at `score_sigmas` where the data's law is known, else the least denoising error on
-    held-out data; samples: the least sample distance."""
+    held-out data; samples: the least sample distance. A consistency function has a map error in place of the former."""
+    beside: bool = True
+    """Whether tuned studies run at the plan's own values too, to be reported beside."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 from diffrl.errors import InputError
 from diffrl.experiments.comparison import Cell, cell_error, cell_figures
 from diffrl.experiments.grids import Grid
+from diffrl.objectives.solutions import solution_of
 from diffrl.training.build import build_data
 from diffrl.training.optim import NonFiniteLoss
 
@@ -61,7 +62,7 @@ class Choice:
         study: name of the study.
         case: name of the case.
         scheme: name of the scheme.
-        measure: what was compared: "value_error", "denoising_error" or "sample_distance".
+        measure: what was compared: "value_error", "map_error", "denoising_error" or "sample_distance".
         scores: of each point, the geometric mean over seeds and noise levels (or numbers of evaluations); None where
             a run diverged or failed.
         point: the one with the least score; None if no point has one.
@@ -112,7 +113,7 @@ def choose(runs: Mapping[Path, Cell], measure: str, sigmas: Sequence[str]) -> Ch
 
     Args:
         runs: the tuning runs of one scheme on one case, by their folders.
-        measure: "value_error", "denoising_error" or "sample_distance".
+        measure: "value_error", "map_error", "denoising_error" or "sample_distance".
         sigmas: at which errors are looked at, if a run has them all; else at all that it has.
 
     Returns:
@@ -137,11 +138,18 @@ def choose(runs: Mapping[Path, Cell], measure: str, sigmas: Sequence[str]) -> Ch
 
 
 def measured_by(by: str, config: Mapping[str, Any]) -> str:
-    """What is compared on a case, from how the study tunes and the configuration of one of its runs."""
-    if by == "samples":
+    """What is compared of a scheme on a case, from how the study tunes and the configuration of one of its runs.
+
+    No error in denoising is one of a consistency function: its map error decides, or where that is not known the
+    distance of its samples.
+    """
+    solution = solution_of(config["objective"]["name"])
+    if by == "samples" or solution == "to_next":
         return "sample_distance"
     # an oracle that knows the training data by heart is no judge of a rate
-    return "denoising_error" if build_data(config).mixture is None else "value_error"
+    if build_data(config).mixture is None:
+        return "sample_distance" if solution == "to_clean" else "denoising_error"
+    return "map_error" if solution == "to_clean" else "value_error"
 
 
 def has_diverged(error: str | None) -> bool:

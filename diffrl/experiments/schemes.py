@@ -8,7 +8,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 
-__all__ = ["MONTE_CARLO", "planned_objectives", "settings_of"]
+__all__ = ["MONTE_CARLO", "planned_objectives", "registered_name", "settings_of"]
 
 MONTE_CARLO = "monte_carlo"
 
@@ -36,6 +36,13 @@ def planned_objectives(config: Mapping[str, Any]) -> list[str]:
     if is_monte_carlo(main):
         return [main, *beside]
     return [MONTE_CARLO, main, *beside] if beside else [main, MONTE_CARLO]
+
+
+def registered_name(config: Mapping[str, Any], name: str) -> str:
+    """The registered objective of a scheme of a run, one of `planned_objectives`."""
+    if name != config["objective"]["name"] and name not in (config.get("beside") or {}):
+        return MONTE_CARLO
+    return str(settings_of(config, name)["objective"]["name"])
 
 
 def settings_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:

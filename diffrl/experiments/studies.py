@@ -8,6 +8,7 @@ from typing import Any
 from diffrl.errors import InputError
 from diffrl.experiments.comparison import Cell, Execution, Stage, cell_folders, run_cells
 from diffrl.experiments.rates import Choice, Tuning, choose, has_diverged, is_settled, measured_by
+from diffrl.objectives.solutions import Solution, solution_of
 
 __all__ = ["WHERE", "Comparison", "Study", "run_comparison", "study_cell"]
 
@@ -105,15 +106,19 @@ class Comparison:
 
     def choices(self, out: Path) -> list[Choice]:
         """The point of each scheme whose tuning runs have all ended, in the folder of the comparison."""
-        folders, measures = cell_folders(self.tuning, out), dict[tuple[str, str], str]()
+        folders, measures = cell_folders(self.tuning, out), dict[tuple[str, str, Solution], str]()
         by = {study.name: study.tuning.by for study in self.studies if study.tuning is not None}
         runs: dict[tuple[str, str, str], dict[Path, Cell]] = {}
         for cell in self.tuning:
             study, case, scheme = (cell.where[key] for key in ("study", "case", "scheme"))
             runs.setdefault((study, case, scheme), {})[folders[cell.identity]] = cell
-            if (case, by[study]) not in measures:
-                measures[case, by[study]] = measured_by(by[study], cell.config)
-        found = [choose(own, measures[k[1], by[k[0]]], self.score_sigmas) for k, own in runs.items()]
+        found = []
+        for (study, case, _), own in runs.items():
+            config = next(iter(own.values())).config
+            kind = (case, by[study], solution_of(config["objective"]["name"]))
+            if kind not in measures:
+                measures[kind] = measured_by(by[study], config)
+            found.append(choose(own, measures[kind], self.score_sigmas))
         return [choice for choice in found if choice is not None]
 
     def at(self, choices: Sequence[Choice]) -> list[Cell]:
@@ -208,9 +213,9 @@ def run_comparison(
 
 def _later(comparison: Comparison, asked: Callable[[Sequence[Cell]], list[Cell]]) -> list[Cell]:
     """What follows tuning at most: each cell at the plan's own values, and again where its study is tuned."""
-    tuned = {study.name for study in comparison.studies if study.tuning is not None}
-    fixed = asked(comparison.cells)
-    return [*fixed, *(cell for cell in fixed if cell.where["study"] in tuned)]
+    seeds = {study.name: study.seeds for study in comparison.studies}
+    one = {tuple(cell.where[key] for key in WHERE[:3]): cell for cell in asked(comparison.tuning)}
+    return [*asked(comparison.cells), *(cell for place, cell in one.items() for _ in seeds[place[0]])]
 
 
 def _together(

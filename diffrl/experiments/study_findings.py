@@ -23,6 +23,7 @@ __all__ = [
     "HELD_OUT",
     "MEANS",
     "SCORE",
+    "STEP_COST",
     "Curve",
     "Effort",
     "Estimate",
@@ -34,6 +35,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 COSTS = ("grad_steps", "samples", "network_evaluations", "seconds")
+STEP_COST = "forward_equivalents"
+"""Of one step, not of a run: see `diffrl.training.step_cost`."""
 
 
 class Quantity(NamedTuple):
@@ -140,18 +143,44 @@ class Panel:
 
     @cached_property
     def quantities(self) -> list[Quantity]:
-        """What was measured at every finished cell; the score first, if its value errors were."""
+        """What was measured at every finished cell; the score first, if its value errors were.
+
+        Schemes whose network is no denoiser have no value error, and hide it of no other: see `has`.
+        """
         figures = [cell.figures for cells in self.cells.values() for cell in cells.values()]
         if not figures:
             return []
         found: list[Quantity] = []
         for mean, kind in MEANS.items():
-            errors = _common([f.get(kind, {}) for f in figures])
+            taken = [f.get(kind, {}) for f in figures]
+            errors = _common(
+                [e for e in taken if e] if kind == "value_error" and self._baseline_has(kind) else taken
+            )
             if mean != HELD_OUT or self.is_real:
                 found += [mean] if errors and set(self.score_sigmas) <= set(errors) else []
                 found += [Quantity(kind, sigma) for sigma in errors]
         nfes = _common([f["sample_distance"]["by_nfe"] for f in figures])
         return [*found, *(Quantity("sample_distance", nfe) for nfe in nfes)]
+
+    def _baseline_has(self, kind: str) -> bool:
+        """Whether the baseline was measured so, where it is finished."""
+        return all(cell.figures.get(kind) for cell in self.cells.get(self.study.baseline, {}).values())
+
+    def has(self, scheme: str, quantity: Quantity) -> bool:
+        """Whether the quantity is one of a scheme's network."""
+        kind = MEANS.get(quantity, quantity.kind)
+        return all(cell.figures.get(kind) for cell in self.cells[scheme].values())
+
+    @cached_property
+    def map_keys(self) -> list[str]:
+        """The pairs "t->r" at which some scheme's map was compared with the exact one."""
+        figures = [cell.figures for cells in self.cells.values() for cell in cells.values()]
+        return list(dict.fromkeys(key for f in figures for key in f.get("map_error", {})))
+
+    def map_error(self, scheme: str, key: str) -> Interval | None:
+        """A scheme's map error, over its finished seeds; None where one of them has none."""
+        found = [cell.figures.get("map_error", {}).get(key, math.nan) for cell in self.cells[scheme].values()]
+        return interval(np.array(found)) if np.isfinite(found).all() else None
 
     @property
     def metric(self) -> str:
@@ -201,6 +230,11 @@ class Panel:
         cells = self.cells[scheme].values()
         return {cost: float(iqm([cell.figures[cost] for cell in cells])) for cost in COSTS}
 
+    def step_cost(self, scheme: str) -> float | None:
+        """What a step of the scheme costs in forward passes: the interquartile mean over seeds, where it was timed."""
+        found = [cell.figures.get(STEP_COST) for cell in self.cells[scheme].values()]
+        return None if None in found else float(iqm([float(cost) for cost in found if cost is not None]))
+
     def is_matched(self, scheme: str) -> bool:
         """Whether the scheme spent what the baseline did, by 1 % (seconds: 10 %), on the study's axis."""
         axis = self.study.matched
@@ -239,8 +273,8 @@ class Panel:
 
 
 def _common(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys of the first that all have."""
-    return [key for key in found[0] if all(key in other for other in found)]
+    """The keys of the first that all have; none of none."""
+    return [key for key in found[0] if all(key in other for other in found)] if found else []
 
 
 def _figure(cell: Finding, quantity: Quantity) -> float:

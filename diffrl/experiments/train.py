@@ -13,15 +13,17 @@ from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
-from diffrl.experiments.schemes import planned_objectives, settings_of
+from diffrl.experiments.schemes import planned_objectives, registered_name, settings_of
 from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
+from diffrl.objectives.solutions import solution_of
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolder, versions
 from diffrl.training.starting import keep_start, start_from, take_kept_start
+from diffrl.training.step_cost import forward_equivalents
 from diffrl.training.teachers import keep_teacher, load_teacher, named_teacher
 from diffrl.training.trainer import Average, Length, Target, Trainer
 
@@ -119,6 +121,7 @@ class TrainingJob(Job):
         baseline = name != config["objective"]["name"] and name not in (config.get("beside") or {})
         self.teacher, taught = _teacher(denoiser, own, name)
         objective = build_objective(own, denoiser, data=data, teacher=self.teacher, baseline=baseline)
+        self.solution = solution_of(objective.name)
         objective = replace(objective, name=name)
         self.trainer = Trainer(
             objective,
@@ -146,11 +149,16 @@ class TrainingJob(Job):
         names = [*self.tag, *self.trainer.figures, "loss_value", "td_error", "grad_norm", "lr"]
         errors = ["denoising_error"] if self.oracle is None else ["value_error", "denoising_error"]
         levels = [f"{error}_{sigma:g}" for error in errors for sigma in self.evaluation.sigmas]
-        return (
-            *names,
-            *levels,
-            *(f"map_error_{key}" for key in map_keys(self.average, self.evaluation.map_pairs)),
-        )
+        return (*names, *levels, *(f"map_error_{key}" for key in self._map_keys()))
+
+    def _map_keys(self) -> list[str]:
+        """Of the maps of all objectives of the run, which share a table."""
+        found: list[str] = []
+        for name in planned_objectives(self.config):
+            solution = solution_of(registered_name(self.config, name))
+            pairs = self.evaluation.pairs_for(solution, self.data)
+            found += map_keys(self.average, pairs, to_clean=solution == "to_clean")
+        return list(dict.fromkeys(found))
 
     @property
     def tag(self) -> dict[str, str]:
@@ -173,10 +181,15 @@ class TrainingJob(Job):
         self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Of the averaged denoiser, by name and σ; those of its flow map, where they are asked for, by "t->r"."""
-        found = self.evaluation.map_error(self.average, self.oracle, self.data)
+        """Of the averaged denoiser, by name and σ; those of its flow map, where they are asked for, by "t->r".
+
+        A value error is the distance to D*, and only what is meant as D* has one.
+        """
+        of_all = (self.average, self.oracle, self.data)
+        found = self.evaluation.map_error(*of_all, self.solution)
+        is_value = self.solution in ("denoiser", "map")
         return {
-            "value_error": self.evaluation.value_error(self.average, self.oracle, self.data),
+            "value_error": self.evaluation.value_error(*of_all) if is_value else {},
             "denoising_error": self.evaluation.denoising_error(self.average, self.data),
             **({"map_error": found} if found else {}),
         }
@@ -200,11 +213,14 @@ class TrainingJob(Job):
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
         self._warn_of_divergence(folder)
+        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data)
         metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
+            "forward_equivalents": round(forward_equivalents(self.trainer), 2),
             **self.errors(),
             "sample_distance": {"metric": metric, "by_nfe": by_nfe},
+            **({"target_error": targets} if targets else {}),
             **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),
         }
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -45,15 +45,21 @@ def check_pairs(pairs: MapPairs) -> list[tuple[float, float]]:
     return list(found.values())
 
 
-def map_keys(denoiser: Any, pairs: MapPairs) -> list[str]:
+def map_keys(denoiser: Any, pairs: MapPairs, *, to_clean: bool | None = None) -> list[str]:
     """The keys of `map_error`: of all pairs for a denoiser of two times, of those to r = 0 for consistency models."""
-    return [_key(*pair) for pair in _known(denoiser, pairs)]
+    return [_key(*pair) for pair in _known(pairs, *_kind(denoiser, to_clean))]
 
 
-def _known(denoiser: Any, pairs: MapPairs) -> list[tuple[float, float]]:
+def _kind(denoiser: Any, to_clean: bool | None) -> tuple[bool, bool]:
+    """Whether it is asked as X_{t→r}, and whether as X_{t→0}."""
     second = bool(getattr(denoiser, "second_time", False))
-    consistent = getattr(denoiser, "prediction_type", None) == "consistency"
-    return [(t, r) for t, r in check_pairs(pairs) if second or (consistent and r == 0)]
+    if to_clean is None:
+        to_clean = not second and getattr(denoiser, "prediction_type", None) == "consistency"
+    return second and not to_clean, to_clean
+
+
+def _known(pairs: MapPairs, second: bool, to_clean: bool) -> list[tuple[float, float]]:
+    return [(t, r) for t, r in check_pairs(pairs) if second or (to_clean and r == 0)]
 
 
 def map_error(
@@ -62,6 +68,7 @@ def map_error(
     x0: Tensor,
     pairs: MapPairs,
     *,
+    to_clean: bool | None = None,
     seed: int = 0,
     batch_size: int = 1024,
 ) -> dict[str, float]:
@@ -80,6 +87,8 @@ def map_error(
         x0: clean points, shape [M, *E].
         pairs: noise-to-signal ratios (σ_t/α_t, σ_r/α_r), t > r ≥ 0; those for which the denoiser has no map are left
             out. A discrete process takes its nearest times.
+        to_clean: whether f(x, t) is meant as X_{t→0}, and as no other map; None: where its prediction_type is
+            "consistency".
         seed: of the noise.
         batch_size: number of points that go through the network side by side.
 
@@ -89,12 +98,18 @@ def map_error(
     Raises:
         ValueError: a pair that is none, or out of reach of a discrete process.
     """
-    wanted = _known(denoiser, pairs)
+    second, to_clean = _kind(denoiser, to_clean)
+    wanted = _known(pairs, second, to_clean)
     if not wanted:
         return {}
     process, levels = oracle.process, tuple(sorted(wanted, reverse=True))
     exact = _exact(_Question.of(oracle, x0, levels, seed))
-    return {_key(*pair): _error(denoiser, process, x0, pair, exact, batch_size) for pair in wanted}
+    X = partial(flow_map, denoiser) if second else _ignoring_r(denoiser)
+    return {_key(*pair): _error(X, process, x0, pair, exact, batch_size) for pair in wanted}
+
+
+def _ignoring_r(denoiser: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, t, r: denoiser(x, t)
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ def _exact(question: _Question) -> _Answer:
 
 @torch.no_grad()
 def _error(
-    denoiser: Callable[..., Tensor],
+    X: Callable[..., Tensor],
     process: Schedule,
     x0: Tensor,
     pair: tuple[float, float],
@@ -153,9 +168,7 @@ def _error(
         part = slice(first, first + batch_size)
         x_t = exact[f"{pair[0]:g}"][part].to(x0)
         t_x, r_x = t[part].to(x0), r[part].to(x0)
-        second = getattr(denoiser, "second_time", False)
-        X = flow_map(denoiser, x_t, t_x, r_x) if second else denoiser(x_t, t_x)
-        total += float((X.double() - exact[_key(*pair)][part]).square().sum())
+        total += float((X(x_t, t_x, r_x).double() - exact[_key(*pair)][part]).square().sum())
     return total / (x0.numel() * float(process.alpha(r[0])) ** 2)
 
 

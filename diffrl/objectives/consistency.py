@@ -162,20 +162,13 @@ class ConsistencyLoss(DenoiserLoss):
             return self._loss(rows(tensordict))
 
     def _loss(self, pairs: TensorDictBase) -> TensorDictBase:
-        x_t, t, A, _, x0, valid, x_next, t_next, A_next, _ = (pairs[key] for key in self.in_keys)
+        x_t, t, A, _, x0, valid, _, t_next, A_next, _ = (pairs[key] for key in self.in_keys)
         cond = pairs.get(keys.COND, None)
         self._first_look(x0, cond)
         self._count_drawing(pairs)
         f = self.value_network.module.denoise(x_t, t, cond)
         self.network_evaluations += t.numel()
-        f_next, s = x0, self.bootstrap_share
-        if s > 0:
-            with torch.no_grad():
-                f_next = self.bootstrap_network.module.denoise(x_next, t_next, cond)
-            self.network_evaluations += t.numel()
-        if 0 < s < 1:
-            f_next = torch.lerp(x0, f_next, s)
-
+        f_next = self._target(pairs)
         b, c = self.td_coef, self.consistency_coef
         L_CT = self._ct_weight(t, self.denoiser.sigma_data) * self._metric(f - f_next).unsqueeze(-1)
         loss = c * L_CT
@@ -187,6 +180,21 @@ class ConsistencyLoss(DenoiserLoss):
         return TensorDict(
             {"loss_value": loss.mean(), "td_error": (f.detach() - f_next).square().mean().sqrt()}
         )
+
+    def target(self, states: TensorDictBase) -> Tensor:
+        """What f(x_t) is pulled to by the consistency term, without gradient: [N, *E] of pairs [*b, 1]."""
+        return self._target(rows(states)).flatten(0, 1)
+
+    @torch.no_grad()
+    def _target(self, pairs: TensorDictBase) -> Tensor:
+        """(1-s) x0 + s f⁻(x_t')."""
+        x0, s = pairs[keys.X0], self.bootstrap_share
+        if s == 0:
+            return x0
+        x_next, t_next = (pairs[keys.NEXT, key] for key in (keys.X_T, keys.T))
+        f_next = self.bootstrap_network.module.denoise(x_next, t_next, pairs.get(keys.COND, None))
+        self.network_evaluations += t_next.numel()
+        return torch.lerp(x0, f_next, s) if s < 1 else f_next
 
 
 @OBJECTIVES.register("ct", also=ConsistencyPairs, label="CT")

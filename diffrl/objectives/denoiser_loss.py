@@ -147,6 +147,16 @@ class DenoiserLoss(LossModule):
         evaluations = states.get(keys.EVALUATIONS, None)
         self.network_evaluations += 0 if evaluations is None else int(evaluations.sum())
 
+    def left(self, states: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The states that a step trains on: x_t [N, *E], their times [N], and their conditions [N, ...] or None."""
+        states = rows(states)
+        cond = states.get(keys.COND, None)
+        return (
+            states[keys.X_T].flatten(0, 1),
+            states[keys.T].flatten(),
+            None if cond is None else cond.flatten(0, 1),
+        )
+
     def _by_importance(self, given: TensorDictBase, states: TensorDictBase, loss: Tensor) -> Tensor:
         """The loss of each state, [B, K, 1] or [N], times its importance; as it was it is left in what was given."""
         if not given.is_locked:

@@ -101,6 +101,10 @@ class DoubleSamplingLoss(DenoiserLoss):
         with self._telling_what_is_missing(tensordict):
             return self._loss(tensordict)
 
+    def left(self, states: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Those of `DenoiserLoss.left`; twins leave one state."""
+        return super().left(rows(states)[:, :1])
+
     def _loss(self, tensordict: TensorDictBase) -> TensorDictBase:
         twins = rows(tensordict)
         if twins.shape[1] != 2:

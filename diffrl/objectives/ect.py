@@ -102,22 +102,32 @@ class ECTLoss(DenoiserLoss):
             return self._loss(rows(tensordict))
 
     def _loss(self, pairs: TensorDictBase) -> TensorDictBase:
-        x_t, t, x0, valid, x_r, r = (pairs[key] for key in self.in_keys)
+        x_t, t, x0, _, _, r = (pairs[key] for key in self.in_keys)
         cond = pairs.get(keys.COND, None)
         self._first_look(x0, cond)
         self._count_drawing(pairs)
-        s, denoise = self.bootstrap_share, self.value_network.module.denoise
-        y = x0
-        if s > 0 and bool(valid.any()):
-            # the pass that trains begins where this one began, so it draws the same dropout
-            with torch.no_grad(), torch.random.fork_rng([t.device] if t.is_cuda else []):
-                # no network is asked about noise 0
-                D_r = denoise(torch.where(expand_like(valid, x0), x_r, x_t), torch.where(valid, r, t), cond)
-            self.network_evaluations += t.numel()
-            y = torch.where(expand_like(valid, x0), D_r if s == 1 else torch.lerp(x0, D_r, s), x0)
-        u = denoise(x_t, t, cond) - y
+        y = self._target(pairs)  # first: see there
+        u = self.value_network.module.denoise(x_t, t, cond) - y
         self.network_evaluations += t.numel()
         norm = torch.linalg.vector_norm(u.flatten(2), dim=-1, keepdim=True)  # its gradient at 0 is 0
         d = norm if self.c == 0 else (norm.square() + self.c**2).sqrt() - self.c
         loss = ECT_WEIGHTS[self.ect_weight](t, r, self.denoiser.sigma_data) * d
         return TensorDict({"loss_value": loss.mean(), "td_error": u.detach().square().mean().sqrt()})
+
+    def target(self, states: TensorDictBase) -> Tensor:
+        """What D(x_t) is pulled to, y, without gradient: [N, *E] of pairs [*b, 1]."""
+        return self._target(rows(states)).flatten(0, 1)
+
+    def _target(self, pairs: TensorDictBase) -> Tensor:
+        """Y = (1-s) x0 + s D(x_r), and x0 where r = 0."""
+        x_t, t, x0, valid, x_r, r = (pairs[key] for key in self.in_keys)
+        s, denoise = self.bootstrap_share, self.value_network.module.denoise
+        if s == 0 or not bool(valid.any()):
+            return x0
+        # the pass that trains begins where this one began, so it draws the same dropout
+        with torch.no_grad(), torch.random.fork_rng([t.device] if t.is_cuda else []):
+            # no network is asked about noise 0
+            at = torch.where(expand_like(valid, x0), x_r, x_t), torch.where(valid, r, t)
+            D_r = denoise(*at, pairs.get(keys.COND, None))
+        self.network_evaluations += t.numel()
+        return torch.where(expand_like(valid, x0), D_r if s == 1 else torch.lerp(x0, D_r, s), x0)

@@ -20,6 +20,9 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, of_group
 from diffrl.metrics.distances import check_distance, denoising_error, sample_distance, value_error
 from diffrl.metrics.map_error import check_pairs, map_error
+from diffrl.metrics.scheme_targets import scheme_target_errors
+from diffrl.objectives.scheme import Objective
+from diffrl.objectives.solutions import Solution
 from diffrl.ranges import require_int, require_number
 from diffrl.training.build import Events
 
@@ -42,8 +45,11 @@ class Evaluation:
         at_once: points or samples that go through the network side by side.
         max_gib: GiB of memory that the distance may take.
         map_pairs: pairs [t, r] of noise-to-signal ratios, r = 0 included, at which the error of the flow map X_{t→r} is
-            taken, on `points` points: of denoisers with a second time, and to r = 0 of consistency models; none by
-            default. It needs data with a known law.
+            taken, on `points` points: of denoisers with a second time, and to r = 0 of consistency models. It needs
+            data with a known law. None are given by default: then consistency models alone have it, from `sigmas` to 0.
+        target_states: states at which, at the end, bias and variance of the objective's target are taken, see
+            `diffrl.metrics.scheme_targets`; none by default. It needs data with a known law, and no labels.
+        target_draws: of the datum at each of them, at least 2.
 
     Raises:
         ValueError: an argument outside its range.
@@ -57,11 +63,15 @@ class Evaluation:
     at_once: int = 1000
     max_gib: float = 8.0
     map_pairs: tuple[tuple[float, float], ...] = ()
+    target_states: int = 0
+    target_draws: int = 16
 
     def __post_init__(self) -> None:
         for name in ("points", "samples", "at_once"):
             require_int(f"eval.{name}", getattr(self, name))
         require_number("eval.max_gib", self.max_gib, 0)
+        require_int("eval.target_states", self.target_states, 0)
+        require_int("eval.target_draws", self.target_draws, 2)
         if not self.num_steps or min(self.num_steps) < 1:
             raise InputError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
         with of_group("eval", ("map_pairs",)):
@@ -93,8 +103,9 @@ class Evaluation:
                 self.distance, self.samples, len(reference), reference[0].numel(), max_gib=self.max_gib
             )
         sample_distance(self.distance, reference[:64], reference[:64])
-        replace(self, points=1).value_error(denoiser, oracle, data)
-        replace(self, points=1).map_error(denoiser, oracle, data)
+        few = replace(self, points=1)
+        few.value_error(denoiser, oracle, data)
+        few.map_error(denoiser, oracle, data)
         with self._in_memory():
             full = replace(self, sigmas=self.sigmas[:1], points=min(self.points, self.at_once))
             full.value_error(denoiser, oracle, data)
@@ -131,13 +142,32 @@ class Evaluation:
             batch_size=self.at_once,
         )
 
-    def map_error(self, denoiser: Denoiser, oracle: MixtureDenoiser | None, data: Data) -> dict[str, float]:
-        """Mean of ‖X_{t→r} - X*_{t→r}‖²/(α_r² dim(E)) by "t->r"; empty without `map_pairs`, or without a map.
+    def pairs_for(self, solution: Solution, data: Data) -> tuple[tuple[float, float], ...]:
+        """The pairs at which a network with that solution is compared with the exact map."""
+        if self.map_pairs or solution != "to_clean" or data.mixture is None:
+            return self.map_pairs
+        return tuple((sigma, 0.0) for sigma in self.sigmas)
+
+    def map_error(
+        self,
+        denoiser: Denoiser,
+        oracle: MixtureDenoiser | None,
+        data: Data,
+        solution: Solution | None = None,
+    ) -> dict[str, float]:
+        """Mean of ‖X_{t→r} - X*_{t→r}‖²/(α_r² dim(E)) by "t->r"; empty where no pair is asked for, or without a map.
+
+        Args:
+            denoiser: D.
+            oracle: D*, or None.
+            data: the set.
+            solution: what the network is meant as; None: what it looks like.
 
         Raises:
             ValueError: data whose law is not known.
         """
-        if not self.map_pairs:
+        pairs = self.map_pairs if solution is None else self.pairs_for(solution, data)
+        if not pairs:
             return {}
         if oracle is None or data.mixture is None:
             raise InputError(
@@ -145,7 +175,21 @@ class Evaluation:
                 "or data=rings, or leave it out"
             )
         x0 = _reference(data)[: self.points].to(next(denoiser.parameters()))
-        return map_error(denoiser, oracle, x0, self.map_pairs, batch_size=self.at_once)
+        to_clean = None if solution is None else solution == "to_clean"
+        return map_error(denoiser, oracle, x0, pairs, to_clean=to_clean, batch_size=self.at_once)
+
+    def target_error(
+        self, objective: Objective, oracle: MixtureDenoiser | None, data: Data
+    ) -> dict[str, float]:
+        """Bias and variance of a target at its own networks; empty unless asked for, or where none is defined."""
+        denoiser = objective.loss.denoiser
+        known = oracle is not None and data.mixture is not None and getattr(denoiser, "prior", None) is None
+        if not self.target_states or not known or _num_classes(denoiser):
+            return {}
+        assert oracle is not None
+        x0 = _reference(data)[: self.target_states].to(next(denoiser.parameters()))
+        objective.loss.eval()
+        return scheme_target_errors(objective, oracle, x0, draws=self.target_draws)
 
     def denoising_error(self, denoiser: Denoiser, data: Data) -> dict[str, float]:
         """‖D - x0‖²/c_out² by σ on test points, never trained on; a conditional denoiser gets their labels."""

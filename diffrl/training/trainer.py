@@ -200,8 +200,10 @@ class Trainer(Loop):
         self.denoiser.train()
 
     def _caption(self, row: dict[str, float], evaluated: dict[str, float]) -> str:
-        errors = [error for name, error in evaluated.items() if name.startswith("value_error")]
-        error = f"value error {sum(errors) / len(errors):.3g}, " if errors else ""
+        error = ""
+        for kind in ("map_error", "value_error"):
+            if errors := [found for name, found in evaluated.items() if name.startswith(kind)]:
+                error = f"{kind.replace('_', ' ')} {sum(errors) / len(errors):.3g}, "
         rate = row["samples"] / max(self.seconds, 1e-9)
         return f"loss {row['loss_value']:.3g}, {error}{rate:,.0f} samples/s"
 

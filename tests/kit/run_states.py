@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffrl.training.checkpoints import latest_checkpoint, load_checkpoint
 
-CLOCKS_AND_PLACES = ("seconds", "run_dir", "resume", "versions")
+CLOCKS_AND_PLACES = ("seconds", "forward_equivalents", "run_dir", "resume", "versions")
 
 
 def state(run: Path) -> dict[str, Any]:

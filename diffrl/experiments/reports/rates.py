@@ -14,6 +14,7 @@ __all__ = ["at_what", "rates"]
 
 MEASURES = {
     "value_error": "value error",
+    "map_error": "map error",
     "denoising_error": "denoising error on held-out data",
     "sample_distance": "sample distance",
 }
@@ -44,8 +45,9 @@ def at_what(panel: Panel) -> str:
 
 def _how(tuning: Tuning, choices: Sequence[Choice], runs: Sequence[Finding], panel: Panel) -> str:
     """On what the rates were chosen, and what that cost."""
-    measure = choices[0].measure
-    over = "σ" if measure != "sample_distance" else "NFE"
+    measures = list(dict.fromkeys(choice.measure for choice in choices))
+    over = dict.fromkeys("NFE" if measure == "sample_distance" else "σ" for measure in measures)
+    least = ", of others the ".join(MEASURES[measure] for measure in measures)
     finished = [run for run in runs if run.status == "finished"]
     spent = {cost: sum(run.figures[cost] for run in finished) for cost in ("grad_steps", "seconds")}
     ends = [
@@ -55,7 +57,7 @@ def _how(tuning: Tuning, choices: Sequence[Choice], runs: Sequence[Finding], pan
     ]
     lines = [
         f"Tuned at seeds {_list(tuning.seeds)}, of which none is reported, {_on_what(finished, panel)}. The least "
-        f"{MEASURES[measure]} decides, as the geometric mean over seeds and {over}; a run that diverges counts as "
+        f"{least} decides, as the geometric mean over seeds and {' or '.join(over)}; a run that diverges counts as "
         f"worst. It took {len(runs)} runs on top of what the tables count: {spent['grad_steps']:,.0f} gradient steps, "
         f"{spent['seconds']:,.0f} seconds of one thread."
     ]

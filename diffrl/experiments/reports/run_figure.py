@@ -134,7 +134,7 @@ def _styles(names: Iterable[str]) -> dict[str, tuple[str, str, float]]:
 def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
     """Every number that the curves show, a row each."""
     found: Figures = []
-    baseline = _last_errors(results)
+    baseline, known = _last_errors(results), _known(results)
     rows = Table(metrics, ()).rows()
 
     def add(panel: str, objective: str, sigma: str, x: float, y: float) -> None:
@@ -145,20 +145,26 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
             if row["objective"] != name:
                 continue
             step = int(row["grad_steps"])
-            errors = {s: float(v) for s in result["value_error"] if (v := row.get(f"value_error_{s}"))}
+            sigmas = result["value_error"] if known else ()
+            errors = {s: float(v) for s in sigmas if (v := row.get(f"value_error_{s}"))}
             for sigma, error in errors.items():
                 add("learning_curve", name, sigma, step, error)
             if errors:
                 add("learning_curve", name, "mean", step, mean_error(errors))
                 if baseline:
                     add("learning_curve", name, "score", step, mean_ratio(errors, baseline))
-            if not result["value_error"] and row["loss_value"]:
+            if not known and row["loss_value"]:
                 add("loss", name, "", step, float(row["loss_value"]))
-        for sigma, error in result["value_error"].items():
+        for sigma, error in result["value_error"].items() if known else ():
             add("value_error", name, sigma, float(sigma), error)
         for nfe, distance in result["sample_distance"]["by_nfe"].items():
             add("sample_distance", name, "", int(nfe), distance)
     return found
+
+
+def _known(results: Mapping[str, Any]) -> bool:
+    """Whether all have a value error, so that they can be drawn on one scale; a consistency function has none."""
+    return all(result["value_error"] for result in results["objectives"].values())
 
 
 def _last_errors(results: Mapping[str, Any]) -> Mapping[str, float]:
@@ -182,8 +188,7 @@ def _line(
 
 def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results: Mapping[str, Any]) -> None:
     """The upper row of panels: learning curves, value error by σ where it is known, sample distance."""
-    first = next(iter(results["objectives"].values()))
-    known = bool(first["value_error"])
+    first, known = next(iter(results["objectives"].values())), _known(results)
     panels = part.subplots(1, 3, width_ratios=(1.3, 1, 1)) if known else part.subplots(1, 2)
     for name, (colour, marker, width) in _styles(names).items():
         label = names[name]
@@ -206,7 +211,7 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
             panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
         panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
-    _name_panels(panels, names, first)
+    _name_panels(panels, names, first, known=known)
     for axes in panels:
         _log_scale(axes)
     if known:
@@ -221,9 +226,11 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
     part.legend(handles, labels, loc="outside upper left", ncols=len(handles), borderpad=0, borderaxespad=1)
 
 
-def _name_panels(panels: Sequence[Any], names: Mapping[str, str], first: Mapping[str, Any]) -> None:
+def _name_panels(
+    panels: Sequence[Any], names: Mapping[str, str], first: Mapping[str, Any], *, known: bool
+) -> None:
     """Titles, names of axes and ticks; `first` are the figures of one objective."""
-    known, baseline = bool(first["value_error"]), baseline_of(names)
+    baseline = baseline_of(names)
     panels[0].set_xlabel("gradient steps")
     if known:
         panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")

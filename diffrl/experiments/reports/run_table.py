@@ -131,12 +131,12 @@ def summary_table(results: Mapping[str, Any]) -> str:
     found = list(objectives.values())
     rows = [["", *labels, *["ratio"] * (len(names) == 2)]]
 
-    def add(name: str, figures: list[float], text: str = "#.3g") -> None:
-        shown = [format(figure, text).rstrip(".") for figure in figures]
+    def add(name: str, figures: list[float | None], text: str = "#.3g") -> None:
+        shown = ["" if figure is None else format(figure, text).rstrip(".") for figure in figures]
         ratios = [""] * len(figures)
         if baseline is not None and (by := figures[names.index(baseline)]):
             ratios = [
-                f"{figure / by:.2f}" if n != baseline else ""
+                f"{figure / by:.2f}" if n != baseline and figure is not None else ""
                 for n, figure in zip(names, figures, strict=True)
             ]
         if len(names) > 2:
@@ -146,19 +146,25 @@ def summary_table(results: Mapping[str, Any]) -> str:
         rows.append([name, *shown, *ratios[:1] * (len(names) == 2)])
 
     for error, label in (("value_error", "value error"), ("denoising_error", "denoising error, test")):
-        if not all(
-            f.get(error) for f in found
-        ):  # no oracle; runs of diffrl 0.2 and before have no denoising error
+        having = [f for f in found if f.get(error)]
+        # no oracle, or nothing that is meant as D*; runs of diffrl 0.2 and before have no denoising error
+        if not having or (error == "denoising_error" and len(having) < len(found)):
             continue
-        for sigma in found[0][error]:
-            add(f"{label}, σ = {sigma}", [f[error][sigma] for f in found])
-        if len(names) > 2 and baseline is not None:
-            ratios = [mean_ratio(f[error], objectives[baseline][error]) for f in found]
-            shown = [f"{r:.2f} ×" if n != baseline else "" for n, r in zip(names, ratios, strict=True)]
+        for sigma in having[0][error]:
+            add(f"{label}, σ = {sigma}", [f[error].get(sigma) for f in found])
+        if len(names) > 2 and baseline is not None and (by := objectives[baseline][error]):
+            ratios = [mean_ratio(f[error], by) if f[error] else None for f in found]
+            shown = [
+                "" if r is None or n == baseline else f"{r:.2f} ×" for n, r in zip(names, ratios, strict=True)
+            ]
             rows.append([f"{label}, mean ratio", *shown])
         elif error == "value_error":
-            add(f"{label}, mean", [mean_error(f[error]) for f in found])
+            add(f"{label}, mean", [mean_error(f[error]) if f[error] else None for f in found])
         rows.append([])
+    maps = [f.get("map_error", {}) for f in found]
+    for key in dict.fromkeys(key for errors in maps for key in errors):
+        add(f"map error, {key.replace('->', ' → ')}", [errors.get(key) for errors in maps])
+    rows += [[]] * any(maps)
     distance = distance_label(found[0]["sample_distance"]["metric"])
     for nfe in found[0]["sample_distance"]["by_nfe"]:
         add(f"{distance}, NFE {nfe}", [f["sample_distance"]["by_nfe"][nfe] for f in found])
@@ -166,4 +172,6 @@ def summary_table(results: Mapping[str, Any]) -> str:
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
     add("seconds of training", [f["seconds"] for f in found], ".1f")
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
+    if any("forward_equivalents" in f for f in found):  # no run of diffrl 0.3 and before has them
+        add("a gradient step, in forward passes", [f.get("forward_equivalents") for f in found], ".1f")
     return f"{title(results)}\n\n{text_table(rows)}"

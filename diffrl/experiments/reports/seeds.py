@@ -93,8 +93,8 @@ def _rows(found: _SeedFindings) -> list[list[str]]:
     ratios = ["ratio"] if len(others) == 1 else [f"× {objective_label(n, first['config'])}" for n in others]
     rows = [["", *labels, *ratios]]
     figures = {name: [_figures(results["objectives"][name]) for results in found.results] for name in names}
-    for figure in figures[names[0]][0]:
-        values = {name: np.array([by_name[figure] for by_name in figures[name]]) for name in names}
+    for figure in dict.fromkeys(figure for name in names for figure in figures[name][0]):
+        values = {name: np.array([by_name.get(figure) for by_name in figures[name]], float) for name in names}
         with np.errstate(divide="ignore", invalid="ignore"):
             shown = [*values.values(), *(values[name] / values[str(baseline)] for name in others)]
         rows.append([figure, *(_shown(x) for x in shown)])
@@ -102,6 +102,8 @@ def _rows(found: _SeedFindings) -> list[list[str]]:
 
 
 def _shown(x: np.ndarray) -> str:
+    if np.isnan(x).all():  # none was taken
+        return ""
     return f"{interval(x):#.3g}" if np.isfinite(x).all() else "not finite"
 
 
@@ -111,6 +113,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, float]:
     figures = {f"value error, σ = {sigma}": error for sigma, error in errors.items()}
     if errors:
         figures["value error, mean"] = mean_error(errors)
+    figures |= {f"map error, {key.replace('->', ' → ')}": x for key, x in found.get("map_error", {}).items()}
     label = distance_label(distance["metric"])
     figures |= {f"{label}, NFE {nfe}": x for nfe, x in distance["by_nfe"].items()}
     return {**figures, "seconds of training": found["seconds"]}

@@ -19,11 +19,13 @@ from diffrl.experiments.reports.parts import commands_table, folded, write_summa
 from diffrl.experiments.reports.rates import at_what, rates
 from diffrl.experiments.reports.run_table import distance_label
 from diffrl.experiments.reports.sample_figure import draw_sheets
+from diffrl.experiments.reports.target_table import targets
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.study_findings import (
     COSTS,
     MEANS,
     SCORE,
+    STEP_COST,
     Estimate,
     Panel,
     Quantity,
@@ -37,6 +39,8 @@ __all__ = ["write_report"]
 
 NAMES = {"grad_steps": "gradient steps", "network_evaluations": "network evaluations", "seconds": "seconds"}
 ERRORS = {"value_error": "Value error", "denoising_error": "Held-out denoising error"}
+NONE = "–"
+"""Where a figure is none of a scheme's: the value error of a network that is no denoiser."""
 LEGEND = """\
 Every figure is a distance or an error: **less is better**. `0.62 [0.58, 0.66] P 1.00` reads: interquartile
 mean over seeds 0.62, its 95 % bootstrap interval, and the probability of improvement over the baseline.
@@ -46,8 +50,10 @@ coverage of the intervals is lower. Bold: the least of a column. *Value error* i
 the exact denoiser; its mean is over {sigmas}. Of a finite set that is the denoiser which knows
 the training rows by heart: there *held-out denoising error* stands beside it, ‖D - x0‖²/c_out² on images
 that no training saw. Part of that is noise which no denoiser removes, so its ratios lie near 1.
+A consistency function is no denoiser and has no value error; of it and of other flow maps the *map error* is told.
 Network evaluations are states forwarded in training, over all networks; NFE counts them for one sample.
-Seconds are those of training on one thread, beside other cells.
+Seconds are those of training on one thread, beside other cells. What a step costs in forward passes is timed against
+passes of the same states beside it, so that it counts gradients and Jacobian-vector products too.
 """
 
 
@@ -66,9 +72,8 @@ def write_report(out: Path) -> Path:
     """
     findings = StudyFindings(out)
     panels = [panel for panel in findings.panels() if panel.schemes]
-    fixed = {
-        (p.study.name, p.case): findings.panel(p.study, p.case, "fixed") for p in panels if p.rate == "tuned"
-    }
+    beside = [findings.panel(p.study, p.case, "fixed") for p in panels if p.rate == "tuned"]
+    fixed = {(panel.study.name, panel.case): panel for panel in beside if panel.schemes}
     every = [*panels, *fixed.values()]
     rows = [_flat(cell) for cell in findings.cells]
     _write_csv(out / "summary.csv", rows)
@@ -92,8 +97,8 @@ def write_report(out: Path) -> Path:
                 parts.append(f"![{drawn[0]}](figures/{drawn[1].name})\n")
         figures = [*draw_figures(panel, out / "figures"), *draw_sheets(panel, out / "figures")]
         parts += [f"### {study.name}, {panel.case}\n", rates(findings, panel), _panel(panel)]
-        if beside := fixed.get((study.name, panel.case)):
-            parts.append(_beside(beside))
+        if (study.name, panel.case) in fixed:
+            parts.append(_beside(fixed[study.name, panel.case]))
         parts += [f"![{title}](figures/{path.name})\n" for title, path in figures]
     parts.append(_unfinished(findings))
     write_atomically(out / "report.md", "\n".join(part for part in parts if part))
@@ -151,8 +156,11 @@ def _panel(panel: Panel) -> str:
     seeds = ", ".join(str(seed) for seed in study.seeds)
     head = f"Baseline: {study.baseline}. Matched: {NAMES[study.matched]}, {spent:,.0f}. Seeds: {seeds}."
     lines = [f"{head} {at_what(panel)}".rstrip() + "\n", *_figure_tables(panel)]
+    if panel.map_keys:
+        lines.append(folded("Map error: ‖X - X\\*‖²/(α_r² dim) from t to r, absolute", _map_rows(panel)))
     if SCORE in panel.quantities:
         lines.append(folded("Effort to reach the baseline's last value error", _effort_rows(panel)))
+    lines += [part for part in (targets(panel),) if part]
     lines.append(folded("Cost of a run", _cost_rows(panel)))
     return "\n".join(lines)
 
@@ -181,14 +189,18 @@ def _figure_tables(panel: Panel) -> list[str]:
 
 def _ratio_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]:
     """Figures as multiples of the baseline's: a row for each scheme, a column for each figure."""
-    columns = [{s: panel.estimates[s, quantity] for s in panel.compared} for quantity in quantities]
+    columns = [
+        {s: panel.estimates[s, quantity] for s in panel.compared if panel.has(s, quantity)}
+        for quantity in quantities
+    ]
     least = [min((e.ratio.iqm for e in column.values() if e is not None), default=0.0) for column in columns]
     rows = [["scheme", *(_label(quantity, panel) for quantity in quantities)]]
     for scheme in panel.compared:
-        found = [(column[scheme], best) for column, best in zip(columns, least, strict=True)]
+        found = [column.get(scheme) for column in columns]
         baseline = scheme == panel.study.baseline
-        cells = ["1.00" if baseline and e is not None else _cell(e) for e, _ in found]
-        bold = [e is not None and e.ratio.iqm == best for e, best in found]
+        cells = ["1.00" if baseline and e is not None else _cell(e) for e in found]
+        cells = [cell if scheme in column else NONE for cell, column in zip(cells, columns, strict=True)]
+        bold = [e is not None and e.ratio.iqm == best for e, best in zip(found, least, strict=True)]
         rows.append(
             [_seeded(scheme, panel), *(f"**{c}**" if b else c for c, b in zip(cells, bold, strict=True))]
         )
@@ -202,6 +214,7 @@ def _value_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]
     for scheme in panel.compared:
         estimates = [panel.estimates[scheme, quantity] for quantity in quantities]
         cells = ["not finite" if e is None or e.value is None else f"{e.value:#.3g}" for e in estimates]
+        cells = [cell if panel.has(scheme, q) else NONE for cell, q in zip(cells, quantities, strict=True)]
         rows.append([_seeded(scheme, panel), *cells])
     return rows
 
@@ -209,7 +222,7 @@ def _value_rows(panel: Panel, quantities: Sequence[Quantity]) -> list[list[str]]
 def _effort_rows(panel: Panel) -> list[list[str]]:
     """What each scheme spends until it is as good as the baseline: shares of what that spends in all."""
     rows = [["scheme", "gradient steps", "network evaluations"]]
-    for scheme in panel.compared:
+    for scheme in (scheme for scheme in panel.compared if panel.has(scheme, SCORE)):
         effort = panel.effort(scheme)
         shares = (effort.grad_steps, effort.network_evaluations)
         missed = f"not reached at {effort.seeds - effort.reached} of {effort.seeds} seeds"
@@ -220,12 +233,12 @@ def _effort_rows(panel: Panel) -> list[list[str]]:
 def _cost_rows(panel: Panel) -> list[list[str]]:
     """What a run of each scheme spends, and whether that is what the study says."""
     rows = [["scheme", "gradient steps", "data", "network evaluations", "seconds", "matched"]]
+    rows[0] += ["a step, in forward passes", "a step, × baseline"]
     for scheme in panel.compared:
         cost = panel.costs(scheme)
         counts = [f"{cost[name]:,.0f}" for name in ("grad_steps", "samples", "network_evaluations")]
-        rows.append(
-            [scheme, *counts, f"{cost['seconds']:.1f}", "yes" if panel.is_matched(scheme) else "**no**"]
-        )
+        matched = "yes" if panel.is_matched(scheme) else "**no**"
+        rows.append([scheme, *counts, f"{cost['seconds']:.1f}", matched, *_step_costs(panel, scheme)])
     return rows
 
 
@@ -252,16 +265,19 @@ def _unfinished(findings: StudyFindings) -> str:
 def _estimates(panel: Panel) -> Iterable[dict[str, Any]]:
     """Every estimate, for summary.json."""
     for scheme in panel.compared:
-        for quantity in panel.quantities:
+        for quantity in (quantity for quantity in panel.quantities if panel.has(scheme, quantity)):
             estimate = panel.estimates[scheme, quantity]
             where = {**_place(panel, scheme), **quantity._asdict()}
             yield {**where, **({} if estimate is None else _plain(estimate))}
+        for key in panel.map_keys:
+            if (error := panel.map_error(scheme, key)) is not None:
+                yield {**_place(panel, scheme), "kind": "map_error", "at": key, "value": error._asdict()}
 
 
 def _efforts(panel: Panel) -> Iterable[dict[str, Any]]:
     """Every effort, for summary.json."""
     if SCORE in panel.quantities:
-        for scheme in panel.compared:
+        for scheme in (scheme for scheme in panel.compared if panel.has(scheme, SCORE)):
             yield {**_place(panel, scheme), **_plain(panel.effort(scheme))}
 
 
@@ -277,9 +293,14 @@ def _flat(cell: Finding) -> dict[str, Any]:
     return {
         **cell.where,
         "status": cell.status,
-        **{cost: figures.get(cost) for cost in COSTS},
-        **{f"{kind}_{sigma}": error for kind in ERRORS for sigma, error in figures.get(kind, {}).items()},
+        **{cost: figures.get(cost) for cost in (*COSTS, STEP_COST)},
+        **{
+            f"{kind}_{sigma}": error
+            for kind in (*ERRORS, "map_error")
+            for sigma, error in figures.get(kind, {}).items()
+        },
         **{f"sample_distance_nfe_{nfe}": found for nfe, found in distance["by_nfe"].items()},
+        **{f"target_{part}": error for part, error in figures.get("target_error", {}).items()},
         "metric": distance.get("metric"),
         "folder": cell.path.name,
         "error": cell.error,
@@ -304,6 +325,25 @@ def _seeded(scheme: str, panel: Panel) -> str:
 
 def _cell(estimate: Estimate | None) -> str:
     return "not finite" if estimate is None else f"{estimate.ratio:.2f} P {estimate.probability:.2f}"
+
+
+def _step_costs(panel: Panel, scheme: str) -> list[str]:
+    """What a step costs in forward passes, and over the baseline's; empty where it was not timed."""
+    cost, base = panel.step_cost(scheme), panel.step_cost(panel.study.baseline)
+    return [
+        "" if cost is None else f"{cost:.1f}",
+        "" if cost is None or base is None else f"{cost / base:.2f}",
+    ]
+
+
+def _map_rows(panel: Panel) -> list[list[str]]:
+    """Map errors: a row for each scheme that has some, a column for each pair of times."""
+    rows = [["scheme", *(key.replace("->", " → ") for key in panel.map_keys)]]
+    for scheme in panel.compared:
+        found = [panel.map_error(scheme, key) for key in panel.map_keys]
+        if any(found):
+            rows.append([_seeded(scheme, panel), *("" if e is None else f"{e:#.3g}" for e in found)])
+    return rows
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -244,7 +244,7 @@ def _how_many(chosen: Styles, panel: Panel) -> str:
 
 def _draw_learning(figure: Any, panel: Panel) -> Rows:
     """The errors while training, a panel each; right the share of the baseline's effort until its last score."""
-    chosen = _selected(panel, [SCORE])
+    chosen = {s: style for s, style in _selected(panel, [SCORE]).items() if panel.has(s, SCORE)}
     means = [mean for mean in MEANS if mean in panel.quantities]
     figure.set_size_inches(7.5 + 5 * len(means), max(3.8, 1.4 + 0.3 * len(chosen)))
     *grid, right = figure.subplots(1, len(means) + 1, width_ratios=(*[1.5] * len(means), 1))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -11,10 +11,12 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
-from diffrl.objectives.maps.loss import MapLoss, MapRows, jump, require_straight
+from diffrl.objectives.denoiser_loss import rows
+from diffrl.objectives.maps.loss import MapLoss, MapRows, jump, map_rows, require_straight
 from diffrl.objectives.maps.states import map_states
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import require_int, require_number
+from diffrl.shapes import expand_like
 
 __all__ = ["InductiveMomentLoss", "MomentGroups"]
 
@@ -138,6 +140,14 @@ class InductiveMomentLoss(MapLoss):
     def in_keys(self) -> list[NestedKey]:
         """Those of `MapLoss`, s and the group."""
         return [*super().in_keys, (keys.NEXT, keys.T), keys.GROUP]
+
+    def target(self, states: TensorDictBase) -> Tensor:
+        """The D of which Y is the map; as a group is compared as a law, no row is pulled to its own Y alone."""
+        s = map_rows(rows(states))
+        with torch.no_grad():
+            y = self._u(s.x, s.t, s.r, s.cond)
+            y = y + self._losses(s)[1] / expand_like(s.t - s.r, y)
+        return s.x - expand_like(s.t, y) * y
 
     def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
         assert s.s is not None and s.group is not None  # among in_keys

@@ -20,7 +20,7 @@ from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.value import value_module
 from diffrl.shapes import event_mean, expand_like
 
-__all__ = ["MapLoss", "MapRows", "adaptive", "jump", "require_straight", "square_mean"]
+__all__ = ["MapLoss", "MapRows", "adaptive", "jump", "map_rows", "require_straight", "square_mean"]
 
 
 class MapRows(NamedTuple):
@@ -104,15 +104,21 @@ class MapLoss(DenoiserLoss):
         with self._telling_what_is_missing(tensordict):
             states = rows(tensordict)
             self._require_entries(states)
-            read = [states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V)]
-            x, t, r, x0, v = read
-            cond, s, group = (states.get(key, None) for key in (keys.COND, (keys.NEXT, keys.T), keys.GROUP))
-        self._first_look(x0, cond)
-        cond = None if cond is None else cond.flatten(0, 1)
-        s, group = (None if entry is None else entry.flatten() for entry in (s, group))
-        loss, δ = self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond, s, group))
+            s = map_rows(states)
+        self._first_look(s.x0, s.cond)
+        loss, δ = self._losses(s)
         loss = self._by_importance(tensordict, states, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": δ.detach().square().mean().sqrt()})
+
+    def target(self, states: TensorDictBase) -> Tensor:
+        """What D(x, t, r) is pulled to, x - t y with y = u - δ, without gradient: [N, *E] of states [*b, 1].
+
+        Of a scheme that moves more than u by its gradient, as LSD does, y is what its condition says that u is.
+        """
+        s = map_rows(rows(states))
+        with torch.no_grad():
+            y = self._u(s.x, s.t, s.r, s.cond) - self._losses(s)[1]
+        return s.x - expand_like(s.t, y) * y
 
     @abstractmethod
     def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
@@ -155,6 +161,15 @@ class MapLoss(DenoiserLoss):
         tangents = (dx, torch.full_like(s.t, dt), torch.full_like(s.r, dr))
         value, derivative = torch.func.jvp(u, (s.x, s.t, s.r), tangents)[:2]
         return value, derivative
+
+
+def map_rows(states: TensorDictBase) -> MapRows:
+    """States [B, 1] as rows."""
+    x, t, r, x0, v = (states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V))
+    cond, s, group = (states.get(key, None) for key in (keys.COND, (keys.NEXT, keys.T), keys.GROUP))
+    cond = None if cond is None else cond.flatten(0, 1)
+    s, group = (None if entry is None else entry.flatten() for entry in (s, group))
+    return MapRows(x, t.flatten(), r.flatten(), x0, v, cond, s, group)
 
 
 def jump(x: Tensor, t: Tensor, r: Tensor, u: Tensor) -> Tensor:
