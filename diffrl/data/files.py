@@ -12,6 +12,7 @@ from diffrl.data.image_files import (
     MAX_GIB,
     DataError,
     check_labels,
+    check_size,
     events_from,
     images_from,
     pooled,
@@ -19,14 +20,14 @@ from diffrl.data.image_files import (
     read_npz,
 )
 from diffrl.data.image_folders import read_image_folder
+from diffrl.data.mapped import MappedRows, map_npz
 from diffrl.data.registry import DATASETS
 from diffrl.extras import require
 
 __all__ = ["digits", "folder", "idx", "npz"]
 
-Part = tuple[
-    Tensor, NDArray[Any] | None
-]  # samples [N, *E], and the class of each, a number or a name, if it has any
+# samples [N, *E], and the class of each, a number or a name, if it has any
+Part = tuple[Tensor | MappedRows, NDArray[Any] | None]
 
 
 @DATASETS.register("digits")
@@ -95,6 +96,7 @@ def npz(
     channels: str = "auto",
     max_gib: float = MAX_GIB,
     pool: int = 1,
+    mapped: bool = False,
 ) -> Data:
     """Samples of an npz file (keys `x` or `images`, optional `labels`) or of an npy file.
 
@@ -104,6 +106,10 @@ def npz(
     order. Without `test_path`, the last round(test_fraction·N) samples are test: shuffle a file that is sorted by
     class.
 
+    With `mapped` the training samples stay in the file, and a row is read and converted each time that it is drawn, to
+    the values that it would have otherwise: for data that do not fit in memory. Test samples are read. What needs all
+    training samples at once, such as the exact denoiser, is then not to be had (see `diffrl.data.Data`).
+
     Args:
         path: the file.
         test_path: file of test samples; then test_fraction is unused.
@@ -112,14 +118,20 @@ def npz(
         channels: where the channels of images lie: first, last, or auto, which tells it from the shape.
         max_gib: GiB of memory that a file's samples may take.
         pool: take means over blocks of pool × pool pixels, which must divide the images.
+        mapped: leave the training samples in the file, an npy file, or an npz file that `numpy.savez` wrote, in C
+            order; it must stay as it is meanwhile.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
-    part = _npz_part(path, conditional, channels, max_gib, pool)
+    part = _npz_part(path, conditional, channels, max_gib, pool, mapped)
     if test_path is not None:
         return _from_parts("npz", part, _npz_part(test_path, conditional, channels, max_gib, pool))
-    return _from_parts("npz", *_split("npz", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
+    mask = _test_mask(len(part[0]), test_fraction, spaced=False)
+    if mapped:
+        size = 4 * int(mask.sum()) * part[0][torch.tensor([0])].numel()
+        check_size(size, max_gib, f"{path}: its test part of `test_fraction` {test_fraction:g}")
+    return _from_parts("npz", *_split("npz", part, mask))
 
 
 @DATASETS.register("folder")
@@ -167,9 +179,16 @@ def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
     return x, None if labels is None else check_labels(read_idx(labels, max_gib), len(x), labels)
 
 
-def _npz_part(path: str, conditional: bool, channels: str, max_gib: float, pool: int) -> Part:
-    array, labels = read_npz(path, max_gib)
-    x = pooled(events_from(array, path, channels), pool, path)
+def _npz_part(
+    path: str, conditional: bool, channels: str, max_gib: float, pool: int, mapped: bool = False
+) -> Part:
+    x: Tensor | MappedRows
+    if mapped:
+        array, labels = map_npz(path, max_gib)
+        x = MappedRows(array, path, np.arange(len(array)), channels, pool)
+    else:
+        array, labels = read_npz(path, max_gib)
+        x = pooled(events_from(array, path, channels), pool, path)
     if not conditional:
         return x, None
     if labels is None:
@@ -187,10 +206,12 @@ def _folder_part(path: str, size: int | None, conditional: bool, max_gib: float)
 def _from_parts(name: str, train: Part, test: Part) -> Data:
     """A set whose classes are those of its training labels, in order."""
     (x, y), (x_test, y_test) = train, test
+    assert isinstance(x_test, Tensor)
     if (y is None) != (y_test is None):
         raise DataError(f"{name}: give labels for both the training and the test samples, or for neither")
+    memory, stored = (x, None) if isinstance(x, Tensor) else (None, x)
     if y is None or y_test is None:
-        return Data(name, x_test, train=x)
+        return Data(name, x_test, train=memory, rows=stored)
     classes = np.unique(y)
     if untrained := sorted(set(y_test.tolist()) - set(classes.tolist())):
         raise DataError(
@@ -198,7 +219,8 @@ def _from_parts(name: str, train: Part, test: Part) -> Data:
             "or change `test_fraction`"
         )
     numbers, test_numbers = (torch.from_numpy(np.searchsorted(classes, part)) for part in (y, y_test))
-    return Data(name, x_test, test_numbers, x, numbers, len(classes), classes=tuple(map(str, classes)))
+    names = tuple(map(str, classes))
+    return Data(name, x_test, test_numbers, memory, numbers, len(classes), classes=names, rows=stored)
 
 
 def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
@@ -208,9 +230,9 @@ def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
         raise DataError(
             f"{name}: {len(x)} samples are too few for a train and a test part; change `test_fraction`"
         )
-    masks = (~is_test, is_test)
-    train, test = ((x[mask], None if y is None else y[mask.numpy()]) for mask in masks)
-    return train, test
+    train, test = (mask.nonzero()[:, 0] for mask in (~is_test, is_test))
+    y_train, y_test = (None if y is None else y[i.numpy()] for i in (train, test))
+    return (x[train] if isinstance(x, Tensor) else x.take(train), y_train), (x[test], y_test)
 
 
 def _test_mask(N: int, test_fraction: float, spaced: bool) -> Tensor:

@@ -216,7 +216,8 @@ def read_image_folder(
 
     Images lie at the top (no classes) or in one folder for each class. If one single folder holds all of this, as in
     many zips, its contents are taken. An archive with a `dataset.json`, as EDM's dataset_tool makes it, has its classes
-    from there alone: its folders are no classes, and the table must name every image and no other. Links are followed. Hidden files, and files without the suffix of an image, are ignored.
+    from there alone: its folders are no classes, and the table must name every image and no other. Links are followed.
+    Hidden files, and files without the suffix of an image, are ignored.
 
     Images are turned as their EXIF orientation says. Gray ones keep one channel unless there are colour images too;
     palettes and CMYK become RGB; transparency and colour profiles are dropped; an animation gives its first frame.

@@ -34,8 +34,8 @@ class Evaluation:
 
     Args:
         sigmas: noise-to-signal ratios at which the errors are taken.
-        points: data at which they are taken: of a finite set, training rows for the value error, and test rows for the
-            denoising error; else test points for both.
+        points: data at which they are taken: of a set in memory, training rows for the value error, and test rows for
+            the denoising error; else test points for both.
         num_steps: levels of the sampling grids.
         samples: samples drawn for each.
         distance: name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
@@ -168,7 +168,7 @@ class Evaluation:
 
 
 def _reference(data: Data) -> Tensor:
-    """Points of the law that training sees: a finite set's training rows, else fresh points."""
+    """Points of the law that training sees: training rows that are in memory, else test points, which are fresh."""
     return data.test if data.train is None else data.train
 
 

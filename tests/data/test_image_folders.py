@@ -189,7 +189,10 @@ def test_labels_of_an_edm_archive_are_those_of_its_table(tmp_path: Path, packed:
         (lambda names: by_turns(names)[:-1], r"no label for 00001/img00000007.png"),
         (lambda names: [[name, [0.0, 1.0]] for name in names], "labels must be whole numbers"),
         (lambda names: [[name, -1] for name in names], "label -1 is negative"),
-        (lambda names: [*by_turns(names), ["00001/lost.png", 6]], r"names 00001/lost.png, which is no image here"),
+        (
+            lambda names: [*by_turns(names), ["00001/lost.png", 6]],
+            r"names 00001/lost.png, which is no image here",
+        ),
         (lambda names: [*by_turns(names), [names[3], 6]], r"names 00000/img00000003.png twice; leave one"),
         (lambda names: [[name, None] for name in names], "labels must be whole numbers"),
         (lambda names: [[7, 6]], "dataset.json is damaged, or no table of labels"),
@@ -214,7 +217,10 @@ def test_index_folders_of_an_edm_archive_are_no_classes(tmp_path: Path, labels: 
     data = folder(path, test_fraction=0.25)
     assert data.num_classes == 0 and data.train is not None and len(data.train) == 6
     if labels:
-        assert folder(path, conditional=True, test_fraction=0.25).classes == ("6", "7")  # and not 00000, 00001
+        assert folder(path, conditional=True, test_fraction=0.25).classes == (
+            "6",
+            "7",
+        )  # and not 00000, 00001
 
 
 # --- what else a folder may lack

@@ -133,6 +133,15 @@ def test_labelled_images_with_guidance(tmp_path: Path) -> None:
     assert one.shape == (6, 1, 4, 4) and not torch.equal(one, two)
 
 
+def test_data_that_stay_in_their_file_train_the_same_network(tmp_path: Path) -> None:
+    words = ("data=npz", f"data.path={images(tmp_path)}", "data.conditional=true", "compare=false")
+    read, mapped = (run(tmp_path / m, *words, f"data.mapped={m}").results() for m in ("false", "true"))
+    read, mapped = (found["objectives"]["td"] for found in (read, mapped))
+    assert read["denoising_error"] == mapped["denoising_error"]
+    assert len(read["value_error"]) > 0 and mapped["value_error"] == {}  # it needs all rows
+    assert mapped["sample_distance"]["by_nfe"]["7"] > 0
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     folder = run(tmp_path / "run", "logger=tensorboard", "trainer.grad_steps=4", "compare=false")
     (events,) = (folder.path / "tensorboard").rglob("events.out.tfevents.*")
