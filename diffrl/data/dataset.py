@@ -60,6 +60,8 @@ class Data:
         classes: names of the C classes; none: they are called by their numbers.
         rows: in place of `train`, points that do not fit in memory; what needs them all at once (the exact denoiser
             and what is measured against it, exact targets) is then refused or left out.
+        mirrored: the second half of the training samples are the mirror images of the first, in the same order, so that
+            what holds out one of a pair holds out both.
 
     Raises:
         TypeError: the name is no text, or test or train no tensor of a floating dtype.
@@ -77,6 +79,7 @@ class Data:
     draw: Callable[[int, Generator | None], Tensor] | None = None
     classes: tuple[str, ...] = ()
     rows: Rows | None = None
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):

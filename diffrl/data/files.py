@@ -62,6 +62,7 @@ def idx(
     test_fraction: float = 0.1,
     max_gib: float = MAX_GIB,
     pool: int = 1,
+    flip: bool = False,
 ) -> Data:
     """Images of idx files, the format of MNIST, gzipped or not.
 
@@ -75,16 +76,20 @@ def idx(
         test_fraction: part of `path` that is test, in (0, 1).
         max_gib: GiB of memory that a file's samples may take.
         pool: take means over blocks of pool × pool pixels, which must divide the images; 2 makes 14×14 of 28×28.
+        flip: train on the mirror image of every training image too, left for right, after the images themselves; test
+            images stay as they are.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
     part = _idx_part(path, labels, max_gib, pool)
     if test_path is not None:
-        return _from_parts("idx", part, _idx_part(test_path, test_labels, max_gib, pool))
-    if test_labels is not None:
+        test = _idx_part(test_path, test_labels, max_gib, pool)
+    elif test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
-    return _from_parts("idx", *_split("idx", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
+    else:
+        part, test = _split("idx", part, _test_mask(len(part[0]), test_fraction, spaced=False))
+    return _from_parts("idx", part, test, max_gib if flip else None)
 
 
 @DATASETS.register("npz")
@@ -97,6 +102,7 @@ def npz(
     max_gib: float = MAX_GIB,
     pool: int = 1,
     mapped: bool = False,
+    flip: bool = False,
 ) -> Data:
     """Samples of an npz file (keys `x` or `images`, optional `labels`) or of an npy file.
 
@@ -120,18 +126,21 @@ def npz(
         pool: take means over blocks of pool × pool pixels, which must divide the images.
         mapped: leave the training samples in the file, an npy file, or an npz file that `numpy.savez` wrote, in C
             order; it must stay as it is meanwhile.
+        flip: train on the mirror image of every training image too, left for right, after the images themselves; test
+            images stay as they are.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
     part = _npz_part(path, conditional, channels, max_gib, pool, mapped)
     if test_path is not None:
-        return _from_parts("npz", part, _npz_part(test_path, conditional, channels, max_gib, pool))
+        test = _npz_part(test_path, conditional, channels, max_gib, pool)
+        return _from_parts("npz", part, test, max_gib if flip else None)
     mask = _test_mask(len(part[0]), test_fraction, spaced=False)
     if mapped:
         size = 4 * int(mask.sum()) * part[0][torch.tensor([0])].numel()
         check_size(size, max_gib, f"{path}: its test part of `test_fraction` {test_fraction:g}")
-    return _from_parts("npz", *_split("npz", part, mask))
+    return _from_parts("npz", *_split("npz", part, mask), max_gib if flip else None)
 
 
 @DATASETS.register("folder")
@@ -142,6 +151,7 @@ def folder(
     conditional: bool = False,
     test_fraction: float = 0.1,
     max_gib: float = MAX_GIB,
+    flip: bool = False,
 ) -> Data:
     """Images of a folder or zip, one sub-folder for each class, or all at the top (unconditional).
 
@@ -157,6 +167,8 @@ def folder(
             no labels.
         test_fraction: part of `path` that is test, in (0, 1).
         max_gib: GiB of memory that the images may take.
+        flip: train on the mirror image of every training image too, left for right, after the images themselves; test
+            images stay as they are.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
@@ -166,12 +178,12 @@ def folder(
     part = _folder_part(path, size, conditional, max_gib)
     if test_path is None:
         mask = _test_mask(len(part[0]), test_fraction, spaced=True)
-        return _from_parts("folder", *_split("folder", part, mask))
+        return _from_parts("folder", *_split("folder", part, mask), max_gib if flip else None)
     test = _folder_part(test_path, size, conditional, max_gib)
     names, test_names = ([] if y is None else np.unique(y).tolist() for _, y in (part, test))
     if test_names != names:
         raise DataError(f"{test_path}: its class folders {test_names} are not those of {path}, {names}")
-    return _from_parts("folder", part, test)
+    return _from_parts("folder", part, test, max_gib if flip else None)
 
 
 def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
@@ -203,15 +215,16 @@ def _folder_part(path: str, size: int | None, conditional: bool, max_gib: float)
     return images_from(pixels), classes
 
 
-def _from_parts(name: str, train: Part, test: Part) -> Data:
-    """A set whose classes are those of its training labels, in order."""
-    (x, y), (x_test, y_test) = train, test
+def _from_parts(name: str, train: Part, test: Part, flip_gib: float | None = None) -> Data:
+    """A set whose classes are those of its training labels, in order; with mirror images if they may take so much."""
+    flip = flip_gib is not None
+    (x, y), (x_test, y_test) = train if flip_gib is None else _with_mirrors(name, train, flip_gib), test
     assert isinstance(x_test, Tensor)
     if (y is None) != (y_test is None):
         raise DataError(f"{name}: give labels for both the training and the test samples, or for neither")
     memory, stored = (x, None) if isinstance(x, Tensor) else (None, x)
     if y is None or y_test is None:
-        return Data(name, x_test, train=memory, rows=stored)
+        return Data(name, x_test, train=memory, rows=stored, mirrored=flip)
     classes = np.unique(y)
     if untrained := sorted(set(y_test.tolist()) - set(classes.tolist())):
         raise DataError(
@@ -219,8 +232,33 @@ def _from_parts(name: str, train: Part, test: Part) -> Data:
             "or change `test_fraction`"
         )
     numbers, test_numbers = (torch.from_numpy(np.searchsorted(classes, part)) for part in (y, y_test))
-    names = tuple(map(str, classes))
-    return Data(name, x_test, test_numbers, memory, numbers, len(classes), classes=names, rows=stored)
+    return Data(
+        name,
+        x_test,
+        test_numbers,
+        memory,
+        numbers,
+        len(classes),
+        classes=tuple(map(str, classes)),
+        rows=stored,
+        mirrored=flip,
+    )
+
+
+def _with_mirrors(name: str, part: Part, max_gib: float) -> Part:
+    """Images, and behind them their mirror images, of the same classes."""
+    x, y = part
+    image = x[torch.tensor([0])]
+    if image.ndim != 4:
+        raise DataError(
+            f"{name}: `flip` is for images [C, H, W], not for samples of {tuple(image.shape[1:])}"
+        )
+    if isinstance(x, Tensor):
+        check_size(8 * x.numel(), max_gib, f"{name}: with its mirror images")
+        x = torch.cat([x, x.flip(-1)])
+    else:
+        x = x.with_mirrors()
+    return x, None if y is None else np.concatenate([y, y])
 
 
 def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:

@@ -90,6 +90,10 @@ class MappedRows:
         """The rows of these numbers, int64 [n] in 0..N-1, and no others; nothing is read."""
         return replace(self, index=self.index[i.numpy()])
 
+    def with_mirrors(self) -> "MappedRows":
+        """These rows, and behind them their mirror images."""
+        return replace(self, index=np.concatenate([self.index, ~self.index]))
+
     def digest(self) -> bytes:
         """SHA-256 of which rows these are and of what is stored there; it reads each of them once."""
         a, rows = self.array, np.unique(np.where(self.index < 0, ~self.index, self.index))

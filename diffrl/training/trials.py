@@ -27,14 +27,19 @@ SHARE = 0.1
 
 
 def held_out(data: Data, seed: int) -> tuple[Data, Data]:
-    """The data to train on and those to hold out: a tenth of finitely many rows; of a law, fresh draws for both."""
+    """The data to train on and those to hold out: a tenth of finitely many rows; of a law, fresh draws for both.
+
+    An image and its mirror image stay together.
+    """
     if data.num_train is None:
         return data, data
-    order = torch.randperm(data.num_train, generator=step_generator(HELD_SEED + seed, 0))
+    pairs = data.num_train // (1 + data.mirrored)
+    order = torch.randperm(pairs, generator=step_generator(HELD_SEED + seed, 0))
     n = max(1, round(SHARE * len(order)))
     labels = data.train_labels
 
     def rows(i: Tensor) -> Data:
+        i = torch.cat([i, i + pairs]) if data.mirrored else i
         return replace(
             data,
             train=None if data.train is None else data.train[i],
