@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from diffrl.data.image_files import DataError, check_finite
 from diffrl.data.mixtures import Mixture
+from diffrl.data.splits import Split
 from diffrl.errors import InputTypeError
 from diffrl.shapes import require_floating
 
@@ -62,6 +63,7 @@ class Data:
             and what is measured against it, exact targets) is then refused or left out.
         mirrored: the second half of the training samples are the mirror images of the first, in the same order, so that
             what holds out one of a pair holds out both.
+        split: which samples were held out as test samples; None where nothing is, as batches are fresh draws.
 
     Raises:
         TypeError: the name is no text, or test or train no tensor of a floating dtype.
@@ -80,6 +82,7 @@ class Data:
     classes: tuple[str, ...] = ()
     rows: Rows | None = None
     mirrored: bool = False
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):

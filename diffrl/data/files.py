@@ -1,5 +1,6 @@
 """Data sets that are read: scikit-learn's digits, and the user's own files."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffrl.data.image_files import (
 from diffrl.data.image_folders import read_image_folder
 from diffrl.data.mapped import MappedRows, map_npz
 from diffrl.data.registry import DATASETS
+from diffrl.data.splits import Split, last, spaced
 from diffrl.extras import require
 
 __all__ = ["digits", "folder", "idx", "npz"]
@@ -50,7 +52,8 @@ def digits(conditional: bool = False) -> Data:
     one_hot = np.eye(10)[bunch.target]
     rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
     part = x, bunch.target if conditional else None
-    return _from_parts("digits", *_split("digits", part, torch.from_numpy(rank % 5 == 0)))
+    rule = "every fifth image of each class"
+    return _from_parts("digits", *_split("digits", part, torch.from_numpy(rank % 5 == 0), rule))
 
 
 @DATASETS.register("idx")
@@ -85,11 +88,12 @@ def idx(
     part = _idx_part(path, labels, max_gib, pool)
     if test_path is not None:
         test = _idx_part(test_path, test_labels, max_gib, pool)
-    elif test_labels is not None:
+        return _from_parts("idx", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
+    if test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
-    else:
-        part, test = _split("idx", part, _test_mask(len(part[0]), test_fraction, spaced=False))
-    return _from_parts("idx", part, test, max_gib if flip else None)
+    return _from_parts(
+        "idx", *_split("idx", part, *last(len(part[0]), test_fraction)), max_gib if flip else None
+    )
 
 
 @DATASETS.register("npz")
@@ -135,12 +139,12 @@ def npz(
     part = _npz_part(path, conditional, channels, max_gib, pool, mapped)
     if test_path is not None:
         test = _npz_part(test_path, conditional, channels, max_gib, pool)
-        return _from_parts("npz", part, test, max_gib if flip else None)
-    mask = _test_mask(len(part[0]), test_fraction, spaced=False)
+        return _from_parts("npz", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
+    mask, rule = last(len(part[0]), test_fraction)
     if mapped:
         size = 4 * int(mask.sum()) * part[0][torch.tensor([0])].numel()
         check_size(size, max_gib, f"{path}: its test part of `test_fraction` {test_fraction:g}")
-    return _from_parts("npz", *_split("npz", part, mask), max_gib if flip else None)
+    return _from_parts("npz", *_split("npz", part, mask, rule), max_gib if flip else None)
 
 
 @DATASETS.register("folder")
@@ -177,13 +181,13 @@ def folder(
     """
     part = _folder_part(path, size, conditional, max_gib)
     if test_path is None:
-        mask = _test_mask(len(part[0]), test_fraction, spaced=True)
-        return _from_parts("folder", *_split("folder", part, mask), max_gib if flip else None)
+        parts = _split("folder", part, *spaced(len(part[0]), test_fraction))
+        return _from_parts("folder", *parts, max_gib if flip else None)
     test = _folder_part(test_path, size, conditional, max_gib)
     names, test_names = ([] if y is None else np.unique(y).tolist() for _, y in (part, test))
     if test_names != names:
         raise DataError(f"{test_path}: its class folders {test_names} are not those of {path}, {names}")
-    return _from_parts("folder", part, test, max_gib if flip else None)
+    return _from_parts("folder", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
 
 
 def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
@@ -215,7 +219,13 @@ def _folder_part(path: str, size: int | None, conditional: bool, max_gib: float)
     return images_from(pixels), classes
 
 
-def _from_parts(name: str, train: Part, test: Part, flip_gib: float | None = None) -> Data:
+def _elsewhere(test_path: str, train: Part, test: Part) -> Split:
+    """All samples of another file."""
+    everything = torch.ones(len(test[0]), dtype=torch.bool)
+    return Split.of(f"all samples of {Path(test_path).name}", everything, train=len(train[0]))
+
+
+def _from_parts(name: str, train: Part, test: Part, split: Split, flip_gib: float | None = None) -> Data:
     """A set whose classes are those of its training labels, in order; with mirror images if they may take so much."""
     flip = flip_gib is not None
     (x, y), (x_test, y_test) = train if flip_gib is None else _with_mirrors(name, train, flip_gib), test
@@ -224,7 +234,7 @@ def _from_parts(name: str, train: Part, test: Part, flip_gib: float | None = Non
         raise DataError(f"{name}: give labels for both the training and the test samples, or for neither")
     memory, stored = (x, None) if isinstance(x, Tensor) else (None, x)
     if y is None or y_test is None:
-        return Data(name, x_test, train=memory, rows=stored, mirrored=flip)
+        return Data(name, x_test, train=memory, rows=stored, mirrored=flip, split=split)
     classes = np.unique(y)
     if untrained := sorted(set(y_test.tolist()) - set(classes.tolist())):
         raise DataError(
@@ -242,6 +252,7 @@ def _from_parts(name: str, train: Part, test: Part, flip_gib: float | None = Non
         classes=tuple(map(str, classes)),
         rows=stored,
         mirrored=flip,
+        split=split,
     )
 
 
@@ -261,8 +272,8 @@ def _with_mirrors(name: str, part: Part, max_gib: float) -> Part:
     return x, None if y is None else np.concatenate([y, y])
 
 
-def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
-    """Training and test part by a mask."""
+def _split(name: str, part: Part, is_test: Tensor, rule: str) -> tuple[Part, Part, Split]:
+    """Training and test part by a mask and its rule."""
     x, y = part
     if bool(is_test.all()) or not bool(is_test.any()):
         raise DataError(
@@ -270,15 +281,5 @@ def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
         )
     train, test = (mask.nonzero()[:, 0] for mask in (~is_test, is_test))
     y_train, y_test = (None if y is None else y[i.numpy()] for i in (train, test))
-    return (x[train] if isinstance(x, Tensor) else x.take(train), y_train), (x[test], y_test)
-
-
-def _test_mask(N: int, test_fraction: float, spaced: bool) -> Tensor:
-    """The last round(f N) indices, or spaced: every i with ⌊(i+1) f⌋ > ⌊i f⌋."""
-    if not (isinstance(test_fraction, float | int) and 0 < test_fraction < 1):
-        raise DataError(f"test_fraction is {test_fraction!r}; it must lie between 0 and 1")
-    i = torch.arange(N, dtype=torch.float64)
-    if not spaced:
-        return i >= N - round(test_fraction * N)
-    # 1e-9: a product such as 0.1·30 counts as whole
-    return ((i + 1) * test_fraction + 1e-9).floor() > (i * test_fraction + 1e-9).floor()
+    kept = x[train] if isinstance(x, Tensor) else x.take(train)
+    return (kept, y_train), (x[test], y_test), Split.of(rule, is_test)
