@@ -151,7 +151,6 @@ class UNet(nn.Module):
             features = FourierFeatures(1, noise_features, noise_scale)
         self.noise_embedding = nn.Sequential(features, *_layers(noise_features, embedding))
         self.label_embedding = LabelEmbedding(num_classes, embedding) if num_classes else None
-
         widths = [channels * multiplier for multiplier in multipliers for _ in range(blocks)]
         self.first = nn.Conv2d(self.event_shape[0], channels, 3, padding=1)
         self.down = nn.ModuleList(_Block(a, b, embedding, dropout) for a, b in pairwise([channels, *widths]))
