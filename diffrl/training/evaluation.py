@@ -44,6 +44,8 @@ class Evaluation:
         map_pairs: pairs [t, r] of noise-to-signal ratios, r = 0 included, at which the error of the flow map X_{t→r} is
             taken, on `points` points: of denoisers with a second time, and to r = 0 of consistency models; none by
             default. It needs data with a known law.
+        statistics: folder where a distance between features (fd_digits_cnn) keeps the mean and covariance of those of
+            the data, by a hash of data and features, so that they are computed once; None keeps none.
 
     Raises:
         ValueError: an argument outside its range.
@@ -57,6 +59,7 @@ class Evaluation:
     at_once: int = 1000
     max_gib: float = 8.0
     map_pairs: tuple[tuple[float, float], ...] = ()
+    statistics: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("points", "samples", "at_once"):
@@ -92,7 +95,10 @@ class Evaluation:
             check_distance(
                 self.distance, self.samples, len(reference), reference[0].numel(), max_gib=self.max_gib
             )
-        sample_distance(self.distance, reference[:64], reference[:64])
+        with of_group("eval", ("statistics",)):
+            some = reference[:64]
+            known = reference if self.statistics else some
+            sample_distance(self.distance, some, known, statistics=self.statistics)
         replace(self, points=1).value_error(denoiser, oracle, data)
         replace(self, points=1).map_error(denoiser, oracle, data)
         with self._in_memory():
@@ -164,7 +170,7 @@ class Evaluation:
     def sample_distance(self, samples: Tensor, data: Data) -> float:
         """Distance between samples and the law that training saw; images are first clipped to [-1, 1]."""
         samples = samples.clamp(-1, 1) if len(data.event_shape) == 3 else samples
-        return sample_distance(self.distance, samples.cpu(), _reference(data))
+        return sample_distance(self.distance, samples.cpu(), _reference(data), statistics=self.statistics)
 
 
 def _reference(data: Data) -> Tensor:
