@@ -16,7 +16,7 @@ from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
-from diffrl.experiments.reports.run_table import objective_label, summary_table
+from diffrl.experiments.reports.run_table import objective_label, split_line, summary_table
 from diffrl.experiments.reports.run_words import in_words
 from diffrl.experiments.reports.seeds import seeds_table, write_seeds_report
 from diffrl.experiments.reports.training import write_report
@@ -56,7 +56,7 @@ def train(config: dict[str, Any]) -> None:
         return
     folder = run_experiment(config)
     results = folder.results()
-    print("\n\n".join(filter(None, (summary_table(results), in_words(results)))))
+    print("\n\n".join(filter(None, (summary_table(results), in_words(results), split_line(results)))))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
 
 

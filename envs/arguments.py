@@ -3,13 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffrl.data.dataset import Data
+from diffrl.data.dataset import Data, pieces
 from diffrl.data.image_files import check_finite
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.errors import InputError, InputTypeError
@@ -106,7 +107,8 @@ def as_data(given: Any) -> Data | Tensor:
 def largest_number(data: Data | Tensor) -> float:
     """The smallest power of two that no number of the points exceeds; it multiplies without rounding."""
     points = [data] if isinstance(data, Tensor) else [x for x in (data.test, data.train) if x is not None]
-    largest = max(float(x.abs().max()) for x in points)
+    stored = () if isinstance(data, Tensor) or data.rows is None else pieces(data.rows)
+    largest = max(float(x.abs().max()) for x in chain(points, stored))
     return 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
 
 

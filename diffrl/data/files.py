@@ -1,5 +1,6 @@
 """Data sets that are read: scikit-learn's digits, and the user's own files."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffrl.data.image_files import (
     MAX_GIB,
     DataError,
     check_labels,
+    check_size,
     events_from,
     images_from,
     pooled,
@@ -19,14 +21,15 @@ from diffrl.data.image_files import (
     read_npz,
 )
 from diffrl.data.image_folders import read_image_folder
+from diffrl.data.mapped import MappedRows, map_npz
 from diffrl.data.registry import DATASETS
+from diffrl.data.splits import Split, last, spaced
 from diffrl.extras import require
 
 __all__ = ["digits", "folder", "idx", "npz"]
 
-Part = tuple[
-    Tensor, NDArray[Any] | None
-]  # samples [N, *E], and the class of each, a number or a name, if it has any
+# samples [N, *E], and the class of each, a number or a name, if it has any
+Part = tuple[Tensor | MappedRows, NDArray[Any] | None]
 
 
 @DATASETS.register("digits")
@@ -49,7 +52,8 @@ def digits(conditional: bool = False) -> Data:
     one_hot = np.eye(10)[bunch.target]
     rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
     part = x, bunch.target if conditional else None
-    return _from_parts("digits", *_split("digits", part, torch.from_numpy(rank % 5 == 0)))
+    rule = "every fifth image of each class"
+    return _from_parts("digits", *_split("digits", part, torch.from_numpy(rank % 5 == 0), rule))
 
 
 @DATASETS.register("idx")
@@ -61,6 +65,7 @@ def idx(
     test_fraction: float = 0.1,
     max_gib: float = MAX_GIB,
     pool: int = 1,
+    flip: bool = False,
 ) -> Data:
     """Images of idx files, the format of MNIST, gzipped or not.
 
@@ -74,16 +79,21 @@ def idx(
         test_fraction: part of `path` that is test, in (0, 1).
         max_gib: GiB of memory that a file's samples may take.
         pool: take means over blocks of pool × pool pixels, which must divide the images; 2 makes 14×14 of 28×28.
+        flip: train on the mirror image of every training image too, left for right, after the images themselves; test
+            images stay as they are.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
     part = _idx_part(path, labels, max_gib, pool)
     if test_path is not None:
-        return _from_parts("idx", part, _idx_part(test_path, test_labels, max_gib, pool))
+        test = _idx_part(test_path, test_labels, max_gib, pool)
+        return _from_parts("idx", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
     if test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
-    return _from_parts("idx", *_split("idx", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
+    return _from_parts(
+        "idx", *_split("idx", part, *last(len(part[0]), test_fraction)), max_gib if flip else None
+    )
 
 
 @DATASETS.register("npz")
@@ -95,6 +105,8 @@ def npz(
     channels: str = "auto",
     max_gib: float = MAX_GIB,
     pool: int = 1,
+    mapped: bool = False,
+    flip: bool = False,
 ) -> Data:
     """Samples of an npz file (keys `x` or `images`, optional `labels`) or of an npy file.
 
@@ -104,6 +116,10 @@ def npz(
     order. Without `test_path`, the last round(test_fraction·N) samples are test: shuffle a file that is sorted by
     class.
 
+    With `mapped` the training samples stay in the file, and a row is read and converted each time that it is drawn, to
+    the values that it would have otherwise: for data that do not fit in memory. Test samples are read. What needs all
+    training samples at once, such as the exact denoiser, is then not to be had (see `diffrl.data.Data`).
+
     Args:
         path: the file.
         test_path: file of test samples; then test_fraction is unused.
@@ -112,14 +128,23 @@ def npz(
         channels: where the channels of images lie: first, last, or auto, which tells it from the shape.
         max_gib: GiB of memory that a file's samples may take.
         pool: take means over blocks of pool × pool pixels, which must divide the images.
+        mapped: leave the training samples in the file, an npy file, or an npz file that `numpy.savez` wrote, in C
+            order; it must stay as it is meanwhile.
+        flip: train on the mirror image of every training image too, left for right, after the images themselves; test
+            images stay as they are.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
     """
-    part = _npz_part(path, conditional, channels, max_gib, pool)
+    part = _npz_part(path, conditional, channels, max_gib, pool, mapped)
     if test_path is not None:
-        return _from_parts("npz", part, _npz_part(test_path, conditional, channels, max_gib, pool))
-    return _from_parts("npz", *_split("npz", part, _test_mask(len(part[0]), test_fraction, spaced=False)))
+        test = _npz_part(test_path, conditional, channels, max_gib, pool)
+        return _from_parts("npz", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
+    mask, rule = last(len(part[0]), test_fraction)
+    if mapped:
+        size = 4 * int(mask.sum()) * part[0][torch.tensor([0])].numel()
+        check_size(size, max_gib, f"{path}: its test part of `test_fraction` {test_fraction:g}")
+    return _from_parts("npz", *_split("npz", part, mask, rule), max_gib if flip else None)
 
 
 @DATASETS.register("folder")
@@ -130,6 +155,7 @@ def folder(
     conditional: bool = False,
     test_fraction: float = 0.1,
     max_gib: float = MAX_GIB,
+    flip: bool = False,
 ) -> Data:
     """Images of a folder or zip, one sub-folder for each class, or all at the top (unconditional).
 
@@ -145,6 +171,8 @@ def folder(
             no labels.
         test_fraction: part of `path` that is test, in (0, 1).
         max_gib: GiB of memory that the images may take.
+        flip: train on the mirror image of every training image too, left for right, after the images themselves; test
+            images stay as they are.
 
     Raises:
         DataError: any fault of a file, named in one sentence.
@@ -153,13 +181,13 @@ def folder(
     """
     part = _folder_part(path, size, conditional, max_gib)
     if test_path is None:
-        mask = _test_mask(len(part[0]), test_fraction, spaced=True)
-        return _from_parts("folder", *_split("folder", part, mask))
+        parts = _split("folder", part, *spaced(len(part[0]), test_fraction))
+        return _from_parts("folder", *parts, max_gib if flip else None)
     test = _folder_part(test_path, size, conditional, max_gib)
     names, test_names = ([] if y is None else np.unique(y).tolist() for _, y in (part, test))
     if test_names != names:
         raise DataError(f"{test_path}: its class folders {test_names} are not those of {path}, {names}")
-    return _from_parts("folder", part, test)
+    return _from_parts("folder", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
 
 
 def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
@@ -167,9 +195,16 @@ def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
     return x, None if labels is None else check_labels(read_idx(labels, max_gib), len(x), labels)
 
 
-def _npz_part(path: str, conditional: bool, channels: str, max_gib: float, pool: int) -> Part:
-    array, labels = read_npz(path, max_gib)
-    x = pooled(events_from(array, path, channels), pool, path)
+def _npz_part(
+    path: str, conditional: bool, channels: str, max_gib: float, pool: int, mapped: bool = False
+) -> Part:
+    x: Tensor | MappedRows
+    if mapped:
+        array, labels = map_npz(path, max_gib)
+        x = MappedRows(array, path, np.arange(len(array)), channels, pool)
+    else:
+        array, labels = read_npz(path, max_gib)
+        x = pooled(events_from(array, path, channels), pool, path)
     if not conditional:
         return x, None
     if labels is None:
@@ -184,13 +219,22 @@ def _folder_part(path: str, size: int | None, conditional: bool, max_gib: float)
     return images_from(pixels), classes
 
 
-def _from_parts(name: str, train: Part, test: Part) -> Data:
-    """A set whose classes are those of its training labels, in order."""
-    (x, y), (x_test, y_test) = train, test
+def _elsewhere(test_path: str, train: Part, test: Part) -> Split:
+    """All samples of another file."""
+    everything = torch.ones(len(test[0]), dtype=torch.bool)
+    return Split.of(f"all samples of {Path(test_path).name}", everything, train=len(train[0]))
+
+
+def _from_parts(name: str, train: Part, test: Part, split: Split, flip_gib: float | None = None) -> Data:
+    """A set whose classes are those of its training labels, in order; with mirror images if they may take so much."""
+    flip = flip_gib is not None
+    (x, y), (x_test, y_test) = train if flip_gib is None else _with_mirrors(name, train, flip_gib), test
+    assert isinstance(x_test, Tensor)
     if (y is None) != (y_test is None):
         raise DataError(f"{name}: give labels for both the training and the test samples, or for neither")
+    memory, stored = (x, None) if isinstance(x, Tensor) else (None, x)
     if y is None or y_test is None:
-        return Data(name, x_test, train=x)
+        return Data(name, x_test, train=memory, rows=stored, mirrored=flip, split=split)
     classes = np.unique(y)
     if untrained := sorted(set(y_test.tolist()) - set(classes.tolist())):
         raise DataError(
@@ -198,27 +242,44 @@ def _from_parts(name: str, train: Part, test: Part) -> Data:
             "or change `test_fraction`"
         )
     numbers, test_numbers = (torch.from_numpy(np.searchsorted(classes, part)) for part in (y, y_test))
-    return Data(name, x_test, test_numbers, x, numbers, len(classes), classes=tuple(map(str, classes)))
+    return Data(
+        name,
+        x_test,
+        test_numbers,
+        memory,
+        numbers,
+        len(classes),
+        classes=tuple(map(str, classes)),
+        rows=stored,
+        mirrored=flip,
+        split=split,
+    )
 
 
-def _split(name: str, part: Part, is_test: Tensor) -> tuple[Part, Part]:
-    """Training and test part by a mask."""
+def _with_mirrors(name: str, part: Part, max_gib: float) -> Part:
+    """Images, and behind them their mirror images, of the same classes."""
+    x, y = part
+    image = x[torch.tensor([0])]
+    if image.ndim != 4:
+        raise DataError(
+            f"{name}: `flip` is for images [C, H, W], not for samples of {tuple(image.shape[1:])}"
+        )
+    if isinstance(x, Tensor):
+        check_size(8 * x.numel(), max_gib, f"{name}: with its mirror images")
+        x = torch.cat([x, x.flip(-1)])
+    else:
+        x = x.with_mirrors()
+    return x, None if y is None else np.concatenate([y, y])
+
+
+def _split(name: str, part: Part, is_test: Tensor, rule: str) -> tuple[Part, Part, Split]:
+    """Training and test part by a mask and its rule."""
     x, y = part
     if bool(is_test.all()) or not bool(is_test.any()):
         raise DataError(
             f"{name}: {len(x)} samples are too few for a train and a test part; change `test_fraction`"
         )
-    masks = (~is_test, is_test)
-    train, test = ((x[mask], None if y is None else y[mask.numpy()]) for mask in masks)
-    return train, test
-
-
-def _test_mask(N: int, test_fraction: float, spaced: bool) -> Tensor:
-    """The last round(f N) indices, or spaced: every i with ⌊(i+1) f⌋ > ⌊i f⌋."""
-    if not (isinstance(test_fraction, float | int) and 0 < test_fraction < 1):
-        raise DataError(f"test_fraction is {test_fraction!r}; it must lie between 0 and 1")
-    i = torch.arange(N, dtype=torch.float64)
-    if not spaced:
-        return i >= N - round(test_fraction * N)
-    # 1e-9: a product such as 0.1·30 counts as whole
-    return ((i + 1) * test_fraction + 1e-9).floor() > (i * test_fraction + 1e-9).floor()
+    train, test = (mask.nonzero()[:, 0] for mask in (~is_test, is_test))
+    y_train, y_test = (None if y is None else y[i.numpy()] for i in (train, test))
+    kept = x[train] if isinstance(x, Tensor) else x.take(train)
+    return (kept, y_train), (x[test], y_test), Split.of(rule, is_test)

@@ -20,6 +20,7 @@ from diffrl.ranges import require_int
 
 __all__ = [
     "MAX_GIB",
+    "NPY",
     "DataError",
     "check_finite",
     "check_labels",
@@ -27,15 +28,21 @@ __all__ = [
     "events_from",
     "existing",
     "images_from",
+    "npy_header",
+    "npz_members",
     "pooled",
     "read_arrays",
     "read_idx",
+    "read_npy",
     "read_npz",
     "readable",
 ]
 
 MAX_GIB = 8.0
 """GiB of memory that the samples of a file may take, unless the user allows more."""
+
+NPY = b"\x93NUMPY"
+"""First bytes of an npy file."""
 
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 CHANNELS = (1, 3, 4)
@@ -172,20 +179,30 @@ def read_npz(path: str | Path, max_gib: float = MAX_GIB) -> tuple[NDArray[Any], 
     """
     path = existing(path)
     with readable(str(path), "unreadable, truncated or no npz/npy file"), path.open("rb") as file:
-        if file.read(6) == b"\x93NUMPY":
+        if file.read(len(NPY)) == NPY:
             file.seek(0)
-            return _read_npy(file, max_gib, str(path)), None
+            return read_npy(file, max_gib, str(path)), None
         with zipfile.ZipFile(file) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            keys = [key for key in ("x", "images") if key in members]
-            if len(keys) != 1:
-                raise DataError(f"{path}: needs one array named 'x' or 'images', but holds {sorted(members)}")
+            samples, members = npz_members(archive, str(path))
             arrays = {}
-            for key in (keys[0], "labels"):
+            for key in (samples, "labels"):
                 if key in members:
                     with archive.open(members[key]) as member:
-                        arrays[key] = _read_npy(member, max_gib, f"{path}: {key}")
-            return arrays[keys[0]], arrays.get("labels")
+                        arrays[key] = read_npy(member, max_gib, f"{path}: {key}")
+            return arrays[samples], arrays.get("labels")
+
+
+def npz_members(archive: zipfile.ZipFile, where: str) -> tuple[str, dict[str, zipfile.ZipInfo]]:
+    """The name of the samples in an npz file, `x` or `images`, and all its members by name.
+
+    Raises:
+        DataError: it holds neither or both.
+    """
+    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    keys = [key for key in ("x", "images") if key in members]
+    if len(keys) != 1:
+        raise DataError(f"{where}: needs one array named 'x' or 'images', but holds {sorted(members)}")
+    return keys[0], members
 
 
 def read_arrays(
@@ -204,28 +221,43 @@ def read_arrays(
     path, wanted = existing(path), "an npy file" if names is None else "an npz file"
     with readable(str(path), f"unreadable, truncated or not {wanted}"), path.open("rb") as file:
         if names is None:
-            return {"": _read_npy(file, max_gib, str(path))}
+            return {"": read_npy(file, max_gib, str(path))}
         with zipfile.ZipFile(file) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             found = {}
             for name in [name for name in names if name in members]:
                 with archive.open(members[name]) as member:
-                    found[name] = _read_npy(member, max_gib, f"{path}: {name}")
+                    found[name] = read_npy(member, max_gib, f"{path}: {name}")
             return found
 
 
-def _read_npy(file: IO[bytes], max_gib: float, where: str) -> NDArray[Any]:
-    """The array of an npy file; its header says what it takes."""
+def npy_header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran order, and dtype of an npy file, which is left at its first value.
+
+    Raises:
+        DataError: an array with named fields.
+        ValueError: no npy file, or one of pickled objects.
+    """
+    version = np.lib.format.read_magic(file)
+    if version[0] > 2:
+        raise DataError(
+            f"{where}: npy version {version[0]} is of arrays with named fields; store plain numbers"
+        )
+    v1, v2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = (v1 if version == (1, 0) else v2)(file)
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype} of shape {shape}; pickled objects are not loaded")
+    return shape, fortran, dtype
+
+
+def read_npy(file: IO[bytes], max_gib: float, where: str) -> NDArray[Any]:
+    """The array of an npy file; its header says what it takes.
+
+    Raises:
+        DataError: it is damaged, too large, or holds pickled objects.
+    """
     with readable(where, "unreadable, truncated or no npz/npy file"):
-        version = np.lib.format.read_magic(file)
-        if version[0] > 2:
-            raise DataError(
-                f"{where}: npy version {version[0]} is of arrays with named fields; store plain numbers"
-            )
-        v1, v2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = (v1 if version == (1, 0) else v2)(file)
-        if dtype.hasobject or min(shape, default=0) < 0:
-            raise ValueError(f"{dtype} of shape {shape}; pickled objects are not loaded")
+        shape, fortran, dtype = npy_header(file, where)
         return _values(file, dtype, shape, max_gib, where).reshape(shape, order="F" if fortran else "C")
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,10 +172,16 @@ def _table_labels(tree: _Tree, table: str, images: list[str]) -> NDArray[Any] | 
         if pairs is None:
             return None
         base = table.removesuffix(LABELS)
-        found = {base + name.replace("\\", "/"): label for name, label in pairs}
-    missing = [n for n in images if n not in found]
-    if missing:
+        names = [base + name.replace("\\", "/") for name, _ in pairs]
+        found = dict(zip(names, (label for _, label in pairs), strict=True))
+    if len(found) != len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{where} names {twice} twice; leave one label for each image")
+    if missing := [n for n in images if n not in found]:
         raise DataError(f"{where} has no label for {missing[0]}; add it, or remove the image")
+    known = set(images)
+    if extra := [n for n in names if n not in known]:
+        raise DataError(f"{where} names {extra[0]}, which is no image here; copy it, or remove its label")
     labels = [found[n] for n in images]
     if not all(type(label) is int and abs(label) < 2**63 for label in labels):
         raise DataError(f"{where}: labels must be whole numbers, one for each image")
@@ -209,7 +216,8 @@ def read_image_folder(
 
     Images lie at the top (no classes) or in one folder for each class. If one single folder holds all of this, as in
     many zips, its contents are taken. An archive with a `dataset.json`, as EDM's dataset_tool makes it, has its classes
-    from there. Links are followed. Hidden files, and files without the suffix of an image, are ignored.
+    from there alone: its folders are no classes, and the table must name every image and no other. Links are followed.
+    Hidden files, and files without the suffix of an image, are ignored.
 
     Images are turned as their EXIF orientation says. Gray ones keep one channel unless there are colour images too;
     palettes and CMYK become RGB; transparency and colour profiles are dropped; an animation gives its first frame.
@@ -224,8 +232,8 @@ def read_image_folder(
         uint8 [N, C, H, W], C ∈ {1, 3}, and the N classes, as names or as numbers, or None.
 
     Raises:
-        DataError: missing, damaged or too large file, no image, empty class folder, images of different sizes, links
-            in a circle or in a zip.
+        DataError: missing, damaged or too large file, no image, empty class folder, a `dataset.json` that is broken or
+            does not fit, images of different sizes, links in a circle or in a zip.
         FileError: a folder or file cannot be read.
         MissingExtra: pillow is not installed.
     """

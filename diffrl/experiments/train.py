@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -67,6 +67,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
             keep_teacher(folder, name, teacher)
         results = folder.results() or {"objectives": {}}
         head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
+        head |= {} if data.split is None else {"split": asdict(data.split)}
         for name in objectives:
             known = results["objectives"].get(name, {})
             job = TrainingJob(config, data, name)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.extras import require
 from diffrl.metrics.discrepancy import NUMBERS, clouds, mmd
+from diffrl.metrics.reference_statistics import Features, Statistics, frechet, kept_statistics
 
 __all__ = [
     "SAMPLE_DISTANCES",
@@ -254,10 +256,7 @@ def frechet_distance(fx: Tensor, fy: Tensor) -> float:
     fx, fy = clouds(fx, fy)
     if len(fx) < 2 or len(fy) < 2:
         raise InputError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
-    U, V = (torch.linalg.qr((f - f.mean(0)) / math.sqrt(len(f) - 1), mode="r").R for f in (fx, fy))
-    cross = torch.linalg.svdvals(U @ V.T).sum()
-    distance = (fx.mean(0) - fy.mean(0)).square().sum() + U.square().sum() + V.square().sum() - 2 * cross
-    return max(float(distance), 0.0)
+    return frechet(Statistics.of(fx), Statistics.of(fy))
 
 
 @torch.no_grad()
@@ -281,7 +280,7 @@ def _fd_digits_cnn(x: Tensor, y: Tensor) -> float:
     return frechet_distance(digits_features(x), digits_features(y))
 
 
-def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
+def sample_distance(name: str, x: Tensor, y: Tensor, *, statistics: str | Path | None = None) -> float:
     """Distance between samples and data by name; report it as ``f"{name}@{len(x)}"``.
 
     Even for perfect samples the distance falls as their number grows, so compare equal numbers of samples only.
@@ -290,14 +289,26 @@ def sample_distance(name: str, x: Tensor, y: Tensor) -> float:
         name: "w2", "sliced_w2", "mmd" or "fd_digits_cnn" (Fréchet distance of `digits_features`).
         x: samples, shape [n, *E].
         y: data, never trained on, shape [m, *E].
+        statistics: folder where the mean and covariance of y's features are kept, so that they are computed once; for
+            "fd_digits_cnn", see `diffrl.metrics.reference_statistics.kept_statistics`.
 
     Raises:
-        ValueError: an unknown name, or samples that the distance refuses.
+        ValueError: an unknown name, samples that the distance refuses, a folder for a distance without features, or a
+            damaged file in it.
+        FileError: a file in it cannot be read or written.
         MissingExtra: the distance needs a package that is not installed.
     """
     if name not in SAMPLE_DISTANCES:
         raise InputError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
-    return SAMPLE_DISTANCES[name](x, y)
+    if statistics is None:
+        return SAMPLE_DISTANCES[name](x, y)
+    if name not in FEATURES:
+        raise InputError(
+            f"statistics is given, but {name} is no distance of features: take {', '.join(FEATURES)}"
+        )
+    features = FEATURES[name]
+    fx = features.compute(x).cpu()
+    return frechet(Statistics.of(clouds(fx, fx)[0]), kept_statistics(features, y, statistics))
 
 
 def check_distance(name: str, n: int, m: int, dims: int, max_gib: float) -> None:
@@ -330,3 +341,9 @@ SAMPLE_DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "mmd": mmd,
     "fd_digits_cnn": _fd_digits_cnn,
 }
+FEATURES = {
+    "fd_digits_cnn": Features(
+        "digits_cnn", digits_features, lambda: digits_cnn(torch.device("cpu")).state_dict()
+    )
+}
+"""Of distances between features."""

@@ -155,8 +155,13 @@ def exact_x0_law(process: Schedule, data: Data, device: torch.device | str = "cp
         device: where the states are.
 
     Raises:
-        ValueError: the data are drawn from a law that is not known.
+        ValueError: the data are drawn from a law that is not known, or stay in a file.
     """
+    if data.rows is not None:
+        raise InputError(
+            f"{data.name} has its rows in a file, and what is exact needs them all in memory: give "
+            "data.mapped=false, or a reference batch (chain.x0=reference chain.reference=2048)"
+        )
     if data.mixture is not None:
         m = data.mixture
         return ExactLaw(MixtureDenoiser(process, m.means, m.stds, m.weights).to(device))

@@ -226,10 +226,10 @@ def reference_of_batch(
             "the batch alone"
         )
     if n > len(x0) and data is not None:
-        train = data.train
-        if train is not None and n - len(x0) > len(train):
+        if data.num_train is not None and n - len(x0) > data.num_train:
             raise InputError(
-                f"reference is {n}, but {data.name} has {len(train)} training rows: set x0=exact, which takes them all"
+                f"reference is {n}, but {data.name} has {data.num_train} training rows: set "
+                "x0=exact, which takes them all"
             )
         more, known = data.batch(n - len(x0), data_generator(generator))
         rows = torch.cat([x0, more.to(x0)])

@@ -25,7 +25,7 @@ __all__ = [
     "build_sampler",
 ]
 
-PRIOR_ROWS, PRIOR_SEED = 10_000, 2_236_067_977  # of a set without end, for a prior's mean and std
+PRIOR_ROWS, PRIOR_SEED = 10_000, 2_236_067_977  # for a prior's mean and std, of what is not in memory
 
 
 class Events(NamedTuple):
@@ -69,10 +69,11 @@ def build_denoiser(config: Config, data: Data | Events) -> Denoiser:
 
 
 def _rows_for_prior(data: Data) -> tuple[Tensor, Tensor | None]:
-    """Training rows and their labels: all of a finite set, or as many fresh ones, the same for every run."""
+    """Training rows and their labels: all that are in memory, or 10,000 that are drawn, the same for every run."""
     if data.train is not None:
         return data.train, data.train_labels
-    return data.batch(PRIOR_ROWS, torch.Generator().manual_seed(PRIOR_SEED))
+    n = PRIOR_ROWS if data.num_train is None else min(PRIOR_ROWS, data.num_train)
+    return data.batch(n, torch.Generator().manual_seed(PRIOR_SEED))
 
 
 def build_oracle(data: Data, process: Schedule) -> MixtureDenoiser | None:

@@ -37,8 +37,8 @@ class Evaluation:
 
     Args:
         sigmas: noise-to-signal ratios at which the errors are taken.
-        points: data at which they are taken: of a finite set, training rows for the value error, and test rows for the
-            denoising error; else test points for both.
+        points: data at which they are taken: of a set in memory, training rows for the value error, and test rows for
+            the denoising error; else test points for both.
         num_steps: levels of the sampling grids.
         samples: samples drawn for each.
         distance: name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
@@ -50,6 +50,8 @@ class Evaluation:
         target_states: states at which, at the end, bias and variance of the objective's target are taken, see
             `diffrl.metrics.scheme_targets`; none by default. It needs data with a known law, and no labels.
         target_draws: of the datum at each of them, at least 2.
+        statistics: folder where a distance between features (fd_digits_cnn) keeps the mean and covariance of those of
+            the data, by a hash of data and features, so that they are computed once; None keeps none.
 
     Raises:
         ValueError: an argument outside its range.
@@ -65,6 +67,7 @@ class Evaluation:
     map_pairs: tuple[tuple[float, float], ...] = ()
     target_states: int = 0
     target_draws: int = 16
+    statistics: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("points", "samples", "at_once"):
@@ -102,7 +105,10 @@ class Evaluation:
             check_distance(
                 self.distance, self.samples, len(reference), reference[0].numel(), max_gib=self.max_gib
             )
-        sample_distance(self.distance, reference[:64], reference[:64])
+        with of_group("eval", ("statistics",)):
+            some = reference[:64]
+            known = reference if self.statistics else some
+            sample_distance(self.distance, some, known, statistics=self.statistics)
         few = replace(self, points=1)
         few.value_error(denoiser, oracle, data)
         few.map_error(denoiser, oracle, data)
@@ -208,11 +214,11 @@ class Evaluation:
     def sample_distance(self, samples: Tensor, data: Data) -> float:
         """Distance between samples and the law that training saw; images are first clipped to [-1, 1]."""
         samples = samples.clamp(-1, 1) if len(data.event_shape) == 3 else samples
-        return sample_distance(self.distance, samples.cpu(), _reference(data))
+        return sample_distance(self.distance, samples.cpu(), _reference(data), statistics=self.statistics)
 
 
 def _reference(data: Data) -> Tensor:
-    """Points of the law that training sees: a finite set's training rows, else fresh points."""
+    """Points of the law that training sees: training rows that are in memory, else test points, which are fresh."""
     return data.test if data.train is None else data.train
 
 

@@ -12,13 +12,16 @@ import torch
 from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
+from diffrl.data.augmentation import augment
 from diffrl.data.dataset import Data
+from diffrl.diffusion.networks.inputs import joined_labels
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.stand_ins import StandIn
 from diffrl.objectives.td_adaptive import AdaptiveLoss
+from diffrl.training.augmenting import check_augmentable
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import EMA
@@ -75,6 +78,8 @@ class Length:
         checkpoint_every: gradient steps between checkpoints.
         keep_checkpoints: how many of them stay.
         label_dropout: share of data whose label is replaced by the null label.
+        augment: probability of each change of EDM's augmentation of images, which a network with
+            network.augment_dim=9 is told of, see `diffrl.data.augmentation.augment`; 0: images stay as they are.
     """
 
     grad_steps: int = 2000
@@ -84,11 +89,14 @@ class Length:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     label_dropout: float = 0.1
+    augment: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least_one("trainer", {k: v for k, v in vars(self).items() if k != "label_dropout"})
-        if not 0 <= self.label_dropout <= 1:
-            raise InputError(f"trainer.label_dropout is {self.label_dropout}: it is a share in [0, 1]")
+        shares = ("label_dropout", "augment")
+        at_least_one("trainer", {k: v for k, v in vars(self).items() if k not in shares})
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"trainer.{name} is {getattr(self, name)}: it is a share in [0, 1]")
 
     @property
     def total(self) -> int:
@@ -152,6 +160,8 @@ class Trainer(Loop):
         if isinstance(self.loss, AdaptiveLoss):
             self.data, held = held_out(data, seed)
             self.trials = Trials(self.loss, held, seed)
+        if length.augment:
+            check_augmentable(self.denoiser, data.event_shape, objective)
         data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
 
     @property
@@ -179,6 +189,7 @@ class Trainer(Loop):
             **flat(groups),
             "trainer.batch_size": self.length.batch_size,
             "trainer.label_dropout": self.length.label_dropout,
+            **({"trainer.augment": self.length.augment} if self.length.augment else {}),
             "data.fingerprint": self.data.fingerprint,
             "data.event_shape": self.data.event_shape,
             "data.num_classes": self.data.num_classes,
@@ -208,14 +219,21 @@ class Trainer(Loop):
         return f"loss {row['loss_value']:.3g}, {error}{rate:,.0f} samples/s"
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None, Generator]:
-        """Data of a step, its labels (some dropped), and the generator that the noise continues from."""
+        """Data of a step, its labels (some dropped), and the generator that the noise continues from.
+
+        Augmented images have labels of that too, `diffrl.diffusion.networks.inputs.joined_labels`.
+        """
         generator = step_generator(self.seed, step)
         x0, labels = self.data.batch(self.length.batch_size, generator)
         if self.num_classes == 0:
             labels = None
         elif labels is not None:
             dropped = torch.rand(len(labels), generator=generator) < self.length.label_dropout
-            labels = labels.masked_fill(dropped, self.num_classes).to(self.device)
+            labels = labels.masked_fill(dropped, self.num_classes)
+        if self.length.augment:
+            x0, done = augment(x0, self.length.augment, generator)
+            labels = joined_labels(labels, done)
+        labels = None if labels is None else labels.to(self.device)
         dtype = next(iter(self.parameters)).dtype
         if self.device.type != "cpu":
             generator = step_generator(self.seed, step, self.device)

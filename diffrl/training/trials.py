@@ -27,16 +27,25 @@ SHARE = 0.1
 
 
 def held_out(data: Data, seed: int) -> tuple[Data, Data]:
-    """The data to train on and those to hold out: a tenth of finitely many rows; of a law, fresh draws for both."""
-    if data.train is None:
+    """The data to train on and those to hold out: a tenth of finitely many rows; of a law, fresh draws for both.
+
+    An image and its mirror image stay together.
+    """
+    if data.num_train is None:
         return data, data
-    order = torch.randperm(len(data.train), generator=step_generator(HELD_SEED + seed, 0))
+    pairs = data.num_train // (1 + data.mirrored)
+    order = torch.randperm(pairs, generator=step_generator(HELD_SEED + seed, 0))
     n = max(1, round(SHARE * len(order)))
     labels = data.train_labels
 
     def rows(i: Tensor) -> Data:
-        assert data.train is not None
-        return replace(data, train=data.train[i], train_labels=None if labels is None else labels[i])
+        i = torch.cat([i, i + pairs]) if data.mirrored else i
+        return replace(
+            data,
+            train=None if data.train is None else data.train[i],
+            rows=None if data.rows is None else data.rows.take(i),
+            train_labels=None if labels is None else labels[i],
+        )
 
     return rows(order[n:]), rows(order[:n])
 
@@ -93,8 +102,8 @@ class Trials:
     def _errors(self, trainer: Trained) -> Tensor:
         """The averaged denoiser's error on each held-out chain, mean of ‖D(x) - x0‖²/(c_out² dim(E)) along it, [n]."""
         generator = step_generator(HELD_SEED + self.seed, trainer.step)
-        n, finite = self.loss.plan.heldout, self.data.train
-        x0, labels = self.data.batch(n if finite is None else min(n, len(finite)), generator)
+        n, N = self.loss.plan.heldout, self.data.num_train
+        x0, labels = self.data.batch(n if N is None else min(n, N), generator)
         denoiser = cast(Denoiser, trainer.ema.module)
         x0 = x0.to(trainer.device, next(denoiser.parameters()).dtype)
         labels = labels.to(trainer.device) if labels is not None and trainer.num_classes else None

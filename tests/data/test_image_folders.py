@@ -189,16 +189,38 @@ def test_labels_of_an_edm_archive_are_those_of_its_table(tmp_path: Path, packed:
         (lambda names: by_turns(names)[:-1], r"no label for 00001/img00000007.png"),
         (lambda names: [[name, [0.0, 1.0]] for name in names], "labels must be whole numbers"),
         (lambda names: [[name, -1] for name in names], "label -1 is negative"),
+        (
+            lambda names: [*by_turns(names), ["00001/lost.png", 6]],
+            r"names 00001/lost.png, which is no image here",
+        ),
+        (lambda names: [*by_turns(names), [names[3], 6]], r"names 00000/img00000003.png twice; leave one"),
+        (lambda names: [[name, None] for name in names], "labels must be whole numbers"),
+        (lambda names: [[7, 6]], "dataset.json is damaged, or no table of labels"),
         (lambda names: [1, 2], "dataset.json is damaged, or no table of labels"),
         ('{"labels": [["0000', "dataset.json is damaged, or no table of labels"),
         ("[]", "dataset.json is damaged, or no table of labels"),
         ('{"more": 1}', "dataset.json is damaged, or no table of labels"),
     ],
 )
-def test_tables_of_labels_that_cannot_be_used_are_refused(tmp_path: Path, labels: Any, message: str) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_of_labels_that_cannot_be_used_are_refused(
+    tmp_path: Path, labels: Any, message: str, packed: bool
+) -> None:
     with pytest.raises(DataError, match=message) as error:
-        folder(edm_archive(tmp_path / "root", labels), conditional=True)
+        folder(edm_archive(tmp_path / "root", labels, packed), conditional=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [None, by_turns])
+def test_index_folders_of_an_edm_archive_are_no_classes(tmp_path: Path, labels: Any) -> None:
+    path = edm_archive(tmp_path / "root", labels)
+    data = folder(path, test_fraction=0.25)
+    assert data.num_classes == 0 and data.train is not None and len(data.train) == 6
+    if labels:
+        assert folder(path, conditional=True, test_fraction=0.25).classes == (
+            "6",
+            "7",
+        )  # and not 00000, 00001
 
 
 # --- what else a folder may lack

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import diffrl
+from diffrl.experiments.reports.run_table import split_line
 from diffrl.extras import MissingExtra
 from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -131,6 +132,25 @@ def test_labelled_images_with_guidance(tmp_path: Path) -> None:
     assert loaded.data.num_classes == 3
     one, two = (loaded.sample(6, num_steps=3, guidance_scale=w) for w in (1.0, 2.0))
     assert one.shape == (6, 1, 4, 4) and not torch.equal(one, two)
+
+
+def test_data_that_stay_in_their_file_train_the_same_network(tmp_path: Path) -> None:
+    words = ("data=npz", f"data.path={images(tmp_path)}", "data.conditional=true", "compare=false")
+    read, mapped = (run(tmp_path / m, *words, f"data.mapped={m}").results() for m in ("false", "true"))
+    read, mapped = (found["objectives"]["td"] for found in (read, mapped))
+    assert read["denoising_error"] == mapped["denoising_error"]
+    assert len(read["value_error"]) > 0 and mapped["value_error"] == {}  # it needs all rows
+    assert mapped["sample_distance"]["by_nfe"]["7"] > 0
+
+
+def test_a_run_says_what_it_held_out(tmp_path: Path) -> None:
+    results = run(tmp_path / "run", "data=npz", f"data.path={images(tmp_path)}", "compare=false").results()
+    assert results["split"]["rule"] == "the last 6 of 60 samples"
+    assert (results["split"]["train"], results["split"]["test"]) == (54, 6)
+    line = split_line(results)
+    assert line.startswith("held out    the last 6 of 60 samples (54 to train on, 6 held out, indices ")
+    assert results["split"]["indices"] in line
+    assert "split" not in run(tmp_path / "rings", "compare=false").results() and split_line({}) == ""
 
 
 def test_tensorboard(tmp_path: Path) -> None:

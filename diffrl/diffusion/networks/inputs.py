@@ -6,7 +6,14 @@ from torch import Tensor
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
 
-__all__ = ["MAX_SIZE", "check_event_shape", "check_inputs", "check_second_time"]
+__all__ = [
+    "MAX_SIZE",
+    "check_event_shape",
+    "check_inputs",
+    "check_second_time",
+    "joined_labels",
+    "split_labels",
+]
 
 MAX_SIZE = 65536
 """Most units, channels or features of a layer: a matrix of them has 16 GiB."""
@@ -67,3 +74,35 @@ def check_inputs(
         raise InputTypeError(f"cond is of type {found}: give labels as a tensor of int64")
     if cond.shape != x.shape[:1]:
         raise InputError(f"cond must have shape [{len(x)}], one label per row of x, not {list(cond.shape)}")
+
+
+def joined_labels(labels: Tensor | None, augment: Tensor) -> Tensor:
+    """One condition of labels [N], if there are any, and of what was done to each image, [N, A]: floats [N, 1+A or A].
+
+    It is exact for labels below 2²⁴, which all are (`check_event_shape`).
+    """
+    return augment if labels is None else torch.cat([labels[:, None].to(augment), augment], 1)
+
+
+def split_labels(
+    cond: Tensor | None, num_classes: int, augment_dim: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The labels [N] and the augmentation [N, A] that `joined_labels` has put together; other conditions stay whole.
+
+    Args:
+        cond: floats, as `joined_labels` makes them; or labels alone, or None, for images as they are.
+        num_classes: of the network, C.
+        augment_dim: of the network, A; 0: it takes no augmentation.
+
+    Raises:
+        ValueError: floats of another shape.
+    """
+    if cond is None or augment_dim == 0 or not cond.is_floating_point():
+        return cond, None
+    width = augment_dim + (num_classes > 0)
+    if cond.ndim != 2 or cond.shape[1] != width:
+        raise InputError(
+            f"cond has shape {list(cond.shape)}: for {num_classes} classes and augment_dim={augment_dim} give "
+            f"[N, {width}], or labels alone"
+        )
+    return (cond[:, 0].long() if num_classes else None), cond[:, width - augment_dim :]

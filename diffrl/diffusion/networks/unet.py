@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffrl.diffusion.networks.embeddings import FourierFeatures, LabelEmbedding, of_features
-from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs, check_second_time
+from diffrl.diffusion.networks.inputs import (
+    MAX_SIZE,
+    check_event_shape,
+    check_inputs,
+    check_second_time,
+    split_labels,
+)
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
@@ -101,6 +107,8 @@ class UNet(nn.Module):
         second_time: whether it is told a second time r, as in `MLP`: two more layers on the features of c_noise_r,
             added to the embedding of c_noise and drawn last.
         variance: also predict a variance, by twice the first size of *E; see `diffrl.Denoiser.with_variance`.
+        augment_dim: A, labels of augmentation that it can be told, 9 for `trainer.augment`: A numbers, each times a
+            vector that is added to the embedding of c_noise, so that zeros are none. Drawn last of all; 0 builds none.
 
     Raises:
         ValueError: an event shape that cannot be halved so often, or a size outside its range.
@@ -119,10 +127,12 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         second_time: bool = False,
         variance: bool = False,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         require_number("dropout", dropout, 0, 1, "[)")
+        self.augment_dim = require_int("augment_dim", augment_dim, 0, MAX_SIZE)
         self.event_shape = check_event_shape(event_shape, num_classes)
         self.num_classes, self.blocks = num_classes, blocks
         self.second_time, self.predicts_variance = second_time, variance
@@ -141,7 +151,6 @@ class UNet(nn.Module):
             features = FourierFeatures(1, noise_features, noise_scale)
         self.noise_embedding = nn.Sequential(features, *_layers(noise_features, embedding))
         self.label_embedding = LabelEmbedding(num_classes, embedding) if num_classes else None
-
         widths = [channels * multiplier for multiplier in multipliers for _ in range(blocks)]
         self.first = nn.Conv2d(self.event_shape[0], channels, 3, padding=1)
         self.down = nn.ModuleList(_Block(a, b, embedding, dropout) for a, b in pairwise([channels, *widths]))
@@ -154,6 +163,7 @@ class UNet(nn.Module):
         self.norm = _norm(widths[0])
         self.last = _zero(nn.Conv2d(widths[0], (1 + variance) * self.event_shape[0], 3, padding=1))
         self.second_embedding = _layers(noise_features, embedding) if second_time else None
+        self.augment_embedding = nn.Linear(augment_dim, embedding, bias=False) if augment_dim else None
 
     def forward(
         self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
@@ -163,12 +173,14 @@ class UNet(nn.Module):
         Args:
             x: the scaled images, shape [N, C, H, W].
             c_noise: the noise level's code, shape [N].
-            cond: integer labels in 0..num_classes, shape [N]; num_classes is the null label, None all null.
+            cond: integer labels in 0..num_classes, shape [N]; num_classes is the null label, None all null. With
+                augment_dim also what `joined_labels` makes of them and of labels of augmentation.
             c_noise_r: the code of the second time, shape [N]; None is c_noise, that is r = t.
 
         Raises:
             ValueError: an argument of another shape, or labels or a second time for a network without them.
         """
+        cond, augment = split_labels(cond, self.num_classes, self.augment_dim)
         check_inputs(x, c_noise, cond, self.event_shape, self.num_classes)
         check_second_time(x, c_noise_r, second_time=self.second_time)
         e = self.noise_embedding(c_noise[:, None])
@@ -177,6 +189,8 @@ class UNet(nn.Module):
         if self.second_embedding is not None:
             features = self.noise_embedding[0]
             e = e + self.second_embedding(features((c_noise if c_noise_r is None else c_noise_r)[:, None]))
+        if self.augment_embedding is not None and augment is not None:
+            e = e + self.augment_embedding(augment.to(e.dtype))
         e = F.silu(e)
 
         h, skips = self.first(x), []

@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from diffrl.data.splits import Split
 from diffrl.diffusion.posterior import coupling_eta
 from diffrl.experiments.schemes import MONTE_CARLO, settings_of
 from diffrl.objectives.monte_carlo import is_monte_carlo
@@ -20,6 +21,7 @@ __all__ = [
     "mean_error",
     "mean_ratio",
     "objective_label",
+    "split_line",
     "summary_table",
     "title",
 ]
@@ -121,6 +123,11 @@ def title(results: Mapping[str, Any]) -> str:
         f"{versus} on {data_label(config)}: {length['grad_steps']:,} gradient steps "
         f"of {length['batch_size']} data, seed {results['seed']}"
     )
+
+
+def split_line(results: Mapping[str, Any]) -> str:
+    """One line that says which data the run held out; empty where it held out none."""
+    return f"held out    {Split(**results['split'])}" if "split" in results else ""
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
