@@ -20,7 +20,7 @@ from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.value import value_module
 from diffrl.shapes import event_mean, expand_like
 
-__all__ = ["MapLoss", "MapRows", "adaptive", "jump", "require_straight", "square_mean"]
+__all__ = ["MapLoss", "MapRows", "TwoTimeLoss", "adaptive", "jump", "require_straight", "square_mean"]
 
 
 class MapRows(NamedTuple):
@@ -45,8 +45,8 @@ class MapRows(NamedTuple):
         return MapRows(*(None if entry is None else entry[where] for entry in self))  # type: ignore[arg-type]
 
 
-class MapLoss(DenoiserLoss):
-    """A loss of a two-time denoiser on states that stand each for itself; a scheme gives `_losses`.
+class TwoTimeLoss(DenoiserLoss):
+    """A loss of a two-time denoiser; a scheme gives `_of_states`.
 
     On a process with σ(t) = t and α linear in t, `Flow` and `EDM`, the path of a datum and a noise is straight, and
 
@@ -66,7 +66,6 @@ class MapLoss(DenoiserLoss):
     """
 
     out_keys = ["loss_value", "td_error"]
-    fed_with = "diffrl.objectives.maps.states.map_states"
 
     def __init__(
         self,
@@ -82,17 +81,12 @@ class MapLoss(DenoiserLoss):
         require_straight(denoiser.process)
         self.bootstrap = bootstrap
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries of the states that the loss reads; cond, importance, group and next.t are read where present."""
-        return [keys.X_T, keys.T, keys.R, keys.X0, keys.V]
-
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss of a batch of states [*b, 1].
+        """The loss of a batch of states [*b, K]; unless the scheme says so, each stands for itself.
 
         Args:
-            tensordict: what `diffrl.objectives.maps.states.map_states` gives.
+            tensordict: what the function or class draws that the scheme names.
 
         Returns:
             TensorDict with the scalars ``loss_value`` and ``td_error``, the root mean square of what is compared.
@@ -104,19 +98,14 @@ class MapLoss(DenoiserLoss):
         with self._telling_what_is_missing(tensordict):
             states = rows(tensordict)
             self._require_entries(states)
-            read = [states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V)]
-            x, t, r, x0, v = read
-            cond, s, group = (states.get(key, None) for key in (keys.COND, (keys.NEXT, keys.T), keys.GROUP))
-        self._first_look(x0, cond)
-        cond = None if cond is None else cond.flatten(0, 1)
-        s, group = (None if entry is None else entry.flatten() for entry in (s, group))
-        loss, δ = self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond, s, group))
+        self._first_look(states[keys.X0].flatten(0, 1), states.get(keys.COND, None))
+        loss, δ = self._of_states(states)
         loss = self._by_importance(tensordict, states, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": δ.detach().square().mean().sqrt()})
 
     @abstractmethod
-    def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
-        """The loss of each row, [N], and the difference that it is a norm of, [N, *E]."""
+    def _of_states(self, states: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """The loss of each state of a batch [B, K], B K numbers, and the difference that it is a norm of, [N, *E]."""
 
     def _u(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Tensor:
         """u(x, t, r) of the network that is trained."""
@@ -129,6 +118,31 @@ class MapLoss(DenoiserLoss):
         self.network_evaluations += len(t)
         network: nn.Module = self.bootstrap_network.module
         return _average_velocity(network.denoiser, x, t, r, cond)
+
+
+class MapLoss(TwoTimeLoss):
+    """A loss of a two-time denoiser on states that stand each for itself; a scheme gives `_losses`.
+
+    Args, formulas and errors are those of `TwoTimeLoss`.
+    """
+
+    fed_with = "diffrl.objectives.maps.states.map_states"
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries of the states that the loss reads; cond, importance, group and next.t are read where present."""
+        return [keys.X_T, keys.T, keys.R, keys.X0, keys.V]
+
+    def _of_states(self, states: TensorDictBase) -> tuple[Tensor, Tensor]:
+        x, t, r, x0, v = (states[key].flatten(0, 1) for key in (keys.X_T, keys.T, keys.R, keys.X0, keys.V))
+        cond, s, group = (states.get(key, None) for key in (keys.COND, (keys.NEXT, keys.T), keys.GROUP))
+        cond = None if cond is None else cond.flatten(0, 1)
+        s, group = (None if entry is None else entry.flatten() for entry in (s, group))
+        return self._losses(MapRows(x, t.flatten(), r.flatten(), x0, v, cond, s, group))
+
+    @abstractmethod
+    def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
+        """The loss of each row, [N], and the difference that it is a norm of, [N, *E]."""
 
     def _u_along(self, s: MapRows, dx: Tensor, dt: float = 1.0, dr: float = 0.0) -> tuple[Tensor, Tensor]:
         """u(x, t, r), and its derivative along (dx, dt, dr), by one Jacobian-vector product; both have a gradient.
