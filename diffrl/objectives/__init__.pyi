@@ -28,6 +28,8 @@ from .maps.self_distillation import ProgressivePairs as ProgressivePairs
 from .maps.self_distillation import SelfDistillationPairs as SelfDistillationPairs
 from .maps.shortcut import ShortcutLoss as ShortcutLoss
 from .maps.shortcut import ShortcutPairs as ShortcutPairs
+from .maps.td_map import MapChains as MapChains
+from .maps.td_map import TDMapLoss as TDMapLoss
 from .physics_residual import PhysicsResidualLoss as PhysicsResidualLoss
 from .posteriors import ExactLaw as ExactLaw
 from .posteriors import ReferenceBatch as ReferenceBatch

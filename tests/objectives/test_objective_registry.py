@@ -23,6 +23,7 @@ from diffrl.objectives.maps.inductive_moments import MomentGroups
 from diffrl.objectives.maps.self_distillation import ProgressivePairs, SelfDistillationPairs
 from diffrl.objectives.maps.shortcut import ShortcutPairs
 from diffrl.objectives.maps.states import LogNormalPairs
+from diffrl.objectives.maps.td_map import MapChains
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.priorgrad import PriorStates
 from diffrl.objectives.progressive import HalvingSteps
@@ -181,6 +182,13 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "anneal": (Any | None, None),
         "bootstrap_every": (int, 8),
     },
+    "td_map": {
+        "lmbda": (float, 0.0),
+        "bootstrap": (str, "target"),
+        "map_weight": (str, "edm"),
+        "anneal": (Any | None, None),
+        "different": (float, 0.75),
+    },
     "td_ct": {"td_weight": (str, "sum_sq"), "consistency_coef": (float, 0.5), **CT},
 }
 for option in ("s_0", "s_1", "mu_0"):
@@ -241,6 +249,7 @@ def test_what_draws_the_states() -> None:
         "progressive_map": ProgressivePairs,
         "eulerian_map": SelfDistillationPairs,
         "inductive_moments": MomentGroups,
+        "td_map": MapChains,
     }
 
 
@@ -276,6 +285,8 @@ def mine() -> Iterator[None]:
         ("td_lambda_schedule", {}, "TD(λ=0…1)"),
         ("td_lambda_schedule", {"anneal": {"high_noise": [1, 0.5]}}, "TD(λ=0…1→0.5)"),
         ("td_lambda_schedule", {"low_noise": 0.3}, "TD(λ=0.3…1)"),
+        ("td_map", {"lmbda": 0.5}, "TD map(λ=0.5)"),
+        ("td_map", {"anneal": {"lmbda": [1, 0]}}, "TD map(λ=1→0)"),
         ("ct", {"name": "ct"}, "CT"),
         ("monte_carlo", {"name": "td", "lmbda": 0.5}, "Monte Carlo"),
         ("of_another_version", {"name": "of_another_version"}, "of_another_version"),

@@ -20,7 +20,7 @@ from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.value import value_module
 from diffrl.shapes import event_mean, expand_like
 
-__all__ = ["MapLoss", "MapRows", "adaptive", "jump", "map_rows", "require_straight", "square_mean"]
+__all__ = ["MapLoss", "MapRows", "TwoTimeLoss", "adaptive", "jump", "map_rows", "require_straight", "square_mean"]
 
 
 class MapRows(NamedTuple):
@@ -45,8 +45,8 @@ class MapRows(NamedTuple):
         return MapRows(*(None if entry is None else entry[where] for entry in self))  # type: ignore[arg-type]
 
 
-class MapLoss(DenoiserLoss):
-    """A loss of a two-time denoiser on states that stand each for itself; a scheme gives `_losses`.
+class TwoTimeLoss(DenoiserLoss):
+    """A loss of a two-time denoiser; a scheme gives `_of_states`.
 
     On a process with σ(t) = t and α linear in t, `Flow` and `EDM`, the path of a datum and a noise is straight, and
 
@@ -66,7 +66,6 @@ class MapLoss(DenoiserLoss):
     """
 
     out_keys = ["loss_value", "td_error"]
-    fed_with = "diffrl.objectives.maps.states.map_states"
 
     def __init__(
         self,
@@ -82,17 +81,12 @@ class MapLoss(DenoiserLoss):
         require_straight(denoiser.process)
         self.bootstrap = bootstrap
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries of the states that the loss reads; cond, importance, group and next.t are read where present."""
-        return [keys.X_T, keys.T, keys.R, keys.X0, keys.V]
-
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The loss of a batch of states [*b, 1].
+        """The loss of a batch of states [*b, K]; unless the scheme says so, each stands for itself.
 
         Args:
-            tensordict: what `diffrl.objectives.maps.states.map_states` gives.
+            tensordict: what the function or class draws that the scheme names.
 
         Returns:
             TensorDict with the scalars ``loss_value`` and ``td_error``, the root mean square of what is compared.
@@ -104,25 +98,14 @@ class MapLoss(DenoiserLoss):
         with self._telling_what_is_missing(tensordict):
             states = rows(tensordict)
             self._require_entries(states)
-            s = map_rows(states)
-        self._first_look(s.x0, s.cond)
-        loss, δ = self._losses(s)
+        self._first_look(states[keys.X0].flatten(0, 1), states.get(keys.COND, None))
+        loss, δ = self._of_states(states)
         loss = self._by_importance(tensordict, states, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": δ.detach().square().mean().sqrt()})
 
-    def target(self, states: TensorDictBase) -> Tensor:
-        """What D(x, t, r) is pulled to, x - t y with y = u - δ, without gradient: [N, *E] of states [*b, 1].
-
-        Of a scheme that moves more than u by its gradient, as LSD does, y is what its condition says that u is.
-        """
-        s = map_rows(rows(states))
-        with torch.no_grad():
-            y = self._u(s.x, s.t, s.r, s.cond) - self._losses(s)[1]
-        return s.x - expand_like(s.t, y) * y
-
     @abstractmethod
-    def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
-        """The loss of each row, [N], and the difference that it is a norm of, [N, *E]."""
+    def _of_states(self, states: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """The loss of each state of a batch [B, K], B K numbers, and the difference that it is a norm of, [N, *E]."""
 
     def _u(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Tensor:
         """u(x, t, r) of the network that is trained."""
@@ -135,6 +118,37 @@ class MapLoss(DenoiserLoss):
         self.network_evaluations += len(t)
         network: nn.Module = self.bootstrap_network.module
         return _average_velocity(network.denoiser, x, t, r, cond)
+
+
+class MapLoss(TwoTimeLoss):
+    """A loss of a two-time denoiser on states that stand each for itself; a scheme gives `_losses`.
+
+    Args, formulas and errors are those of `TwoTimeLoss`.
+    """
+
+    fed_with = "diffrl.objectives.maps.states.map_states"
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Entries of the states that the loss reads; cond, importance, group and next.t are read where present."""
+        return [keys.X_T, keys.T, keys.R, keys.X0, keys.V]
+
+    def target(self, states: TensorDictBase) -> Tensor:
+        """What D(x, t, r) is pulled to, x - t y with y = u - δ, without gradient: [N, *E] of states [*b, 1].
+
+        Of a scheme that moves more than u by its gradient, as LSD does, y is what its condition says that u is.
+        """
+        s = map_rows(rows(states))
+        with torch.no_grad():
+            y = self._u(s.x, s.t, s.r, s.cond) - self._losses(s)[1]
+        return s.x - expand_like(s.t, y) * y
+
+    def _of_states(self, states: TensorDictBase) -> tuple[Tensor, Tensor]:
+        return self._losses(map_rows(states))
+
+    @abstractmethod
+    def _losses(self, s: MapRows) -> tuple[Tensor, Tensor]:
+        """The loss of each row, [N], and the difference that it is a norm of, [N, *E]."""
 
     def _u_along(self, s: MapRows, dx: Tensor, dt: float = 1.0, dr: float = 0.0) -> tuple[Tensor, Tensor]:
         """u(x, t, r), and its derivative along (dx, dt, dr), by one Jacobian-vector product; both have a gradient.

@@ -30,7 +30,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "progressive_map": {},
     "eulerian_map": {},
     "inductive_moments": {},
+    "td_map": {},
 }
+CHAIN = {"num_steps": 16, "coupling": "shared"}
 
 
 def one_step_samples(name: str) -> Tensor:
@@ -38,7 +40,7 @@ def one_step_samples(name: str) -> Tensor:
     denoiser = Denoiser(MLP((2,), hidden=64, depth=2, second_time=True), Flow(), 0.5, "velocity")
     options = {"name": name, **SCHEMES[name]}
     objective = build_objective(
-        {"objective": options, "chain": {}, "starts": {"name": "uniform"}}, denoiser, data=DATA
+        {"objective": options, "chain": CHAIN, "starts": {"name": "uniform"}}, denoiser, data=DATA
     )
     updater = SoftUpdate(objective.loss, eps=0.98) if objective.loss.bootstrap == "target" else None
     optimiser = torch.optim.Adam(denoiser.parameters(), lr=5e-3)
