@@ -45,12 +45,14 @@ class Entry:
         make: its constructor; the signature is the only home of its defaults.
         also: a second function that the same options go to, such as what draws an objective's states.
         label: name for people; a function makes it from the options.
+        place: where it stands among the others of its kind, in coordinates of that kind; None if it does not say.
     """
 
     name: str
     make: Callable[..., Any]
     also: Callable[..., Any] | None = None
     label: str | Callable[[Config], str] = ""
+    place: Any = None
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -101,6 +103,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         *,
         also: Callable[..., Any] | None = None,
         label: str | Callable[[Config], str] = "",
+        place: Any = None,  # noqa: ANN401
     ) -> Callable[[Made], Made]:
         """Decorator: make a class or function known by `name`; see `Entry`.
 
@@ -109,7 +112,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """
 
         def decorate(make: Made) -> Made:
-            entry = Entry(name, make, also, label)
+            entry = Entry(name, make, also, label, place)
             there = self._entries.get(name)
             if there is not None and _identity(there) != _identity(entry):
                 raise InputError(

@@ -14,6 +14,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoising import sample_log_normal_states
 from diffrl.objectives.double_sampling import DoubleSamplingLoss
 from diffrl.objectives.one_step import one_step_chains
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import require_int, require_number
 from diffrl.registry import options_of
@@ -128,7 +129,12 @@ def reverse_sde(
     return x
 
 
-@OBJECTIVES.register("cdm", also=ShortRollouts, label="CDM")
+@OBJECTIVES.register(
+    "cdm",
+    also=ShortRollouts,
+    label="CDM",
+    place=Place("denoiser", "pairs", "markov", "one_step", "residual", "own", note="beside denoising"),
+)
 @options_of(DoubleSamplingLoss, weight="none", residual_coef=2.0, denoising_coef=1.0)
 def cdm_loss(denoiser: Denoiser, **options: Any) -> DoubleSamplingLoss:
     """CDM as published: denoising, and twice the product of two residuals of the model's own rollouts.

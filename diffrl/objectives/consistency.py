@@ -15,6 +15,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, WeightTerms, weight_function
@@ -197,7 +198,12 @@ class ConsistencyLoss(DenoiserLoss):
         return torch.lerp(x0, f_next, s) if s < 1 else f_next
 
 
-@OBJECTIVES.register("ct", also=ConsistencyPairs, label="CT")
+@OBJECTIVES.register(
+    "ct",
+    also=ConsistencyPairs,
+    label="CT",
+    place=Place("to_clean", "pairs", "shared", "one_step", "target", "forward"),
+)
 @options_of(ConsistencyLoss, drop=("td_coef", "consistency_coef", "td_weight"))
 def ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
     """Plain consistency training: neighbouring states of one noise get the same prediction.
@@ -211,7 +217,20 @@ def ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
     return ConsistencyLoss(denoiser, td_coef=0.0, consistency_coef=1.0, **options)
 
 
-@OBJECTIVES.register("td_ct", also=ConsistencyPairs, label="TD-CT")
+@OBJECTIVES.register(
+    "td_ct",
+    also=ConsistencyPairs,
+    label="TD-CT",
+    place=Place(
+        "to_clean",
+        "pairs",
+        "shared",
+        "one_step",
+        "target",
+        "forward",
+        note="the value of consistency training and that of TD at once",
+    ),
+)
 @options_of(ConsistencyLoss, drop=("td_coef",), consistency_coef=0.5)
 def td_ct_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
     """TD-CT: consistency training with a TD term, which is left out where a pair ends at σ_min.

@@ -14,6 +14,7 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.denoising import sample_log_normal_states
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.ranges import require_number
@@ -58,7 +59,12 @@ def sample_trigflow_states(
     )
 
 
-@OBJECTIVES.register("continuous_ct", also=sample_trigflow_states, label="sCT")
+@OBJECTIVES.register(
+    "continuous_ct",
+    also=sample_trigflow_states,
+    label="sCT",
+    place=Place("to_clean", "states", "shared", "instant", "own", "forward"),
+)
 class ContinuousConsistencyLoss(DenoiserLoss):
     """sCT in TrigFlow's letters, to be fed with single states: one datum and one noise, no second state.
 

@@ -9,6 +9,7 @@ from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.one_step import one_step_chains
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import require_data, require_finite
@@ -122,5 +123,15 @@ def _states(
     return one_step_chains(datum, left, reached, reward=datum, terminated=True, cond=cond)
 
 
-OBJECTIVES.register("edm", also=sample_log_normal_states, label="EDM")(monte_carlo_loss)
-OBJECTIVES.register("denoising", also=sample_uniform_states, label="Denoising")(monte_carlo_loss)
+OBJECTIVES.register(
+    "edm",
+    also=sample_log_normal_states,
+    label="EDM",
+    place=Place("denoiser", "states", "none", "end", "nothing", "none"),
+)(monte_carlo_loss)
+OBJECTIVES.register(
+    "denoising",
+    also=sample_uniform_states,
+    label="Denoising",
+    place=Place("denoiser", "states", "none", "end", "nothing", "none"),
+)(monte_carlo_loss)

@@ -6,6 +6,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.objectives.consistency import ConsistencyLoss
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.registry import options_of
@@ -45,7 +46,12 @@ class DistillationPairs(ConsistencyPairs):
         self.num_scales, self.target_decay = self._num_scales, self.mu
 
 
-@OBJECTIVES.register("cd", also=DistillationPairs, label="CD")
+@OBJECTIVES.register(
+    "cd",
+    also=DistillationPairs,
+    label="CD",
+    place=Place("to_clean", "pairs", "shared", "one_step", "target", "teacher"),
+)
 @options_of(ConsistencyLoss, td_coef=0.0, consistency_coef=1.0, metric="l2")
 def distillation_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
     """Consistency distillation: two states on one trajectory of a teacher get the same prediction.

@@ -13,6 +13,7 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.twins import TwinSteps
 from diffrl.objectives.value import value_module
@@ -27,7 +28,20 @@ def _label(options: Mapping[str, Any]) -> str:
     return {"posterior": "Double sampling", "rollouts": "Double sampling, own rollouts"}[options["source"]]
 
 
-@OBJECTIVES.register("double_sampling", also=TwinSteps, label=_label)
+@OBJECTIVES.register(
+    "double_sampling",
+    also=TwinSteps,
+    label=_label,
+    place=Place(
+        "denoiser",
+        "pairs",
+        "any",
+        "one_step",
+        "residual",
+        "posterior",
+        note="two independent next states; with source=rollouts by steps of the model",
+    ),
+)
 class DoubleSamplingLoss(DenoiserLoss):
     """The squared *expected* Bellman residual, by the product of two residuals that are independent given x_t.
 

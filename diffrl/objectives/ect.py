@@ -15,6 +15,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.ect_pairs import ECTPairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.ranges import require_number
@@ -29,7 +30,12 @@ ECT_WEIGHTS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 """w(t, r, σd): "gap" is the version for CIFAR-10, "snr" that for ImageNet, which has q = 4 too."""
 
 
-@OBJECTIVES.register("ect", also=ECTPairs, label="ECT")
+@OBJECTIVES.register(
+    "ect",
+    also=ECTPairs,
+    label="ECT",
+    place=Place("to_clean", "pairs", "shared", "one_step", "own", "forward", begins="end"),
+)
 class ECTLoss(DenoiserLoss):
     """Consistency training from the network's own prediction, to be fed with `ECTPairs`.
 

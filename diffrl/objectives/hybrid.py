@@ -12,6 +12,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.learned_variance import learned_log_variance, step_kl
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
@@ -21,7 +22,19 @@ from diffrl.shapes import event_mean, expand_like
 __all__ = ["HybridLoss"]
 
 
-@OBJECTIVES.register("hybrid", label="Hybrid loss")
+@OBJECTIVES.register(
+    "hybrid",
+    label="Hybrid loss",
+    place=Place(
+        "denoiser",
+        "chains",
+        "any",
+        "end",
+        "nothing",
+        "none",
+        note="learns the variance of the reverse step too",
+    ),
+)
 class HybridLoss(DenoiserLoss):
     """Monte Carlo for D, and the variational bound for the second output v, in which D is held.
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.registry import options_of
@@ -10,7 +11,9 @@ from diffrl.registry import options_of
 __all__ = ["is_monte_carlo", "monte_carlo_loss"]
 
 
-@OBJECTIVES.register("monte_carlo", label="Monte Carlo")
+@OBJECTIVES.register(
+    "monte_carlo", label="Monte Carlo", place=Place("denoiser", "chains", "any", "end", "nothing", "none")
+)
 @options_of(
     ValueLoss,
     drop=(

@@ -15,6 +15,7 @@ from diffrl.diffusion.learned_variance import learned_log_variance
 from diffrl.diffusion.posterior import posterior
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, named_function, weight_function
@@ -47,7 +48,13 @@ One of your own is entered here, ``RESIDUALS["mine"] = my_residual``. On a comma
 """
 
 
-@OBJECTIVES.register("physics_residual", label="Physics residual")
+@OBJECTIVES.register(
+    "physics_residual",
+    label="Physics residual",
+    place=Place(
+        "denoiser", "chains", "any", "end", "nothing", "none", note="held to an equation of the data besides"
+    ),
+)
 class PhysicsResidualLoss(DenoiserLoss):
     """Monte Carlo, and the log-likelihood of a residual of 0 for the clean estimate.
 

@@ -15,6 +15,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.denoising import sample_log_normal_states
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import ChainTerms, weight_function
@@ -57,7 +58,20 @@ class PriorStates:
         return sample_log_normal_states(self.process, x0, cond=cond, noise=noise, generator=generator, **law)
 
 
-@OBJECTIVES.register("priorgrad", also=PriorStates, label="PriorGrad")
+@OBJECTIVES.register(
+    "priorgrad",
+    also=PriorStates,
+    label="PriorGrad",
+    place=Place(
+        "denoiser",
+        "states",
+        "none",
+        "end",
+        "nothing",
+        "none",
+        note="of a process whose noise is scaled like the data",
+    ),
+)
 class PriorGradLoss(DenoiserLoss):
     """Denoising in units of the prior's scale; for a denoiser with a prior, to be fed with `PriorStates`.
 

@@ -17,6 +17,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.one_step import cut_pairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import ChainTerms, weight_function
@@ -98,7 +99,20 @@ class HalvingSteps:
         return cut_pairs(x0.unsqueeze(1), left, state(end), valid=valid, cond=cond)
 
 
-@OBJECTIVES.register("progressive", also=HalvingSteps, label="Progressive distillation")
+@OBJECTIVES.register(
+    "progressive",
+    also=HalvingSteps,
+    label="Progressive distillation",
+    place=Place(
+        "to_next",
+        "pairs",
+        "shared",
+        "n_steps",
+        "teacher",
+        "teacher",
+        note="the teacher is the student of the stage before",
+    ),
+)
 class ProgressiveLoss(DenoiserLoss):
     """One step of DDIM by the student for two of its teacher; to be fed with `HalvingSteps`.
 

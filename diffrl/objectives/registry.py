@@ -17,4 +17,6 @@ OBJECTIVES = Registry(
 Where an objective is not fed with chains, `also` draws its states: a function (process, x0, *, cond, generator,
 ...) → TensorDict, or a class whose constructor takes (process, ...) and whose instances take the rest. The class may
 ask for more by name: `sampler`, which draws the chains of the configuration, `data`, and the `denoiser` in training.
+
+`place` is a `diffrl.objectives.place.Place`, coordinates on the map; an objective that gives none is listed beside it.
 """

@@ -11,6 +11,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.one_step import one_step_chains
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import require_data, require_finite
@@ -146,4 +147,17 @@ def _single_states(
 
 
 # The published target is the noise that the state amounts to, (x_i - α_i x0)/σ_i: of D it is the datum
-OBJECTIVES.register("scheduled_sampling", also=RollbackStates, label="Scheduled sampling")(monte_carlo_loss)
+OBJECTIVES.register(
+    "scheduled_sampling",
+    also=RollbackStates,
+    label="Scheduled sampling",
+    place=Place(
+        "denoiser",
+        "states",
+        "none",
+        "end",
+        "nothing",
+        "own",
+        note="the one state is what steps of the model lead to, in a growing share",
+    ),
+)(monte_carlo_loss)

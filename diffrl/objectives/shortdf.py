@@ -14,6 +14,7 @@ from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.one_step import one_step_chains
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
@@ -67,7 +68,20 @@ def sample_shortdf_pairs(
     return one_step_chains(x0.unsqueeze(1), state(i), state(j), reward=reward, terminated=False, cond=cond)
 
 
-@OBJECTIVES.register("shortdf", also=sample_shortdf_pairs, label="ShortDF")
+@OBJECTIVES.register(
+    "shortdf",
+    also=sample_shortdf_pairs,
+    label="ShortDF",
+    place=Place(
+        "denoiser",
+        "pairs",
+        "shared",
+        "one_step",
+        "target",
+        "own",
+        note="beside denoising; the exact denoiser is no fixed point",
+    ),
+)
 class ShortDFLoss(DenoiserLoss):
     """Denoising, and a hinge that relaxes d(t) ≤ d(s) + edge as Bellman and Ford do; fed with `sample_shortdf_pairs`.
 

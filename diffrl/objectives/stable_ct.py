@@ -6,6 +6,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.objectives.ect import ECTLoss
 from diffrl.objectives.ect_pairs import ECTPairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.registry import options_of
 
@@ -32,7 +33,12 @@ class StablePairs(ECTPairs):
         super().__init__(process, **options)
 
 
-@OBJECTIVES.register("stable_ct", also=StablePairs, label="SCT")
+@OBJECTIVES.register(
+    "stable_ct",
+    also=StablePairs,
+    label="SCT",
+    place=Place("to_clean", "pairs", "shared", "one_step", "own", "reference", begins="end"),
+)
 @options_of(ECTLoss)
 def stable_ct_loss(denoiser: Denoiser, **options: Any) -> ECTLoss:
     """Consistency tuning whose next state has less variance: a step along the velocity of a reference batch.

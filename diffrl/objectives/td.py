@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.target_choice import target_label
 from diffrl.objectives.value import ValueLoss
@@ -12,7 +13,19 @@ from diffrl.registry import options_of
 __all__ = ["td_loss"]
 
 
-@OBJECTIVES.register("td", label=target_label)
+@OBJECTIVES.register(
+    "td",
+    label=target_label,
+    place=Place(
+        "denoiser",
+        "chains",
+        "any",
+        "n_steps",
+        "target",
+        "forward",
+        note="own predictions where λ or n is given",
+    ),
+)
 @options_of(ValueLoss)
 def td_loss(
     denoiser: Denoiser,

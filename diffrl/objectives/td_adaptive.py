@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.ranges import require_int, require_number
@@ -119,7 +120,11 @@ def _label(options: Mapping[str, Any]) -> str:
     return "TD(λ chosen by trials)"
 
 
-@OBJECTIVES.register("td_adaptive", label=_label)
+@OBJECTIVES.register(
+    "td_adaptive",
+    label=_label,
+    place=Place("denoiser", "chains", "any", "n_steps", "own", "forward", begins="end"),
+)
 @options_of(ValueLoss, drop=("lmbda", "n_steps", "lookahead", "gamma", "anneal", "bootstrap_share"))
 def td_adaptive_loss(
     denoiser: Denoiser,

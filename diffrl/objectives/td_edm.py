@@ -13,6 +13,7 @@ from diffrl.diffusion.posterior import coupling_eta, posterior
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.ranges import MAX_STEPS, require_int, require_number
@@ -110,7 +111,20 @@ def sample_td_edm_pairs(
     return cut_pairs(datum, left, reached, valid=valid, cond=cond)
 
 
-@OBJECTIVES.register("td_edm", also=sample_td_edm_pairs, label="TD-EDM")
+@OBJECTIVES.register(
+    "td_edm",
+    also=sample_td_edm_pairs,
+    label="TD-EDM",
+    place=Place(
+        "denoiser",
+        "pairs",
+        "markov",
+        "one_step",
+        "target",
+        "forward",
+        note="objective.coupling=shared leads to the other fixed point",
+    ),
+)
 @options_of(ValueLoss, drop=("lmbda", "n_steps", "lookahead", "gamma", "bootstrap"), denoising_coef=0.5)
 def td_edm_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
     """TD(0) on pairs of states with a target network, plus denoising; to be fed with `sample_td_edm_pairs`.

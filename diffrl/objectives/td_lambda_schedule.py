@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.annealing import Ranges, written
 from diffrl.objectives.lambda_schedule import LambdaSchedule
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.value import ValueLoss
 from diffrl.registry import options_of
@@ -41,7 +42,9 @@ class _AnnealedEnds(ValueLoss):
         self.value_estimator.lmbda = self._schedule.of_states(self.denoiser.process)
 
 
-@OBJECTIVES.register("td_lambda_schedule", label=_label)
+@OBJECTIVES.register(
+    "td_lambda_schedule", label=_label, place=Place("denoiser", "chains", "any", "n_steps", "own", "forward")
+)
 @options_of(ValueLoss, drop=("lmbda", "n_steps", "lookahead"))
 def td_lambda_schedule_loss(
     denoiser: Denoiser,

@@ -12,6 +12,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges
 from diffrl.objectives.maps.improved_mean_flow import ImprovedMeanFlowPairs
 from diffrl.objectives.maps.loss import MapLoss, MapRows, jump
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
@@ -40,7 +41,12 @@ def alpha_at(step: int, grad_steps: int, *, gamma: float = 25.0, clamp: float = 
     return 0.0 if alpha < clamp else 1.0 if alpha > 1 - clamp else alpha
 
 
-@OBJECTIVES.register("alpha_flow", also=ImprovedMeanFlowPairs, label="α-Flow")
+@OBJECTIVES.register(
+    "alpha_flow",
+    also=ImprovedMeanFlowPairs,
+    label="α-Flow",
+    place=Place("map", "pairs", "shared", "instant", "own", "forward", begins="end"),
+)
 class AlphaFlowLoss(MapLoss):
     """α-Flow: u at (t, r) is pulled to a step of the data's velocity over a share α of the jump, and u from there on.
 

@@ -9,6 +9,7 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.objectives.maps.loss import MapRows, adaptive
 from diffrl.objectives.maps.mean_flow import MeanFlowLoss
 from diffrl.objectives.maps.states import LogNormalPairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.shapes import expand_like
 
@@ -34,7 +35,20 @@ class ImprovedMeanFlowPairs(LogNormalPairs):
         super().__init__(process, P_mean=P_mean, P_std=P_std, different=different)
 
 
-@OBJECTIVES.register("improved_mean_flow", also=ImprovedMeanFlowPairs, label="Improved MeanFlow")
+@OBJECTIVES.register(
+    "improved_mean_flow",
+    also=ImprovedMeanFlowPairs,
+    label="Improved MeanFlow",
+    place=Place(
+        "map",
+        "states",
+        "shared",
+        "instant",
+        "own",
+        "own",
+        note="along the velocity that the network predicts",
+    ),
+)
 class ImprovedMeanFlowLoss(MeanFlowLoss):
     """Improved MeanFlow: a prediction V made of u and its derivative is regressed on the data's velocity v.
 

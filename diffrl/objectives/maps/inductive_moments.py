@@ -14,6 +14,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import rows
 from diffrl.objectives.maps.loss import MapLoss, MapRows, jump, map_rows, require_straight
 from diffrl.objectives.maps.states import map_states
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import require_int, require_number
 from diffrl.shapes import expand_like
@@ -92,7 +93,12 @@ class MomentGroups:
         return states
 
 
-@OBJECTIVES.register("inductive_moments", also=MomentGroups, label="Inductive moment matching")
+@OBJECTIVES.register(
+    "inductive_moments",
+    also=MomentGroups,
+    label="Inductive moment matching",
+    place=Place("map", "pairs", "shared", "one_step", "own", "forward", note="compares laws, by a kernel"),
+)
 class InductiveMomentLoss(MapLoss):
     """Inductive moment matching (IMM): TD(0) of distributions, on the ends of jumps from t and from s to r.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.maps.loss import MapLoss, MapRows, adaptive
 from diffrl.objectives.maps.states import LogNormalPairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
@@ -14,7 +15,12 @@ from diffrl.shapes import expand_like
 __all__ = ["MeanFlowLoss"]
 
 
-@OBJECTIVES.register("mean_flow", also=LogNormalPairs, label="MeanFlow")
+@OBJECTIVES.register(
+    "mean_flow",
+    also=LogNormalPairs,
+    label="MeanFlow",
+    place=Place("map", "states", "shared", "instant", "own", "forward"),
+)
 class MeanFlowLoss(MapLoss):
     """MeanFlow: u at (t, r) is pulled to what the identity of average velocities makes of it.
 

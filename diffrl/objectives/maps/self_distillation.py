@@ -15,6 +15,7 @@ from diffrl.objectives.maps.flow_time import at_flow_time, flow_time
 from diffrl.objectives.maps.loss import MapLoss, MapRows, jump, square_mean
 from diffrl.objectives.maps.shortcut import two_jumps
 from diffrl.objectives.maps.states import UniformPairs
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.shapes import expand_like
 
@@ -120,7 +121,14 @@ class SelfDistillationLoss(MapLoss):
         """δ of rows with r < t."""
 
 
-@OBJECTIVES.register("lagrangian_map", also=SelfDistillationPairs, label="Lagrangian self-distillation")
+@OBJECTIVES.register(
+    "lagrangian_map",
+    also=SelfDistillationPairs,
+    label="Lagrangian self-distillation",
+    place=Place(
+        "map", "pairs", "shared", "instant", "own", "own", note="the derivative at the end of the jump"
+    ),
+)
 class LagrangianMapLoss(SelfDistillationLoss):
     """Lagrangian self-distillation (LSD): the end of a jump moves with r as the velocity at that end says.
 
@@ -146,7 +154,12 @@ class LagrangianMapLoss(SelfDistillationLoss):
         return dX - self._u_boot(X, s.r, s.r, s.cond)
 
 
-@OBJECTIVES.register("progressive_map", also=ProgressivePairs, label="Progressive self-distillation")
+@OBJECTIVES.register(
+    "progressive_map",
+    also=ProgressivePairs,
+    label="Progressive self-distillation",
+    place=Place("map", "pairs", "shared", "one_step", "own", "own"),
+)
 class ProgressiveMapLoss(SelfDistillationLoss):
     """Progressive self-distillation (PSD): a jump is two jumps, with a stop at m.
 
@@ -180,7 +193,14 @@ class ProgressiveMapLoss(SelfDistillationLoss):
         return self._u(s.x, s.t, s.r, s.cond) - two_jumps(s.t, m, s.r, u_1, u_2)
 
 
-@OBJECTIVES.register("eulerian_map", also=SelfDistillationPairs, label="Eulerian self-distillation")
+@OBJECTIVES.register(
+    "eulerian_map",
+    also=SelfDistillationPairs,
+    label="Eulerian self-distillation",
+    place=Place(
+        "map", "states", "shared", "instant", "own", "own", note="the derivative at the start of the jump"
+    ),
+)
 class EulerianMapLoss(SelfDistillationLoss):
     """Eulerian self-distillation (ESD): where a jump ends does not change as its start moves along the ODE.
 

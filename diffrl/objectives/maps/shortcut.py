@@ -13,6 +13,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.maps.flow_time import at_flow_time, flow_time, midpoint
 from diffrl.objectives.maps.loss import MapLoss, MapRows, jump, require_straight, square_mean
 from diffrl.objectives.maps.states import map_states
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.ranges import require_int
 from diffrl.shapes import expand_like
@@ -71,7 +72,12 @@ class ShortcutPairs:
         return map_states(self.process, x0, t.to(x0.dtype), r.to(x0.dtype), cond=cond, generator=generator)
 
 
-@OBJECTIVES.register("shortcut", also=ShortcutPairs, label="Shortcut model")
+@OBJECTIVES.register(
+    "shortcut",
+    also=ShortcutPairs,
+    label="Shortcut model",
+    place=Place("map", "pairs", "shared", "one_step", "target", "own"),
+)
 class ShortcutLoss(MapLoss):
     """Shortcut model: the average velocity of a jump is that of two jumps of half its length.
 
