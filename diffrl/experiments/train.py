@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.experiments.evaluate import errors_of
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
 from diffrl.experiments.schemes import planned_objectives, settings_of
@@ -173,13 +174,8 @@ class TrainingJob(Job):
         self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Of the averaged denoiser, by name and σ; those of its flow map, where they are asked for, by "t->r"."""
-        found = self.evaluation.map_error(self.average, self.oracle, self.data)
-        return {
-            "value_error": self.evaluation.value_error(self.average, self.oracle, self.data),
-            "denoising_error": self.evaluation.denoising_error(self.average, self.data),
-            **({"map_error": found} if found else {}),
-        }
+        """Of the averaged denoiser, see `errors_of`."""
+        return errors_of(self.evaluation, self.average, self.oracle, self.data)
 
     def evaluate(self) -> dict[str, float]:
         """The errors, by column."""
@@ -200,11 +196,10 @@ class TrainingJob(Job):
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
         self._warn_of_divergence(folder)
-        metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
             **self.errors(),
-            "sample_distance": {"metric": metric, "by_nfe": by_nfe},
+            "sample_distance": {"metric": self.evaluation.metric, "by_nfe": by_nfe},
             **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),
         }
 

@@ -67,6 +67,11 @@ class Evaluation:
         with of_group("eval", ("map_pairs",)):
             check_pairs(self.map_pairs)
 
+    @property
+    def metric(self) -> str:
+        """The distance and the number of samples, as results.json names them."""
+        return f"{self.distance}@{self.samples}"
+
     def check(
         self,
         denoiser: Denoiser,
