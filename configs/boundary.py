@@ -1,13 +1,11 @@
 """What a user can mend is printed in one line that names it and its remedy; programming errors keep their traceback."""
 
-import codecs
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
-from io import TextIOWrapper
 from typing import Any
 
 import torch
@@ -18,12 +16,13 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from diffrl.configs.groups import commands_with
+from diffrl.configs.output import leave_quietly
 from diffrl.errors import DiffrlError
 from diffrl.experiments.run import Interrupted
 from diffrl.shell_words import requoted
 from diffrl.text_files import remedy
 
-__all__ = ["EXPECTED", "explain", "reported", "write_utf8"]
+__all__ = ["EXPECTED", "explain", "reported"]
 
 EXPECTED = (
     *(HydraException, OmegaConfBaseException, DiffrlError),
@@ -154,11 +153,8 @@ def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = Non
         sys.exit(1)  # what comes after it in a script would find half a run
     except KeyboardInterrupt as stop:
         sys.exit(f"error: {stop}" if str(stop) else "error: interrupted")
-    except BrokenPipeError:  # the reader of the output has left, as `head` does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python tries once more as it ends
-        sys.exit(1)
+    except BrokenPipeError:
+        leave_quietly()
     except EXPECTED as error:
         if full:
             raise
@@ -167,19 +163,3 @@ def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = Non
         if full or not _lacks_memory(error):
             raise
         sys.exit(f"error: not enough memory: lower {_sizes(config or {})} ({_line(str(error))[:200]})")
-
-
-def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a name that the locale could not read as they are, other letters by their code."""
-    try:
-        return codecs.lookup_error("surrogateescape")(error)
-    except UnicodeError:
-        return codecs.backslashreplace_errors(error)
-
-
-def write_utf8() -> None:
-    """Let no letter stop a command: files and pipes get UTF-8; a terminal of few letters gets the code of others."""
-    codecs.register_error("diffrl", _escape)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="diffrl")

@@ -14,14 +14,24 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
-from diffrl.configs.boundary import EXPECTED, explain, reported, write_utf8
+from diffrl.configs.boundary import EXPECTED, explain, reported
 from diffrl.configs.groups import register
+from diffrl.configs.output import write_utf8
 from diffrl.configs.sweeps import job_reported, refuse_several_processes, sweep_reported
 from diffrl.errors import InputError
 from diffrl.experiments.resuming import resumed
 from diffrl.registry import IMPORT, import_named
 
-__all__ = ["EXPECTED", "check_words", "command", "explain", "import_users_modules", "one_line", "settings"]
+__all__ = [
+    "EXPECTED",
+    "check_numbers",
+    "check_words",
+    "command",
+    "explain",
+    "import_users_modules",
+    "one_line",
+    "settings",
+]
 
 NAMED = ("+plan.cases.", "+plan.studies.", "+plan.tuning.grid.", "+methods.", "+beside.")
 """Begins of words that add a case, a study, a scheme, an axis or a method of fine-tuning under a name of the user's."""
@@ -138,8 +148,16 @@ def check_words(words: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _check_numbers(config: Any, where: str = "") -> None:
-    """Refuse numbers that no constructor can use, in every setting alike."""
+def check_numbers(config: Any, where: str = "") -> None:
+    """Refuse numbers that no constructor can use, in every setting alike.
+
+    Args:
+        config: settings, as plain dicts, lists and values.
+        where: what they are called in errors.
+
+    Raises:
+        InputError: one is not finite, or larger than torch can hold.
+    """
     if isinstance(config, float) and not math.isfinite(config):
         raise InputError(f"{where} is {config}: give a finite number")
     if isinstance(config, int) and abs(config) > LARGEST:
@@ -148,7 +166,7 @@ def _check_numbers(config: Any, where: str = "") -> None:
         config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     )
     for key, value in parts:
-        _check_numbers(value, f"{where}[{key}]" if isinstance(config, list) else f"{where}.{key}".lstrip("."))
+        check_numbers(value, f"{where}[{key}]" if isinstance(config, list) else f"{where}.{key}".lstrip("."))
 
 
 def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -167,7 +185,7 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
             raise InputError(f"{override}: keys are neither added (+) nor removed (~) here; write key=value")
     chosen = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(chosen, dict)
-    _check_numbers(chosen)
+    check_numbers(chosen)
     found = {str(key): value for key, value in chosen.items()}
     return found if found.get("resume") is None else resumed(found, overrides)
 

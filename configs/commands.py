@@ -1,15 +1,17 @@
-"""What the commands do: train, finetune, compare, sample."""
+"""What the commands do: train, check, finetune, compare, sample; those on folders stand beside."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning, plan_seeds
 from diffrl.configs.cli import command, one_line
+from diffrl.configs.folders import evaluate, report
+from diffrl.configs.words import Words
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.check_run import check_run
 from diffrl.experiments.comparison import Execution, run_cells
@@ -161,16 +163,9 @@ def _sample(arguments: argparse.Namespace) -> Path:
     return draw_samples(x, out, title=title, data=real.get("0"))
 
 
-class _Words(argparse.ArgumentParser):
-    """Raises what a user can mend, in place of its own two lines."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help tells what can be given")
-
-
 def _sample_words() -> argparse.ArgumentParser:
     """What can be given."""
-    parser = _Words(prog="python -m diffrl sample", description=sample.__doc__)
+    parser = Words("sample", sample.__doc__)
     parser.add_argument("run_folder", help="what a training run wrote")
     parser.add_argument("--nfe", type=int, default=35, help="network evaluations of each sample (35)")
     parser.add_argument("--samples", type=int, default=64, help="how many (64)")
@@ -187,4 +182,6 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "finetune": finetune,
     "compare": compare,
     "sample": sample,
+    "report": report,
+    "evaluate": evaluate,
 }

@@ -1,20 +1,31 @@
-"""The commands: python -m diffrl train|check|finetune|compare|sample WORDS..."""
+"""The commands: diffrl train|check|finetune|... WORDS, or python -m diffrl in a checkout."""
 
 import os
 import signal
 import sys
 from types import FrameType
 
-USAGE = """\
-usage: python -m diffrl COMMAND WORDS...
+from diffrl.errors import DiffrlError
 
-  train      show what bootstrapping does, or train a denoiser of your choice
-  check      check a training run before it is started
-  finetune   tune a denoiser for a reward, or compare methods of tuning
-  compare    compare bootstrapping schemes over data sets and seeds
-  sample     draw samples from a run folder
+COMMANDS = {
+    "train": "show what bootstrapping does, or train a denoiser of your choice",
+    "check": "check a training run before it is started",
+    "finetune": "tune a denoiser for a reward, or compare methods of tuning",
+    "compare": "compare bootstrapping schemes over data sets and seeds",
+    "sample": "draw samples from a run folder",
+    "report": "write the report of a comparison anew, from its folder alone",
+    "evaluate": "measure the model of a finished run again, with other settings",
+    "list": "tell the names that can be given: data, networks, objectives, ...",
+}
+"""What each does, for the help."""
 
-python -m diffrl COMMAND --help lists the words of each; --import MODULE makes methods of your own known.
+_LINES = "\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items())
+USAGE = f"""\
+usage: diffrl COMMAND WORDS...        (or python -m diffrl COMMAND WORDS...)
+
+{_LINES}
+
+diffrl COMMAND --help lists the words of each; --import MODULE makes methods of your own known.
 """
 
 
@@ -24,8 +35,13 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(USAGE, end="")
         return
+    if name not in COMMANDS:
+        sys.exit(f"error: there is no command {name!r}: give {', '.join(COMMANDS)}")
     sys.argv = [f"-m diffrl {name}", *words]
-    run(name)
+    if name == "list":
+        _quick()
+    else:
+        run(name)
 
 
 def run(name: str) -> None:
@@ -37,12 +53,25 @@ def run(name: str) -> None:
 
         signal.signal(signal.SIGINT, old[signal.SIGINT])
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the command reports it
-        if name not in commands.COMMANDS:
-            sys.exit(f"error: there is no command {name!r}: give {', '.join(commands.COMMANDS)}")
         commands.COMMANDS[name]()
     finally:
         for number in numbers:
             signal.signal(number, old[number])
+
+
+def _quick() -> None:
+    """The command `list`, for which torch is not imported."""
+    from diffrl.configs.names import list_names
+    from diffrl.configs.output import leave_quietly, write_utf8
+
+    write_utf8()
+    try:
+        list_names()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_quietly()
+    except DiffrlError as error:
+        sys.exit(f"error: {error}")
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from diffrl.errors import InputError
 from diffrl.experiments.comparison import Cell, Execution, Stage, cell_folders, run_cells
 from diffrl.experiments.rates import Choice, Tuning, choose, has_diverged, is_settled, measured_by
-from diffrl.objectives.solutions import Solution, solution_of
+from diffrl.objectives.place import Solution
+from diffrl.objectives.solutions import solution_of
 
 __all__ = ["WHERE", "Comparison", "Study", "run_comparison", "study_cell"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.experiments.evaluate import errors_of
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
 from diffrl.experiments.schemes import planned_objectives, registered_name, settings_of
@@ -182,18 +183,8 @@ class TrainingJob(Job):
         self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Of the averaged denoiser, by name and σ; those of its flow map, where they are asked for, by "t->r".
-
-        A value error is the distance to D*, and only what is meant as D* has one.
-        """
-        of_all = (self.average, self.oracle, self.data)
-        found = self.evaluation.map_error(*of_all, self.solution)
-        is_value = self.solution in ("denoiser", "map")
-        return {
-            "value_error": self.evaluation.value_error(*of_all) if is_value else {},
-            "denoising_error": self.evaluation.denoising_error(self.average, self.data),
-            **({"map_error": found} if found else {}),
-        }
+        """Of the averaged denoiser, see `errors_of`."""
+        return errors_of(self.evaluation, self.average, self.oracle, self.data, self.solution)
 
     def evaluate(self) -> dict[str, float]:
         """The errors, by column."""
@@ -215,12 +206,11 @@ class TrainingJob(Job):
         folder.write_samples(self.name, samples)
         self._warn_of_divergence(folder)
         targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data)
-        metric = f"{self.evaluation.distance}@{self.evaluation.samples}"
         return {
             **self.trainer.figures,
             "forward_equivalents": round(forward_equivalents(self.trainer), 2),
             **self.errors(),
-            "sample_distance": {"metric": metric, "by_nfe": by_nfe},
+            "sample_distance": {"metric": self.evaluation.metric, "by_nfe": by_nfe},
             **({"target_error": targets} if targets else {}),
             **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),
         }

@@ -21,8 +21,8 @@ from diffrl.errors import InputError, of_group
 from diffrl.metrics.distances import check_distance, denoising_error, sample_distance, value_error
 from diffrl.metrics.map_error import check_pairs, map_error
 from diffrl.metrics.scheme_targets import scheme_target_errors
+from diffrl.objectives.place import Solution
 from diffrl.objectives.scheme import Objective
-from diffrl.objectives.solutions import Solution
 from diffrl.ranges import require_int, require_number
 from diffrl.training.build import Events
 
@@ -79,6 +79,11 @@ class Evaluation:
             raise InputError(f"eval.num_steps is {list(self.num_steps)}: give grids of at least 1 level")
         with of_group("eval", ("map_pairs",)):
             check_pairs(self.map_pairs)
+
+    @property
+    def metric(self) -> str:
+        """The distance and the number of samples, as results.json names them."""
+        return f"{self.distance}@{self.samples}"
 
     def check(
         self,

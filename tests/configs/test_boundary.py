@@ -14,9 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from safetensors.torch import load
 
-from diffrl.configs.boundary import reported, write_utf8
+from diffrl.configs.boundary import reported
 from diffrl.configs.cli import check_words, command
 from diffrl.configs.groups import commands_with, register
+from diffrl.configs.output import write_utf8
 from diffrl.errors import InputError
 from diffrl.shell_words import requoted, setting
 from tests.kit.configs import FINETUNING, SMALL

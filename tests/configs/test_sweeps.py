@@ -101,7 +101,7 @@ def test_ctrl_c_outside_of_a_run_ends_the_sweep(tmp_path: Path, monkeypatch: pyt
     assert said.startswith("error: interrupted; the sweep ends with job 0 (") and ran == [0]
 
 
-@pytest.mark.parametrize("command", ["train", "check", "finetune", "compare", "sample"])
+@pytest.mark.parametrize("command", ["train", "check", "finetune", "compare", "sample", "report", "evaluate"])
 def test_several_processes_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """As torchrun starts them: two would train twice, or one end the other."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -129,8 +129,8 @@ def test_a_signal_while_modules_are_imported_is_one_line(number: signal.Signals)
 
 def test_handlers_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(sys, "argv", ["diffrl", "tarin"])
-    with pytest.raises(SystemExit, match="there is no command 'tarin': give train, check"):
+    monkeypatch.setattr(sys, "argv", ["diffrl", "report", "/nowhere"])
+    with pytest.raises(SystemExit, match="error: /nowhere holds no comparison"):
         program.main()
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert os.environ.get("HYDRA_FULL_ERROR", "0") != "1"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffrl.experiments.comparison import cell_figures
+from diffrl.experiments.reports.anew import report_anew
 from diffrl.experiments.reports.seeds import seeds_table
 from diffrl.metrics.intervals import interval
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -53,6 +54,8 @@ def test_a_table_with_intervals_over_seeds(
     assert "seeds 1, 2, 3" in capsys.readouterr().out and list(Path("runs").iterdir()) == [out]
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "seeds 1, 2, 3" in report and "cells/s3_" in report
+    (out / "report.md").unlink()
+    assert report_anew(out).read_text(encoding="utf-8") == report
     assert "no run in it" not in report and "config.yaml" in {p.name for p in cells["s1"].iterdir()}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffrl.__main__ import main
+from diffrl.__main__ import COMMANDS, main
 from diffrl.configs.cli import settings
 from diffrl.experiments.finetune import run_finetuning
 from tests.kit.configs import composed
@@ -28,6 +28,7 @@ PAGES += [page for page in (ROOT / "docs").rglob("*.md") if not {"methods", "api
 PAGES += (ROOT / "results").rglob("README.md")
 SCRIPTS = {"train_td_lambda": "train", "finetune_reward": "finetune", "compare_bootstrapping": "compare"}
 NAMED_ONLY = ("sample", "")  # in prose: it needs a folder
+WITHOUT_CONFIGURATION = ("sample", "report", "evaluate", "list")  # their words are paths, dashes and names
 RUN = ("train", "check", "sample", "finetune")
 EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
 TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", *EVALUATED]
@@ -51,7 +52,9 @@ def lines() -> list[str]:
         code += re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE)
         code += [words.replace("\n", " ") for words in re.findall(r"`([^`]+)`", prose)]
         found |= {line.split("  #")[0].removeprefix("$ ").strip() for line in code}
-    begins = r"(python(?: -m diffrl| (?:examples|docs|benchmarks)/\w+\.py)|make|pip install)(?: |$)"
+    begins = (
+        r"((?:python -m )?diffrl [a-z]+|python (?:examples|docs|benchmarks)/\w+\.py|make|pip install)(?: |$)"
+    )
     return sorted(line for line in found if re.match(begins, line) and "COMMAND" not in line)
 
 
@@ -60,8 +63,8 @@ def of_diffrl() -> list[tuple[str, str]]:
     found = set()
     for line in lines():
         script = re.match(r"python examples/(\w+)\.py", line)
-        if line.startswith("python -m diffrl "):
-            command, _, words = line.removeprefix("python -m diffrl ").partition(" ")
+        if found_words := re.match(r"(?:python -m )?diffrl (.*)", line):
+            command, _, words = found_words[1].partition(" ")
             found.add((command, words))
         elif script and script[1] in SCRIPTS:
             found.add((SCRIPTS[script[1]], line[script.end() :].strip()))
@@ -79,11 +82,11 @@ def is_of_the_reader(words: list[str]) -> bool:
 @pytest.mark.parametrize(("command", "words"), WRITTEN)
 def test_words_are_understood(command: str, words: str) -> None:
     given = shlex.split(words)
-    assert command in ("train", "check", "finetune", "compare", "sample")
+    assert command in COMMANDS
     if command == "compare" and "--import" in given:  # a plan may speak of methods that are not imported yet
         at = given.index("--import")
         given = given[:at] + given[at + 2 :]
-    if command != "sample" and "--help" not in given and not is_of_the_reader(given):
+    if command not in WITHOUT_CONFIGURATION and "--help" not in given and not is_of_the_reader(given):
         chosen = [word for word in given if not word.startswith("resume=")]
         name = "train" if command == "check" else command
         assert settings(composed(*chosen, name=name), [w for w in chosen if not w.startswith("extend=")])
@@ -163,5 +166,5 @@ def test_scripts_are_there(line: str) -> None:
 
 def test_commands_are_found_where_they_are_written() -> None:
     words = {command for command, _ in WRITTEN}
-    assert words == {"train", "check", "finetune", "compare", "sample"}
+    assert words == COMMANDS.keys()
     assert ("train", "") in WRITTEN and len(WRITTEN) > 25

@@ -20,7 +20,16 @@ from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.value import value_module
 from diffrl.shapes import event_mean, expand_like
 
-__all__ = ["MapLoss", "MapRows", "TwoTimeLoss", "adaptive", "jump", "map_rows", "require_straight", "square_mean"]
+__all__ = [
+    "MapLoss",
+    "MapRows",
+    "TwoTimeLoss",
+    "adaptive",
+    "jump",
+    "map_rows",
+    "require_straight",
+    "square_mean",
+]
 
 
 class MapRows(NamedTuple):
