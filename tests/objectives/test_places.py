@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.objectives.maps.loss import MapLoss
+from diffrl.objectives.maps.loss import TwoTimeLoss
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import Objective, build_objective
@@ -114,9 +114,8 @@ class Scheme:
         with torch.no_grad():
             for module in modules:
                 for i, parameter in enumerate(module.parameters()):
-                    parameter += 0.1 * torch.randn(
-                        parameter.shape, generator=torch.Generator().manual_seed(i)
-                    )
+                    generator = torch.Generator().manual_seed(i)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 @cache
@@ -141,7 +140,7 @@ def test_a_wrong_coordinate_is_named() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_maps_are_what_needs_a_second_time(name: str) -> None:
     made = OBJECTIVES.entry(name).make
-    is_map = isclass(made) and issubclass(made, MapLoss)
+    is_map = isclass(made) and issubclass(made, TwoTimeLoss)
     assert (PLACES[name].learns == "map") == is_map
     if is_map:
         with pytest.raises(ValueError, match=r"second.time"):

@@ -15,6 +15,7 @@ from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges, written
 from diffrl.objectives.maps.loss import TwoTimeLoss, jump, require_straight
+from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import OverChains
 from diffrl.ranges import require_number
@@ -71,7 +72,19 @@ def _label(options: Mapping[str, Any]) -> str:
     return f"TD map(λ={written(options['lmbda'])})"
 
 
-@OBJECTIVES.register("td_map", also=MapChains, label=_label)
+@OBJECTIVES.register(
+    "td_map",
+    also=MapChains,
+    label=_label,
+    place=Place(
+        learns="map",
+        states="chains",
+        coupling="any",
+        look="one_step",
+        bootstrap="target",
+        next_state="forward",
+    ),
+)
 class TDMapLoss(TwoTimeLoss):
     """TD(λ) for maps: X_{t→r} of a state x_i learns from the maps of later states of its chain, and from x_m at r.
 

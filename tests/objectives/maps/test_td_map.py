@@ -339,7 +339,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="map_weight is 'snr': give one of edm, u"):
         TDMapLoss(denoiser, map_weight="snr")
     with pytest.raises(InputError, match="'own' or 'target'"):
-        TDMapLoss(denoiser, bootstrap="residual")  # type: ignore[arg-type]
+        TDMapLoss(denoiser, bootstrap="residual")
     with pytest.raises(InputError, match="lmbda is 1.5"):
         TDMapLoss(denoiser, lmbda=1.5)
     with pytest.raises(InputError, match="straight paths"):
