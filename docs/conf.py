@@ -12,6 +12,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 import diffrl  # noqa: E402
 from docs.api_pages import plain_rst, write_api  # noqa: E402
+from docs.map_page import write_map  # noqa: E402
 from docs.method_pages import write_pages  # noqa: E402
 
 project = "diffrl"
@@ -60,6 +61,7 @@ def own_signature(
 def setup(app: Any) -> None:
     """Write the pages that are made from the code, and have docstrings read as the plain text that they are."""
     write_pages(FOLDER / "methods")
+    write_map(FOLDER / "map")
     write_api(FOLDER / "api")
     app.connect(
         "autodoc-process-docstring", lambda app, what, name, thing, options, lines: plain_rst(lines), 400

@@ -170,7 +170,7 @@ def test_readme_is_short() -> None:
 def test_links_of_the_documentation_lead_somewhere() -> None:
     for page in (*DOCS.glob("*.md"), *DOCS.glob("tutorials/*.md"), ROOT / "results" / "README.md"):
         for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
-            generated = re.match(r"(\.\./)?(methods|api)/", link)
+            generated = re.match(r"(\.\./)?(methods|api|map)/", link)
             assert link.startswith("http") or generated or (page.parent / link).exists(), (
                 f"{page.name}: {link}"
             )
