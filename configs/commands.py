@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning, plan_seeds
 from diffrl.configs.cli import command, one_line
-from diffrl.configs.folders import evaluate, report
+from diffrl.configs.folders import evaluate, export, report
 from diffrl.configs.words import Words
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.check_run import check_run
@@ -184,4 +184,5 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "sample": sample,
     "report": report,
     "evaluate": evaluate,
+    "export": export,
 }

@@ -1,4 +1,4 @@
-"""The commands that work on a folder which others have written: report, evaluate."""
+"""The commands that work on a folder which others have written: report, evaluate, export."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from diffrl.configs.cli import check_numbers, check_words, one_line
 from diffrl.configs.groups import register
 from diffrl.configs.schema import schema
 from diffrl.configs.words import Words
+from diffrl.diffusion.pipelines.export import export_pipeline
 from diffrl.errors import InputError
 from diffrl.experiments.evaluate import evaluate_run
 from diffrl.experiments.reports.anew import report_anew
@@ -20,8 +21,9 @@ from diffrl.extras import require_installed
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
 from diffrl.training.evaluation import Evaluation
+from diffrl.training.runs import load
 
-__all__ = ["evaluate", "report"]
+__all__ = ["evaluate", "export", "report"]
 
 ERRORS = {"value_error": "value error", "denoising_error": "denoising error, test", "map_error": "map error"}
 
@@ -54,6 +56,23 @@ def evaluate() -> None:
         print(text_table(_rows(found)))
         if given.out is not None:
             write_atomically(given.out, json.dumps(found, indent=2))
+
+
+def export() -> None:
+    """Write the model of a run as a folder for diffusers' DDPMPipeline and DDIMPipeline."""
+    with one_line():
+        parser = Words("export", export.__doc__, "What can be exported, experiment=diffusers_ddpm trains.")
+        parser.add_argument(
+            "run", type=Path, help="what a training run wrote, or a model file of diffrl.save"
+        )
+        parser.add_argument("folder", type=Path, help="a new folder, for diffusers")
+        parser.add_argument("--objective", help="whose denoiser: td, denoising, ... (the run's main one)")
+        parser.add_argument(
+            "--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)"
+        )
+        given = parser.parse_args()
+        denoiser = load(given.run, given.objective, weights=given.weights).denoiser
+        print(f"pipeline  {export_pipeline(denoiser, given.folder)}")
 
 
 def eval_settings(words: Sequence[str]) -> dict[str, Any]:

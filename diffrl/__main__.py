@@ -15,6 +15,7 @@ COMMANDS = {
     "sample": "draw samples from a run folder",
     "report": "write the report of a comparison anew, from its folder alone",
     "evaluate": "measure the model of a finished run again, with other settings",
+    "export": "write the model of a run as a folder for diffusers",
     "list": "tell the names that can be given: data, networks, objectives, ...",
 }
 """What each does, for the help."""

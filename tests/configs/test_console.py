@@ -59,7 +59,7 @@ def test_the_help_tells_every_command(
     assert all(f"\n  {name} " in told for name in program.COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["sample", "report", "evaluate", "list"])
+@pytest.mark.parametrize("command", ["sample", "report", "evaluate", "export", "list"])
 def test_each_has_a_help(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

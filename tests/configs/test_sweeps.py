@@ -101,7 +101,9 @@ def test_ctrl_c_outside_of_a_run_ends_the_sweep(tmp_path: Path, monkeypatch: pyt
     assert said.startswith("error: interrupted; the sweep ends with job 0 (") and ran == [0]
 
 
-@pytest.mark.parametrize("command", ["train", "check", "finetune", "compare", "sample", "report", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["train", "check", "finetune", "compare", "sample", "report", "evaluate", "export"]
+)
 def test_several_processes_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """As torchrun starts them: two would train twice, or one end the other."""
     monkeypatch.setenv("WORLD_SIZE", "2")

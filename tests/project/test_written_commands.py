@@ -28,7 +28,13 @@ PAGES += [page for page in (ROOT / "docs").rglob("*.md") if not {"methods", "api
 PAGES += (ROOT / "results").rglob("README.md")
 SCRIPTS = {"train_td_lambda": "train", "finetune_reward": "finetune", "compare_bootstrapping": "compare"}
 NAMED_ONLY = ("sample", "")  # in prose: it needs a folder
-WITHOUT_CONFIGURATION = ("sample", "report", "evaluate", "list")  # their words are paths, dashes and names
+WITHOUT_CONFIGURATION = (
+    "sample",
+    "report",
+    "evaluate",
+    "export",
+    "list",
+)  # their words are paths, dashes and names
 RUN = ("train", "check", "sample", "finetune")
 EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
 TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", *EVALUATED]

@@ -1,0 +1,116 @@
+"""Handing a trained denoiser over to diffusers: a folder that its stock pipelines load and sample from."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks.diffusers_unet import DiffusersUNet
+from diffrl.diffusion.pipelines.parts import KINDS, PREDICTIONS, plain
+from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.errors import InputError, InputTypeError
+from diffrl.extras import require
+from diffrl.text_files import file_errors
+
+__all__ = ["export_pipeline"]
+
+MOST_SIGNAL = 0.1  # α_{T-1}: diffusers starts from pure noise
+CLOSE = 1e-4  # relative error of ᾱ_t in float32, in which diffusers multiplies the betas
+
+
+def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
+    """Write a denoiser as a folder that diffusers' `DDPMPipeline` and `DDIMPipeline` load.
+
+    Their samples are those of `diffrl.Ancestral` and `diffrl.DDIM` from the same start and noise, to the accuracy of
+    float32, if the number of steps divides T. They start at ε where diffrl starts at σ_{T-1} ε: of the usual 1,000
+    linear betas σ_{T-1} = 0.99998. Weights are written in float32, as safetensors; the scheduler's timesteps are
+    "trailing" and it clips nothing, as with diffrl's chains.
+
+    >>> import tempfile, diffrl
+    >>> network = diffrl.networks.UNet((1, 8, 8), channels=4)
+    >>> denoiser = diffrl.Denoiser(network, diffrl.DDPM(), prediction_type="eps")
+    >>> diffrl.diffusion.pipelines.export_pipeline(denoiser, tempfile.mkdtemp())
+    Traceback (most recent call last):
+    ...
+    diffrl.errors.InputError: UNet is no network of diffusers and cannot be exported: train network=diffusers_unet...
+
+    Args:
+        denoiser: a network `diffusers_unet` without labels, on the process `DDPM`, with the prediction type "eps", "v"
+            or "x0", time_input "t", scale_input False and the standard prior: ``experiment=diffusers_ddpm`` makes one.
+        folder: a new one, or one that is empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputTypeError: it is no `diffrl.Denoiser`.
+        InputError: it is made in another way, or its noisiest level is not nearly pure noise; the folder holds
+            something.
+        MissingExtra: diffusers is not installed.
+        FileError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    denoiser = plain(denoiser)
+    if not isinstance(denoiser, Denoiser):
+        raise InputTypeError(f"denoiser is a {type(denoiser).__name__}: give a diffrl.Denoiser")
+    network = plain(denoiser.network)
+    if not isinstance(network, DiffusersUNet):
+        raise InputError(
+            f"{type(network).__name__} is no network of diffusers and cannot be exported: train "
+            "network=diffusers_unet, as experiment=diffusers_ddpm does"
+        )
+    _require_form_of_diffusers(denoiser, network)
+    scheduler = _scheduler(denoiser)
+    with file_errors(folder, "written"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} holds something already: give a new folder")
+        unet = copy.deepcopy(network.unet).cpu().float()
+        pipe = require("diffusers", "diffusers").DDPMPipeline(unet=unet, scheduler=scheduler)
+        pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def _require_form_of_diffusers(denoiser: Denoiser, network: DiffusersUNet) -> None:
+    """Refuse what a scheduler of diffusers cannot express, with the setting to train with instead."""
+    wanted = {
+        "process=ddpm": isinstance(denoiser.process, DDPM),
+        "denoiser.prediction_type=eps, v or x0": denoiser.prediction_type in PREDICTIONS.values(),
+        "denoiser.time_input=t": denoiser.time_input == "t",
+        "denoiser.scale_input=false": not denoiser.scale_input,
+        "denoiser.prior=standard": denoiser.prior is None,
+        "data.conditional=false, as these pipelines give no labels": network.num_classes == 0,
+    }
+    if lacking := [setting for setting, met in wanted.items() if not met]:
+        raise InputError(
+            f"this model is not of diffusers' form and cannot be exported: train {'; '.join(lacking)}"
+        )
+
+
+def _scheduler(denoiser: Denoiser) -> Any:
+    """Diffusers' scheduler of the process, compared with it."""
+    process = denoiser.process
+    assert isinstance(process, DDPM)
+    signal = float(process.alphas_cumprod[-1].sqrt())
+    if signal > MOST_SIGNAL:
+        raise InputError(
+            f"the noisiest level keeps {signal:.2g} of the data, but diffusers starts from pure noise: train with "
+            "process.train_steps=1000 or a larger process.beta_end"
+        )
+    scheduler = require("diffusers", "diffusers").DDPMScheduler(
+        num_train_timesteps=process.train_steps,
+        beta_schedule={kind: name for name, kind in KINDS.items()}[process.kind],
+        beta_start=process.beta_start,
+        beta_end=process.beta_end,
+        prediction_type={str(ours): name for name, ours in PREDICTIONS.items()}[denoiser.prediction_type],
+        variance_type="fixed_small",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    theirs = scheduler.alphas_cumprod.double()
+    if not torch.allclose(theirs, process.alphas_cumprod, rtol=CLOSE, atol=1e-9):
+        raise InputError(
+            f"diffusers makes other noise levels of {process}: train process.kind=linear, or fewer train_steps"
+        )
+    return scheduler

@@ -1,0 +1,146 @@
+"""A trained model handed over to diffusers: its stock pipelines draw what diffrl draws."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline
+from torch import Tensor
+
+import diffrl
+from diffrl import __main__ as program
+from diffrl.diffusion.pipelines import export_pipeline
+from diffrl.errors import FileError, InputError, InputTypeError
+from tests.kit.diffusers_unets import tiny_unet
+from tests.kit.runs import run
+
+SHAPE, SAMPLES, STEPS = (1, 8, 8), 3, 10
+SAMPLERS = {DDPMPipeline: diffrl.Ancestral(), DDIMPipeline: diffrl.DDIM()}
+PROCESSES = [diffrl.DDPM(), diffrl.DDPM(50, "scaled_linear", 0.01, 0.4), diffrl.DDPM(200, "cosine")]
+
+
+def made(process: Any = PROCESSES[0], prediction_type: Any = "eps", **options: Any) -> diffrl.Denoiser:
+    form = {"prediction_type": prediction_type, "time_input": "t", "scale_input": False, **options}
+    return diffrl.Denoiser(tiny_unet(SHAPE), process, **form).eval()
+
+
+def ours(denoiser: diffrl.Denoiser, pipeline: type) -> Tensor:
+    """Samples of diffrl's sampler, from the start ε of diffusers and the same noise."""
+    g, left = torch.Generator().manual_seed(3), [denoiser.process.sigma(denoiser.process.time_grid(STEPS)[0])]
+
+    def noise(like: Tensor) -> Tensor:
+        scale = left.pop() if left else torch.tensor(1.0)
+        return torch.randn(like.shape, generator=g) / scale.float()
+
+    return diffrl.sample(
+        denoiser, (SAMPLES, *SHAPE), sampler=SAMPLERS[pipeline], num_steps=STEPS, noise=noise
+    )
+
+
+def theirs(folder: Path, pipeline: Any) -> tuple[Tensor, Tensor]:
+    """What a stock pipeline returns, and its last state, before it is clipped."""
+    pipe = pipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    step, states = pipe.scheduler.step, list[Tensor]()
+
+    def watched(*given: Any, **more: Any) -> Any:
+        found = step(*given, **more)
+        states.append(found.prev_sample)
+        return found
+
+    pipe.scheduler.step = watched
+    drawn = pipe(
+        SAMPLES, generator=torch.Generator().manual_seed(3), num_inference_steps=STEPS, output_type="np"
+    )
+    assert len(states) == STEPS
+    return torch.as_tensor(drawn.images).permute(0, 3, 1, 2), states[-1]
+
+
+def compare(denoiser: diffrl.Denoiser, folder: Path, pipeline: type) -> None:
+    images, last = theirs(folder, pipeline)
+    x = ours(denoiser, pipeline)
+    size = max(1.0, float(x.abs().max()))  # ε of random weights leads far beyond the images
+    torch.testing.assert_close(last / size, x / size, rtol=0, atol=1e-5)
+    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pipeline", SAMPLERS)
+@pytest.mark.parametrize(("prediction_type", "process"), [*zip(("eps", "v", "x0"), PROCESSES, strict=True)])
+def test_stock_pipelines_draw_the_same(
+    prediction_type: str, process: Any, pipeline: type, tmp_path: Path
+) -> None:
+    denoiser = made(process, prediction_type)
+    compare(denoiser, export_pipeline(denoiser, tmp_path / "out"), pipeline)
+
+
+def test_a_run_is_exported_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *("experiment=diffusers_ddpm", "data=digits", "network=diffusers_unet", "trainer.grad_steps=4"),
+        *("network.block_out_channels=[8,16]", "network.norm_num_groups=4", "chain.num_steps=1000"),
+    ]
+    folder = run(tmp_path / "run", *words).path
+    monkeypatch.setattr(sys, "argv", ["diffrl", "export", str(folder), str(tmp_path / "out")])
+    program.main()
+    assert capsys.readouterr().out == f"pipeline  {tmp_path / 'out'}\n"
+    trained = diffrl.load(folder).denoiser
+    assert any(p.any() for p in trained.network.unet.conv_out.parameters())  # type: ignore[union-attr]
+    compare(trained, tmp_path / "out", DDPMPipeline)
+
+
+def test_float64_is_written_in_float32_and_stays_what_it_was(tmp_path: Path) -> None:
+    denoiser = made(prediction_type="v").double()
+    export_pipeline(denoiser, tmp_path / "out")
+    assert {p.dtype for p in denoiser.parameters()} == {torch.float64}
+    compare(denoiser.float(), tmp_path / "out", DDIMPipeline)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"process": diffrl.EDM()}, "cannot be exported: train process=ddpm"),
+        ({"prediction_type": "edm"}, "train denoiser.prediction_type=eps, v or x0$"),
+        (
+            {"time_input": "c_noise", "scale_input": True},
+            "denoiser.time_input=t; denoiser.scale_input=false$",
+        ),
+        ({"prior": "data"}, "denoiser.prior=standard"),
+        (
+            {"process": diffrl.DDPM(50)},
+            "the noisiest level keeps 0.7.* of the data, but diffusers starts from",
+        ),
+    ],
+)
+def test_what_diffusers_cannot_express_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        export_pipeline(made(**options), tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_other_networks_are_refused_in_one_line(tmp_path: Path) -> None:
+    unet = diffrl.Denoiser(diffrl.networks.UNet(SHAPE, channels=4), diffrl.DDPM(), prediction_type="eps")
+    with pytest.raises(
+        InputError, match="^UNet is no network of diffusers and cannot be exported: train network="
+    ):
+        export_pipeline(unet, tmp_path)
+    labelled: Any = made()
+    labelled.network = tiny_unet(SHAPE, num_classes=2)
+    with pytest.raises(InputError, match="train data.conditional=false, as these pipelines give no labels"):
+        export_pipeline(labelled, tmp_path)
+    exact: Any = diffrl.GaussianDenoiser(diffrl.DDPM(), torch.zeros(2), torch.eye(2))
+    with pytest.raises(InputTypeError, match="denoiser is a GaussianDenoiser"):
+        export_pipeline(exact, tmp_path)
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    for place in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(InputError, match="holds something already: give a new folder"):
+            export_pipeline(made(), place)
+    with pytest.raises((FileError, InputError)):
+        export_pipeline(made(), tmp_path / "mine" / "below")

@@ -1,0 +1,90 @@
+"""A pipeline of diffusers as a denoiser: it draws what the pipeline draws, and says what it cannot take."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+import diffrl
+from diffrl.diffusion.pipelines import import_pipeline
+from diffrl.errors import InputError
+
+TIMES = (0, 1, 400, 999)
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def pipeline(folder: Path, *, scheduler: Any = DDPMScheduler, unet: Any = None, **options: Any) -> Any:
+    """A stock pipeline, made by diffusers alone, and saved."""
+    torch.manual_seed(0)
+    settings = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    size = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    given = {"flip_sin_to_cos": False, "freq_shift": 1, **size, **settings, **(unet or {})}
+    kind = DDPMPipeline if scheduler is DDPMScheduler else DDIMPipeline
+    network = UNet2DModel(**given).eval()
+    network.conv_out.weight.data *= 0.1  # estimates of x0 that no scheduler clips
+    pipe = kind(unet=network, scheduler=scheduler(**options))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_its_estimate_is_that_of_the_scheduler(name: str, tmp_path: Path) -> None:
+    """The witness is the scheduler's own estimate of x0, unclipped, at the end points of time too."""
+    options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": name}
+    pipe = pipeline(tmp_path, scheduler=DDIMScheduler, beta_schedule="squaredcos_cap_v2", **options)
+    denoiser = import_pipeline(tmp_path)
+    assert denoiser.prediction_type == PREDICTIONS[name] and denoiser.network.event_shape == (3, 8, 8)
+    pipe.scheduler.set_timesteps(1000)
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        for t in TIMES:
+            theirs = pipe.scheduler.step(pipe.unet(x, t).sample, t, x).pred_original_sample
+            torch.testing.assert_close(denoiser(x, torch.tensor([float(t)])), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_it_draws_what_the_pipeline_draws(tmp_path: Path) -> None:
+    """A clipping scheduler is taken: clipping is of its steps, and nothing is clipped where estimates are small."""
+    pipe = pipeline(tmp_path, prediction_type="sample", timestep_spacing="trailing")
+    denoiser = import_pipeline(tmp_path)
+    assert denoiser.process == diffrl.DDPM() and not denoiser.training
+    g = torch.Generator().manual_seed(0)
+    ours = diffrl.sample(
+        denoiser,
+        (2, 3, 8, 8),
+        sampler=diffrl.Ancestral(),
+        num_steps=10,
+        noise=lambda like: torch.randn(like.shape, generator=g),
+    )
+    drawn = pipe(
+        2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np"
+    ).images
+    theirs = torch.as_tensor(drawn).permute(0, 3, 1, 2)
+    assert float(ours.abs().max()) < 1  # no estimate was clipped on the way here
+    # the pipeline starts at ε, and this at σ ε, σ = 0.99998
+    torch.testing.assert_close((ours / 2 + 0.5), theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("unet", "scheduler", "message"),
+    [
+        ({"out_channels": 6}, {}, "has a second output or labels: wrap it yourself, by diffrl.wrap_network"),
+        ({"num_class_embeds": 4}, {}, "has a second output or labels"),
+        ({}, {"beta_schedule": "sigmoid"}, "has beta_schedule 'sigmoid': known are linear"),
+        ({}, {"rescale_betas_zero_snr": True}, "has other betas"),
+    ],
+)
+def test_what_is_not_known_is_refused(
+    unet: dict[str, Any], scheduler: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    pipeline(tmp_path, unet=unet, **scheduler)
+    with pytest.raises(InputError, match=message) as error:
+        import_pipeline(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no model_index.json"):
+        import_pipeline(tmp_path)
