@@ -97,7 +97,7 @@ class Evaluation:
             )
         with of_group("eval", ("statistics",)):
             some = reference[:64]
-            known = reference if self.statistics else some
+            known = some if self.statistics is None else reference
             sample_distance(self.distance, some, known, statistics=self.statistics)
         replace(self, points=1).value_error(denoiser, oracle, data)
         replace(self, points=1).map_error(denoiser, oracle, data)
