@@ -112,7 +112,7 @@ class Evaluation:
             )
         with of_group("eval", ("statistics",)):
             some = reference[:64]
-            known = reference if self.statistics else some
+            known = some if self.statistics is None else reference
             sample_distance(self.distance, some, known, statistics=self.statistics)
         few = replace(self, points=1)
         few.value_error(denoiser, oracle, data)

@@ -140,7 +140,7 @@ def test_other_settings_are_taken(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval.sampels=5"], "unknown config key 'eval.sampels'; did you mean eval.samples"),
+        (["eval.samplez=5"], "unknown config key 'eval.samplez'; did you mean eval.samples"),
         (["eval.samples=many"], "eval.samples: Value 'many'"),
         (["eval.samples=0"], "eval.samples is 0"),
         (["eval.sigmas=[nan]"], "eval.sigmas[0] is nan: give a finite number"),

@@ -101,10 +101,10 @@ class TDMapLoss(TwoTimeLoss):
     | η = 1 | E[x_r given x_t] | the same |
     | η = 0 | E[x_r given x_t] | consistency training of the whole map: the ODE's, as the chain gets finer |
 
-    E[x_r given x_t] = κ x + A E[x0 given x], with A and κ of the chain's posterior: a step of DDIM, linear in the
-    one-time denoiser, and no map of an ODE. Between the ends a fine chain with λ < 1 leads to the mean of a diffusion:
-    of N(0, 1) data on `EDM` X_{t→r}(x) = ((1+r²)/(1+t²))^((1+η²)/2) x, of which the ODE's has the power ½. At r = 0 it
-    is `ValueLoss` on the 'clean' value, with the same weight "edm".
+    E[x_r given x_t] = κ x + A E[x0 given x], with A and κ of `posterior` from t to r at that η: the mean of one step of
+    DDIM(η), linear in the one-time denoiser, and no map of an ODE. Between the ends a fine chain with λ < 1 leads to
+    the mean of a diffusion: of N(0, 1) data on `EDM` X_{t→r}(x) = ((1+r²)/(1+t²))^((1+η²)/2) x, of which the ODE's has
+    the power ½. At r = 0 it is `ValueLoss` on the 'clean' value, with the same weight "edm".
 
     Source: ours; λ-returns as in Reinforcement Learning: An Introduction, 2nd ed. (Sutton & Barto, 2018), §12.1,
     http://incompleteideas.net/book/the-book-2nd.html; λ = 0, η = 0 as consistency training (Song et al., 2023),
@@ -116,8 +116,7 @@ class TDMapLoss(TwoTimeLoss):
         bootstrap: what X⁻ comes from: "target", a target network, at a second evaluation of states that are
             bootstrapped from, or "own", the network's own predictions, gradient stopped, at none.
         map_weight: w, "edm", t²/max(c_out², 1e-8), with which δ is in units of the network's output: u itself on `Flow`
-            with prediction_type "velocity"; or "u", 1, that is w = (c_out/t)² times less, and on `EDM` little at
-            high noise.
+            with prediction_type "velocity"; or "u", 1, which is (c_out/t)² of that: on `EDM` little at high noise.
         anneal: options that change along the training, as in `ValueLoss`: lmbda.
 
     Raises:
