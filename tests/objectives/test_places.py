@@ -114,9 +114,8 @@ class Scheme:
         with torch.no_grad():
             for module in modules:
                 for i, parameter in enumerate(module.parameters()):
-                    parameter += 0.1 * torch.randn(
-                        parameter.shape, generator=torch.Generator().manual_seed(i)
-                    )
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+                    parameter.add_(noise, alpha=0.1)
 
 
 @cache
