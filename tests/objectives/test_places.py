@@ -114,8 +114,8 @@ class Scheme:
         with torch.no_grad():
             for module in modules:
                 for i, parameter in enumerate(module.parameters()):
-                    generator = torch.Generator().manual_seed(i)
-                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+                    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+                    parameter.add_(noise, alpha=0.1)
 
 
 @cache

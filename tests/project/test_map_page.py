@@ -89,12 +89,12 @@ def test_page_and_picture_are_written(tmp_path: Path) -> None:
     write_map(tmp_path / "map")
     assert (tmp_path / "map" / "index.md").read_text(encoding="utf-8") == map_page()
     with Image.open(tmp_path / "map" / "map.png") as picture:
-        assert picture.width == 1500 and picture.text["Description"] == description()
+        assert picture.width == 1500 and picture.info["Description"] == description()
 
 
 def test_the_picture_of_the_readme_is_the_present_one() -> None:
     with Image.open(ROOT / "docs" / "images" / "map.png") as picture:
-        assert picture.text["Description"] == description(), (
+        assert picture.info["Description"] == description(), (
             "python docs/map_page.py --picture docs/images/map.png draws it anew"
         )
     assert "(docs/images/map.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
