@@ -148,8 +148,10 @@ def test_both_objectives_see_the_same_states(
     seen = recorded(monkeypatch)
     folder = run(tmp_path / "run", f"objective={objective}", "trainer.grad_steps=5")
     assert set(seen) == {objective, "monte_carlo"} == set(folder.results()["objectives"])
-    assert len(seen[objective]) == len(seen["monte_carlo"]) == 6
-    assert all(map(torch.equal, seen[objective], seen["monte_carlo"]))
+    assert (
+        min(len(seen[objective]), len(seen["monte_carlo"])) >= 6
+    )  # what a step costs is measured on further ones
+    assert all(map(torch.equal, seen[objective][:6], seen["monte_carlo"][:6]))
     assert not torch.equal(seen[objective][1], seen[objective][2])
 
 

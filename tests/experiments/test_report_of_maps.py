@@ -57,7 +57,10 @@ def test_a_consistency_function_has_no_value_error_and_hides_nobodys(report: tup
     assert panel.has("map", SCORE) and not panel.has("consistency", SCORE)
     assert row(text, "consistency", "Value error, × baseline") == ["–"] * (1 + len(SIGMAS))
     assert "–" not in "".join(row(text, "map", "Value error, × baseline"))
-    kinds = {(e["scheme"], e["kind"]) for e in json.loads((folder / "summary.json").read_text())["estimates"]}
+    kinds = {
+        (e["scheme"], e["kind"])
+        for e in json.loads((folder / "summary.json").read_text(encoding="utf-8"))["estimates"]
+    }
     assert ("consistency", "map_error") in kinds and ("consistency", "score") not in kinds
     with (folder / "summary.csv").open(encoding="utf-8") as file:
         found = {(r["scheme"], r["seed"]): r for r in csv.DictReader(file)}
