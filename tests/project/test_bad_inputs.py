@@ -57,11 +57,11 @@ def fuzz(runs: Path, take: Callable[[int], bool], commands: Iterable[str] = COMM
 
 
 def test_every_key_with_a_wrong_value(runs: Path) -> None:
-    """Each key gets one or two of the values, another one than its neighbours; a soak test throws all."""
-    counts = fuzz(runs, lambda number: number % (len(VALUES) - 1) == 0, ("train", "finetune"))
+    """Every other key gets one or two of the values, another one than its neighbours; a soak test throws all."""
+    counts = fuzz(runs, lambda number: number % (2 * len(VALUES) - 1) == 0, ("train", "finetune"))
     tell("keys", counts)
-    assert counts["refused"] > 300 and counts["accepted"] > 10
-    assert counts["train"] > 100 and counts["finetune"] > 100
+    assert counts["refused"] > 150 and counts["accepted"] > 5
+    assert counts["train"] > 50 and counts["finetune"] > 50
 
 
 def test_every_key_of_a_comparison_with_wrong_values(runs: Path) -> None:
