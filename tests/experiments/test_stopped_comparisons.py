@@ -61,7 +61,7 @@ def to_the_group(running: Running) -> None:
         send(signal.SIGTERM, members(running))
 
 
-@pytest.fixture(scope="module", params=["compare", "finetune"])
+@pytest.fixture(scope="module", params=[pytest.param("compare", marks=pytest.mark.soak), "finetune"])
 def whole(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison, uninterrupted; its folder has the name of the command."""
     out: Path = tmp_path_factory.mktemp("whole") / request.param

@@ -317,7 +317,7 @@ def test_recorded_pairs_raise_the_share_of_what_they_prefer(tmp_path: Path) -> N
         assert share > 0.5 and on > 0.94, (seed, share, on)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_of_ten_seeds_the_share_is_well_known(tmp_path: Path) -> None:
     found = np.array([learnt(four_mode_pairs(tmp_path, seed), seed, beta=10.0) for seed in range(1, 11)])
     low, high = bootstrap_interval(found[:, 0])

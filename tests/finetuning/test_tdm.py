@@ -322,7 +322,7 @@ def test_dmd2_improves_on_the_teachers_stochastic_steps() -> None:
 @pytest.mark.parametrize(
     ("fake_target", "least", "iterations", "minibatches"),  # the teacher itself: 0.896
     [
-        pytest.param("x0", 0.93, 600, 1, marks=pytest.mark.slow),
+        pytest.param("x0", 0.93, 600, 1, marks=pytest.mark.soak),
         pytest.param("dsm", 0.915, 1200, 3, marks=pytest.mark.soak),
     ],
 )

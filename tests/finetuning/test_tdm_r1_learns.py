@@ -65,7 +65,7 @@ def tuned(distilled: Finetuner, seed: int, surrogate: Any) -> tuple[float, float
     return sum(mode_one(x)) / len(x), on_modes(x), x
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_reward_rises_and_samples_stay_near_the_data(distilled: Finetuner) -> None:
     start = samples_of(distilled.policy)
     assert 0.2 < sum(mode_one(start)) / len(start) < 0.3 and on_modes(start) > 0.92
