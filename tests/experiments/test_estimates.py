@@ -39,8 +39,10 @@ def test_the_pace_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingJob, "evaluate", slow_evaluation)
     pace = measure((opened, small("compare=false")))
     assert 0.05 <= pace.step < 0.2 and 0.2 <= pace.evaluation < 1.0 and pace.eval_every == 10
-    held = torch.ones(2**26)  # 256 MiB
-    assert measure((opened, small("compare=false"))).memory >= pace.memory + held.nbytes // 2
+    held = torch.ones(
+        2**28
+    )  # 1 GiB: what other tests of this process left behind may be given back meanwhile
+    assert measure((opened, small("compare=false"))).memory >= pace.memory + held.nbytes // 4
 
 
 def test_an_estimate_says_what_it_rests_on(tmp_path: Path) -> None:

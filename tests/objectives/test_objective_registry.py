@@ -1,12 +1,12 @@
 """Objectives by name: their options, what draws their states, what is Monte Carlo, and what people call them."""
 
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
+from diffrl import registry
 from diffrl.configs.schema import schema
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.mlp import MLP
@@ -265,10 +265,10 @@ def test_which_are_monte_carlo() -> None:
 
 
 @pytest.fixture
-def mine() -> Iterator[None]:
+def mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OBJECTIVES, "_entries", {e.name: e for e in OBJECTIVES.entries()})
+    monkeypatch.setattr(registry, "_USERS", {})
     OBJECTIVES.register("mine", label=lambda options: f"Mine({options['mix']:g})")(lambda D, *, mix=0.5: D)
-    yield
-    del OBJECTIVES._entries["mine"]
 
 
 @pytest.mark.parametrize(

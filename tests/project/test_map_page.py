@@ -1,13 +1,13 @@
 """The page of the map: every objective once, with links to pages that there are, and a picture that can be read."""
 
 import re
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from diffrl import registry
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from docs.map_page import map_page, write_map
@@ -18,13 +18,12 @@ from tests.kit.paths import ROOT
 
 
 @pytest.fixture
-def mine() -> Iterator[None]:
+def mine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OBJECTIVES, "_entries", {e.name: e for e in OBJECTIVES.entries()})
+    monkeypatch.setattr(registry, "_USERS", {})
     place = Place("map", "pairs", "shared", "n_steps", "own", "own", begins="end")
     OBJECTIVES.register("of_mine", place=place)(lambda D: D)
     OBJECTIVES.register("without")(lambda D: D)
-    yield
-    for name in ("of_mine", "without"):
-        del OBJECTIVES._entries[name]
 
 
 def test_each_objective_stands_on_the_page_once_with_a_link_to_its_page(tmp_path: Path) -> None:

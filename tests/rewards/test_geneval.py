@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffrl import registry
 from diffrl.finetuning.prompts import prompts_of
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.by_name import DETECTORS
@@ -267,6 +268,7 @@ def blobs_by_name(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     assert "blobs_of_a_test" not in DETECTORS
     monkeypatch.setattr(DETECTORS, "_entries", dict(DETECTORS._entries))
+    monkeypatch.setattr(registry, "_USERS", {})
     DETECTORS.register("blobs_of_a_test")(blobs_of_a_test)
     yield made
 
