@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # read when torchrl is imp
 
 import torch  # noqa: E402
 
+from diffrl.experiments.reports.style import STYLE  # noqa: E402
 from tests.kit.shell import Shell  # noqa: E402
 
 torch.set_num_threads(1)  # the test processes run side by side
@@ -23,3 +26,23 @@ def shell() -> Iterator[Shell]:
     made = Shell()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fonts() -> Iterator[int]:
+    """The fonts of PDFs as the library has them; tests have outlines, as cutting fonts to size takes half a second."""
+    published = int(STYLE["pdf.fonttype"])
+    STYLE["pdf.fonttype"] = 3
+    yield published
+    STYLE["pdf.fonttype"] = published
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed and not rendered, which takes a second each: tests of figures render those of each kind."""
+    from matplotlib.figure import Figure
+
+    def savefig(self: Figure, path: Any, **options: Any) -> None:
+        Path(path).write_bytes(b"unrendered")
+
+    monkeypatch.setattr(Figure, "savefig", savefig)

@@ -178,6 +178,7 @@ def cells(base: Path, *more: str) -> list[Any]:
     return plan_finetuning(config, given, str(base))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -> None:
     done = run_cells(cells(base), tmp_path, workers=0, progress=False)
     assert (done.finished, done.total, done.failed, done.interrupted) == (6, 6, {}, False)
@@ -204,6 +205,7 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
     )
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_method_more_keeps_what_was_run(base: Path, tmp_path: Path) -> None:
     run_cells(cells(base, "compare=[DDPO-SF]"), tmp_path, workers=0, progress=False)
     more = cells(base, "compare=[DDPO-SF,mine]", "+methods.mine=['recipe=ddpo_is']")
@@ -216,6 +218,7 @@ def test_workers_may_have_workers_for_the_reward(base: Path, tmp_path: Path) -> 
     assert done.failed == {} and done.finished == 1
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_failed_run_is_listed_and_runs_again(base: Path, tmp_path: Path) -> None:
     bad = [cell for cell in cells(base, "compare=[SDPO]") if cell.where["seed"] == 0]
     broken = {
@@ -250,6 +253,7 @@ def test_what_is_tuned_is_trained_once(tmp_path: Path) -> None:
         base_run(["trainer.grad_step=1"], tmp_path, progress=False)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_example(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +283,7 @@ def test_the_example(
         (["model.labels=[1]", "compare=[]"], "trained without labels"),
     ],
 )
+@pytest.mark.usefixtures("unrendered")
 def test_a_mistake_is_one_line(
     given: list[str],
     says: str,

@@ -123,6 +123,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), [w for w in WRITTEN if w[0] in RUN and w != NAMED_ONLY])
+@pytest.mark.usefixtures("unrendered")
 def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = shlex.split(words)
     if is_of_the_reader(given) or "device=cuda" in given or "--help" in given:
