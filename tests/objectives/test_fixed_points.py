@@ -2,6 +2,8 @@
 
 import math
 
+from typing import Any
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -57,7 +59,8 @@ def test_of_chains(name: str, row: Row) -> None:
 
     def pulls(coefficient: Coefficient) -> Tensor:
         D = linear(process, coefficient, levels)
-        D.network.predicts_variance = name == "hybrid"
+        network: Any = D.network
+        network.predicts_variance = name == "hybrid"
         return moved(made(name, D, **given(row.words, "objective")), chain)
 
     assert_stands_still(pulls, table(levels, a), *others(row))
