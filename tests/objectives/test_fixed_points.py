@@ -1,7 +1,6 @@
 """Fixed points on N(0, 1), of chains and pairs: at each number of the page the library's own loss stands still."""
 
 import math
-
 from typing import Any
 
 import pytest
