@@ -100,7 +100,7 @@ class PriorGradLoss(DenoiserLoss):
 
     fed_with = "diffrl.objectives.PriorStates"
     out_keys = ["loss_value", "td_error"]
-    bootstrap = "own"
+    bootstrap = "nothing"
 
     def __init__(
         self,
