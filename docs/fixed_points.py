@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # run as a script, this file knows its own folder only
@@ -28,7 +28,10 @@ from docs.normal_solutions import (  # noqa: E402
     td_schedule,
 )
 
-__all__ = ["KS", "RATIOS", "SOLUTIONS", "Row", "fixed_points_page", "verdict"]
+__all__ = ["GROUPS", "KS", "RATIOS", "SOLUTIONS", "Row", "Verdict", "fixed_points_page", "verdict"]
+
+Group = Literal["denoiser", "map", "neither"]
+GROUPS: dict[Group, str] = {"denoiser": "Denoisers", "map": "Flow maps", "neither": "Neither"}
 
 RATIOS = (0.3, 1.0, 3.0)
 KS = (18, 72)
@@ -118,7 +121,7 @@ SOLUTIONS: dict[str, tuple[Row, ...]] = {
             partial(td, eta=0.0, lmbda=0.0), SHARED, note="every expected residual is 0 there, as for TD(0)"
         ),
     ),
-    "cdm": (Row(cdm, note="a is the mean of its target at D*; Euler's steps miss it"),),
+    "cdm": (Row(cdm, note=r"a is the mean of its target at D\*, which Euler's steps miss"),),
     "ct": (_grid(partial(consistency, b=0.0, c=1.0)),),
     "td_ct": (
         _grid(partial(consistency, b=1.0, c=default("td_ct", "consistency_coef")), "objective.metric=l2"),
@@ -167,17 +170,17 @@ SOLUTIONS: dict[str, tuple[Row, ...]] = {
 
 INTRO = """# Fixed points
 
-Of data from N(0, 1) everything is linear: at each noise level a denoiser is one number a, D(x_t, t) = a x_t/α_t, and
-what a scheme learns can be computed level by level. With σ for σ_t/α_t there are two numbers to compare with,
+Of data from N(0, 1) a denoiser is one number a at each noise level, D(x_t, t) = a x_t/α_t, and what a scheme learns can
+be computed level by level. With σ for σ_t/α_t there are two numbers to compare with,
 
     D*: a = 1/(1+σ²),     the posterior mean E[x0 | x_t]
-    X:  a = 1/√(1+σ²),    where the probability-flow ODE leads, X_{t→0}
+    X:  a = 1/√(1+σ²),    where the probability-flow ODE leads, X_{t→0}"""
 
-The table has a at σ = 0.3, 1 and 3: one number where the length of the grid does not matter, else with 18 and with 72
-noise levels. The grid is that of `edm`, its σ_max moved a little so that σ is a level; on `flow` D* and X are the same.
-Numbers are computed when this page is made, with the defaults of all options but those named, at the end of a training
-and in the limit of a perfect fit. Of maps it is the jump to clean data, r = 0; at r = t each of them has D*, but
-`inductive_moments`, which is not trained there.
+READING = """The tables have a at σ = 0.3, 1 and 3: one number where the length of the grid does not matter, else with
+18 and with 72 noise levels. The grid is that of `edm`, its σ_max moved a little so that σ is a level; on `flow` D* and
+X are the same. Numbers are computed when this page is made, with the defaults of all options but those named, at the
+end of a training and in the limit of a perfect fit. Of maps it is the jump to clean data, r = 0; at r = t each of them
+has D*, but `inductive_moments`, which is not trained there.
 
 * "Off by" is the greatest relative distance at these σ.
 * "Of the way" is ln(a/D*)/ln(X/D*) with 72 levels: 0 at the denoiser, 1 at the map.
@@ -201,24 +204,37 @@ def off(row: Row, exact: Callable[[float, int], float], K: int) -> float:
     return max(abs(row.at(s, K) / exact(s, K) - 1) for s in RATIOS)
 
 
-def verdict(row: Row) -> str:
+class Verdict(NamedTuple):
+    """Where a row belongs, and in words how near it is."""
+
+    group: Group
+    words: str
+
+
+def verdict(row: Row) -> Verdict:
     """Which of D* and X a row is, tends to or is near; or where it lies."""
-    known = {"X_{t→s}": row.goal} if row.goal else {r"D\*": denoiser, "X": flow_map}
-    for name, exact in known.items():
+    known: dict[Group, tuple[str, Callable[..., float]]] = {
+        "denoiser": (r"**D\***", denoiser),
+        "map": ("**X**", flow_map),
+    }
+    if row.goal:
+        known = {"map": ("**X_{t→s}**", row.goal)}
+    for group, (name, exact) in known.items():
         if all(off(row, exact, K) < EXACT for K in KS):
-            return f"**{name}**"
-    for name, exact in known.items():
+            return Verdict(group, name)
+    for group, (name, exact) in known.items():
         coarse, fine = (off(row, exact, K) for K in KS)
         if fine < coarse / 2 and fine < 0.1 and off(row, exact, FINE) < fine / 2:
-            return f"tends to **{name}** as levels are added: off by {coarse:.1%}, then {fine:.1%}"
-    name, exact = min(known.items(), key=lambda item: off(row, item[1], KS[-1]))
-    distance = off(row, exact, KS[-1])
+            return Verdict(
+                group, f"tends to {name} as levels are added: off by {coarse:.1%}, then {fine:.1%}"
+            )
+    distance, group = min((off(row, exact, KS[-1]), group) for group, (_, exact) in known.items())
     if distance < CLOSE:
-        return f"**{name}**, off by {distance:.2%}"
+        return Verdict(group, f"{known[group][0]}, off by {distance:.2%}")
     shares = sorted(
         math.log(row.at(s, KS[-1]) / denoiser(s)) / math.log(flow_map(s) / denoiser(s)) for s in RATIOS
     )
-    return f"neither: {shares[0]:.2f} to {shares[-1]:.2f} of the way".replace("-", "−")
+    return Verdict("neither", f"{shares[0]:.2f} to {shares[-1]:.2f} of the way".replace("-", "−"))
 
 
 # The page
@@ -226,30 +242,43 @@ def verdict(row: Row) -> str:
 
 def fixed_points_page() -> str:
     """The page, in Markdown, for the folder `map` beside that of the methods."""
-    head = ["objective", "options", *(f"σ = {s:g}" for s in RATIOS), "what it is"]
-    exact = [["", "D*", *_numbers(Row(denoiser)), ""], ["", "X", *_numbers(Row(flow_map)), ""]]
     names = [*placed(), *unplaced()]
-    rows = [*exact, *(row for name in names for row in _rows(name))]
-    table = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    parts = [INTRO, "\n".join(table)]
-    if alone := [_link(name) for name in names if name not in SOLUTIONS]:
+    found = {name: [(row, verdict(row)) for row in SOLUTIONS.get(name, ())] for name in names}
+    glance = [f"* **{title}**: {_of(found, group)}" for group, title in GROUPS.items()]
+    parts = [INTRO, "Each objective by the first of its rows below:", "\n".join(glance), READING]
+    for group, title in GROUPS.items():
+        parts += [f"## {title}", "\n".join(_table(found, group))]
+    if alone := [_link(name) for name in names if not found[name]]:
         parts.append(f"{ALONE}: {', '.join(alone)}.")
     return "\n\n".join(parts) + "\n"
 
 
+_Found = dict[str, list[tuple[Row, Verdict]]]
+
+
+def _of(found: _Found, group: Group) -> str:
+    """Names of the objectives whose first row lies in a group."""
+    return ", ".join(f"`{name}`" for name, rows in found.items() if rows and rows[0][1].group == group)
+
+
+def _table(found: _Found, group: Group) -> Iterator[str]:
+    exact = {"D*": denoiser, "X": flow_map}
+    known = {"denoiser": ["D*"], "map": ["X"], "neither": ["D*", "X"]}[group]
+    lines = [["", name, *_numbers(Row(exact[name])), ""] for name in known]
+    for name, rows in found.items():
+        here = [(row, said.words) for row, said in rows if said.group == group]
+        lines += [_line(row, words, _link(name) if k == 0 else "") for k, (row, words) in enumerate(here)]
+    head = ["objective", "options", *(f"σ = {s:g}" for s in RATIOS), "what it is"]
+    return (f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def _line(row: Row, words: str, link: str) -> list[str]:
+    said = [words, *(["best linear"] if row.bent else []), *([row.note] if row.note else [])]
+    return [link, f"`{row.words}`" if row.words else "", *_numbers(row), "; ".join(said)]
+
+
 def _link(name: str) -> str:
     return f"[`{name}`](../methods/objective/{name}.md)"
-
-
-def _rows(name: str) -> Iterator[list[str]]:
-    for k, row in enumerate(SOLUTIONS.get(name, ())):
-        said = [verdict(row), *(["best linear"] if row.bent else []), *([row.note] if row.note else [])]
-        yield [
-            _link(name) if k == 0 else "",
-            f"`{row.words}`" if row.words else "",
-            *_numbers(row),
-            "; ".join(said),
-        ]
 
 
 def _numbers(row: Row) -> list[str]:

@@ -30,6 +30,7 @@ __all__ = [
 SIGMA_DATA = 1.0
 
 
+@cache
 def default(name: str, option: str) -> Any:  # noqa: ANN401
     """The default of an option of an objective, from its signature."""
     found = (inspect.signature(function).parameters for function in OBJECTIVES.entry(name).functions)

@@ -11,11 +11,14 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.predictions import Scalings, scalings
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.soft_update import SoftUpdate
 from docs.fixed_points import SOLUTIONS, Row, verdict
-from docs.normal_levels import denoiser, flow_map
+from docs.normal_levels import denoiser, exact, flow_map
+from tests.kit.oracles import Estimate, generator
 
 Coefficient = Callable[..., float]
 Pulls = Callable[[Coefficient], Tensor]
@@ -40,6 +43,29 @@ class Linear(nn.Module):
         F = (a / self.process.alpha(t) + theta - c_skip) / torch.where(c_out > 0, c_out, 1)
         F_x = F[:, None] * x
         return torch.cat([F_x, 0 * x], 1) if self.predicts_variance else F_x
+
+
+class Smooth(nn.Module):
+    """D(x, t, r) = a x, exact or of the other candidate, with derivatives in its times; θ t x beside it."""
+
+    second_time, sigma_data = True, 1.0
+
+    def __init__(self, is_map: bool) -> None:
+        super().__init__()
+        self.process, self.is_map, self.exact = EDM(), is_map, exact(EDM())
+        self.theta = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    @property
+    def network(self) -> nn.Module:
+        return self
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
+        r = torch.zeros_like(t) if r is None else r
+        D_x: Tensor = self.exact(x, t, None, r if self.is_map else t)
+        return D_x + self.theta * t[:, None] * x
+
+    def scalings(self, t: Tensor) -> Scalings:
+        return scalings(self.process, t, "edm", self.sigma_data)
 
 
 def linear(process: Schedule, a: Coefficient, levels: Tensor, kind: Any = "edm", **options: Any) -> Denoiser:
@@ -77,6 +103,14 @@ def moved(loss: Any, states: TensorDict) -> Tensor:  # noqa: ANN401
     return grad
 
 
+def of_draws(pull: Callable[[Tensor], Tensor], n: int = 20_000, parts: int = 20) -> Estimate:
+    """What moves θ on average over n draws of datum and noise, and as many with the noise turned round."""
+    z = torch.randn(n, 2, generator=generator(), dtype=torch.float64)
+    z = torch.cat([z, z * z.new_tensor([1, -1])], 1).view(2 * n, 2)
+    found = torch.stack([pull(part).squeeze() for part in z.chunk(parts)])
+    return Estimate(found.mean(), found.std() / parts**0.5)
+
+
 def assert_stands_still(pulls: Pulls, a: Coefficient, *wrong: Coefficient, rtol: float = 1e-8) -> None:
     """Nothing moves at a; every level does at another function; and some do at what is not the solution."""
     other = pulls(lambda t, *r: a(t, *r) * (1.2 + 0.1 * math.sin(3 * math.log(t) + 1))).abs()
@@ -97,6 +131,6 @@ def rows(*names: str) -> list[Any]:
 
 def others(row: Row) -> list[Coefficient]:
     """Those of D* and X that the page does not say it is."""
-    said = verdict(row)
-    found = {r"**D\*": denoiser, "**X**": flow_map}
-    return [lambda t, r=0.0, exact=exact: exact(t) for words, exact in found.items() if words not in said]
+    known = {"denoiser": denoiser, "map": flow_map}
+    group = verdict(row).group
+    return [lambda t, r=0.0, exact=exact: exact(t) for name, exact in known.items() if name != group]

@@ -1,7 +1,7 @@
 """Fixed points on N(0, 1), of chains and pairs: at each number of the page the library's own loss stands still."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.trajectories import sample_chain
-from diffrl.objectives.cdm import reverse_sde
+from diffrl.objectives.cdm import ShortRollouts
 from diffrl.objectives.consistency_pairs import sample_consistency_pairs
 from diffrl.objectives.denoising import sample_log_normal_states, sample_uniform_states
 from diffrl.objectives.ect_pairs import sample_ect_pairs
@@ -24,12 +24,14 @@ from docs.normal_levels import default, denoiser, exact, flow_map
 from docs.normal_solutions import ect
 from tests.kit.normal_solutions import (
     Coefficient,
+    Smooth,
     assert_stands_still,
     basis,
     given,
     linear,
     made,
     moved,
+    of_draws,
     others,
     rows,
     table,
@@ -58,8 +60,7 @@ def test_of_chains(name: str, row: Row) -> None:
 
     def pulls(coefficient: Coefficient) -> Tensor:
         D = linear(process, coefficient, levels)
-        network: Any = D.network
-        network.predicts_variance = name == "hybrid"
+        cast(Any, D.network).predicts_variance = name == "hybrid"
         return moved(made(name, D, **given(row.words, "objective")), chain)
 
     assert_stands_still(pulls, table(levels, a), *others(row))
@@ -140,10 +141,10 @@ def test_of_pairs_of_consistency(name: str, row: Row) -> None:
 def test_of_easy_consistency_tuning(name: str, s: float) -> None:
     """The mean target, whatever the metric; steps along a reference batch by their mean over many batches."""
     process, (row,), stage = EDM(), SOLUTIONS[name], default(name, "stages") - 1
-    batches = 400 if name == "stable_ct" else 1
+    batches = 100 if name == "stable_ct" else 1
     found = []
     for seed in range(batches):
-        z = basis(2) if name == "ect" else torch.randn(200, 2, generator=generator(seed), dtype=torch.float64)
+        z = basis(2) if name == "ect" else torch.randn(100, 2, generator=generator(seed), dtype=torch.float64)
         sigma = torch.full((len(z),), s, dtype=torch.float64)
         pairs = sample_ect_pairs(process, z[:, :1], stage=stage, sigma=sigma, noise=z[:, 1:])
         if name == "stable_ct":
@@ -157,16 +158,45 @@ def test_of_easy_consistency_tuning(name: str, s: float) -> None:
         assert abs(ect(s) - flow_map(s)) > 1e-4 and abs(ect(s) - denoiser(s)) > 1e-3
     else:
         assert_within(Estimate(errors.mean(), errors.std() / batches**0.5), 0.0)
-        assert float(errors.std() / batches**0.5) < 1e-3 * (1 + s)
+        assert float(errors.std() / batches**0.5) < 4e-3 * (1 + s)
+
+
+@pytest.mark.parametrize("name", ["ct", "ect"])
+def test_metrics_move_nothing(name: str) -> None:
+    """The default one, by normal draws of pairs from one level on."""
+    process, (row,), k = EDM(), SOLUTIONS[name], 3
+    levels = process.time_grid(N)[:-1]
+    s, kind = float(levels[k]), "consistency" if name == "ct" else "edm"
+    a = table(levels, row.of(process, N)) if name == "ct" else lambda t, r=0.0: row.of(t)
+
+    def pairs(z: Tensor) -> TensorDict:
+        if name == "ct":
+            index = torch.full((len(z),), k)
+            return sample_consistency_pairs(process, z[:, :1], num_scales=N, index=index, noise=z[:, 1:])
+        stage, sigma = default(name, "stages") - 1, levels[k].expand(len(z))
+        return sample_ect_pairs(process, z[:, :1], stage=stage, sigma=sigma, noise=z[:, 1:])
+
+    def pull(coefficient: Coefficient) -> Estimate:
+        loss = made(name, linear(process, coefficient, levels[k : k + 1], kind))
+        return of_draws(lambda z: moved(loss, pairs(z)))
+
+    right, wrong = pull(a), pull(lambda t, r=0.0: denoiser(t) if t == s else a(t))
+    assert_within(right, 0.0)
+    assert abs(float(wrong.value)) > 10 * float(right.error)
 
 
 @pytest.mark.parametrize("s", RATIOS)
-def test_rollouts_of_cdm(s: float) -> None:
-    """Of a state so far out that no noise counts, from t to all ends of the gap, at equal chances."""
-    D, (row,), far = exact(EDM()), SOLUTIONS["cdm"], 1e9
-    gap, floor, M = (default("cdm", name) for name in ("gap", "floor", "rollout_steps"))
-    ends = (s - gap * (torch.arange(256, dtype=torch.float64) + 0.5) / 256).clamp(min=floor)
-    shares = torch.linspace(0, 1, M + 1, dtype=torch.float64)[:, None]
-    times = torch.lerp(torch.full_like(ends, s) ** (1 / 7), ends ** (1 / 7), shares) ** 7
-    reached = reverse_sde(D, torch.full((256, 1), far, dtype=torch.float64), times, generator=generator())
-    assert float(D(reached, ends).mean() / far) == pytest.approx(row.at(s, 18), rel=1e-6)
+def test_of_cdm(s: float) -> None:
+    """With the mean ends of its rollouts, as the mean product of independent residuals is the product of means."""
+    (row,), n, far = SOLUTIONS["cdm"], 4000, 1e9
+    draw = ShortRollouts(EDM(), denoiser=Smooth(False), P_mean=math.log(s), P_std=0.0)
+    x0 = torch.full((n, 1), far, dtype=torch.float64)  # so far out that no noise counts
+    twins = draw(x0, generator=generator())
+    h = twins["next", "x_t"] / twins["x_t"]
+    target = h[:, 0, 0] / (1 + twins["next", "t"][:, 0, 0] ** 2)
+    assert float(target.mean()) == pytest.approx(row.at(s, 18), rel=1e-5)
+    z = basis(2).repeat(n // 2, 1).unsqueeze(1).expand(n, 2, 2)
+    twins["x0"], twins["x_t"] = z[..., :1], z[..., :1] + s * z[..., 1:]
+    twins["next", "x_t"] = h * twins["x_t"]
+    right, wrong = (float(moved(made("cdm", Smooth(is_map)), twins)) for is_map in (False, True))
+    assert abs(right) < 1e-3 * abs(wrong)

@@ -28,7 +28,7 @@ N = 7  # levels of the grids that losses are looked at on
 
 def test_of_scheduled_sampling() -> None:
     """Slopes of x0 on states that are rolled back by m levels, by the shares of m."""
-    process, (row,), n = EDM(), SOLUTIONS["scheduled_sampling"], 40_000
+    process, (row,), n = EDM(), SOLUTIONS["scheduled_sampling"], 20_000
     levels = process.time_grid(N)[:-1]
     a, probs = row.of(process, N), default("scheduled_sampling", "probs_end")
     D = linear(process, table(levels, a), levels)
@@ -64,7 +64,7 @@ def test_of_physics_residual() -> None:
 
 def test_of_shortdf() -> None:
     """On average over all less noisy levels, by draws."""
-    process, (row,), n = EDM(), SOLUTIONS["shortdf"], 20_000
+    process, (row,), n = EDM(), SOLUTIONS["shortdf"], 12_000
     levels = process.time_grid(N)[:-1]
     a = row.of(process, N)
     for k in (2, 4):

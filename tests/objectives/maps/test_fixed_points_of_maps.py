@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
@@ -13,40 +13,14 @@ from diffrl.objectives.maps.inductive_moments import MomentGroups
 from diffrl.objectives.maps.states import map_states
 from diffrl.objectives.progressive import HalvingSteps
 from docs.fixed_points import RATIOS, SOLUTIONS
-from docs.normal_levels import default, denoiser, exact, flow_map
+from docs.normal_levels import default, denoiser, flow_map
 from docs.normal_maps import progressive, shortcut
 from tests.kit.maps import MAPS
-from tests.kit.normal_solutions import (
-    basis,
-    linear,
-    made,
-    moved,
-    table,
-)
+from tests.kit.normal_solutions import Smooth, basis, linear, made, moved, of_draws, table
 from tests.kit.oracles import Estimate, assert_within, generator
 
 EXACT_MAPS = [name for name in MAPS if SOLUTIONS[name][0].of is flow_map]
 CASES = [(name, r) for name in EXACT_MAPS for r in (0.0, 0.01, 0.2) if (name, r) != ("lagrangian_map", 0.0)]
-
-
-class Smooth(nn.Module):
-    """D(x, t, r) = a x, exact or of the other candidate, with derivatives in its times; θ t x beside it."""
-
-    second_time, sigma_data = True, 1.0
-
-    def __init__(self, is_map: bool) -> None:
-        super().__init__()
-        self.process, self.is_map, self.exact = EDM(), is_map, exact(EDM())
-        self.theta = nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    @property
-    def network(self) -> nn.Module:
-        return self
-
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
-        r = torch.zeros_like(t) if r is None else r
-        D_x: Tensor = self.exact(x, t, None, r if self.is_map else t)
-        return D_x + self.theta * t[:, None] * x
 
 
 @pytest.mark.parametrize("s", RATIOS)
@@ -69,23 +43,32 @@ def test_of_exact_maps(name: str, r: float, s: float) -> None:
 
 @pytest.mark.parametrize("s", RATIOS)
 def test_of_continuous_consistency(s: float) -> None:
-    """Where r = 0; and with the normalisation of g, by normal draws that come in fours."""
-    z, law = basis(2), {"P_mean": math.log(s), "P_std": 0.0}
-    states = sample_log_normal_states(EDM(), z[:, :1], noise=z[:, 1:], **law)
+    """Where r = 0."""
+    states = sample_log_normal_states(
+        EDM(), basis(2)[:, :1], noise=basis(2)[:, 1:], P_mean=math.log(s), P_std=0.0
+    )
     right, wrong = (
         float(moved(made("continuous_ct", Smooth(m), normalise=False), states)) for m in (True, False)
     )
     assert abs(right) < 1e-9 < 1e-3 < abs(wrong)
-    z = torch.randn(50_000, 2, generator=generator(), dtype=torch.float64)
-    z = torch.cat([z, z * z.new_tensor([1, -1])])
-    parts = []
-    for part in z.split(5_000):
-        states = sample_log_normal_states(EDM(), part[:, :1], noise=part[:, 1:], **law)
-        parts.append([float(moved(made("continuous_ct", Smooth(m)), states)) for m in (True, False)])
-    of_map, of_denoiser = torch.tensor(parts, dtype=torch.float64).T
-    error = of_map.std() / len(parts) ** 0.5
-    assert_within(Estimate(of_map.mean(), error), 0.0)
-    assert abs(float(of_denoiser.mean())) > 10 * float(error)
+
+
+@pytest.mark.parametrize("name", ["continuous_ct", "mean_flow"])
+def test_weights_that_depend_on_the_error_move_nothing(name: str) -> None:
+    """At their defaults, from σ = 1 to clean data, by normal draws."""
+
+    def pull(is_map: bool) -> Estimate:
+        loss = made(name, Smooth(is_map))
+
+        def of(z: Tensor) -> Tensor:
+            t = torch.ones(len(z), dtype=torch.float64)
+            return moved(loss, map_states(EDM(), z[:, :1], t, 0 * t, noise=z[:, 1:]))
+
+        return of_draws(of)
+
+    right, wrong = pull(True), pull(False)
+    assert_within(right, 0.0)
+    assert abs(float(wrong.value)) > 10 * float(right.error)
 
 
 @pytest.mark.parametrize("s", RATIOS)
