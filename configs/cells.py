@@ -58,11 +58,10 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
             schemes[name, case, scheme] = made
             if tried is None or plan["tuning"].get("beside", True):
                 cells += made.cells(seeds, "fixed")
-            if tried is not None:
-                tuning += [
-                    cell for point in tried.grid.points for cell in made.cells(tried.seeds, "tuning", point)
-                ]
+            tuning += made.tried()
             made.forget()
+    if not plan["score_sigmas"]:
+        raise InputError("score_sigmas is empty: give at least one noise level, of which the score is the mean")
     sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
 
     def tuned(study: str, case: str, scheme: str, point: str) -> list[Cell]:
@@ -100,6 +99,24 @@ class _Scheme:
                 study_cell(name, self.case, self.scheme, *found, rate=rate, point=point)
                 for found in _by_seed(config, seeds)
             ]
+
+    def tried(self) -> list[Cell]:
+        """Those of tuning, one for each point of the grid and seed of it.
+
+        Raises:
+            ValueError: two points are one run: a value is written in two ways.
+        """
+        tuning = self.study.tuning
+        if tuning is None:
+            return []
+        found, points = list[Cell](), dict[str, str]()
+        for point in tuning.grid.points:
+            found += self.cells(tuning.seeds, "tuning", point)
+            if (same := points.setdefault(found[-1].identity, point)) != point:
+                raise InputError(
+                    f"study {self.study.name}: tuning.grid: {same} and {point} are one run: give each value once"
+                )
+        return found
 
     def _composed(self, words: Sequence[str]) -> DictConfig:
         """The configuration at a point; every point sets the same values, so that one is set over another."""

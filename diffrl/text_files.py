@@ -22,6 +22,7 @@ REMEDIES = {
     errno.EROFS: "this place is read-only: choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "it is not there, or was removed meanwhile",
+    errno.EEXIST: "a file is where a folder is to be: choose another place, or move it away",
     errno.ENOTDIR: "a part of its path is a file: choose another place",
     errno.EISDIR: "it is a folder: give a file",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",

@@ -19,7 +19,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
-from diffrl.objectives.stand_ins import StandIn
+from diffrl.objectives.stand_ins import StandIn, StandInChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.augmenting import check_augmentable
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
@@ -160,6 +160,8 @@ class Trainer(Loop):
         if isinstance(self.loss, AdaptiveLoss):
             self.data, held = held_out(data, seed)
             self.trials = Trials(self.loss, held, seed)
+            if isinstance(objective.draw, StandInChains):
+                objective.draw.refer_to(self.data)
         if length.augment:
             check_augmentable(self.denoiser, data.event_shape, objective)
         data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
