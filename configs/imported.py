@@ -21,8 +21,8 @@ FORM = ("prediction_type", "time_input", "scale_input")
 def with_imported_model(words: Sequence[str]) -> list[str]:
     """Words for `train`; of a start in a folder of diffusers, those of its model stand first, and yours hold.
 
-    What you give and does not fit the weights is refused later, by its name. The configuration of the run is whole, so
-    that it needs the folder no more.
+    Of a group that you choose yourself none is added; what does not fit the weights is refused later, by its name. The
+    configuration of the run is whole, so that it needs the folder no more.
 
     Args:
         words: overrides, such as ``init=my_ddpm``.
@@ -48,7 +48,7 @@ def with_imported_model(words: Sequence[str]) -> list[str]:
         "denoiser": {name: getattr(denoiser, name) for name in FORM},
         "sampler": {"name": "ancestral" if scheduler == "DDPMScheduler" else "ddim"},
     }
-    return [*_words(options), *words]
+    return [*_words({group: told for group, told in options.items() if group not in given}), *words]
 
 
 def _words(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:

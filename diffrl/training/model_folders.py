@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.pipelines.unconditional import import_pipeline
+from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.errors import FileError, InputError
 from diffrl.text_files import new_folder, read_json, write_atomically
 from diffrl.training.model_files import denoiser_of, describe, read_tensors, tensors_of
@@ -84,7 +85,22 @@ def read_folder(
     file, description = path / FILES[weights], read_json(path / CONFIG)
     if weights == "model" and not file.is_file():
         raise InputError(f"{path} has one set of weights, and no {file.name}: give weights='ema'")
-    return denoiser_of(description, read_tensors(file)[0], network, path).eval(), description
+    denoiser = denoiser_of(description, read_tensors(file)[0], network, path).eval()
+    _require_sampling(description, path)
+    return denoiser, description
+
+
+def _require_sampling(description: Mapping[str, Any], path: Path) -> None:
+    """Refuse a sampler or shares of classes that cannot be, now and not when samples are drawn."""
+    try:
+        if "sampler" in description:
+            SAMPLERS.build(description["sampler"])
+        shares = [float(share) for share in description.get("class_shares", ())]
+        if shares and (len(shares) != description["num_classes"] or not 0.99 < sum(shares) < 1.01):
+            raise InputError(f"class_shares is {shares}")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileError(f"{path / CONFIG} cannot be followed ({reason}): get the file again") from error
 
 
 def write_folder(
