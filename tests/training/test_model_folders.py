@@ -17,6 +17,7 @@ from torch import Tensor
 
 import diffrl
 from diffrl import __main__ as program
+from diffrl.configs.cli import settings
 from diffrl.errors import DiffrlError
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.training.checkpoints import latest_checkpoint, load_weights
@@ -25,7 +26,6 @@ from tests.kit.configs import composed
 from tests.kit.paths import ROOT
 from tests.kit.runs import run
 
-AT = torch.tensor([0.1, 1.0, 60.0])
 WORDS = (
     *(
         "data=npz",
@@ -121,8 +121,8 @@ def test_any_denoiser_is_saved_bit_for_bit(tmp_path: Path) -> None:
     for number, saved in enumerate((like, unet)):
         found = diffrl.from_pretrained(diffrl.save_pretrained(saved, tmp_path / str(number)))
         assert equal(found, saved) and found.process == saved.process
-        shape, dtype = found.network.event_shape, next(saved.parameters()).dtype
-        x, t = torch.randn(3, *shape).to(dtype), found.process.time_grid(3)[:3]
+        shape: Any = found.network.event_shape
+        x, t = torch.randn(3, *shape).to(next(saved.parameters())), found.process.time_grid(3)[:3]
         assert torch.equal(found(x, t), saved.eval()(x, t))
         card = (tmp_path / str(number) / "README.md").read_text(encoding="utf-8")
         assert "Nothing is recorded of its training" in card and "## Figures" not in card
@@ -170,15 +170,14 @@ def test_what_was_tuned_travels_too(tmp_path: Path) -> None:
         *("heldout_reward=none", "policy.num_steps=4", "rollouts.trajectories=16", "loop.iterations=2"),
         *("loop.eval_every=2", "evaluation.samples=32"),
     )
-    from diffrl.configs.cli import settings
-
     run_finetuning(settings(composed(*words, name="finetune"), []), progress=False)
     tuned = diffrl.load_tuned(tmp_path / "tuned")
     folder = diffrl.save_pretrained(tuned, tmp_path / "model")
     assert equal(diffrl.from_pretrained(folder), tuned.policy.denoiser)
     card = (folder / "README.md").read_text(encoding="utf-8")
     reward = tuned.results["finetuning"]["final"]["eval_reward"]
-    assert "tuned for mode distance" in card and f"{reward:#.3g}" in card and "32 samples" in card
+    assert "tuned for mode distance" in card and re.search(r"\| made from +\| base +\|", card)
+    assert f"{reward:#.3g}" in card and "32 samples" in card
     assert diffrl.load(folder).sample(3, num_steps=4).shape == (3, 2)
 
 
@@ -209,7 +208,10 @@ def changed(**entries: Any) -> Callable[[Path], None]:
 
 
 def cut(name: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9]) and None
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+
+    return change
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,6 @@ class DiffusersUNet(nn.Module):
         self.options = options_among(locals())
         self.event_shape, self.num_classes = check_event_shape(event_shape, num_classes), num_classes
         require_int("layers_per_block", layers_per_block, most=MAX_LAYERS)
-        if attention_head_dim is not None:
-            require_int("attention_head_dim", attention_head_dim, most=MAX_SIZE)
         require_int("norm_num_groups", norm_num_groups, most=MAX_SIZE)
         require_number("norm_eps", norm_eps, 0, 1, "(]")
         require_number("dropout", dropout, 0, 1, "[)")
@@ -86,6 +84,7 @@ class DiffusersUNet(nn.Module):
             )
         _require_halves(self.event_shape, len(widths))
         if attention_head_dim is not None:
+            require_int("attention_head_dim", attention_head_dim, most=MAX_SIZE)
             _require_heads(widths, down_block_types, up_block_types, add_attention, attention_head_dim)
         C, H, W = self.event_shape
         self.unet = _built(

@@ -1,6 +1,7 @@
 """The card of a model that is handed over: what it is, how to sample from it, how it was trained, what was measured."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffrl.data.splits import Split
@@ -9,6 +10,7 @@ from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.run_table import data_label, figure_rows, objective_label
 from diffrl.text_tables import markdown_table
 from diffrl.training.model_folders import FILES
+from diffrl.training.teachers import named_teacher
 
 __all__ = ["model_card"]
 
@@ -56,8 +58,8 @@ def model_card(
         lines += [f"{UNKNOWN}\n"]
     lines += ["## Files\n", *_files(averaged), "\n## Licence\n"]
     lines += [
-        "None is given here: whoever publishes this model chooses one, with regard to the data, and writes "
-        "`license: ...` into the head of this file."
+        "None is given here: whoever publishes this model chooses one, with regard to the data and to what it was made "
+        "from, and writes `license: ...` into the head of this file."
     ]
     return "\n".join(lines) + "\n"
 
@@ -111,6 +113,7 @@ def _training(config: Mapping[str, Any], results: Mapping[str, Any], objective: 
     steps = length["grad_steps"] if found is None else found["grad_steps"]
     rows = [["", ""], ["data", data_label(config)]]
     rows += [["held out", str(Split(**results["split"]))]] if "split" in results else []
+    rows += _made_from(config.get("init"), named_teacher(config["objective"]))
     rows += [
         ["objective", objective_label(objective, config)],
         ["length", f"{steps:,} gradient steps of {length['batch_size']:,} data"],
@@ -140,6 +143,7 @@ def _tuning(config: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     found = results.get("finetuning")
     method = f"{config['surrogate']['name']}, {config['credit']['name']} credit"
     rows = [["", ""], ["tuned for", reward_label(config["reward"])], ["method", method]]
+    rows += _made_from(config["model"].get("path"))
     if found is None:
         rows += [["seed", str(config["seed"])]]
         return [
@@ -160,6 +164,12 @@ def _tuning(config: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         f"{config['evaluation']['samples']:,} samples. docs/metrics.md of diffrl defines them.\n",
         markdown_table([["figure", "before tuning", "after"], *figures]),
     ]
+
+
+def _made_from(*sources: str | None) -> list[list[str]]:
+    """What it started from or learnt from, whose licence may hold on: the last part of each path."""
+    names = [Path(source).name for source in sources if source]
+    return [["made from", ", ".join(names)]] if names else []
 
 
 def _versions(results: Mapping[str, Any]) -> list[list[str]]:
