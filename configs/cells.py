@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffrl.configs.cli import check_words, explain
 from diffrl.configs.grids import read_grid, read_tuning, refuse_tuned_twice
 from diffrl.configs.groups import SINGLE, register
+from diffrl.configs.imported import with_imported_model
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.run import Interrupted
@@ -246,7 +247,7 @@ def _digest(text: str) -> str:
 
 def _composed(name: str, words: Sequence[str]) -> DictConfig:
     """The configuration `name` with overrides; choices of groups are composed once for all that share them."""
-    parsed = [_parsed(word) for word in words]
+    parsed = [_parsed(word) for word in with_imported_model(words)]
     if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
         raise InputError(f"{swept[0]} has several values: write a scheme for each, or an axis")
     config = _compose(name, tuple(str(o.input_line) for o in parsed if not _is_value(o))).copy()

@@ -94,7 +94,8 @@ class TrainConfig:
     beside: dict[str, Any] = field(default_factory=dict)
     """Further schemes by name, each with its settings that differ, such as {chain: {coupling: shared}}."""
     init: str | None = None
-    """To start from: a run folder, or a model file of `diffrl.save`; the run keeps a copy of the weights."""
+    """To start from: a run folder, a model of `diffrl.save` or `save_pretrained`, or a diffusers pipeline of images,
+    which brings its network, process and form along; the run keeps a copy of the weights."""
     init_weights: str = "ema"
     """Of a run to start from: its averaged weights, "ema", or those of its last step, "model"."""
     run_dir: str | None = None

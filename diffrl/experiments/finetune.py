@@ -131,7 +131,9 @@ class _Job(Job):
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
         for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
-            folder.write_samples(name, {nfe: self.model.pictures(shown(x))})
+            pictures = self.model.pictures(shown(x))
+            folder.write_samples(name, {nfe: pictures})
+            self.model.show(pictures, self.judge.cond, folder.path / "pictures", name)
         self.model.export(folder.path)
         rows = _judged(table)
         if not rows:

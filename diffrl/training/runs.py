@@ -5,11 +5,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load
 from diffrl.training.evaluation import draw_samples
 from diffrl.training.identity import ACCEPT, Facts, flat, identity_of, refuse_changes, require_kind
 from diffrl.training.lock import RunFolderError, folder_lock
-from diffrl.training.model_files import SUFFIX, events_of, read_model
+from diffrl.training.model_files import SUFFIX, events_of, read_model, read_tensors
+from diffrl.training.model_folders import FILES, is_model_folder, read_folder
 
 __all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions"]
 
@@ -210,15 +211,16 @@ def _load_samples(file: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run loaded from its folder, or a model from its file.
+    """A run loaded from its folder, or a model from its file or folder.
 
     Args:
         denoiser: the averaged denoiser, in eval mode.
-        config: the run's configuration; of a model file its description.
-        results: what results.json holds; of a model file nothing.
-        objective: name of the objective that trained the denoiser; of a model file nothing.
+        config: the run's configuration; of a model its description.
+        results: what results.json holds; of a model nothing.
+        objective: name of the objective that trained the denoiser; of a model nothing.
         events: shape and number of classes of a sample.
-        name: of the data; of a model file its own.
+        name: of the data; of a model its own.
+        unaveraged: reads the weights of the last step, where those of the denoiser are averaged and both are kept.
     """
 
     denoiser: Denoiser
@@ -227,6 +229,7 @@ class Run:
     objective: str
     events: Events
     name: str
+    unaveraged: Callable[[], dict[str, Tensor]] | None = None
 
     @cached_property
     def data(self) -> Data:
@@ -234,11 +237,16 @@ class Run:
 
         Raises:
             DataError: it is not there any more.
-            InputError: a model file tells nothing of data.
+            InputError: a model tells nothing of data.
         """
         if "data" not in self.config:
-            raise InputError(f"{self.name} is a model file, and tells nothing of data")
+            raise InputError(f"{self.name} is a model file or folder, and tells nothing of data")
         return build_data(self.config)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The reverse step that it is sampled with: the run's; of a model the one that it tells, else DDIM."""
+        return build_sampler(self.config) if "sampler" in self.config else DDIM()
 
     def sample(
         self,
@@ -256,14 +264,12 @@ class Run:
             num_steps: noise levels N.
             seed: of the first sample.
             guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
-            sampler: the reverse step; None: the run's, and DDIM of a model file.
+            sampler: the reverse step; None: its own, `sampler`.
         """
-        if sampler is None:
-            sampler = build_sampler(self.config) if "sampler" in self.config else DDIM()
         x, _ = draw_samples(
             self.denoiser,
             self.events,
-            sampler,
+            sampler or self.sampler,
             num_steps=num_steps,
             samples=samples,
             seed=seed,
@@ -279,23 +285,29 @@ def load(
     network: nn.Module | None = None,
     weights: str = "ema",
 ) -> Run:
-    """Load a model file of `diffrl.save`, or the averaged denoiser, configuration and results of a run folder.
+    """Load a model, or the averaged denoiser, configuration and results of a run folder.
 
+    A model is a file of `diffrl.save`, a folder of `diffrl.save_pretrained`, or that of a diffusers pipeline of images.
     Of a run folder neither the data nor the state of the optimiser is needed. Nothing that a file says is run.
 
     Args:
         path: the file or the folder.
         objective: of a run folder, which objective's denoiser; the run's main one if None.
-        network: of a model file, the network that its weights go into: needed for one of your own.
-        weights: of a run folder, "ema" or "model", without the average.
+        network: of a model, the network that its weights go into: needed for one of your own.
+        weights: "ema" or "model", those without the average, of what has both.
 
     Raises:
         RunFolderError: the folder holds no training run.
         RunChanged: config.yaml says another model than the checkpoint's.
         CheckpointError: there is no checkpoint of that objective, or it is damaged.
-        FileError: the file is damaged, or no model of diffrl.
+        FileError: a file is missing or damaged, or no model of diffrl.
     """
     path = Path(path)
+    if is_model_folder(path):
+        denoiser, description = read_folder(path, weights, network)
+        file = path / FILES["model"]
+        last = partial(_weights_in, file) if weights == "ema" and file.is_file() else None
+        return Run(denoiser, description, {}, "", events_of(description), path.resolve().name, last)
     if path.is_file() or network is not None or path.suffix == SUFFIX:
         denoiser, description = read_model(path, network)
         return Run(denoiser.eval(), description, {}, "", events_of(description), path.name)
@@ -325,7 +337,12 @@ def load(
             raise
         reason = " ".join(str(error).split())
         raise CheckpointError(f"checkpoint {newest} is of another network: {reason}") from error
-    return Run(denoiser.eval(), config, folder.results(), objective, events, name)
+    last = partial(load_weights, newest, "model") if weights == "ema" else None
+    return Run(denoiser.eval(), config, folder.results(), objective, events, name, last)
+
+
+def _weights_in(file: Path) -> dict[str, Tensor]:
+    return read_tensors(file)[0]
 
 
 def _refuse_another_model(known: Facts, config: Mapping[str, Any], checkpoint: Path) -> None:
