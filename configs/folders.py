@@ -25,6 +25,7 @@ from diffrl.training.runs import load
 
 __all__ = ["evaluate", "export", "report"]
 
+WEIGHTS = "averaged, or not: ema, model, or of ema.also ema_500000 (ema)"
 ERRORS = {"value_error": "value error", "denoising_error": "denoising error, test", "map_error": "map error"}
 
 
@@ -67,9 +68,7 @@ def export() -> None:
         )
         parser.add_argument("folder", type=Path, help="a new folder, for diffusers")
         parser.add_argument("--objective", help="whose denoiser: td, denoising, ... (the run's main one)")
-        parser.add_argument(
-            "--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)"
-        )
+        parser.add_argument("--weights", default="ema", help=WEIGHTS)
         given = parser.parse_args()
         denoiser = load(given.run, given.objective, weights=given.weights).denoiser
         print(f"pipeline  {export_pipeline(denoiser, given.folder)}")
@@ -105,7 +104,7 @@ def _evaluate_words() -> argparse.ArgumentParser:
         "words", nargs="*", metavar="eval.NAME=VALUE", help="settings in place of the run's own"
     )
     parser.add_argument("--objective", help="whose denoiser: td, monte_carlo, ... (the run's main one)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)")
+    parser.add_argument("--weights", default="ema", help=WEIGHTS)
     parser.add_argument("--device", default="cpu", help="where it is measured (cpu)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures (none)")
     return parser
