@@ -62,7 +62,9 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
             tuning += made.tried()
             made.forget()
     if not plan["score_sigmas"]:
-        raise InputError("score_sigmas is empty: give at least one noise level, of which the score is the mean")
+        raise InputError(
+            "score_sigmas is empty: give at least one noise level, of which the score is the mean"
+        )
     sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
 
     def tuned(study: str, case: str, scheme: str, point: str) -> list[Cell]:

@@ -27,6 +27,8 @@ from diffrl.training.runs import load
 
 __all__ = ["evaluate", "export", "report"]
 
+WEIGHTS = "averaged, or not: ema, model, or of ema.also ema_500000 (ema)"
+
 
 def report() -> None:
     """Write the report of a comparison anew, from its folder alone: of schemes, methods of tuning, or seeds."""
@@ -74,9 +76,7 @@ def export() -> None:
             "--to", choices=("diffusers", "diffrl"), default="diffusers", help="for whom (diffusers)"
         )
         parser.add_argument("--objective", help="whose denoiser: td, denoising, ... (the run's main one)")
-        parser.add_argument(
-            "--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)"
-        )
+        parser.add_argument("--weights", default="ema", help=WEIGHTS)
         given = parser.parse_args()
         run = load(given.run, given.objective, weights=given.weights)
         if given.to == "diffrl":
@@ -116,7 +116,7 @@ def _evaluate_words() -> argparse.ArgumentParser:
         "words", nargs="*", metavar="eval.NAME=VALUE", help="settings in place of the run's own"
     )
     parser.add_argument("--objective", help="whose denoiser: td, monte_carlo, ... (the run's main one)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)")
+    parser.add_argument("--weights", default="ema", help=WEIGHTS)
     parser.add_argument("--device", default="cpu", help="where it is measured (cpu)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures (none)")
     return parser

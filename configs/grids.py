@@ -24,7 +24,8 @@ def read_grid(given: Mapping[str, str | None], where: str) -> Grid:
     Raises:
         ValueError: an axis without values, or two that set the same.
     """
-    keys, axes = {}, {}
+    keys: dict[str, str] = {}
+    axes = {}
     for label, words in given.items():
         if words is None:
             continue

@@ -60,8 +60,11 @@ class _Job(Job):
 
     def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
-        if config["dtype"] == "float64":
-            raise InputError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
+        if config["dtype"] not in ("float32", "bfloat16"):
+            raise InputError(
+                f"dtype is {config['dtype']!r}, but policies act in float32, and their losses are not scaled: give "
+                "float32 or bfloat16"
+            )
         model = _model(config)
         self.model, self.policy = model, _policy(config, model)
         if reward is None:

@@ -19,7 +19,9 @@ from diffrl.shapes import expand_like, require_data, require_finite
 
 __all__ = ["ECTPairs", "sample_ect_pairs", "t_to_r"]
 
-SMALLEST_GAP = 1e-6  # of a pair, as a share of t: float32 takes a smaller one for none, and the loss divides by it
+SMALLEST_GAP = (
+    1e-6  # of a pair, as a share of t: float32 takes a smaller one for none, and the loss divides by it
+)
 
 
 def t_to_r(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
@@ -140,7 +142,7 @@ class ECTPairs:
         self.stages = require_int("stages", stages, most=MAX_STEPS)
         if stages * math.log(q) > -math.log(SMALLEST_GAP):
             raise InputError(
-                f"stages is {stages} with q = {q:g}: the gap of a pair, t/q^{stages}, is then less than floats resolve: "
+                f"stages is {stages}, q is {q:g}: the gap of a pair, t/q^{stages}, is then less than floats resolve: "
                 "lower one of them (published: q = 2 with 8 stages, q = 256 with one)"
             )
         self.process, self.P_mean, self.P_std = process, P_mean, P_std

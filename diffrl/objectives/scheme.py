@@ -124,8 +124,8 @@ def build_objective(
         loss = entry.make(denoiser, **accepted(entry.make, options))
     if stand_in.single and not baseline and not _looks_one_step_ahead(loss):
         raise InputError(
-            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set objective.lmbda=0, "
-            "and anneal neither that nor n_steps"
+            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set "
+            "objective.lmbda=0, and anneal neither that nor n_steps"
         )
     return Objective(entry.name, loss, draw)
 

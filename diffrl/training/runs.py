@@ -31,7 +31,13 @@ from diffrl.registry import IMPORT, user_modules
 from diffrl.shell_words import setting
 from diffrl.text_files import file_errors, read_json, read_text, remedy, write_atomically
 from diffrl.training.build import Events, build_data, build_denoiser, build_sampler
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights, read_identity
+from diffrl.training.checkpoints import (
+    CheckpointError,
+    latest_checkpoint,
+    load_weights,
+    read_identity,
+    weight_sets,
+)
 from diffrl.training.evaluation import draw_samples
 from diffrl.training.identity import ACCEPT, Facts, flat, identity_of, refuse_changes, require_kind
 from diffrl.training.lock import RunFolderError, folder_lock
@@ -294,13 +300,15 @@ def load(
         path: the file or the folder.
         objective: of a run folder, which objective's denoiser; the run's main one if None.
         network: of a model, the network that its weights go into: needed for one of your own.
-        weights: "ema" or "model", those without the average, of what has both.
+        weights: "ema", of what has both "model", without the average, or of a run "ema_500000", of that half-life in
+            `ema.also`.
 
     Raises:
         RunFolderError: the folder holds no training run.
         RunChanged: config.yaml says another model than the checkpoint's.
         CheckpointError: there is no checkpoint of that objective, or it is damaged.
         FileError: a file is missing or damaged, or no model of diffrl.
+        InputError: the run kept no such weights.
     """
     path = Path(path)
     if is_model_folder(path):
@@ -320,7 +328,9 @@ def load(
         raise CheckpointError(
             f"{folder.checkpoints(objective)} holds no checkpoint: has {objective} been trained?"
         )
-    known = read_identity(newest)
+    known, kept = read_identity(newest), [name for name in weight_sets(newest) if name != "target"]
+    if weights not in kept:
+        raise InputError(f"weights is {weights!r}, but {newest} has {', '.join(kept)}: give one of them")
     _refuse_another_model(known, config, newest)
     if "data.event_shape" in known:
         shape, shares = known["data.event_shape"], known.get("data.class_shares", ())

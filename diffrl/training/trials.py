@@ -110,7 +110,9 @@ class Trials:
         labels = labels.to(trainer.device) if labels is not None and trainer.num_classes else None
         if trainer.device.type != "cpu":
             generator = step_generator(HELD_SEED + self.seed, trainer.step, trainer.device)
-        draw = trainer.objective.draw  # errors are taken against the data themselves, whatever targets stand in
+        draw = (
+            trainer.objective.draw
+        )  # errors are taken against the data themselves, whatever targets stand in
         draw = draw.sampler if isinstance(draw, OverChains) else draw
         chain = draw(x0, cond=labels, generator=generator)
         with trainer.precision():

@@ -162,7 +162,8 @@ def test_what_stands_in_for_x0_knows_nothing_that_is_held_out(x0: StandIn) -> No
     rows = torch.arange(400.0).view(200, 2) / 400
     data = Data("mine", test=rows[:3], train=rows)
     trainer = make(data=data, stand_in=x0)
-    draw, kept = trainer.objective.draw, held_out(data, 0)[0].train
+    draw: Any = trainer.objective.draw
+    kept = held_out(data, 0)[0].train
     assert kept is not None and torch.equal(draw.data.train, kept)
     if x0.x0 == "exact":
         chain = draw(trainer.batch(0)[0], cond=None, generator=torch.Generator().manual_seed(0))
