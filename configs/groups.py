@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -168,26 +169,57 @@ def commands_with(key: str) -> list[str]:
 
 
 def register() -> None:
-    """Fill Hydra's store."""
-    store = ConfigStore.instance()
+    """Fill Hydra's store with what is not there yet."""
     for name, made in COMMANDS.items():
-        store.store(name=f"{name}_schema", node=made)
+        _fill(None, f"{name}_schema", (made,), partial(OmegaConf.structured, made))
     for registry in GROUPS:
         for entry in registry.entries():
-            store.store(
-                group=registry.kind,
-                name=entry.name,
-                node=schema(entry.name, *entry.functions, omit=registry.omit),
-            )
-    for option in REWARDS:
-        node = schema(option, REWARDS[option], omit=REWARDS.omit)
-        store.store(group="heldout_reward", name=option, node=node)
-    store.store(group="heldout_reward", name="none", node=schema("none"))
+            _fill_with_schema(registry.kind, entry.name, entry.functions, omit=registry.omit)
+    for option, make in REWARDS.items():
+        _fill_with_schema("heldout_reward", option, (make,), omit=REWARDS.omit)
+    _fill_with_schema("heldout_reward", "none", ())
     for name, make in METHODS.items():
-        store.store(group=METHODS.kind, name=name, node=_recipe_node(make()), package="_global_")
+        _fill(METHODS.kind, name, (make,), partial(_recipe_node, make), package="_global_")
     for group, option, functions, omit in SINGLE:
-        store.store(group=group, name=option, node=schema(group, *functions, omit=omit, tag=False))
+        _fill_with_schema(group, option, functions, name=group, omit=omit, tag=False)
     OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
+
+
+_FILLED: dict[tuple[str | None, str], tuple[tuple[Callable[..., Any], ...], Any]] = {}
+"""What `register` stored: for each group and option, the functions and the store's node."""
+
+
+def _fill(
+    group: str | None,
+    option: str,
+    functions: tuple[Callable[..., Any], ...],
+    make: Callable[[], Any],
+    package: str | None = None,
+) -> None:
+    """Store an option, unless the store holds it: all of them take longer than to compose a configuration."""
+    store = ConfigStore.instance()
+    folder = store.repo if group is None else store.repo.setdefault(group, {})
+    place, file = (group, option), f"{option}.yaml"
+    of, node = _FILLED.get(place, ((), None))
+    if (
+        of == functions and node is not None and folder.get(file) is node
+    ):  # and no copy that a launcher sent along
+        return
+    store.store(group=group, name=option, node=make(), package=package)
+    _FILLED[place] = functions, folder[file]
+
+
+def _fill_with_schema(
+    group: str,
+    option: str,
+    functions: tuple[Callable[..., Any], ...],
+    *,
+    name: str | None = None,
+    omit: tuple[str, ...] = (),
+    tag: bool = True,
+) -> None:
+    make = partial(schema, name or option, *functions, omit=omit, tag=tag)
+    _fill(group, option, functions, make)
 
 
 def _options_of(command: str, choices: Mapping[str, Any]) -> str:
@@ -207,8 +239,8 @@ def _options_of(command: str, choices: Mapping[str, Any]) -> str:
     return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
 
 
-def _recipe_node(recipe: Recipe) -> dict[str, Any]:
+def _recipe_node(make: Callable[[], Recipe]) -> dict[str, Any]:
     """The configuration that chooses the pieces of a recipe."""
-    chosen, given = recipe_config(recipe)
+    chosen, given = recipe_config(make())
     defaults = [{f"override /{group}": option} for group, option in chosen.items()]
     return {"defaults": defaults, **given}

@@ -39,8 +39,8 @@ WITHOUT_CONFIGURATION = (
 )  # their words are paths, dashes and names
 RUN = ("train", "check", "sample", "finetune")
 EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
-TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", *EVALUATED]
-TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=64", "evaluation.samples=16"]
+TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", "workers=0", *EVALUATED]
+TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=32", "evaluation.samples=16"]
 SMALL = {
     "train": TRAINED,
     "check": TRAINED,
@@ -131,7 +131,8 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
     given = shlex.split(words)
     if is_of_the_reader(given) or "device=cuda" in given or "--help" in given:
         pytest.skip("needs a module of the reader's, a GPU, or prints only")
-    given = [word.replace("runs/...", "runs/a") for word in given]
+    given = [re.sub("^extend=.*", "extend=6", word.replace("runs/...", "runs/a")) for word in given]
+    given = [re.sub(r"^seeds=.*", "seeds=[1,2]" if command == "train" else "seeds=[1]", w) for w in given]
     resumed = any(word.startswith("resume=") for word in given)
     small = [] if resumed else SMALL[command]
     if command == "finetune":
@@ -146,6 +147,7 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
         if config is not None:
             trained = [*config.pretrain, "trainer.grad_steps=4", *EVALUATED]
             small = [*small, "pretrain=[" + ",".join(f'"{word}"' for word in trained) + "]"]
+            small += [f"policy.num_steps={min(4, config.policy.num_steps)}"]
     monkeypatch.setattr(sys, "argv", ["diffrl", command, *given, *small])
     main()
 
