@@ -176,6 +176,10 @@ class RunFolder:
         found = results.get("objectives", {"finetuning": results.get("finetuning")})
         if not isinstance(found, dict) or not all(isinstance(figures, dict) for figures in found.values()):
             raise self._damaged(file, "it holds figures neither of objectives nor of finetuning")
+        for kind, errors in ((kind, errors) for figures in found.values() for kind, errors in _errors(figures)):
+            numbers = errors.values() if isinstance(errors, dict) else [None]
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise self._damaged(file, f"its {kind} is not made of numbers")
         return results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -204,6 +208,15 @@ class RunFolder:
             temporary = file.with_name(file.name + ".tmp")
             temporary.write_bytes(safetensors.torch.save(tensors))
             os.replace(temporary, file)
+
+
+def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What was measured at noise levels or numbers of evaluations, by its kind, as results.json has it."""
+    for kind in ("value_error", "denoising_error", "map_error"):
+        if kind in figures:
+            yield kind, figures[kind]
+    if (distance := figures.get("sample_distance")) is not None:
+        yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
 
 
 def _load_samples(file: Path) -> dict[str, Tensor]:
