@@ -31,6 +31,7 @@ from diffrl.ranges import require_int
 from diffrl.text_tables import text_table
 from diffrl.training.evaluation import grid_for
 from diffrl.training.identity import require_kind
+from diffrl.training.model_files import SUFFIX
 from diffrl.training.runs import RunFolder, load
 
 __all__ = ["COMMANDS"]
@@ -153,9 +154,11 @@ def _sample(arguments: argparse.Namespace) -> Path:
         seed=arguments.seed,
         guidance_scale=arguments.guidance_scale,
     )
+    if not bool(x.isfinite().all()):
+        raise InputError(f"samples of {path} hold NaN or infinity: get the model again, or train anew")
     of_run = bool(run.objective)
     label = objective_label(run.objective, run.config) if of_run else "model"
-    name = f"samples_{run.objective or run.name}_nfe{arguments.nfe}_seed{arguments.seed}.png"
+    name = f"samples_{run.objective or run.name.removesuffix(SUFFIX)}_nfe{arguments.nfe}_seed{arguments.seed}.png"
     out = arguments.out or (path / "plots" / name if of_run else Path(name))
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{run.name}, {label}, NFE {arguments.nfe}, seed {arguments.seed}"
