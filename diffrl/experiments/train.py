@@ -201,7 +201,13 @@ class TrainingJob(Job):
 
     def errors(self, denoiser: Denoiser | None = None) -> dict[str, dict[str, float]]:
         """Of a denoiser, the averaged one if None, see `errors_of`."""
-        return errors_of(self.evaluation, denoiser or self.average, self.oracle, self.data, self.solution)
+        return errors_of(
+            self.evaluation,
+            self.average if denoiser is None else denoiser,
+            self.oracle,
+            self.data,
+            self.solution,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """The errors, by column."""
@@ -257,7 +263,7 @@ class TrainingJob(Job):
 
     def _draw(self, num_steps: int, samples: int, denoiser: Denoiser | None = None) -> tuple[Tensor, int]:
         return draw_samples(
-            denoiser or self.average,
+            self.average if denoiser is None else denoiser,
             self.data,
             self.sampler,
             num_steps=num_steps,

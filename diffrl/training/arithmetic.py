@@ -34,7 +34,8 @@ class Arithmetic:
 
     Adam and its kin divide the gradient by its own size √v, so that c would not matter but for their ε = 1e-8, which is
     added to √v: they take the steps that they would take at c = 1 with ε/c. With 1/B, ε rules wherever √v < 1e-8 B, and
-    steps there are as much smaller as the gradient is. The norm that is reported, and clipped, is that of c L.
+    steps there are as much smaller as the gradient is. RAdam does not divide in its first steps, five at β2 = 0.999,
+    which are c times as long. The norm that is reported, and clipped, is that of c L.
 
     Sources: Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022) and its code,
     https://arxiv.org/abs/2206.00364; Temporal Difference Learning for Diffusion Models (2026) and its code,

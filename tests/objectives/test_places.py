@@ -20,22 +20,9 @@ from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.rl.estimators import MonteCarlo
 from diffrl.training.build import build_data, build_denoiser
 from tests.kit.configs import small
-from tests.kit.maps import MAPS
+from tests.kit.schemes import CONSISTENCY, NAMES, WORDS
 
-NAMES = [entry.name for entry in OBJECTIVES.entries() if entry.module.startswith("diffrl.")]
 PLACES: dict[str, Place] = {name: OBJECTIVES.entry(name).place for name in NAMES}
-CONSISTENCY = ("denoiser.prediction_type=consistency",)
-WORDS: dict[str, tuple[str, ...]] = {
-    "priorgrad": ("denoiser.prior=data",),
-    "hybrid": ("network.variance=true",),
-    "cd": (*CONSISTENCY, "objective.teacher=exact", "data=gmm"),
-    "double_sampling": ("data=gmm",),
-    "progressive": ("process=flow", "denoiser.prediction_type=velocity"),
-    "scheduled_sampling": ("objective.probs_start=[1.0]", "objective.probs_end=[1.0]"),
-    "ct": CONSISTENCY,
-    "td_ct": CONSISTENCY,
-    **dict.fromkeys(MAPS, ("network.second_time=true",)),
-}
 BATCH = 32
 
 
