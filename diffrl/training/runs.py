@@ -176,7 +176,9 @@ class RunFolder:
         found = results.get("objectives", {"finetuning": results.get("finetuning")})
         if not isinstance(found, dict) or not all(isinstance(figures, dict) for figures in found.values()):
             raise self._damaged(file, "it holds figures neither of objectives nor of finetuning")
-        for kind, errors in ((kind, errors) for figures in found.values() for kind, errors in _errors(figures)):
+        for kind, errors in (
+            (kind, errors) for figures in found.values() for kind, errors in _errors(figures)
+        ):
             numbers = errors.values() if isinstance(errors, dict) else [None]
             if not all(isinstance(number, int | float) for number in numbers):
                 raise self._damaged(file, f"its {kind} is not made of numbers")

@@ -175,8 +175,8 @@ def test_other_measures(tmp_path: Path) -> None:
     ],
 )
 def test_a_choice_that_cannot_be_is_damage(changes: dict[str, Any], says: str) -> None:
-    entry = {"study": "a", "case": "c", "scheme": "s", "measure": "value_error", "scores": {"lr=1": 1.0}}
-    entry |= {"point": "lr=1", "folder": None, "error": None}
+    entry: dict[str, Any] = {"study": "a", "case": "c", "scheme": "s", "measure": "value_error"}
+    entry |= {"scores": {"lr=1": 1.0}, "point": "lr=1", "folder": None, "error": None}
     assert Choice.read(entry, {"a": ["lr=1"]}).plain == entry
     with pytest.raises(ValueError, match=f"index.json is damaged: what a scheme takes .*{says}"):
         Choice.read(entry | changes, {"a": ["lr=1"]})
@@ -184,11 +184,18 @@ def test_a_choice_that_cannot_be_is_damage(changes: dict[str, Any], says: str) -
 
 @pytest.mark.parametrize(
     "figures",
-    [{"value_error": None}, {"value_error": {"0.1": "x"}}, {"sample_distance": 1}, {"sample_distance": {"by_nfe": [1]}}],
-)  # fmt: skip
+    [
+        {"value_error": None},
+        {"value_error": {"0.1": "x"}},
+        {"sample_distance": 1},
+        {"sample_distance": {"by_nfe": [1]}},
+    ],
+)
 def test_figures_that_are_no_numbers_are_damage(tmp_path: Path, figures: dict[str, Any]) -> None:
     runs = tuning_runs(tmp_path, {"1": [figures]})
-    with pytest.raises(FileError, match=r"1_0/results.json is not a run's \(its \w+ is not made of numbers\): restore"):
+    with pytest.raises(
+        FileError, match=r"1_0/results.json is not a run's \(its \w+ is not made of numbers\): restore"
+    ):
         choose(runs, "value_error", SIGMAS)
 
 
