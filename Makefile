@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Libraries that thread by themselves and test processes side by side slow each other down.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test test-slow test-all lint bench docs everything clean
+.PHONY: train test test-slow test-all lint bench docs clean
 
 train: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_td_lambda.py $(ARGS)
@@ -49,10 +49,6 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$*]'
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, and pip would take one
 	@touch $@
-
-# what all targets need, installed in one go
-everything: $(VENV)/.installed-dev,docs
-	@touch $(VENV)/.installed-demo $(VENV)/.installed-dev $(VENV)/.installed-docs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

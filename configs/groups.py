@@ -36,9 +36,11 @@ from diffrl.objectives.stand_ins import StandIn
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.registry import REWARDS
+from diffrl.training.arithmetic import Arithmetic
+from diffrl.training.ema import Average
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import FinetuningOptim, Optim
-from diffrl.training.trainer import Average, Length, Target
+from diffrl.training.trainer import Length, Target
 
 __all__ = ["FinetuneConfig", "TrainConfig", "commands_with", "register"]
 
@@ -56,7 +58,7 @@ SINGLE: tuple[tuple[str, str, tuple[Callable[..., Any], ...], tuple[str, ...]], 
     ("optim", "finetuning", (FinetuningOptim,), ()),
     ("ema", "default", (Average,), ()),
     ("target", "default", (Target,), ()),
-    ("trainer", "default", (Length,), ()),
+    ("trainer", "default", (Length, Arithmetic), ()),
     ("eval", "default", (Evaluation,), ()),
     ("policy", "default", (DenoisingPolicy,), ("denoiser", "sampler", "process")),
     ("reward_calls", "default", (BlackBox,), ("reward",)),
@@ -95,9 +97,10 @@ class TrainConfig:
     beside: dict[str, Any] = field(default_factory=dict)
     """Further schemes by name, each with its settings that differ, such as {chain: {coupling: shared}}."""
     init: str | None = None
-    """To start from: a run folder, or a model file of `diffrl.save`; the run keeps a copy of the weights."""
+    """To start from: a run folder, a model of `diffrl.save` or `save_pretrained`, or a diffusers pipeline of images,
+    which brings its network, process and form along; the run keeps a copy of the weights."""
     init_weights: str = "ema"
-    """Of a run to start from: its averaged weights, "ema", or those of its last step, "model"."""
+    """Of a run to start from: its averaged weights, "ema", or "ema_500000" of ema.also, or its last ones, "model"."""
     run_dir: str | None = None
     resume: str | None = None
     """Folder of a run to go on with."""

@@ -18,6 +18,7 @@ from diffrl.experiments.reports.style import (
     GREY,
     PALETTE,
     drawing,
+    legend_beside,
     plain_ticks,
     save_figure,
     write_note,
@@ -70,7 +71,7 @@ def ratios_of(panels: Sequence[Panel], case: str, scheme: str) -> np.ndarray[Any
 def draw_factors(panels: Sequence[Panel], folder: Path) -> Path:
     """One panel a factor, a line a scheme, a bar from the least seed to the largest."""
     rows: list[dict[str, Any]] = []
-    with drawing(figsize=(11, 7)) as figure:
+    with drawing(figsize=(12, 7)) as figure:
         for axes, factor in zip(figure.subplots(2, 3).flat, FACTORS, strict=True):
             for i, scheme in enumerate(SHOWN):
                 found = {case: ratios_of(panels, case, scheme) for case in factor.cases}
@@ -111,12 +112,11 @@ def draw_factors(panels: Sequence[Panel], folder: Path) -> Path:
             plain_ticks(axes.yaxis)
         figure.axes[0].set_ylabel("value error / Monte Carlo's")
         figure.axes[3].set_ylabel("value error / Monte Carlo's")
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(SHOWN))
+        legend_beside(figure, figure.axes[0])
         write_title(figure, "When TD(0) is ahead of Monte Carlo: one factor at a time")
         note = (
-            "16-D or 32-D mixtures 11 to 13, learning rate 2e-3 for all; the middle seed of three, from least to "
-            "largest; mean over σ = 0.1, 0.3, 1; less is better. Matched: gradient steps."
+            "Mixtures 11 to 13 in 32-D, of processes in 16-D; learning rate 2e-3 for all; the middle seed of three, "
+            "from least to largest; mean over σ = 0.1, 0.3, 1; less is better. Matched: gradient steps."
         )
         write_note(figure, note)
         return save_figure(figure, folder / "phase.png", rows=rows)
@@ -142,40 +142,36 @@ def draw_rates(panel: Panel, folder: Path) -> Path:
         ends = {"least": (td / mc).min(), "largest": (td / mc).max()}
         rows.append({"lr": rate, "beta1": beta, "x": coordinate(rate, beta), **found, **ends})
     rows.sort(key=lambda row: row["x"])
-    with drawing(figsize=(9, 3.6)) as figure:
-        left, right = figure.subplots(1, 2)
+    with drawing(figsize=(12, 3.8)) as figure:
+        over_x, over_rate, both = figure.subplots(1, 3)
         for i, beta in enumerate(sorted({row["beta1"] for row in rows})):
             mine = [row for row in rows if row["beta1"] == beta]
             color, marker = PALETTE[i]
-            x, y = ([row[key] for row in mine] for key in ("x", "ratio"))
-            below, above = ([abs(row[key] - row["ratio"]) for row in mine] for key in ("least", "largest"))
-            left.errorbar(
-                x, y, [below, above], color=color, marker=marker, linewidth=1, label=f"β1 = {beta:g}"
-            )
+            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
+            y = [row["ratio"] for row in mine]
+            bars = [[abs(row[key] - row["ratio"]) for row in mine] for key in ("least", "largest")]
+            for axes, key in ((over_x, "x"), (over_rate, "lr")):
+                axes.errorbar([row[key] for row in mine], y, bars, linewidth=1, **style)
             rates = [row["lr"] for row in mine]
-            for key, style in (("td", "-"), ("monte_carlo", "--")):
-                name = "TD(0)" if key == "td" else "Monte Carlo"
-                right.plot(
-                    rates,
-                    [row[key] for row in mine],
-                    style,
-                    color=color,
-                    marker=marker,
-                    label=f"{name}, β1 = {beta:g}",
-                )
-        left.axhline(1, color=GREY, linewidth=0.8)
-        left.set(
-            xscale="log", yscale="log", xlabel="x = 10³ η (1+β)/(2(1-β))", title="TD(0) over Monte Carlo"
-        )
-        right.set(
-            xscale="log", yscale="log", xlabel="learning rate η", title="Both, over Monte Carlo at 2e-3, .9"
-        )
-        left.legend()
-        right.legend(fontsize=7)
-        for axes in (left, right):
+            for key, name, line in (("td", "TD(0)", "-"), ("monte_carlo", "Monte Carlo", ":")):
+                both.plot(rates, [row[key] for row in mine], line, label=f"{name}, β1 = {beta:g}", **style)
+        for axes in (over_x, over_rate):
+            axes.axhline(1, color=GREY, linewidth=0.8)
+            axes.set_title("TD(0) over Monte Carlo")
+        both.set_title("each over Monte Carlo at 2e-3, 0.9")
+        over_x.set_xlabel("x = 10³ η (1+β1)/(2(1-β1))")
+        for axes in (over_rate, both):
+            axes.set_xlabel("learning rate η")
+        for axes in (over_x, over_rate, both):
+            axes.set(xscale="log", yscale="log")
             plain_ticks(axes.yaxis)
+            plain_ticks(axes.xaxis, most=5)
+        over_x.set_ylabel("ratio of value errors")
+        legend_beside(figure, both)
         write_note(
-            figure, "32-D mixtures 11 to 13, 2,000 steps; the middle seed, on the left with all three."
+            figure,
+            "32-D mixtures 11 to 13, 2,000 steps; the middle seed, left and middle from least to largest and at the "
+            "same rate and β1. Less is better. Matched: gradient steps.",
         )
         return save_figure(figure, folder / "rate.png", rows=rows)
 

@@ -60,8 +60,11 @@ class _Job(Job):
 
     def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
-        if config["dtype"] == "float64":
-            raise InputError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
+        if config["dtype"] not in ("float32", "bfloat16"):
+            raise InputError(
+                f"dtype is {config['dtype']!r}, but policies act in float32, and their losses are not scaled: give "
+                "float32 or bfloat16"
+            )
         model = _model(config)
         self.model, self.policy = model, _policy(config, model)
         if reward is None:
@@ -131,7 +134,9 @@ class _Job(Job):
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
         for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
-            folder.write_samples(name, {nfe: self.model.pictures(shown(x))})
+            pictures = self.model.pictures(shown(x))
+            folder.write_samples(name, {nfe: pictures})
+            self.model.show(pictures, self.judge.cond, folder.path / "pictures", name)
         self.model.export(folder.path)
         rows = _judged(table)
         if not rows:

@@ -159,15 +159,20 @@ class StandInChains(OverChains):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(sampler)
-        self.stand_in, self.data, self.num_classes = stand_in, data, num_classes
+        self.stand_in, self.num_classes, self._device = stand_in, num_classes, device
         if data is None and (stand_in.x0 == "exact" or stand_in.reference):
             asked = f"x0={stand_in.x0}" if stand_in.x0 == "exact" else f"reference={stand_in.reference}"
             raise InputError(f"{asked} needs the data: give them too, as data=...")
         if stand_in.single:
             self._refuse_learning_starts(f"x0={stand_in.x0}")
+        self.refer_to(data)
+
+    def refer_to(self, data: Data | None) -> None:
+        """Take further rows, and what is exact, from these data: those that training draws from, and no others."""
+        self.data = data
         self._exact: X0Law | None = None
-        if stand_in.x0 == "exact" and data is not None:
-            self._exact = exact_x0_law(sampler.chain.process, data, device)
+        if self.stand_in.x0 == "exact" and data is not None:
+            self._exact = exact_x0_law(self.chain.process, data, self._device)
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
         """A batch of chains [B, K]; of single steps [B K, 1] where the stand-in takes chains apart."""

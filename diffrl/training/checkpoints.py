@@ -44,6 +44,7 @@ __all__ = [
     "save_checkpoint",
     "step_of",
     "tidy",
+    "weight_sets",
 ]
 
 _FORMAT = 1

@@ -127,12 +127,18 @@ def test_identity_is_what_deviates_from_the_defaults() -> None:
         ({"axes": {"λ": "objective.lmbda=0,,1"}}, "study a: axis λ"),
         ({"seeds": []}, "study a has no seed"),
         ({"cases": []}, "study a has no case"),
+        ({"cases": ["tiny", "tiny"]}, "study a: cases has tiny twice: give it once"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_plan_is_one_clear_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         plan_comparison(plan(a=study(**changes)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_score_is_the_mean_over_something() -> None:
+    with pytest.raises(ValueError, match="score_sigmas is empty: give at least one noise level"):
+        plan_comparison(plan(a=study()) | {"score_sigmas": []})
 
 
 PLANS = sorted(path.stem for path in (ROOT / "configs" / "plan").glob("*.yaml"))

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor
 
 import diffrl
@@ -363,6 +365,14 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x, t, cond), run.policy.denoiser(x, t, cond), rtol=1e-5, atol=1e-5)
     for pictures in (folder.samples()["base"], folder.samples()["tuned"]):
         assert [tuple(images.shape) for images in pictures.values()] == [(4, 3, 16, 16)]
+    for name in ("base", "tuned"):
+        (images,) = folder.samples()[name].values()
+        for number, x in enumerate(images):
+            with Image.open(folder.path / "pictures" / f"{name}_{number:02d}.png") as picture:
+                pixels = torch.as_tensor(np.array(picture)).permute(2, 0, 1)
+            torch.testing.assert_close(pixels / 127.5 - 1, x.clamp(-1, 1), rtol=0, atol=0.5 / 127.5 + 1e-6)
+    prompts = (folder.path / "pictures" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == ["a cat", "two dogs", "a cat", "two dogs"]
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import diffrl
 from diffrl.__main__ import COMMANDS, main
 from diffrl.configs.cli import settings
 from diffrl.experiments.finetune import run_finetuning
 from tests.kit.configs import composed
+from tests.kit.diffusers_unets import stock_pipeline
 from tests.kit.paths import ROOT
 from tests.kit.runs import run
 
@@ -100,7 +102,7 @@ def test_words_are_understood(command: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands speak of: pictures, pairs of them, and a run as `runs/...`."""
+    """A folder with what the commands speak of: pictures, pairs of them, a run as `runs/...`, and models."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "my_pictures").mkdir()
     rng = np.random.default_rng(0)
@@ -111,6 +113,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = rng.integers(0, 256, (2, 8, 1, 8, 8), dtype=np.uint8)
     np.savez(folder / "pairs.npz", preferred=pairs[0], rejected=pairs[1])
     run(folder / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
+    diffrl.save_pretrained(diffrl.load(folder / "runs" / "a"), folder / "digits_model")
+    stock_pipeline(folder / "my_ddpm", unet={"in_channels": 1, "out_channels": 1})
     return folder
 
 
