@@ -32,7 +32,8 @@ from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import load_weights
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
-from diffrl.training.runs import RunFolder, versions
+from diffrl.training.provenance import versions
+from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
 __all__ = ["TunedRun", "load_tuned", "run_finetuning"]
