@@ -29,9 +29,9 @@ def shell() -> Iterator[Shell]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fonts() -> Iterator[int]:
+def fonts() -> Iterator[object]:
     """The fonts of PDFs as the library has them; tests have outlines, as cutting fonts to size takes half a second."""
-    published = int(STYLE["pdf.fonttype"])
+    published = STYLE["pdf.fonttype"]
     STYLE["pdf.fonttype"] = 3
     yield published
     STYLE["pdf.fonttype"] = published
