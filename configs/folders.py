@@ -30,7 +30,7 @@ ERRORS = {"value_error": "value error", "denoising_error": "denoising error, tes
 
 def report() -> None:
     """Write the report of a comparison anew, from its folder alone: of schemes, methods of tuning, or seeds."""
-    with one_line():
+    with one_line("report"):
         parser = Words("report", report.__doc__)
         parser.add_argument(
             "folder", type=Path, help="what compare, finetune or train with several seeds wrote"
@@ -42,7 +42,7 @@ def report() -> None:
 
 def evaluate() -> None:
     """Measure the model of a finished run again, with other settings of eval; its folder is only read."""
-    with one_line():
+    with one_line("evaluate"):
         given = _evaluate_words().parse_intermixed_args()
         if given.out is not None and given.out.suffix != ".json":
             raise InputError(f"--out is {str(given.out)!r}: give a name that ends with .json")
@@ -60,7 +60,7 @@ def evaluate() -> None:
 
 def export() -> None:
     """Write the model of a run as a folder for diffusers' DDPMPipeline and DDIMPipeline."""
-    with one_line():
+    with one_line("export"):
         parser = Words("export", export.__doc__, "What can be exported, experiment=diffusers_ddpm trains.")
         parser.add_argument(
             "run", type=Path, help="what a training run wrote, or a model file of diffrl.save"
