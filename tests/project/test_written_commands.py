@@ -40,7 +40,7 @@ WITHOUT_CONFIGURATION = (
 RUN = ("train", "check", "sample", "finetune")
 EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
 TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", "workers=0", *EVALUATED]
-TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=32", "evaluation.samples=16"]
+TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=64", "evaluation.samples=16"]
 SMALL = {
     "train": TRAINED,
     "check": TRAINED,
