@@ -93,11 +93,13 @@ def test_no_worker_outlives_its_parent_however_it_hangs(tmp_path: Path) -> None:
         folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     parent = subprocess.Popen([sys.executable, str(script), *map(str, folders)], env=environment)
-    wait_until(lambda: all((folder / "pid").exists() for folder in folders))
-    pids = [int((folder / "pid").read_text(encoding="utf-8")) for folder in folders]
-    assert all(map(runs, pids))
-    parent.kill()
-    parent.wait()
+    try:
+        wait_until(lambda: all((folder / "pid").exists() for folder in folders), seconds=120)
+        pids = [int((folder / "pid").read_text(encoding="utf-8")) for folder in folders]
+        assert all(map(runs, pids))
+    finally:
+        parent.kill()
+        parent.wait()
     wait_until(lambda: not any(map(runs, pids)), seconds=20)
     assert (folders[0] / "saved").exists()
 

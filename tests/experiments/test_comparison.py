@@ -345,7 +345,7 @@ def wait_for_checkpoint(out: Path, running: subprocess.Popen[str]) -> None:
     ],
 )
 def test_a_stopped_command_continues(tmp_path: Path, number: signal.Signals, shell: Shell) -> None:
-    long = [*TINY, "trainer.grad_steps=200", "trainer.eval_every=50", "trainer.checkpoint_every=25"]
+    long = [*TINY, "trainer.grad_steps=150", "trainer.eval_every=50", "trainer.checkpoint_every=25"]
     cases = "plan.cases.gmm16=[" + ",".join(f"'{word}'" for word in long) + "]"
     words = ["plan=quick", "studies=[map]", "plan.studies.map.seeds=[0]", cases]
     running = command(*words, f"out={tmp_path / 'stopped'}")

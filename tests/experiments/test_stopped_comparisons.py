@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffrl.experiments.train import run_experiment
-from tests.kit.configs import TINY, small
+from tests.kit.configs import SMALL, TINY
 from tests.kit.processes import Running, ended, members, send, start, wait_until, workers
 from tests.kit.run_states import assert_equal, state
 from tests.kit.shell import Shell
@@ -16,9 +15,9 @@ UNSAVED = 10_000_000  # no checkpoint comes before the end, but of a run that is
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "run"
-    run_experiment(small("compare=false", f"run_dir={path}"), progress=False)
+    shell("-m", "diffrl", "train", *SMALL, "compare=false", f"run_dir={path}", folder=path.parent)
     return path
 
 

@@ -58,11 +58,11 @@ def fuzz(runs: Path, take: Callable[[int], bool], commands: Iterable[str] = COMM
 
 
 def test_every_key_with_a_wrong_value(runs: Path) -> None:
-    """Every other key gets one or two of the values, another one than its neighbours; a soak test throws all."""
-    counts = fuzz(runs, lambda number: number % (2 * len(VALUES) - 1) == 0, ("train", "finetune"))
+    """Every fourth key gets one of the values, another one than its neighbours; a soak test throws all."""
+    counts = fuzz(runs, lambda number: number % (4 * len(VALUES) - 1) == 0, ("train", "finetune"))
     tell("keys", counts)
-    assert counts["refused"] > 150 and counts["accepted"] > 5
-    assert counts["train"] > 50 and counts["finetune"] > 50
+    assert counts["refused"] > 70 and counts["accepted"] > 2
+    assert counts["train"] > 25 and counts["finetune"] > 25
 
 
 def test_every_key_of_a_comparison_with_wrong_values(runs: Path) -> None:
@@ -188,10 +188,10 @@ def check_refusal(status: int, out: str, err: str, folder: Path) -> None:
     assert err.count("\n") == 1 and [*folder.iterdir()] == []
 
 
-@pytest.mark.parametrize("words", [["train", "process.sigma_max=1e30"], ["nope"]])
-def test_from_a_shell(words: list[str], tmp_path: Path) -> None:
+def test_from_a_shell(tmp_path: Path) -> None:
+    """A command; tests/configs/test_cli.py does so with an example."""
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "diffrl", *words],
+        [sys.executable, "-W", "ignore", "-m", "diffrl", "nope"],
         cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     check_refusal(ran.returncode, ran.stdout, ran.stderr, tmp_path)
@@ -202,6 +202,7 @@ def test_from_a_shell(words: list[str], tmp_path: Path) -> None:
     [
         ["train", "seed=-1"],
         ["train", "chain.num_steps=1"],
+        ["train", "process.sigma_max=1e30"],
         ["train", "data=npz", "data.path=/nowhere.npz"],
         ["train", "resume=/nowhere"],
         ["train", "a b"],
