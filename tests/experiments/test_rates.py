@@ -188,7 +188,9 @@ def test_a_choice_that_cannot_be_is_damage(changes: dict[str, Any], says: str) -
 )  # fmt: skip
 def test_figures_that_are_no_numbers_are_damage(tmp_path: Path, figures: dict[str, Any]) -> None:
     runs = tuning_runs(tmp_path, {"1": [figures]})
-    with pytest.raises(FileError, match=r"1_0/results.json is not a run's \(its \w+ is not made of numbers\): restore"):
+    with pytest.raises(
+        FileError, match=r"1_0/results.json is not a run's \(its \w+ is not made of numbers\): restore"
+    ):
         choose(runs, "value_error", SIGMAS)
 
 
