@@ -36,7 +36,7 @@ def test_summary(rings: RunFolder, fonts: int, monkeypatch: pytest.MonkeyPatch) 
     figure = draw_summary(rings.path)
     assert figure == rings.path / "plots" / "summary.png" and is_drawn(figure)
     pdf = figure.with_suffix(".pdf").read_bytes()
-    assert pdf.startswith(b"%PDF") and b"/TrueType" in pdf and b"/Type3" not in pdf  # text stays text
+    assert pdf.startswith(b"%PDF") and b"/CIDFontType2" in pdf and b"/Type3" not in pdf  # text stays text
 
 
 def test_the_numbers_beside_the_figure_are_the_run_s(rings: RunFolder) -> None:
