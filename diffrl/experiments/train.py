@@ -205,7 +205,8 @@ class TrainingJob(Job):
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
         self._warn_of_divergence(folder)
-        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data)
+        batch_size = self.trainer.length.batch_size
+        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data, batch_size)
         return {
             **self.trainer.figures,
             "forward_equivalents": round(forward_equivalents(self.trainer), 2),
