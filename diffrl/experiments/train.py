@@ -225,7 +225,8 @@ class TrainingJob(Job):
         self._warn_of_divergence(folder)
         others = {name: ema.module for name, ema in self.trainer.averages.items() if name != "ema"}
         averages = {name: self._measured(cast(Denoiser, module))[0] for name, module in others.items()}
-        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data)
+        batch_size = self.trainer.length.batch_size
+        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data, batch_size)
         return {
             **self.trainer.figures,
             "forward_equivalents": round(forward_equivalents(self.trainer), 2),
