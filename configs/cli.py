@@ -19,9 +19,10 @@ from diffrl.configs.boundary import EXPECTED, explain, reported
 from diffrl.configs.groups import register
 from diffrl.configs.imported import with_imported_model
 from diffrl.configs.output import write_utf8
-from diffrl.configs.sweeps import job_reported, refuse_several_processes, sweep_reported
+from diffrl.configs.sweeps import job_reported, sweep_reported
 from diffrl.errors import InputError
 from diffrl.experiments.resuming import resumed
+from diffrl.ranks import refuse_several_processes
 from diffrl.registry import IMPORT, import_named
 
 __all__ = [
@@ -69,7 +70,7 @@ def command(
             write_utf8()
             failed: list[str] = []
             with reported(full=full):
-                refuse_several_processes()
+                refuse_several_processes(f"the command {main.__name__}")
                 import_users_modules()
                 register()
                 refuse_dashes(sys.argv[1:])
@@ -208,10 +209,10 @@ def settings(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
-    """For a command without Hydra: import the user's modules, and print what a user can mend in one line."""
+def one_line(name: str) -> Iterator[None]:
+    """For the named command, without Hydra: import the user's modules, and print what a user can mend in one line."""
     write_utf8()
     with reported():
-        refuse_several_processes()
+        refuse_several_processes(f"the command {name}")
         import_users_modules()
         yield

@@ -131,7 +131,7 @@ def _end(done: Execution) -> None:
 
 def sample() -> None:
     """Draw samples from a run or a model, at a chosen number of network evaluations for each."""
-    with one_line():
+    with one_line("sample"):
         print(_sample(_sample_words().parse_args()))
 
 

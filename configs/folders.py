@@ -32,7 +32,7 @@ WEIGHTS = "averaged, or not: ema, model, or of ema.also ema_500000 (ema)"
 
 def report() -> None:
     """Write the report of a comparison anew, from its folder alone: of schemes, methods of tuning, or seeds."""
-    with one_line():
+    with one_line("report"):
         parser = Words("report", report.__doc__)
         parser.add_argument(
             "folder", type=Path, help="what compare, finetune or train with several seeds wrote"
@@ -44,7 +44,7 @@ def report() -> None:
 
 def evaluate() -> None:
     """Measure the model of a finished run again, with other settings of eval; its folder is only read."""
-    with one_line():
+    with one_line("evaluate"):
         given = _evaluate_words().parse_intermixed_args()
         if given.out is not None and given.out.suffix != ".json":
             raise InputError(f"--out is {str(given.out)!r}: give a name that ends with .json")
@@ -62,7 +62,7 @@ def evaluate() -> None:
 
 def export() -> None:
     """Write the model of a run as a folder: for diffusers, or with a card for diffrl.from_pretrained."""
-    with one_line():
+    with one_line("export"):
         parser = Words(
             "export",
             export.__doc__,

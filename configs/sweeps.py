@@ -1,6 +1,5 @@
 """Sweeps: a job that fails ends no other, and the command says at its end which failed; a stop ends the sweep."""
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -11,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from diffrl.configs.boundary import reported
-from diffrl.errors import DiffrlError, InputError
+from diffrl.errors import DiffrlError
 from diffrl.experiments.run import Interrupted
 
-__all__ = ["JobFailed", "SweepStopped", "job_reported", "refuse_several_processes", "sweep_reported"]
+__all__ = ["JobFailed", "SweepStopped", "job_reported", "sweep_reported"]
 
 
 class JobFailed(DiffrlError):
@@ -73,18 +72,4 @@ def sweep_reported(failed: list[str]) -> Iterator[None]:
     except JobFailed as error:
         sys.exit(
             f"error: {len(failed) or 'some'} jobs failed: {'; '.join(failed) or error}; the others are done"
-        )
-
-
-def refuse_several_processes() -> None:
-    """Refuse to be started several times at once, as torchrun does.
-
-    Raises:
-        ValueError: there is more than one process.
-    """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1:
-        raise InputError(
-            f"one run takes one process so far, and WORLD_SIZE={size} asks for {size}: start it without torchrun; "
-            "several runs go side by side by workers=N (seeds, comparisons) or by --multirun hydra/launcher=joblib"
         )

@@ -64,9 +64,11 @@ def _quick() -> None:
     """The command `list`, for which torch is not imported."""
     from diffrl.configs.names import list_names
     from diffrl.configs.output import leave_quietly, write_utf8
+    from diffrl.ranks import refuse_several_processes
 
     write_utf8()
     try:
+        refuse_several_processes("the command list")
         list_names()
         sys.stdout.flush()
     except BrokenPipeError:

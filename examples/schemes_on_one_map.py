@@ -104,6 +104,10 @@ def draw(panel: Panel, folder: Path) -> Path:
         for name, (color, marker) in zip(ERRORS, PALETTE, strict=False):
             _dots(errors, rows, heights, name, color=color, marker=marker, label=name)
         _dots(cost, rows, heights, COST, color=GREY, marker="s", label=None)
+        middles = [row[name] for row in rows for name in counts if row[name] is not None]
+        samples.set_xlim(
+            0.7 * min(middles), 2 * max(middles)
+        )  # a scheme that diverged at a seed hides no other
         for axes, title in ((samples, "distance of samples"), (errors, "error of the network"), (cost, COST)):
             axes.set(xscale="log", title=title)
             plain_ticks(axes.xaxis, most=6)
@@ -112,10 +116,11 @@ def draw(panel: Panel, folder: Path) -> Path:
             axes.legend(fontsize=7)
         _names(samples, rows, heights)
         write_title(figure, f"{panel.study.title} ({panel.case})")
-        seeds = {row["seeds"] for row in rows}
+        seeds = " to ".join(map(str, sorted({row["seeds"] for row in rows})))
         note = (
-            f"Interquartile mean and 95 % interval over {min(seeds)} to {max(seeds)} seeds; errors are geometric means "
-            f"over noise levels or pairs of times. Less is better. Matched: {panel.study.matched.replace('_', ' ')}."
+            f"Interquartile mean and 95 % interval over {seeds} seeds, which may end at the edge; errors are geometric "
+            "means over noise levels or pairs of times. Less is better. "
+            f"Matched: {panel.study.matched.replace('_', ' ')}."
         )
         write_note(figure, note)
         return save_figure(figure, folder / f"schemes_{panel.study.name}_{panel.case}.png", rows=rows)

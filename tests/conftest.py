@@ -12,6 +12,7 @@ os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")  # read when torchrl is imp
 
 import torch  # noqa: E402
 
+from diffrl import registry  # noqa: E402
 from diffrl.experiments.reports.style import STYLE  # noqa: E402
 from tests.kit.shell import Shell  # noqa: E402
 
@@ -28,10 +29,16 @@ def shell() -> Iterator[Shell]:
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def no_methods_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is no user's method in the next one, whose runs would ask for it."""
+    monkeypatch.setattr(registry, "_USERS", dict(registry._USERS))
+
+
 @pytest.fixture(scope="session", autouse=True)
-def fonts() -> Iterator[int]:
+def fonts() -> Iterator[object]:
     """The fonts of PDFs as the library has them; tests have outlines, as cutting fonts to size takes half a second."""
-    published = int(STYLE["pdf.fonttype"])
+    published = STYLE["pdf.fonttype"]
     STYLE["pdf.fonttype"] = 3
     yield published
     STYLE["pdf.fonttype"] = published

@@ -23,11 +23,13 @@ from diffrl.experiments.index import past_index, write_index
 from diffrl.experiments.run import Interrupted, Job, interruptible
 from diffrl.experiments.schemes import planned_objectives
 from diffrl.experiments.train import run_experiment
+from diffrl.ranks import refuse_several_processes
 from diffrl.registry import Config
 from diffrl.text_files import file_errors, read_text, write_atomically
 from diffrl.training.identity import ACCEPT, flat
 from diffrl.training.lock import folder_lock
-from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions
+from diffrl.training.provenance import command_line, versions
+from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.workers import Failure, run_tasks
 
 __all__ = [
@@ -172,7 +174,9 @@ def run_cells(
         RunFolderError: the folder of a cell holds a run with another configuration, or `out` another kind of
             comparison or a run; another process runs it.
         FileError: a file of it is damaged, or cannot be written.
+        ValueError: torchrun started several of these.
     """
+    refuse_several_processes("a comparison")
     with folder_lock(out):
         wanted = cells if only is None else only
         return _run_cells(cells, wanted, out, stage, about or {}, workers, progress)

@@ -25,6 +25,7 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
+from diffrl.ranks import refuse_several_processes
 from diffrl.registry import Config
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
@@ -32,7 +33,8 @@ from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import load_weights
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
-from diffrl.training.runs import RunFolder, versions
+from diffrl.training.provenance import versions
+from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
 __all__ = ["TunedRun", "load_tuned", "run_finetuning"]
@@ -195,12 +197,14 @@ def run_finetuning(
         The run's folder, with all its results.
 
     Raises:
-        ValueError, MissingExtra, RunFolderError, CheckpointError, FileError: something cannot be as it was asked.
+        ValueError, MissingExtra, RunFolderError, CheckpointError, FileError: something cannot be as it was asked;
+            there are several processes.
         RunChanged: the run that is resumed was another one.
         CheckFailed: a self-check failed.
         RewardError, NonFiniteLoss: see `BlackBox` and `Finetuner`.
         Interrupted: the run is saved, and can be resumed.
     """
+    refuse_several_processes("fine-tuning")
     for group, own in (("reward", reward), ("heldout_reward", heldout)):
         if own is not None:  # so that nothing else is taken for it when the run is resumed without it
             config = {**config, group: {"name": f"{OWN}{as_reward(own).name}"}}

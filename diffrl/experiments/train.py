@@ -25,7 +25,8 @@ from diffrl.training.ema import Average
 from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
-from diffrl.training.runs import RunFolder, versions
+from diffrl.training.provenance import versions
+from diffrl.training.runs import RunFolder
 from diffrl.training.starting import keep_start, start_from, take_kept_start
 from diffrl.training.step_cost import forward_equivalents
 from diffrl.training.teachers import keep_teacher, load_teacher, named_teacher

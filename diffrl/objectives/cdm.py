@@ -145,6 +145,9 @@ def cdm_loss(denoiser: Denoiser, **options: Any) -> DoubleSamplingLoss:
     source=rollouts on the 'clean' value, at its own levels and by its own steps. The default of the released loss is
     b = 2, which is taken here; that of the released command is 10. Its sums over dims are means here.
 
+    Its fixed point is that of denoising, E[x0 | x_t], but for the error of Euler's steps. So in one step it draws no
+    better samples than Monte Carlo, by design.
+
     Source: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras et al., 2023),
     https://arxiv.org/abs/2302.09057, and its released code.
 

@@ -2,15 +2,11 @@
 
 import json
 import os
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.samplers.base import Sampler
 from diffrl.diffusion.samplers.ddim import DDIM
 from diffrl.errors import FileError, InputError
-from diffrl.registry import IMPORT, user_modules
+from diffrl.registry import user_modules
 from diffrl.shell_words import setting
 from diffrl.text_files import file_errors, read_json, read_text, remedy, write_atomically
 from diffrl.training.build import Events, build_data, build_denoiser, build_sampler
@@ -43,8 +39,9 @@ from diffrl.training.identity import ACCEPT, Facts, flat, identity_of, refuse_ch
 from diffrl.training.lock import RunFolderError, folder_lock
 from diffrl.training.model_files import SUFFIX, events_of, read_model, read_tensors
 from diffrl.training.model_folders import FILES, is_model_folder, read_folder
+from diffrl.training.provenance import command_line, versions
 
-__all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions"]
+__all__ = ["Run", "RunFolder", "RunFolderError", "load"]
 
 GROUPS_SINCE_0_2 = {"rollouts": "chains", "updates": "steps"}
 """Groups without a choice in diffrl 0.1, and the option that runs of then had."""
@@ -329,7 +326,7 @@ def load(
     if is_model_folder(path):
         denoiser, description = read_folder(path, weights, network)
         file = path / FILES["model"]
-        last = partial(_weights_in, file) if weights == "ema" and file.is_file() else None
+        last = partial(_weights_in, file) if weights != "model" and file.is_file() else None
         return Run(denoiser, description, {}, "", events_of(description), path.resolve().name, last)
     if path.is_file() or network is not None or path.suffix == SUFFIX:
         denoiser, description = read_model(path, network)
@@ -362,7 +359,7 @@ def load(
             raise
         reason = " ".join(str(error).split())
         raise CheckpointError(f"checkpoint {newest} is of another network: {reason}") from error
-    last = partial(load_weights, newest, "model") if weights == "ema" else None
+    last = partial(load_weights, newest, "model") if weights != "model" else None
     return Run(denoiser.eval(), config, folder.results(), objective, events, name, last)
 
 
@@ -395,17 +392,3 @@ def _new_folder(chosen: str | None, name: str) -> Path:
             path = first.with_name(f"{first.name}_{number}")
         else:
             return path
-
-
-def versions() -> dict[str, str]:
-    """What a run runs on."""
-    packages = ("diffrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy", "hydra-core")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def command_line() -> str:
-    """The command that runs now, as a user can repeat it."""
-    program = sys.argv[0] if sys.argv[0].startswith("-m ") else shlex.quote(sys.argv[0])
-    modules = filter(None, os.environ.get(IMPORT, "").split(","))
-    words = [word for module in modules for word in ("--import", module)] + sys.argv[1:]
-    return " ".join(["python", program, *map(shlex.quote, words)])

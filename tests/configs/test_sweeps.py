@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import pytest
 
 from diffrl import __main__ as program
 from diffrl.configs import commands
-from diffrl.configs.sweeps import refuse_several_processes
+from diffrl.errors import InputError
+from diffrl.experiments.comparison import run_cells
+from diffrl.experiments.finetune import run_finetuning
+from diffrl.ranks import own_rank, ranks_started
 from tests.kit.configs import TINY
 from tests.kit.paths import EXAMPLES
 from tests.kit.processes import ended, members, send, start
@@ -103,20 +107,43 @@ def test_ctrl_c_outside_of_a_run_ends_the_sweep(tmp_path: Path, monkeypatch: pyt
     assert said.startswith("error: interrupted; the sweep ends with job 0 (") and ran == [0]
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "check", "finetune", "compare", "sample", "report", "evaluate", "export"]
-)
-def test_several_processes_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """As torchrun starts them: two would train twice, or one end the other."""
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_several_processes_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """As torchrun starts them: each would do it all, or one end the other. No folder is made."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["diffrl", command, "run"])
-    with pytest.raises(SystemExit) as end:
-        program.main()
-    said = str(end.value)
-    assert said.startswith("error: one run takes one process so far, and WORLD_SIZE=2 asks for 2")
-    assert "\n" not in said and "workers=N" in said
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    refuse_several_processes()  # one is fine
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", ["diffrl", command, "run"])
+        with pytest.raises(SystemExit) as end:
+            program.main()
+        said = str(end.value)
+        assert said.startswith(f"error: the command {command} takes one process, and WORLD_SIZE=2 asks for 2")
+        assert "\n" not in said and "workers=N" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_torchrun_says_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, rank, found in (("", "", (1, 0)), ("1", "0", (1, 0)), ("1", "3", (1, 0)), ("8", "7", (8, 7))):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", rank)
+        assert (ranks_started(), own_rank()) == found
+    for size in ("0", "-1", "two", "1.5"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(InputError, match=f"WORLD_SIZE is '{size}'"):
+            ranks_started()
+
+
+@pytest.mark.parametrize("start", [lambda out: run_finetuning({}), lambda out: run_cells([], out)])
+def test_what_takes_one_process_is_refused_in_python_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[[Path], object]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="takes one process, and WORLD_SIZE=2"):
+        start(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

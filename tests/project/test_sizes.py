@@ -51,7 +51,16 @@ def test_the_package_holds_rooms_and_ground_files_only() -> None:
         "experiments",
     }
     ground = {
-        *("errors.py", "extras.py", "keys.py", "moved.py", "ranges.py", "registry.py", "shapes.py"),
+        *(
+            "errors.py",
+            "extras.py",
+            "keys.py",
+            "moved.py",
+            "ranges.py",
+            "ranks.py",
+            "registry.py",
+            "shapes.py",
+        ),
         *("devices.py", "shell_words.py", "text_files.py", "text_tables.py", "worker_kinds.py", "workers.py"),
     }
     assert found == rooms | ground | {

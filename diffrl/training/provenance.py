@@ -1,0 +1,25 @@
+"""What a run runs on, and the command that it was started by."""
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+
+from diffrl.registry import IMPORT
+
+__all__ = ["command_line", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """What a run runs on."""
+    packages = ("diffrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy", "hydra-core")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def command_line() -> str:
+    """The command that runs now, as a user can repeat it."""
+    program = sys.argv[0] if sys.argv[0].startswith("-m ") else shlex.quote(sys.argv[0])
+    modules = filter(None, os.environ.get(IMPORT, "").split(","))
+    words = [word for module in modules for word in ("--import", module)] + sys.argv[1:]
+    return " ".join(["python", program, *map(shlex.quote, words)])
