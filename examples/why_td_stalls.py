@@ -12,7 +12,7 @@ OUT/runs.jsonl and OUT/linear.jsonl. Writes the tables to OUT/README.md and figu
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from stall.state import states
 from stall.tables import report
 from stall.tangent import mode_in_time, spectra, tangent_runs
 
-from diffrl.errors import DiffrlError
+from diffrl.errors import DiffrlError, InputError
 from diffrl.text_files import write_atomically
 
 HALF = replace(OWN, beta1=0.5)
@@ -35,13 +35,13 @@ LINEAR: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 }
 
 
-def linear(part: str, path: Path) -> None:
-    """Run what is missing of a part of the linear theory."""
+def linear(part: str, path: Path, seeds: Sequence[int] = ()) -> None:
+    """Run what is missing of a part of the linear theory, at these seeds; at all if there are none."""
     done = {(row["part"], row["name"], row["seed"]) for row in kept_rows(path)}
     make, runs = LINEAR[part]
     for run in runs:
         row = {"part": part, "name": name(run), "seed": run.seed}
-        if tuple(row.values()) in done:
+        if tuple(row.values()) in done or (seeds and run.seed not in seeds):
             continue
         row |= {"run": asdict(run), "found": make(run)}
         print(f"{part}: {row['name']}", flush=True)
@@ -53,10 +53,15 @@ def linear(part: str, path: Path) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Run the parts that are asked for, and report all that is there."""
     out: Path = arguments.out
+    runs = [run for part in arguments.part for run in (LINEAR[part][1] if part in LINEAR else PARTS[part])]
+    seeds = {run.seed for run in runs}
+    if arguments.seeds and seeds.isdisjoint(arguments.seeds):
+        known = ", ".join(map(str, sorted(seeds)))
+        raise InputError(f"--seeds: no run of these parts has one of them: give some of {known}")
     kept = Kept(out / "runs.jsonl")
     for part in arguments.part:
         if part in LINEAR:
-            linear(part, out / "linear.jsonl")
+            linear(part, out / "linear.jsonl", arguments.seeds)
             continue
         for run in PARTS[part]:
             if not arguments.seeds or run.seed in arguments.seeds:

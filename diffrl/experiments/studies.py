@@ -109,7 +109,7 @@ class Comparison:
 
     def choices(self, out: Path) -> list[Choice]:
         """The point of each scheme whose tuning runs have all ended, in the folder of the comparison."""
-        folders, measures = cell_folders(self.tuning, out), dict[tuple[str, str, Solution], str]()
+        folders, measures = cell_folders(self.tuning, out), dict[tuple[str, str, Solution, str], str]()
         by = {study.name: study.tuning.by for study in self.studies if study.tuning is not None}
         runs: dict[tuple[str, str, str], dict[Path, Cell]] = {}
         for cell in self.tuning:
@@ -118,7 +118,7 @@ class Comparison:
         found = []
         for (study, case, _), own in runs.items():
             config = next(iter(own.values())).config
-            kind = (case, by[study], solution_of(config["objective"]["name"]))
+            kind = (case, by[study], solution_of(config["objective"]["name"]), config["denoiser"]["prior"])
             if kind not in measures:
                 measures[kind] = measured_by(by[study], config)
             found.append(choose(own, measures[kind], self.score_sigmas))

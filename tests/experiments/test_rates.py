@@ -234,6 +234,16 @@ def test_each_scheme_takes_what_is_best_on_seeds_that_are_not_reported(
     assert len(StudyFindings(tmp_path).commands) == 3  # two stages, then none but the second
 
 
+def test_each_scheme_of_a_case_is_judged_by_what_it_has(
+    tmp_path: Path, ran: list[tuple[str, float, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BEST, "priorgrad", 1e-3)
+    schemes = {"MC": MC, "PG": ["objective=priorgrad", "denoiser.prior=data"]}
+    assert not run(tuned(on=(8,), grid="1e-3,4e-3", seeds=[0], schemes=schemes), tmp_path).failed
+    found = [(choice.scheme, choice.measure) for choice in StudyFindings(tmp_path).tuning]
+    assert found == [("MC", "value_error"), ("PG", "denoising_error")]
+
+
 def test_studies_are_tuned_when_they_are_asked_for(tmp_path: Path, ran: list[tuple[str, float, int]]) -> None:
     studies = {
         "a": study(schemes={"MC": MC}),

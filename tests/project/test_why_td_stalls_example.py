@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffrl.errors import FileError
+from diffrl.errors import FileError, InputError
 from tests.kit.examples import example
 from tests.kit.paths import EXAMPLES
 
@@ -186,6 +186,10 @@ def test_a_part_runs_is_kept_and_reported(
     assert "decay=0.5" in page and "every=2" in page
     script.main(arguments)
     assert capsys.readouterr().out == ""  # nothing is run again
+
+    none = script.parser().parse_args(["--part", "lag", "kernel", "--seeds", "99", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="--seeds: no run of these parts has one of them: give some of 21"):
+        script.main(none)
 
     file = tmp_path / "runs.jsonl"
     whole = file.read_text(encoding="utf-8")
