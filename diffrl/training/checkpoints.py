@@ -88,6 +88,7 @@ def save_checkpoint(
     keep: int,
     identity: Facts | None = None,
     device: torch.device | str = "cpu",
+    ranks: int = 1,
 ) -> Path:
     """Writes `folder/step_<step>/`, then removes all but the newest `keep` checkpoints up to this step.
 
@@ -101,6 +102,7 @@ def save_checkpoint(
         keep: how many checkpoints to keep, at least 1.
         identity: what it belongs to, see `diffrl.training.identity`.
         device: where it was computed.
+        ranks: by how many processes.
 
     Returns:
         The checkpoint's path.
@@ -128,7 +130,7 @@ def save_checkpoint(
         manifest = {
             "format": _FORMAT,
             "step": step,
-            "versions": surroundings(device),
+            "versions": surroundings(device, ranks),
             "identity": dict(identity or {}),
             "files": files,
         }

@@ -2,8 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,11 +23,13 @@ from diffrl.objectives.stand_ins import StandIn
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.augmenting import check_augmentable
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
+from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import EMA
 from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.optim import Optim, Optimiser
+from diffrl.training.shares import Gradients
 from diffrl.training.trials import Trials, held_out
 
 __all__ = ["Average", "Length", "Target", "Trainer"]
@@ -119,6 +121,8 @@ class Trainer(Loop):
         device: where to train.
         autocast: dtype for the network's arithmetic, e.g. torch.bfloat16; values stay in float32.
         identity: what else a checkpoint belongs to, see `diffrl.training.identity`.
+        ranks: the processes that share each batch, of `length.batch_size` data in all: each draws the whole of it, and
+            takes the gradient of its rows, see `diffrl.training.shares`. Dropout is its own.
 
     Raises:
         NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
@@ -142,9 +146,10 @@ class Trainer(Loop):
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
         identity: Facts | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(
-            length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity
+            length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity, ranks=ranks
         )
         self.options = {"optim": optim, "ema": average, "target": target}
         self.objective, self.loss, self.data = objective, objective.loss, data
@@ -156,6 +161,10 @@ class Trainer(Loop):
         self.optimiser = Optimiser(self.parameters, optim, length.grad_steps, vectorised=True)
         self.target = _target_updater(self.loss, target)
         self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
+        learning = self.adaptive is not None and bool(
+            self.adaptive.state_dict()
+        )  # uniform starts have no state
+        self.gradients = Gradients(self.loss, ranks, learning=learning)
         self.trials = None
         if isinstance(self.loss, AdaptiveLoss):
             self.data, held = held_out(data, seed)
@@ -253,11 +262,7 @@ class Trainer(Loop):
         self.objective.set_progress(step, self.length.grad_steps)
         x0, labels, generator = self.batch(step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
-        with self.precision(), seeded(generator) if self.has_dropout else nullcontext():
-            out = self.loss(chain)
-        loss = out["loss_value"]
-        loss.backward()
-        loss_value = loss.item()
+        loss_value, td_error = self.gradients(chain, self._around(generator))
         stepped = self.optimiser.step(loss_value)
         if self.target is not None:
             if isinstance(self.target, SoftUpdate) and self.objective.target_decay is not None:
@@ -266,7 +271,14 @@ class Trainer(Loop):
         self.ema.update(self.length.batch_size)
         if self.adaptive is not None:
             self.adaptive.update(chain)
-        return {"loss_value": loss_value, "td_error": out["td_error"].item(), **stepped}
+        return {"loss_value": loss_value, "td_error": td_error, **stepped}
+
+    @contextmanager
+    def _around(self, generator: Generator) -> Iterator[None]:
+        """The precision of the loss, and its dropout."""
+        dropout = seeded(generator, self.ranks.rank) if self.has_dropout else nullcontext()
+        with self.precision(), dropout:
+            yield
 
     def remember(self) -> Callable[[], None]:
         """A function that brings all that is trained back to where it is now; evaluations stay counted."""
