@@ -1,4 +1,4 @@
-# make train | test | test-slow | lint | bench | docs | clean      (VENV=... another environment, PYTHON=... another interpreter)
+# make train | test | test-slow | test-all | lint | bench | docs | clean  (VENV=... another environment, PYTHON=... another interpreter)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,7 +46,8 @@ clean:
 
 # One stamp for each extra: installed again only when what is to be installed has changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$*]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores, and pip would take one
 	@touch $@
 
 $(BIN)/python:

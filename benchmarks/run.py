@@ -31,7 +31,7 @@ from report import Row, as_json, table
 from step_cost import SIZES, step_cost
 
 from diffrl.text_files import write_atomically
-from diffrl.training.runs import versions
+from diffrl.training.provenance import versions
 
 RESULTS = Path(__file__).with_name("results.json")
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffrl.configs.cli import check_words, explain
 from diffrl.configs.grids import read_grid, read_tuning, refuse_tuned_twice
 from diffrl.configs.groups import SINGLE, register
+from diffrl.configs.imported import with_imported_model
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import PLACE, Cell, cell_figures, run_in_folder
 from diffrl.experiments.run import Interrupted
@@ -58,11 +59,12 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
             schemes[name, case, scheme] = made
             if tried is None or plan["tuning"].get("beside", True):
                 cells += made.cells(seeds, "fixed")
-            if tried is not None:
-                tuning += [
-                    cell for point in tried.grid.points for cell in made.cells(tried.seeds, "tuning", point)
-                ]
+            tuning += made.tried()
             made.forget()
+    if not plan["score_sigmas"]:
+        raise InputError(
+            "score_sigmas is empty: give at least one noise level, of which the score is the mean"
+        )
     sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
 
     def tuned(study: str, case: str, scheme: str, point: str) -> list[Cell]:
@@ -100,6 +102,24 @@ class _Scheme:
                 study_cell(name, self.case, self.scheme, *found, rate=rate, point=point)
                 for found in _by_seed(config, seeds)
             ]
+
+    def tried(self) -> list[Cell]:
+        """Those of tuning, one for each point of the grid and seed of it.
+
+        Raises:
+            ValueError: two points are one run: a value is written in two ways.
+        """
+        tuning = self.study.tuning
+        if tuning is None:
+            return []
+        found, points = list[Cell](), dict[str, str]()
+        for point in tuning.grid.points:
+            found += self.cells(tuning.seeds, "tuning", point)
+            if (same := points.setdefault(found[-1].identity, point)) != point:
+                raise InputError(
+                    f"study {self.study.name}: tuning.grid: {same} and {point} are one run: give each value once"
+                )
+        return found
 
     def _composed(self, words: Sequence[str]) -> DictConfig:
         """The configuration at a point; every point sets the same values, so that one is set over another."""
@@ -229,7 +249,7 @@ def _digest(text: str) -> str:
 
 def _composed(name: str, words: Sequence[str]) -> DictConfig:
     """The configuration `name` with overrides; choices of groups are composed once for all that share them."""
-    parsed = [_parsed(word) for word in words]
+    parsed = [_parsed(word) for word in with_imported_model(words)]
     if swept := [override.input_line for override in parsed if override.is_sweep_override()]:
         raise InputError(f"{swept[0]} has several values: write a scheme for each, or an axis")
     config = _compose(name, tuple(str(o.input_line) for o in parsed if not _is_value(o))).copy()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffrl.configs.boundary import EXPECTED, explain, reported
 from diffrl.configs.groups import register
+from diffrl.configs.imported import with_imported_model
 from diffrl.configs.output import write_utf8
 from diffrl.configs.sweeps import job_reported, sweep_reported
 from diffrl.errors import InputError
@@ -80,8 +81,11 @@ def command(
                 if main_job is not None and not any(map(_says_what, sys.argv[1:])):
                     sys.argv.append(main_job)
                 check_words([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
+                typed = [*sys.argv]
+                sys.argv[1:] = with_imported_model(sys.argv[1:])
 
             def job(config: DictConfig) -> None:
+                sys.argv[:] = typed  # what a run keeps as its command
                 # inside too, or Hydra adds a line about its overrides
                 with job_reported(failed, full=full, config=config):
                     main(settings(config, HydraConfig.get().overrides.task))

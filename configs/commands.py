@@ -30,9 +30,9 @@ from diffrl.extras import require_installed
 from diffrl.ranges import require_int
 from diffrl.ranks import own_rank, refuse_several_processes
 from diffrl.text_tables import text_table
-from diffrl.training.build import build_sampler
 from diffrl.training.evaluation import grid_for
 from diffrl.training.identity import require_kind
+from diffrl.training.model_files import SUFFIX
 from diffrl.training.runs import RunFolder, load
 
 __all__ = ["COMMANDS"]
@@ -134,7 +134,7 @@ def _end(done: Execution) -> None:
 
 
 def sample() -> None:
-    """Draw samples from a run folder, at a chosen number of network evaluations for each."""
+    """Draw samples from a run or a model, at a chosen number of network evaluations for each."""
     with one_line("sample"):
         print(_sample(_sample_words().parse_args()))
 
@@ -145,38 +145,41 @@ def _sample(arguments: argparse.Namespace) -> Path:
         require_int(f"--{name}", getattr(arguments, name), least, most)
     if arguments.out is not None and arguments.out.suffix.lower() not in PICTURES:
         raise InputError(f"--out is {str(arguments.out)!r}: give a name that ends with {', '.join(PICTURES)}")
-    folder = RunFolder.open(Path(arguments.run_folder))
-    run = load(folder.path, arguments.objective)
+    path = Path(arguments.run_folder)
+    run = load(path, arguments.objective)
     guided = run.events.num_classes > 0 and arguments.guidance_scale not in (0, 1)  # two evaluations a call
     calls, rest = divmod(arguments.nfe, 2 if guided else 1)
     if rest:
         raise InputError(f"guidance evaluates the network twice a call: --nfe {arguments.nfe} must be even")
-    num_steps = grid_for(build_sampler(run.config), run.denoiser.process, calls)
+    num_steps = grid_for(run.sampler, run.denoiser.process, calls)
     x = run.sample(
         arguments.samples,
         num_steps=num_steps,
         seed=arguments.seed,
         guidance_scale=arguments.guidance_scale,
     )
-    name = f"samples_{run.objective}_nfe{arguments.nfe}_seed{arguments.seed}.png"
-    out = arguments.out or folder.path / "plots" / name
+    if not bool(x.isfinite().all()):
+        raise InputError(f"samples of {path} hold NaN or infinity: get the model again, or train anew")
+    of_run = bool(run.objective)
+    label = objective_label(run.objective, run.config) if of_run else "model"
+    name = f"samples_{run.objective or run.name.removesuffix(SUFFIX)}_nfe{arguments.nfe}_seed{arguments.seed}.png"
+    out = arguments.out or (path / "plots" / name if of_run else Path(name))
     out.parent.mkdir(parents=True, exist_ok=True)
-    label = objective_label(run.objective, run.config)
     title = f"{run.name}, {label}, NFE {arguments.nfe}, seed {arguments.seed}"
-    real = folder.samples().get("data", {})  # the data need not be there any more
+    real = RunFolder(path).samples().get("data", {}) if of_run else {}  # the data need not be there any more
     return draw_samples(x, out, title=title, data=real.get("0"))
 
 
 def _sample_words() -> argparse.ArgumentParser:
     """What can be given."""
     parser = Words("sample", sample.__doc__)
-    parser.add_argument("run_folder", help="what a training run wrote")
+    parser.add_argument("run_folder", help="what a training run wrote, or a model file or folder")
     parser.add_argument("--nfe", type=int, default=35, help="network evaluations of each sample (35)")
     parser.add_argument("--samples", type=int, default=64, help="how many (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; each has its own (0)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is off; needs labels (1)")
     parser.add_argument("--objective", help="whose denoiser: td, monte_carlo, ... (the run's main one)")
-    parser.add_argument("--out", type=Path, help="the picture (RUN_FOLDER/plots/samples_...png)")
+    parser.add_argument("--out", type=Path, help="the picture (of a run RUN_FOLDER/plots/samples_...png)")
     return parser
 
 

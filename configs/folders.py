@@ -13,10 +13,12 @@ from diffrl.configs.groups import register
 from diffrl.configs.schema import schema
 from diffrl.configs.words import Words
 from diffrl.diffusion.pipelines.export import export_pipeline
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.experiments.evaluate import evaluate_run
+from diffrl.experiments.pretrained import save_pretrained
 from diffrl.experiments.reports.anew import report_anew
-from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.run_table import figure_rows
 from diffrl.extras import require_installed
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
@@ -25,7 +27,7 @@ from diffrl.training.runs import load
 
 __all__ = ["evaluate", "export", "report"]
 
-ERRORS = {"value_error": "value error", "denoising_error": "denoising error, test", "map_error": "map error"}
+WEIGHTS = "averaged, or not: ema, model, or of ema.also ema_500000 (ema)"
 
 
 def report() -> None:
@@ -53,26 +55,35 @@ def evaluate() -> None:
             weights=given.weights,
             device=given.device,
         )
-        print(text_table(_rows(found)))
+        print(text_table([["", "found"], *figure_rows(found)]))
         if given.out is not None:
             write_atomically(given.out, json.dumps(found, indent=2))
 
 
 def export() -> None:
-    """Write the model of a run as a folder for diffusers' DDPMPipeline and DDIMPipeline."""
+    """Write the model of a run as a folder: for diffusers, or with a card for diffrl.from_pretrained."""
     with one_line("export"):
-        parser = Words("export", export.__doc__, "What can be exported, experiment=diffusers_ddpm trains.")
-        parser.add_argument(
-            "run", type=Path, help="what a training run wrote, or a model file of diffrl.save"
+        parser = Words(
+            "export",
+            export.__doc__,
+            "What diffusers samples from, experiment=diffusers_ddpm and diffusers_edm train; diffrl takes any.",
         )
-        parser.add_argument("folder", type=Path, help="a new folder, for diffusers")
+        parser.add_argument(
+            "run", type=Path, help="what a training run wrote, or a model file or folder of diffrl's"
+        )
+        parser.add_argument("folder", type=Path, help="a new folder")
+        parser.add_argument(
+            "--to", choices=("diffusers", "diffrl"), default="diffusers", help="for whom (diffusers)"
+        )
         parser.add_argument("--objective", help="whose denoiser: td, denoising, ... (the run's main one)")
-        parser.add_argument(
-            "--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)"
-        )
+        parser.add_argument("--weights", default="ema", help=WEIGHTS)
         given = parser.parse_args()
-        denoiser = load(given.run, given.objective, weights=given.weights).denoiser
-        print(f"pipeline  {export_pipeline(denoiser, given.folder)}")
+        run = load(given.run, given.objective, weights=given.weights)
+        if given.to == "diffrl":
+            print(f"model  {save_pretrained(run, given.folder)}")
+            return
+        what = "unet and scheduler" if isinstance(run.denoiser.process, EDM) else "pipeline"
+        print(f"{what}  {export_pipeline(run.denoiser, given.folder)}")
 
 
 def eval_settings(words: Sequence[str]) -> dict[str, Any]:
@@ -105,18 +116,7 @@ def _evaluate_words() -> argparse.ArgumentParser:
         "words", nargs="*", metavar="eval.NAME=VALUE", help="settings in place of the run's own"
     )
     parser.add_argument("--objective", help="whose denoiser: td, monte_carlo, ... (the run's main one)")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged, or not (ema)")
+    parser.add_argument("--weights", default="ema", help=WEIGHTS)
     parser.add_argument("--device", default="cpu", help="where it is measured (cpu)")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures (none)")
     return parser
-
-
-def _rows(found: dict[str, Any]) -> list[list[str]]:
-    """A row a figure, for a terminal."""
-    rows = [["", "found"]]
-    for error, label in ERRORS.items():
-        at = "" if error == "map_error" else "σ = "
-        rows += [[f"{label}, {at}{level}", f"{x:#.3g}"] for level, x in found.get(error, {}).items()]
-    distance = found["sample_distance"]
-    label = distance_label(distance["metric"])
-    return [*rows, *([f"{label}, NFE {nfe}", f"{x:#.3g}"] for nfe, x in distance["by_nfe"].items())]

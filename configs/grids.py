@@ -22,9 +22,10 @@ def read_grid(given: Mapping[str, str | None], where: str) -> Grid:
         where: for the error.
 
     Raises:
-        ValueError: an axis without values.
+        ValueError: an axis without values, or two that set the same.
     """
-    keys, axes = {}, {}
+    keys: dict[str, str] = {}
+    axes = {}
     for label, words in given.items():
         if words is None:
             continue
@@ -32,6 +33,8 @@ def read_grid(given: Mapping[str, str | None], where: str) -> Grid:
         values = _values(key, listed)
         if not values:
             raise InputError(f"{where}: axis {label} is {words!r}: write key=value,value,...")
+        if same := [other for other, its in keys.items() if its == key]:
+            raise InputError(f"{where}: axes {same[0]} and {label} both set {key}: give its values on one")
         keys[label], axes[label] = key, values
     return Grid(keys, axes)
 
@@ -72,11 +75,23 @@ def refuse_tuned_twice(study: str, schemes: Mapping[str, Sequence[str]], tuning:
     """
     for scheme, words in schemes.items():
         for word in words:
-            if (key := word.lstrip("+").partition("=")[0]) in tuning.grid.keys.values():
+            if key := next((key for key in tuning.grid.keys.values() if _sets(word, key)), None):
                 raise InputError(
                     f"study {study}, scheme {scheme}: {word} is tuned by the plan: give the study "
                     f"tuning.enabled=false if {key} is what it compares, or leave the word out"
                 )
+
+
+def _sets(word: str, key: str) -> bool:
+    """Whether an override sets that key: by its name, or with others of its group as ``optim={lr: 1e-3}``."""
+    given, _, value = word.lstrip("+").partition("=")
+    if given == key or not key.startswith(f"{given}."):
+        return given == key
+    names: list[str] = key.removeprefix(f"{given}.").split(".")
+    found: Any = OverridesParser.create().parse_override(f"{given}={value}").value()
+    while names and isinstance(found, dict) and names[0] in found:
+        found = found[names.pop(0)]
+    return not names
 
 
 def _values(key: str, listed: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -36,9 +37,11 @@ from diffrl.ranks import RANK_TIMEOUT
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.registry import REWARDS
+from diffrl.training.arithmetic import Arithmetic
+from diffrl.training.ema import Average
 from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import FinetuningOptim, Optim
-from diffrl.training.trainer import Average, Length, Target
+from diffrl.training.trainer import Length, Target
 
 __all__ = ["FinetuneConfig", "TrainConfig", "commands_with", "register"]
 
@@ -56,7 +59,7 @@ SINGLE: tuple[tuple[str, str, tuple[Callable[..., Any], ...], tuple[str, ...]], 
     ("optim", "finetuning", (FinetuningOptim,), ()),
     ("ema", "default", (Average,), ()),
     ("target", "default", (Target,), ()),
-    ("trainer", "default", (Length,), ()),
+    ("trainer", "default", (Length, Arithmetic), ()),
     ("eval", "default", (Evaluation,), ()),
     ("policy", "default", (DenoisingPolicy,), ("denoiser", "sampler", "process")),
     ("reward_calls", "default", (BlackBox,), ("reward",)),
@@ -95,9 +98,10 @@ class TrainConfig:
     beside: dict[str, Any] = field(default_factory=dict)
     """Further schemes by name, each with its settings that differ, such as {chain: {coupling: shared}}."""
     init: str | None = None
-    """To start from: a run folder, or a model file of `diffrl.save`; the run keeps a copy of the weights."""
+    """To start from: a run folder, a model of `diffrl.save` or `save_pretrained`, or a diffusers pipeline of images,
+    which brings its network, process and form along; the run keeps a copy of the weights."""
     init_weights: str = "ema"
-    """Of a run to start from: its averaged weights, "ema", or those of its last step, "model"."""
+    """Of a run to start from: its averaged weights, "ema", or "ema_500000" of ema.also, or its last ones, "model"."""
     run_dir: str | None = None
     resume: str | None = None
     """Folder of a run to go on with."""
@@ -168,26 +172,57 @@ def commands_with(key: str) -> list[str]:
 
 
 def register() -> None:
-    """Fill Hydra's store."""
-    store = ConfigStore.instance()
+    """Fill Hydra's store with what is not there yet."""
     for name, made in COMMANDS.items():
-        store.store(name=f"{name}_schema", node=made)
+        _fill(None, f"{name}_schema", (made,), partial(OmegaConf.structured, made))
     for registry in GROUPS:
         for entry in registry.entries():
-            store.store(
-                group=registry.kind,
-                name=entry.name,
-                node=schema(entry.name, *entry.functions, omit=registry.omit),
-            )
-    for option in REWARDS:
-        node = schema(option, REWARDS[option], omit=REWARDS.omit)
-        store.store(group="heldout_reward", name=option, node=node)
-    store.store(group="heldout_reward", name="none", node=schema("none"))
+            _fill_with_schema(registry.kind, entry.name, entry.functions, omit=registry.omit)
+    for option, make in REWARDS.items():
+        _fill_with_schema("heldout_reward", option, (make,), omit=REWARDS.omit)
+    _fill_with_schema("heldout_reward", "none", ())
     for name, make in METHODS.items():
-        store.store(group=METHODS.kind, name=name, node=_recipe_node(make()), package="_global_")
+        _fill(METHODS.kind, name, (make,), partial(_recipe_node, make), package="_global_")
     for group, option, functions, omit in SINGLE:
-        store.store(group=group, name=option, node=schema(group, *functions, omit=omit, tag=False))
+        _fill_with_schema(group, option, functions, name=group, omit=omit, tag=False)
     OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
+
+
+_FILLED: dict[tuple[str | None, str], tuple[tuple[Callable[..., Any], ...], Any]] = {}
+"""What `register` stored: for each group and option, the functions and the store's node."""
+
+
+def _fill(
+    group: str | None,
+    option: str,
+    functions: tuple[Callable[..., Any], ...],
+    make: Callable[[], Any],
+    package: str | None = None,
+) -> None:
+    """Store an option, unless the store holds it: all of them take longer than to compose a configuration."""
+    store = ConfigStore.instance()
+    folder = store.repo if group is None else store.repo.setdefault(group, {})
+    place, file = (group, option), f"{option}.yaml"
+    of, node = _FILLED.get(place, ((), None))
+    if (
+        of == functions and node is not None and folder.get(file) is node
+    ):  # and no copy that a launcher sent along
+        return
+    store.store(group=group, name=option, node=make(), package=package)
+    _FILLED[place] = functions, folder[file]
+
+
+def _fill_with_schema(
+    group: str,
+    option: str,
+    functions: tuple[Callable[..., Any], ...],
+    *,
+    name: str | None = None,
+    omit: tuple[str, ...] = (),
+    tag: bool = True,
+) -> None:
+    make = partial(schema, name or option, *functions, omit=omit, tag=tag)
+    _fill(group, option, functions, make)
 
 
 def _options_of(command: str, choices: Mapping[str, Any]) -> str:
@@ -207,8 +242,8 @@ def _options_of(command: str, choices: Mapping[str, Any]) -> str:
     return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
 
 
-def _recipe_node(recipe: Recipe) -> dict[str, Any]:
+def _recipe_node(make: Callable[[], Recipe]) -> dict[str, Any]:
     """The configuration that chooses the pieces of a recipe."""
-    chosen, given = recipe_config(recipe)
+    chosen, given = recipe_config(make())
     defaults = [{f"override /{group}": option} for group, option in chosen.items()]
     return {"defaults": defaults, **given}

@@ -26,6 +26,7 @@ from .diffusion.schedules.flow import Flow as Flow
 from .diffusion.schedules.vp import VP as VP
 from .diffusion.trajectories import sample_chain as sample_chain
 from .experiments.finetune import load_tuned as load_tuned
+from .experiments.pretrained import save_pretrained as save_pretrained
 from .finetuning import recipes as recipes
 from .finetuning.checks import check as check
 from .finetuning.policy import DenoisingPolicy as DenoisingPolicy
@@ -33,6 +34,7 @@ from .finetuning.tune import finetune as finetune
 from .metrics import diagnostics as diagnostics
 from .rl import returns as returns
 from .training.model_files import save as save
+from .training.model_folders import from_pretrained as from_pretrained
 from .training.runs import load as load
 
 __version__: str

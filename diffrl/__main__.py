@@ -12,10 +12,10 @@ COMMANDS = {
     "check": "check a training run before it is started",
     "finetune": "tune a denoiser for a reward, or compare methods of tuning",
     "compare": "compare bootstrapping schemes over data sets and seeds",
-    "sample": "draw samples from a run folder",
+    "sample": "draw samples from a run or a model",
     "report": "write the report of a comparison anew, from its folder alone",
     "evaluate": "measure the model of a finished run again, with other settings",
-    "export": "write the model of a run as a folder for diffusers",
+    "export": "write the model of a run as a folder to hand over, or for diffusers",
     "list": "tell the names that can be given: data, networks, objectives, ...",
 }
 """What each does, for the help."""

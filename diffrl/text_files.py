@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffrl.errors import FileError
+from diffrl.errors import FileError, InputError
 
-__all__ = ["file_errors", "read_json", "read_text", "remedy", "write_atomically", "write_csv"]
+__all__ = ["file_errors", "new_folder", "read_json", "read_text", "remedy", "write_atomically", "write_csv"]
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
@@ -22,6 +22,7 @@ REMEDIES = {
     errno.EROFS: "this place is read-only: choose another",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOENT: "it is not there, or was removed meanwhile",
+    errno.EEXIST: "a file is where a folder is to be: choose another place, or move it away",
     errno.ENOTDIR: "a part of its path is a file: choose another place",
     errno.EISDIR: "it is a folder: give a file",
     errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
@@ -42,6 +43,21 @@ def file_errors(path: Path | str, what: str = "read") -> Iterator[None]:
         raise
     except OSError as error:
         raise FileError(f"{path} cannot be {what} ({error.strerror or error}): {remedy(error)}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, made where it is missing, in which nothing is written over.
+
+    Raises:
+        InputError: it holds something already, or is a file.
+        FileError: it cannot be written.
+    """
+    with file_errors(path, "written"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} holds something already: give a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
 
 
 def remedy(error: OSError) -> str:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(FOLDER.parent))  # run as a script, this file knows its o
 from diffrl.objectives.place import Place  # noqa: E402
 from diffrl.registry import import_named  # noqa: E402
 from docs.docstrings import markdown, write_folder  # noqa: E402
+from docs.fixed_points import fixed_points_page  # noqa: E402
 from docs.map_picture import draw_map  # noqa: E402
 from docs.map_places import WORDS, placed, unplaced  # noqa: E402
 
@@ -39,6 +40,9 @@ They are those of the default options; others may move a scheme, as `objective.l
 ALONE = "These give no coordinates (`place=Place(...)` where they are registered)"
 
 
+TOC = "```{toctree}\n:hidden:\n\nfixed_points\n```"
+
+
 def map_page(picture: str = "map.png") -> str:
     """The page, in Markdown, for the folder `map` beside that of the methods.
 
@@ -48,7 +52,7 @@ def map_page(picture: str = "map.png") -> str:
     head = ["objective", "learned", "states", "coupling", "target looks", "bootstraps from", "next state", ""]
     rows = [f"| {' | '.join(_row(name, place))} |" for name, place in placed().items()]
     table = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
-    parts = [INTRO.strip(), f"![Every objective in its place]({picture})", _caption(), table]
+    parts = [INTRO.strip(), f"![Every objective in its place]({picture})", _caption(), table, TOC]
     if alone := unplaced():
         parts += ["## Without coordinates", f"{ALONE}: {', '.join(map(_link, alone))}."]
     return "\n\n".join(parts) + "\n"
@@ -57,7 +61,7 @@ def map_page(picture: str = "map.png") -> str:
 def _caption() -> str:
     return (
         "An arrow leads from where a training begins to where it ends, of those whose target changes along it. Method "
-        "pages have the formulas; [the mathematics](../mathematics.md) says which of them share a fixed point."
+        "pages have the formulas; [fixed points](fixed_points.md), what each learns of data from N(0, 1) in numbers."
     )
 
 
@@ -76,8 +80,8 @@ def _row(name: str, place: Place) -> list[str]:
 
 
 def write_map(folder: Path) -> None:
-    """Write the page and its picture into a folder."""
-    write_folder(folder, {"index.md": map_page()})
+    """Write the page, its picture and the page of fixed points into a folder."""
+    write_folder(folder, {"index.md": map_page(), "fixed_points.md": fixed_points_page()})
     draw_map(folder / "map.png")
 
 

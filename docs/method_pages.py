@@ -55,11 +55,14 @@ class Kind:
     sentence: str
     command: str = "train"
     option: str = ""  # the kind's name, if empty
+    more: str = ""  # on the page of each
 
 
 KINDS = {
     "objective": Kind(
-        "Objectives", "An objective is a way to train a denoiser: a loss, and the noisy states it is for."
+        "Objectives",
+        "An objective is a way to train a denoiser: a loss, and the noisy states it is for.",
+        more="Its place on [the map](../../map/index.md); [what it learns of N(0, 1)](../../map/fixed_points.md).",
     ),
     "process": Kind(
         "Noise processes", "A process says how clean data turn into noise, and at which noise levels."
@@ -187,7 +190,7 @@ def _head(kind: str, entry: Entry) -> str:
             f"What it trains on is drawn by `{entry.also.__name__}`. {markdown(drawn.summary)}",
             *drawn.intro,
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *([KINDS[kind].more] if kind in KINDS and KINDS[kind].more else [])])
 
 
 def _formula(entry: Entry) -> str:

@@ -36,7 +36,7 @@ from diffrl.rewards.pixels import Ink, Symmetry
 from diffrl.shell_words import override
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
-from diffrl.training.runs import versions
+from diffrl.training.provenance import versions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "anchor": {"mode": "anchor"},

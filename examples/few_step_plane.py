@@ -43,7 +43,7 @@ from diffrl.metrics.seeds import bootstrap_interval, iqm
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
 from diffrl.training.optim import Optim
-from diffrl.training.runs import versions
+from diffrl.training.provenance import versions
 
 LEVELS = 1000  # of the grid that steps are spaced on
 MANY = 50  # steps of the model that is distilled

@@ -43,7 +43,8 @@ from diffrl.rewards.class_neighbours import ClassNeighbours
 from diffrl.shell_words import override
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
-from diffrl.training.runs import RunFolder, versions
+from diffrl.training.provenance import versions
+from diffrl.training.runs import RunFolder
 from diffrl.workers import Failure, run_tasks
 
 NOTE = (

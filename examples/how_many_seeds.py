@@ -46,7 +46,7 @@ from diffrl.metrics.seeds import bootstrap_interval, conclusions, iqm, seeds_nee
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
 from diffrl.training.optim import NonFiniteLoss, Optim
-from diffrl.training.runs import versions
+from diffrl.training.provenance import versions
 from diffrl.workers import Failure, run_tasks
 
 STD, STEPS, MODE, ITERATIONS = 0.1, 4, 1, 40

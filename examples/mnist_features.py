@@ -6,11 +6,12 @@ FOLDER holds MNIST's idx files; RUN is a finished run of its own on the same ima
 distance of pixels hardly sees strokes. So a small network learns the ten classes of the training images, and the
 Fréchet distance of its 64 features is taken between them and 1,000 samples of each finished run, by DDIM and by
 Heun's method: a line each in OUT/features.csv, and for scale one each of 1,000 training images and of the held-out
-ones. What is there already is kept. About a minute a run on one CPU core.
+ones. What is there already is kept, by its sampler and number of samples. About a minute a run on one CPU core.
 """
 
 import argparse
 import csv
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from diffrl import load
 from diffrl.data.dataset import Data
 from diffrl.data.files import idx
 from diffrl.diffusion.samplers.registry import SAMPLERS
+from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import cell_figures
 from diffrl.experiments.index import read_index
 from diffrl.experiments.studies import WHERE
@@ -36,6 +38,7 @@ LEVELS = {
     "heun": (2, 3, 5, 9, 18),  # 2N - 1 evaluations
     "consistency": (1, 2, 3, 5, 9),
 }
+BESIDE = {**dict.fromkeys(WHERE, ""), "study": "beside"}
 COLUMNS = (*WHERE, "sampler", "nfe", "samples", "frechet", "sliced_w2")
 
 
@@ -102,19 +105,25 @@ def runs_of(out: Path, also: Sequence[Path]) -> Iterator[tuple[dict[str, str], P
     for cell in read_index(out, WHERE)["cells"]:
         if cell_figures(path := out / "cells" / cell["folder"]):
             yield {key: str(cell[key]) for key in WHERE}, path
+    beside: dict[tuple[str, str], Path] = {}
     for path in also:
         config = RunFolder.open(path).config()
-        name = str(config["objective"]["name"])
-        yield (
-            {**dict.fromkeys(WHERE, ""), "study": "beside", "scheme": name, "seed": str(config["seed"])},
-            path,
-        )
+        place = str(config["objective"]["name"]), str(config["seed"])
+        if (other := beside.setdefault(place, path)) != path:
+            raise InputError(
+                f"{other} and {path} are both {place[0]} at seed {place[1]}: give --also one of them"
+            )
+        yield {**BESIDE, "scheme": place[0], "seed": place[1]}, path
 
 
 def main(
     out: Path, folder: Path, also: Sequence[Path], samplers: Sequence[str], samples: int, epochs: int
 ) -> list[dict[str, Any]]:
-    """Measure every finished run that features.csv lacks; returns all lines."""
+    """Measure every finished run by the samplers that features.csv lacks of it; returns all lines.
+
+    Raises:
+        InputError: a run was trained on other data than idx files.
+    """
     file, rows = out / "features.csv", list[dict[str, Any]]()
     if file.exists():
         with file.open(newline="", encoding="utf-8") as lines:
@@ -122,9 +131,16 @@ def main(
     images, labels = (str(folder / f"mnist-t10k-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1"))
     known: dict[int, tuple[Data, Classifier]] = {}
     for where, path in runs_of(out, also):
-        if any(where.items() <= row.items() for row in rows):
-            continue
         config = RunFolder(path).config()
+        by = [config["sampler"]["name"]] if where["study"] == "beside" else samplers
+        here = [row for row in rows if where.items() <= row.items() and int(row["samples"]) == samples]
+        by = [name for name in by if name not in {row["sampler"] for row in here}]
+        if not by:
+            continue
+        if (name := config["data"]["name"]) != "idx":
+            raise InputError(
+                f"{path} was trained on {name}: only runs on MNIST's files (data=idx) are measured here"
+            )
         pool = config["data"]["pool"]
         if pool not in known:
             data = idx(images, labels, pool=pool)
@@ -140,7 +156,6 @@ def main(
             if not any(scale.items() <= row.items() for row in rows):
                 found = distances(classifier, x, data.train)
                 rows.append({**scale, "sampler": "", "nfe": 0, "samples": len(x), **found})
-        by = [config["sampler"]["name"]] if where["study"] == "beside" else samplers
         rows += [{**where, **row} for row in rows_of(classifier, data, load(path).denoiser, by, samples)]
         write_csv(file, COLUMNS, rows)
         print(f"measured: {', '.join(where.values())}", flush=True)
@@ -157,12 +172,8 @@ if __name__ == "__main__":
     parser.add_argument("--samplers", nargs="+", choices=[*LEVELS], default=["ddim", "heun"])
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=8)
-    arguments = parser.parse_args()
-    main(
-        arguments.out,
-        arguments.folder,
-        arguments.also,
-        arguments.samplers,
-        arguments.samples,
-        arguments.epochs,
-    )
+    given = parser.parse_args()
+    try:
+        main(given.out, given.folder, given.also, given.samplers, given.samples, given.epochs)
+    except DiffrlError as error:
+        sys.exit(f"error: {error}")

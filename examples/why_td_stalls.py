@@ -11,17 +11,19 @@ OUT/runs.jsonl and OUT/linear.jsonl. Writes the tables to OUT/README.md and figu
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from stall.figures import draw_all
-from stall.runs import FLOW, MC, OWN, PARTS, Kept, name
+from stall.runs import FLOW, MC, OWN, PARTS, Kept, kept_rows, name
 from stall.state import states
 from stall.tables import report
 from stall.tangent import mode_in_time, spectra, tangent_runs
 
+from diffrl.errors import DiffrlError
 from diffrl.text_files import write_atomically
 
 HALF = replace(OWN, beta1=0.5)
@@ -35,10 +37,7 @@ LINEAR: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 
 def linear(part: str, path: Path) -> None:
     """Run what is missing of a part of the linear theory."""
-    kept = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
-    done = {(row["part"], row["name"], row["seed"]) for row in kept}
+    done = {(row["part"], row["name"], row["seed"]) for row in kept_rows(path)}
     make, runs = LINEAR[part]
     for run in runs:
         row = {"part": part, "name": name(run), "seed": run.seed}
@@ -79,4 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main(parser().parse_args())
+    try:
+        main(parser().parse_args())
+    except DiffrlError as error:
+        sys.exit(f"error: {error}")

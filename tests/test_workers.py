@@ -1,7 +1,6 @@
 """Worker processes: results, failures, killed workers, and how they stop."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -16,43 +15,7 @@ from diffrl import registry, workers
 from diffrl.rewards.registry import REWARDS
 from diffrl.workers import Failure, WorkerPool, attempt, run_tasks
 from tests.kit.paths import ROOT
-
-
-def work(task: Any) -> Any:
-    """What a task says: ("value", x), ("raise", text), ("kill", signal), ("threads",), ("wait", folder), ..."""
-    match task:
-        case ("value", x):
-            return x * 10
-        case ("raise", text):
-            raise ValueError(text)
-        case ("kill", number):
-            os.kill(os.getpid(), number)
-        case ("leave", kind):
-            raise kind(3)
-        case ("deaf", folder):  # to SIGTERM
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            (Path(folder) / "pid").write_text(str(os.getpid()), encoding="utf-8")
-            time.sleep(60)
-        case ("hang", folder):  # in C code that lets no other thread run
-            (Path(folder) / "pid").write_text(str(os.getpid()), encoding="utf-8")
-            re.fullmatch("(a+)+b", "a" * 64)
-        case ("threads",):
-            import torch
-
-            return os.getpid(), torch.get_num_threads()
-        case ("wait", folder):
-            return wait_for_sigterm(Path(folder))
-    return None
-
-
-def wait_for_sigterm(folder: Path) -> None:
-    """Say that it runs, and after SIGTERM that it has saved."""
-    stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    (folder / "pid").write_text(str(os.getpid()), encoding="utf-8")
-    while not stopped:
-        time.sleep(0.01)
-    (folder / "saved").write_text(f"{len(stopped)}", encoding="utf-8")
+from tests.kit.worker_tasks import Unloadable, reward_is_known, unsendable, work
 
 
 def wait_until(condition: Any, seconds: float = 60.0) -> None:
@@ -62,28 +25,27 @@ def wait_until(condition: Any, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-KILL = ("kill", signal.SIGKILL)
-TASKS = [("value", 1), ("raise", "no such thing\nand more"), KILL, ("value", 4)]
+KILL, TERMINATE = ("kill", signal.SIGKILL), ("kill", signal.SIGTERM)
+TASKS: list[Any] = [("value", 1), ("raise", "no such thing\nand more"), ("leave", SystemExit), ("value", 4)]
+OF_PROCESSES: list[Any] = [("leave", KeyboardInterrupt), KILL, TERMINATE, ("value", 7)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_task_comes_back_once_and_a_failure_sinks_no_other(workers: int) -> None:
-    tasks = TASKS if workers else [task for task in TASKS if task != KILL]
+    tasks = [*TASKS, *OF_PROCESSES] if workers else TASKS
     found = list(run_tasks(work, tasks, workers=workers))
     assert sorted(index for index, _ in found) == list(range(len(tasks)))
     replies = dict(zip(tasks, (reply for _, reply in sorted(found, key=lambda pair: pair[0])), strict=True))
     failure = replies[TASKS[1]]
-    assert failure.message == "ValueError: no such thing"
+    assert failure.message == "ValueError: no such thing" and not failure.stopped
     assert "Traceback" in failure.details and "raise ValueError(text)" in failure.details
+    assert replies[TASKS[2]].message == "SystemExit: 3" and not replies[TASKS[2]].hopeless
     assert replies["value", 4] == 40
-    if workers:
+    if workers:  # one that is asked to end is told from one that failed
+        assert replies[OF_PROCESSES[0]].message == "KeyboardInterrupt: 3"
         assert replies[KILL] == Failure("its worker process was killed by SIGKILL", "")
-
-
-def test_workers_are_reused_and_have_the_threads_asked_for() -> None:
-    found = [reply for _, reply in run_tasks(work, [("threads",)] * 6, workers=2, threads=3)]
-    assert 1 <= len({pid for pid, _ in found}) <= 2
-    assert os.getpid() not in {pid for pid, _ in found} and {threads for _, threads in found} == {3}
+        assert replies[TERMINATE] == Failure("its worker process was killed by SIGTERM", stopped=True)
+        assert replies["value", 7] == 70
 
 
 def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
@@ -96,23 +58,6 @@ def test_leaving_early_asks_once_and_waits(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text(encoding="utf-8")), 0)
 
 
-def orphans(tmp_path: Path, program: str) -> int:
-    """The worker process of a script whose process was killed; the script knows `work`, `task` and `workers`."""
-    script = tmp_path / "parent.py"
-    script.write_text(
-        "import sys; from tests.test_workers import work; from diffrl import workers\n"
-        f"if __name__ == '__main__':\n    folder = sys.argv[1]\n    {program}\n",
-        encoding="utf-8",
-    )
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    words = [sys.executable, str(script), str(tmp_path)]
-    parent = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path})
-    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(encoding="utf-8"))
-    parent.kill()
-    parent.wait()
-    return int((tmp_path / "pid").read_text(encoding="utf-8"))
-
-
 def runs(pid: int) -> bool:
     """Whether the process runs: not one that waits for somebody to ask how it ended."""
     try:
@@ -121,26 +66,42 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_workers_stop_when_their_parent_is_killed(tmp_path: Path) -> None:
-    orphans(tmp_path, "list(workers.run_tasks(work, [('wait', folder)], workers=1))")
-    wait_until((tmp_path / "saved").exists)
+PARENT = """
+import sys
+from threading import Thread
+from diffrl.workers import WorkerPool, run_tasks
+from tests.kit.worker_tasks import work
+
+if __name__ == "__main__":
+    wait, hang, deaf = sys.argv[1:]
+    for begun in (
+        run_tasks(work, [("wait", wait)], workers=1),
+        WorkerPool(work, workers=1).map([("hang", hang)]),
+        WorkerPool(work, workers=1, patience=0.5).map([("deaf", deaf)]),
+    ):
+        Thread(target=list, args=(begun,)).start()
+"""
+"""A process with workers of three kinds."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help and /proc are Linux's")
-@pytest.mark.parametrize(
-    "pool",
-    ["workers.WorkerPool(work, workers=1).map([('hang', folder)])",
-     "workers.WorkerPool(work, workers=1, patience=0.5).map([('deaf', folder)])"],
-)  # fmt: skip
-def test_no_worker_outlives_its_parent_however_it_hangs(tmp_path: Path, pool: str) -> None:
-    pid = orphans(tmp_path, f"list({pool})")
-    wait_until(lambda: not runs(pid), seconds=20)
-
-
-def test_a_worker_that_is_asked_to_end_is_told_from_one_that_failed() -> None:
-    found = dict(run_tasks(work, [("kill", signal.SIGTERM), ("value", 1), ("raise", "no")], workers=1))
-    assert found[0] == Failure("its worker process was killed by SIGTERM", stopped=True)
-    assert found[1] == 10 and not found[2].stopped
+def test_no_worker_outlives_its_parent_however_it_hangs(tmp_path: Path) -> None:
+    """One that can save its work does; one that hangs, in C code or deaf to SIGTERM, is killed."""
+    script, folders = tmp_path / "parent.py", [tmp_path / name for name in ("wait", "hang", "deaf")]
+    script.write_text(PARENT, encoding="utf-8")
+    for folder in folders:
+        folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    parent = subprocess.Popen([sys.executable, str(script), *map(str, folders)], env=environment)
+    try:
+        wait_until(lambda: all((folder / "pid").exists() for folder in folders), seconds=120)
+        pids = [int((folder / "pid").read_text(encoding="utf-8")) for folder in folders]
+        assert all(map(runs, pids))
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(map(runs, pids)), seconds=20)
+    assert (folders[0] / "saved").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -156,9 +117,9 @@ def test_tasks_end_when_they_are_to_stop(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("backend", ["thread", "process"])
-def test_a_task_that_wants_to_end_its_worker_is_a_failure(backend: Any, kind: type) -> None:
-    pool = WorkerPool(work, workers=1, backend=backend)
+def test_a_task_that_wants_to_end_its_thread_is_a_failure(kind: type) -> None:
+    """Of processes see above."""
+    pool = WorkerPool(work, workers=1, backend="thread")
     found = outcomes(pool, [("leave", kind), ("value", 2)])
     assert found[0].message == f"{kind.__name__}: 3" and not found[0].hopeless and found[1] == 20
     pool.close()
@@ -201,29 +162,6 @@ def test_no_tasks() -> None:
 # The pool
 
 
-def double_or_wait(task: float) -> float:
-    """Twice the number; a negative one takes a minute, and 0 raises."""
-    if task < 0:
-        time.sleep(60)
-    if task == 0:
-        raise ValueError("nothing to double")
-    return 2 * task
-
-
-def unsendable(task: Any) -> Any:
-    return lambda: task
-
-
-class Unloadable:
-    """Can be pickled, but not made again."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return int, ("no number",)
-
-    def __call__(self, task: Any) -> Any:
-        return task
-
-
 def outcomes(pool: WorkerPool, tasks: list[Any]) -> list[Any]:
     found = dict(pool.map(tasks))
     return [found[i] for i in range(len(tasks))]
@@ -231,29 +169,34 @@ def outcomes(pool: WorkerPool, tasks: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("backend", ["thread", "process"])
 def test_a_pool_stays_between_calls_and_replaces_what_is_too_slow(backend: Any) -> None:
-    pool = WorkerPool(double_or_wait, workers=2, backend=backend, timeout=1.0)
+    pool = WorkerPool(work, workers=2, backend=backend, threads=3, timeout=1.0)
     try:
-        assert outcomes(pool, [1, 2, 3]) == [2, 4, 6]
-        found = outcomes(pool, [1, -1, 0])
-        assert found[0] == 2 and found[1] == Failure("it took longer than 1 s")
-        assert found[2].message == "ValueError: nothing to double" and not found[2].hopeless
+        if backend == "process":  # they are reused, and have the threads asked for
+            pids, threads = zip(*outcomes(pool, [("threads",)] * 6), strict=True)
+            assert len({*pids}) <= 2 and os.getpid() not in pids and {*threads} == {3}
+        assert outcomes(pool, [("value", n) for n in (1, 2, 3)]) == [10, 20, 30]
+        found = outcomes(pool, [("value", 1), ("sleep", 60), ("raise", "no")])
+        assert found[0] == 10 and found[1] == Failure("it took longer than 1 s")
+        assert found[2].message == "ValueError: no" and not found[2].hopeless
         assert isinstance(found[2].cause, ValueError) == (backend == "thread")
-        assert outcomes(pool, [4]) == [8]
+        assert outcomes(pool, [("value", 4)]) == [40]
     finally:
         pool.close()
-    assert outcomes(pool, [5]) == [10]  # and a closed pool starts again
+    assert outcomes(pool, [("value", 5)]) == [50]  # and a closed pool starts again
     pool.close()
 
 
 def test_what_no_process_can_take_or_give_back() -> None:
     with pytest.raises(ValueError, match="cannot be sent to a process .*backend='thread'"):
         WorkerPool(lambda task: task, workers=1)
-    for function, message in (
-        (unsendable, "its result cannot be sent back"),
-        (Unloadable(), "could not start"),
+    for function, tasks, message in (
+        (unsendable, [1, 2], "its result cannot be sent back"),
+        (Unloadable(), [1], "could not start"),
     ):
-        found = [reply for _, reply in run_tasks(function, [1, 2], workers=1)]
-        assert len(found) == 2 and all(message in reply.message and reply.hopeless for reply in found)
+        found = [reply for _, reply in run_tasks(function, tasks, workers=1)]
+        assert len(found) == len(tasks) and all(
+            message in reply.message and reply.hopeless for reply in found
+        )
 
 
 def test_workers_know_the_methods_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +219,3 @@ def test_workers_know_the_methods_of_the_user(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(registry, "_USERS", {"no_such_module": None})
     [(_, failure)] = run_tasks(reward_is_known, ["sum"], workers=1)
     assert "could not start" in failure.message and "no_such_module" in failure.message
-
-
-def reward_is_known(name: str) -> bool:
-    return name in REWARDS

@@ -28,7 +28,8 @@ from diffrl.registry import Config
 from diffrl.text_files import file_errors, read_text, write_atomically
 from diffrl.training.identity import ACCEPT, flat
 from diffrl.training.lock import folder_lock
-from diffrl.training.runs import RunFolder, RunFolderError, command_line, versions
+from diffrl.training.provenance import command_line, versions
+from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.workers import Failure, run_tasks
 
 __all__ = [

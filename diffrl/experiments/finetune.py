@@ -33,7 +33,8 @@ from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import load_weights
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
-from diffrl.training.runs import RunFolder, versions
+from diffrl.training.provenance import versions
+from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
 __all__ = ["TunedRun", "load_tuned", "run_finetuning"]
@@ -61,8 +62,11 @@ class _Job(Job):
 
     def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
         check_settings(config)
-        if config["dtype"] == "float64":
-            raise InputError("dtype is 'float64', but policies act in float32: give float32 or bfloat16")
+        if config["dtype"] not in ("float32", "bfloat16"):
+            raise InputError(
+                f"dtype is {config['dtype']!r}, but policies act in float32, and their losses are not scaled: give "
+                "float32 or bfloat16"
+            )
         model = _model(config)
         self.model, self.policy = model, _policy(config, model)
         if reward is None:
@@ -132,7 +136,9 @@ class _Job(Job):
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
         for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
-            folder.write_samples(name, {nfe: self.model.pictures(shown(x))})
+            pictures = self.model.pictures(shown(x))
+            folder.write_samples(name, {nfe: pictures})
+            self.model.show(pictures, self.judge.cond, folder.path / "pictures", name)
         self.model.export(folder.path)
         rows = _judged(table)
         if not rows:

@@ -1,7 +1,7 @@
 """Each scheme at its own learning rate: a grid is tried at seeds that are not reported, and the best point is taken."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,30 @@ class Choice:
     error: str | None
 
     @classmethod
-    def read(cls, entry: Any) -> "Choice":
+    def read(cls, entry: Any, points: Mapping[str, Collection[str]]) -> "Choice":
         """As the index of a comparison has it.
 
+        Args:
+            entry: of the index.
+            points: of the tuning grid, by the study.
+
         Raises:
-            ValueError: it is none.
+            ValueError: it is none, or of a study that is not tuned.
         """
         try:
-            return cls(**entry)
-        except TypeError as error:
+            choice = cls(**entry)
+            if not all(score is None or isinstance(score, int | float) for score in choice.scores.values()):
+                raise TypeError("a score is no number")
+            if choice.study not in points:
+                raise TypeError(f"study {choice.study} is not tuned")
+            if choice.point is not None and choice.point not in points[choice.study]:
+                raise TypeError(f"{choice.point} is no point of its grid")
+        except (AttributeError, TypeError) as error:
             raise InputError(
                 f"index.json is damaged: what a scheme takes cannot be read ({error}): the comparison's own command "
                 "writes it anew"
             ) from error
+        return choice
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -149,6 +160,8 @@ def measured_by(by: str, config: Mapping[str, Any]) -> str:
     # an oracle that knows the training data by heart is no judge of a rate
     if build_data(config).mixture is None:
         return "sample_distance" if solution == "to_clean" else "denoising_error"
+    if config["denoiser"]["prior"] != "standard":  # the oracle knows the noise of no other
+        return "denoising_error"
     return "map_error" if solution == "to_clean" else "value_error"
 
 

@@ -34,7 +34,7 @@ __all__ = [
     "shown",
 ]
 
-AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16}
+AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Made = TypeVar("Made")
 LOGGERS = ("csv", "tensorboard", "wandb")
 

@@ -34,8 +34,8 @@ class Study:
         tuning: what each scheme is tuned over before it is reported; None: the plan's own values serve.
 
     Raises:
-        ValueError: the baseline is none of the schemes, `matched` is unknown, there is no case or no seed, or one of
-            the seeds is tuned on.
+        ValueError: the baseline is none of the schemes, `matched` is unknown, there is no case or no seed, a case
+            stands there twice, or one of the seeds is tuned on.
     """
 
     name: str
@@ -61,6 +61,8 @@ class Study:
         for what, values in (("case", self.cases), ("seed", self.seeds)):
             if not values:
                 raise InputError(f"study {self.name} has no {what}: give at least one")
+        if twice := [case for i, case in enumerate(self.cases) if case in self.cases[:i]]:
+            raise InputError(f"study {self.name}: cases has {twice[0]} twice: give it once")
         if self.tuning is not None and (both := {*self.seeds} & {*self.tuning.seeds}):
             raise InputError(
                 f"study {self.name}: seed {min(both)} is reported, and tuned on: choose other tuning.seeds"

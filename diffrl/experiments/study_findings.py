@@ -304,7 +304,9 @@ class StudyFindings(Findings):
         self.studies = [Study.read(entry) for entry in self.index["studies"]]
         self.folder = out / "cells"
 
-        self.tuning: list[Choice] = [Choice.read(entry) for entry in self.index.get("tuning", [])]
+        points = {study.name: study.tuning.grid.points for study in self.studies if study.tuning is not None}
+        entries = self.index.get("tuning") or []
+        self.tuning: list[Choice] = [Choice.read(entry, points) for entry in entries]
         self.cells += self._without_a_point()
 
     def panels(self) -> Iterator[Panel]:

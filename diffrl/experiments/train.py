@@ -20,16 +20,20 @@ from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.solutions import solution_of
 from diffrl.ranks import RANK_TIMEOUT
+from diffrl.registry import accepted
+from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.distributed import ALONE, Ranks, joined
+from diffrl.training.ema import Average
 from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
-from diffrl.training.runs import RunFolder, versions
+from diffrl.training.provenance import versions
+from diffrl.training.runs import RunFolder
 from diffrl.training.starting import keep_start, start_from, take_kept_start
 from diffrl.training.step_cost import forward_equivalents
 from diffrl.training.teachers import keep_teacher, load_teacher, named_teacher
-from diffrl.training.trainer import Average, Length, Target, Trainer
+from diffrl.training.trainer import Length, Target, Trainer
 
 __all__ = ["TrainingJob", "run_experiment"]
 
@@ -129,6 +133,16 @@ def _teacher(denoiser: Denoiser, own: Mapping[str, Any], name: str) -> tuple[Den
     return teacher, {"objective.teacher.fingerprint": fingerprint(teacher.state_dict().values())}
 
 
+def _of_trainer(config: Mapping[str, Any]) -> tuple[Length, Arithmetic]:
+    """What ``config["trainer"]`` says: how long, and how a step is computed."""
+    of_length = accepted(Length, config["trainer"])
+    others = {key: value for key, value in config["trainer"].items() if key not in of_length}
+    return (
+        made_of("trainer", Length, {"trainer": of_length}),
+        made_of("trainer", Arithmetic, {"trainer": others}),
+    )
+
+
 class TrainingJob(Job):
     """One objective of an experiment: its trainer, and how it is evaluated.
 
@@ -151,17 +165,19 @@ class TrainingJob(Job):
         objective = build_objective(own, denoiser, data=data, teacher=self.teacher, baseline=baseline)
         self.solution = solution_of(objective.name)
         objective = replace(objective, name=name)
+        length, arithmetic = _of_trainer(config)
         self.trainer = Trainer(
             objective,
             data,
             seed=config["seed"],
             folder=None,
-            length=made_of("trainer", Length, config),
+            length=length,
             optim=made_of("optim", Optim, config),
             average=made_of("ema", Average, config),
             target=made_of("target", Target, own),
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
+            arithmetic=arithmetic,
             identity={**start, **taught},
             ranks=ranks,
         )
@@ -176,6 +192,7 @@ class TrainingJob(Job):
     def columns(self) -> tuple[str, ...]:
         """Counts, figures of the loss, errors."""
         names = [*self.tag, *self.trainer.figures, "loss_value", "td_error", "grad_norm", "lr"]
+        names += [] if self.trainer.optimiser.loss_scale is None else ["loss_scale"]
         errors = ["denoising_error"] if self.oracle is None else ["value_error", "denoising_error"]
         levels = [f"{error}_{sigma:g}" for error in errors for sigma in self.evaluation.sigmas]
         return (*names, *levels, *(f"map_error_{key}" for key in self._map_keys()))
@@ -205,15 +222,22 @@ class TrainingJob(Job):
         x0, labels, generator = trainer.batch(0)
         trainer.objective.set_progress(0, trainer.length.grad_steps)
         states = trainer.objective.draw(x0, cond=labels, generator=generator)
-        with torch.no_grad():
-            trainer.loss(states)
+        with torch.no_grad(), trainer.precision(), trainer.arithmetic.compiling():
+            for part in trainer.arithmetic.parts(states):
+                trainer.loss(part)
         if trainer.ranks.size > 1:
             trainer.gradients.check(states)
         self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
-    def errors(self) -> dict[str, dict[str, float]]:
-        """Of the averaged denoiser, see `errors_of`."""
-        return errors_of(self.evaluation, self.average, self.oracle, self.data, self.solution)
+    def errors(self, denoiser: Denoiser | None = None) -> dict[str, dict[str, float]]:
+        """Of a denoiser, the averaged one if None, see `errors_of`."""
+        return errors_of(
+            self.evaluation,
+            self.average if denoiser is None else denoiser,
+            self.oracle,
+            self.data,
+            self.solution,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """The errors, by column."""
@@ -227,28 +251,37 @@ class TrainingJob(Job):
         return self.trainer.ranks.from_first(lambda: self._results(folder))
 
     def _results(self, folder: RunFolder) -> dict[str, Any]:
-        by_nfe, samples = {}, {}
-        for num_steps in self.evaluation.num_steps:
-            x, nfe = self._draw(num_steps, self.evaluation.samples)
-            if not bool(x.isfinite().all()):
-                raise self.trainer.not_finite("samples that hold NaN or infinity")
-            by_nfe[str(nfe)] = self.evaluation.sample_distance(x, self.data)
-            samples[str(nfe)] = shown(x)
+        found, samples = self._measured(self.average)
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
         self._warn_of_divergence(folder)
-        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data)
+        others = {name: ema.module for name, ema in self.trainer.averages.items() if name != "ema"}
+        averages = {name: self._measured(cast(Denoiser, module))[0] for name, module in others.items()}
+        batch_size = self.trainer.length.batch_size
+        targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data, batch_size)
         cost = {}
         if self.trainer.ranks.size == 1:  # a step of several takes all of them, and is another thing
             cost["forward_equivalents"] = round(forward_equivalents(self.trainer), 2)
         return {
             **self.trainer.figures,
             **cost,
-            **self.errors(),
-            "sample_distance": {"metric": self.evaluation.metric, "by_nfe": by_nfe},
+            **found,
+            **({"averages": averages} if averages else {}),
             **({"target_error": targets} if targets else {}),
             **({} if self.trainer.trials is None else {"trials": self.trainer.trials.history}),
         }
+
+    def _measured(self, denoiser: Denoiser) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Errors and distances of samples, for results.json, and samples to show, by network evaluations."""
+        by_nfe, samples = {}, {}
+        for num_steps in self.evaluation.num_steps:
+            x, nfe = self._draw(num_steps, self.evaluation.samples, denoiser)
+            if not bool(x.isfinite().all()):
+                raise self.trainer.not_finite("samples that hold NaN or infinity")
+            by_nfe[str(nfe)] = self.evaluation.sample_distance(x, self.data)
+            samples[str(nfe)] = shown(x)
+        distance = {"metric": self.evaluation.metric, "by_nfe": by_nfe}
+        return {**self.errors(denoiser), "sample_distance": distance}, samples
 
     def _warn_of_divergence(self, folder: RunFolder) -> None:
         """Say so if the network is far worse at the end than it was before its first step."""
@@ -265,9 +298,9 @@ class TrainingJob(Job):
                 stacklevel=2,
             )
 
-    def _draw(self, num_steps: int, samples: int) -> tuple[Tensor, int]:
+    def _draw(self, num_steps: int, samples: int, denoiser: Denoiser | None = None) -> tuple[Tensor, int]:
         return draw_samples(
-            self.average,
+            self.average if denoiser is None else denoiser,
             self.data,
             self.sampler,
             num_steps=num_steps,

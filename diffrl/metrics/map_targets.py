@@ -1,6 +1,5 @@
 """Bias and variance of what a flow map or a consistency function is pulled to, against the exact one."""
 
-from collections.abc import Callable
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -10,8 +9,9 @@ from torch import Generator, Tensor, nn
 from diffrl import keys
 from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.exact_maps import ExactFlowMap
-from diffrl.diffusion.predictions import scalings
 from diffrl.errors import InputError
+from diffrl.metrics.target_draws import OwnRows, parts, require_draws, squares
+from diffrl.objectives.transitions import Transition
 from diffrl.shapes import expand_like
 
 __all__ = ["HasTarget", "map_target_errors"]
@@ -24,7 +24,7 @@ class HasTarget(Protocol):
     """A loss that can say what it pulls its network to."""
 
     def target(self, states: TensorDictBase) -> Tensor:
-        """In units of the clean estimate, [N, *E] of states [N, 1]."""
+        """In units of the clean estimate, [N, *E] of states [N, 1]; of chains [B, K] there are N = B K."""
         ...
 
 
@@ -34,8 +34,9 @@ def map_target_errors(
     states: TensorDict,
     oracle: MixtureDenoiser,
     *,
-    transition: Callable[..., TensorDict] | None = None,
+    transition: Transition | None = None,
     draws: int = 16,
+    batch_size: int | None = None,
     generator: Generator | None = None,
 ) -> dict[str, float]:
     """Squared bias and variance of the targets of single states or pairs, given each state and its times.
@@ -56,6 +57,8 @@ def map_target_errors(
         oracle: the exact denoiser of the law, on the loss's process.
         transition: what makes the second states of pairs, where the objective has one.
         draws: M ≥ 2.
+        batch_size: data of a training batch, which is what a transition refers to unless it says how many rows; None:
+            as many as there are states.
         generator: source of randomness, of the states' device.
 
     Returns:
@@ -64,8 +67,7 @@ def map_target_errors(
     Raises:
         ValueError: fewer than two draws, or a loss that has no target of this kind.
     """
-    if draws < 2:
-        raise InputError(f"draws is {draws}: a variance needs at least two")
+    require_draws(draws)
     if not isinstance(loss, HasTarget):
         raise InputError(f"{type(loss).__name__} does not say what it pulls its network to")
     x, t = states[keys.X_T].flatten(0, 1), states[keys.T].flatten()
@@ -73,20 +75,13 @@ def map_target_errors(
     exact = _exact(oracle, x, t, r)
     data = oracle.sample_posterior(x.double(), t.double(), draws, generator)
     spent = getattr(loss, "network_evaluations", 0)
-    y = torch.stack([_target(loss, states, x0.to(x), transition, generator) for x0 in data.unbind(1)])
+    rows = len(x) if batch_size is None else batch_size
+    y = [_target(loss, states, x0.to(x), transition, oracle, rows, generator) for x0 in data.unbind(1)]
     cast(Any, loss).network_evaluations = spent
     second = (r,) if keys.R in states.keys() else ()
-    own = cast(Any, loss).denoiser(x, t, None, *second)
-    unit = scalings(oracle.process, t, "edm", cast(Any, loss).denoiser.sigma_data).c_out.double() ** 2
-
-    def share(square: Tensor) -> Tensor:
-        return square.flatten(1).sum(1) / unit
-
-    variance = share(y.double().var(0))
-    bias_sq = share((y.double().mean(0) - exact).square()) - variance / draws
-    found = {"bias_sq": bias_sq, "variance": variance, "total": bias_sq + variance}
-    found["own"] = share((own.double() - exact).square())
-    return {name: float(values.mean()) for name, values in found.items()}
+    D = cast(Any, loss).denoiser
+    own = squares(D(x, t, None, *second).double() - exact, oracle.process, t, D.sigma_data)
+    return {**parts(torch.stack(y), exact, oracle.process, t, D.sigma_data), "own": float(own.mean())}
 
 
 def _exact(oracle: MixtureDenoiser, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -98,7 +93,9 @@ def _target(
     loss: HasTarget,
     states: TensorDict,
     x0: Tensor,
-    transition: Callable[..., TensorDict] | None,
+    transition: Transition | None,
+    oracle: MixtureDenoiser,
+    rows: int,
     generator: Generator | None,
 ) -> Tensor:
     """What the loss pulls to at the same states with other data x0 [S, *E]."""
@@ -111,5 +108,7 @@ def _target(
         s = states[keys.NEXT, keys.T]
         again[keys.NEXT, keys.X_T] = torch.lerp(datum, x, expand_like(s / t, x))
     if transition is not None:
-        again = transition(again, generator=generator)
+        n = transition.reference or rows
+        law = OwnRows(oracle, x0, n, generator) if transition.source == "reference" else None
+        again = transition(again, generator=generator or Generator(), law=law)
     return loss.target(again)

@@ -74,13 +74,21 @@ class ShortRollouts:
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None = None, generator: torch.Generator) -> TensorDict:
         """Twin steps [B, 2] of data x0 [B, *E]; drawn in the order levels, noise, gaps, rollouts."""
+        return self.onwards(self.states(x0, cond=cond, generator=generator), generator=generator)
+
+    def states(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
+        """Those that steps leave, [B, 1]."""
         P_mean, P_std = self.P_mean, self.P_std
-        states = sample_log_normal_states(
+        return sample_log_normal_states(
             self.process, x0, P_mean=P_mean, P_std=P_std, cond=cond, generator=generator
         )
+
+    def onwards(self, states: TensorDict, *, generator: torch.Generator) -> TensorDict:
+        """Twin steps [B, 2] from states."""
+        cond = states.get(keys.COND, None)
         pair: TensorDict = torch.cat([states, states], 1)
         t = pair[keys.T]
-        u = torch.rand(len(x0), 1, 1, generator=generator, dtype=t.dtype, device=t.device)
+        u = torch.rand(len(t), 1, 1, generator=generator, dtype=t.dtype, device=t.device)
         s = torch.minimum((t - self.gap * u).clamp(min=self.floor), t)
         high, low = t ** (1 / RHO), s ** (1 / RHO)
         shares = [j / self.rollout_steps for j in range(1, self.rollout_steps)]
@@ -144,6 +152,9 @@ def cdm_loss(denoiser: Denoiser, **options: Any) -> DoubleSamplingLoss:
     The gradient goes through D(x_s¹), D(x_s²) and D(x_t), not through the rollouts. It is `double_sampling` with
     source=rollouts on the 'clean' value, at its own levels and by its own steps. The default of the released loss is
     b = 2, which is taken here; that of the released command is 10. Its sums over dims are means here.
+
+    Its fixed point is that of denoising, E[x0 | x_t], but for the error of Euler's steps. So in one step it draws no
+    better samples than Monte Carlo, by design.
 
     Source: Consistent Diffusion Models: Mitigating Sampling Drift by Learning to be Consistent (Daras et al., 2023),
     https://arxiv.org/abs/2302.09057, and its released code.

@@ -147,9 +147,32 @@ class ContinuousConsistencyLoss(DenoiserLoss):
         """
         with self._telling_what_is_missing(tensordict):
             states = rows(tensordict)
-            x_sigma, sigma, x0 = (states[key].flatten(0, 1) for key in self.in_keys)
+            x0 = states[keys.X0].flatten(0, 1)
+        self._first_look(x0, states.get(keys.COND, None))
+        F, g, raw = self._direction(states)
+        self.network_evaluations += 2 * len(x0)
+        loss = event_mean((F - (F + g).detach()).square(), 1)
+        if self.prior_weight:
+            loss = loss / states[keys.T].flatten()
+        return TensorDict({"loss_value": loss.mean(), "td_error": raw.square().mean().sqrt()})
+
+    @torch.no_grad()
+    def target(self, states: TensorDictBase) -> Tensor:
+        """What D is pulled to as F is to F + g, D - σd sin t g: [N, *E] of states [*b, 1].
+
+        It stands at g's distance from D, a step along the trajectory: of what D is off by it moves a part.
+        """
+        given = rows(states)
+        x_sigma, sigma = given[keys.X_T].flatten(0, 1), given[keys.T].flatten()
+        F, g, _ = self._direction(given)
+        kept = self.denoiser.sigma_data / torch.hypot(sigma, sigma.new_tensor(self.denoiser.sigma_data))
+        cos, σd_sin = expand_like(kept, F), expand_like(sigma * kept, F)
+        return cos**2 * x_sigma - σd_sin * (F + g)
+
+    def _direction(self, states: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """F, g, and g before it is normalised, both without gradient: [N, *E] each."""
+        x_sigma, sigma, x0 = (states[key].flatten(0, 1) for key in self.in_keys)
         cond = states.get(keys.COND, None)
-        self._first_look(x0, cond)
         cond, sigma = None if cond is None else cond.flatten(0, 1), sigma.flatten()
         σd = self.denoiser.sigma_data
         t = torch.atan2(sigma, torch.full_like(sigma, σd))
@@ -159,15 +182,11 @@ class ContinuousConsistencyLoss(DenoiserLoss):
         with torch.random.fork_rng([t.device] if t.is_cuda else []), torch.no_grad():
             dF = self._derivative(x, t, dx, cond)  # the pass that trains begins where this one began
         F = self._output(x, t, cond)
-        self.network_evaluations += 2 * len(t)
         g = -(cos**2) * (σd * F.detach() - dx) - self.ramp * (cos * sin * x + σd * dF)
         raw = g
         if self.normalise:
             g = g / (expand_like(g.flatten(1).norm(dim=1), g) + self.c)
-        loss = event_mean((F - (F + g).detach()).square(), 1)
-        if self.prior_weight:
-            loss = loss / sigma
-        return TensorDict({"loss_value": loss.mean(), "td_error": raw.square().mean().sqrt()})
+        return F, g, raw
 
     def _output(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         """TrigFlow's F(x/σd, t) = (cos t x - D)/(σd sin t)."""

@@ -46,6 +46,9 @@ class DenoiserLoss(LossModule):
     annealable: ClassVar[Ranges] = {}
     """Options that can change along the training."""
 
+    bootstrap: str = "nothing"
+    """Whose predictions are in a target: "own", "target", a target network's, "residual", own with a gradient."""
+
     target_decay: float = 0.97
     """What a target network keeps of itself a step, unless `Target` says; in `results/grounds` it hurt nowhere."""
 

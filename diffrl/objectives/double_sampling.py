@@ -144,6 +144,23 @@ class DoubleSamplingLoss(DenoiserLoss):
             loss = importance * loss
         return TensorDict({"loss_value": loss.mean(), "td_error": r.detach().square().mean().sqrt()})
 
+    @torch.no_grad()
+    def target(self, states: TensorDictBase) -> Tensor:
+        """What D(x_t) is pulled to, where the loss is least in D(x_t) alone: [N, *E] of twin steps [N, 2].
+
+            y = (p (y¹ + y²)/2 + q x0¹)/(p + q),    y^k = D(x_t) + r^k/A,    p = b w A²,    q = c/c_out²
+
+        The gradient at the states reached, D(x'), is none of a square: D(x'¹) has no point that it is pulled to.
+        """
+        twins = rows(states)
+        left, x0 = twins[:, :1], twins[keys.X0]
+        D_x = self._denoise(left[keys.X_T], left[keys.T], left.get(keys.COND, None))
+        terms = ChainTerms(left, self.denoiser)
+        y = (D_x + self._residuals(twins, D_x) / expand_like(twins[keys.A], x0)).mean(1, keepdim=True)
+        p = expand_like(self.residual_coef * self._weight(terms) * terms.A**2, x0)
+        q = expand_like(self.denoising_coef / terms.c_out**2, x0)
+        return ((p * y + q * x0[:, :1]) / (p + q)).squeeze(1)
+
     def _residuals(self, twins: TensorDictBase, D_x: Tensor) -> Tensor:
         """r¹ and r², shape [N, 2, *E]; the clean state has no value."""
         x0, reached = twins[keys.X0], twins[keys.NEXT]

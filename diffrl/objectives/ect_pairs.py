@@ -1,5 +1,6 @@
 """States for Easy Consistency Tuning: pairs that share one noise, whose gap shrinks by stages of the training."""
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from diffrl.registry import options_of
 from diffrl.shapes import expand_like, require_data, require_finite
 
 __all__ = ["ECTPairs", "sample_ect_pairs", "t_to_r"]
+
+SMALLEST_GAP = (
+    1e-6  # of a pair, as a share of t: float32 takes a smaller one for none, and the loss divides by it
+)
 
 
 def t_to_r(t: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Tensor:
@@ -105,7 +110,7 @@ class ECTPairs:
 
     Args:
         process: EDM.
-        stages: how many, ≥ 1.
+        stages: how many, ≥ 1, with q^stages ≤ 1e6.
         P_mean: mean of ln t.
         P_std: its standard deviation.
         q: > 1; see `t_to_r`.
@@ -135,6 +140,11 @@ class ECTPairs:
     ) -> None:
         _check(process, q, k, b, P_mean, P_std)
         self.stages = require_int("stages", stages, most=MAX_STEPS)
+        if stages * math.log(q) > -math.log(SMALLEST_GAP):
+            raise InputError(
+                f"stages is {stages}, q is {q:g}: the gap of a pair, t/q^{stages}, is then less than floats resolve: "
+                "lower one of them (published: q = 2 with 8 stages, q = 256 with one)"
+            )
         self.process, self.P_mean, self.P_std = process, P_mean, P_std
         self.q, self.k, self.b = q, k, b
         self.transition = Transition(process, **options)

@@ -86,7 +86,6 @@ class PhysicsResidualLoss(DenoiserLoss):
 
     fed_with = "diffrl.sample_chain(process, x0, num_steps=18)"
     out_keys = ["loss_value", "td_error"]
-    bootstrap = "own"
 
     def __init__(
         self,

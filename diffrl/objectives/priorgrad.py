@@ -100,7 +100,6 @@ class PriorGradLoss(DenoiserLoss):
 
     fed_with = "diffrl.objectives.PriorStates"
     out_keys = ["loss_value", "td_error"]
-    bootstrap = "own"
 
     def __init__(
         self,

@@ -124,7 +124,8 @@ def build_objective(
         loss = entry.make(denoiser, **accepted(entry.make, options))
     if stand_in.single and not baseline and not _looks_one_step_ahead(loss):
         raise InputError(
-            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set objective.lmbda=0"
+            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set "
+            "objective.lmbda=0, and anneal neither that nor n_steps"
         )
     return Objective(entry.name, loss, draw)
 
@@ -175,4 +176,7 @@ def _own_states(entry: Entry, options: Config, config: Config, denoiser: Denoise
 
 def _looks_one_step_ahead(loss: DenoiserLoss) -> bool:
     estimator = getattr(loss, "value_estimator", None)
-    return getattr(estimator, "lmbda", None) == 0 or getattr(estimator, "n_steps", None) == 1
+    for name, one_step in (("lmbda", 0), ("n_steps", 1)):
+        if set(loss.anneal.get(name, (getattr(estimator, name, None),))) == {one_step}:
+            return True
+    return False

@@ -159,20 +159,30 @@ class StandInChains(OverChains):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(sampler)
-        self.stand_in, self.data, self.num_classes = stand_in, data, num_classes
+        self.stand_in, self.num_classes, self._device = stand_in, num_classes, device
         if data is None and (stand_in.x0 == "exact" or stand_in.reference):
             asked = f"x0={stand_in.x0}" if stand_in.x0 == "exact" else f"reference={stand_in.reference}"
             raise InputError(f"{asked} needs the data: give them too, as data=...")
         if stand_in.single:
             self._refuse_learning_starts(f"x0={stand_in.x0}")
-        self._exact: X0Law | None = None
-        if stand_in.x0 == "exact" and data is not None:
-            self._exact = exact_x0_law(sampler.chain.process, data, device)
+        self.refer_to(data)
+
+    def refer_to(self, data: Data | None) -> None:
+        """Take further rows, and what is exact, from these data: those that training draws from, and no others."""
+        self.data = data
+        self.exact: X0Law | None = None
+        """The law that "exact" asks."""
+        if self.stand_in.x0 == "exact" and data is not None:
+            self.exact = exact_x0_law(self.chain.process, data, self._device)
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
         """A batch of chains [B, K]; of single steps [B K, 1] where the stand-in takes chains apart."""
         chain = self.sampler(x0, cond=cond, generator=generator)
-        law, how = self._law(x0, cond, generator), self.stand_in.x0
+        return self.stood_in(chain, self._law(x0, cond, generator), generator=generator)
+
+    def stood_in(self, chain: TensorDict, law: X0Law, *, generator: Generator) -> TensorDict:
+        """What the stand-in makes of chains [B, K], by a law of x0 given the states that steps leave."""
+        how = self.stand_in.x0
         if how == "datum":
             return chain
         x_t, t = chain[keys.X_T].flatten(0, 1), chain[keys.T].flatten()
@@ -187,8 +197,8 @@ class StandInChains(OverChains):
         return with_x0_mean(chain, datum.view_as(chain[keys.X_T]))
 
     def _law(self, x0: Tensor, cond: Tensor | None, generator: Generator) -> X0Law:
-        if self._exact is not None:
-            return self._exact
+        if self.exact is not None:
+            return self.exact
         process, n = self.chain.process, self.stand_in.reference
         return reference_of_batch(
             process, x0, cond, n, data=self.data, num_classes=self.num_classes, generator=generator

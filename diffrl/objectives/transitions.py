@@ -12,6 +12,7 @@ from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
+from diffrl.objectives.posteriors import X0Law
 from diffrl.objectives.stand_ins import MAX_ROWS, reference_of_batch
 from diffrl.objectives.teachers import teacher_of
 from diffrl.ranges import require_int
@@ -93,10 +94,10 @@ class Transition:
         device = "cpu" if denoiser is None else next(denoiser.parameters()).device
         self.teacher = teacher_of(teacher, process, data, device) if transition == "teacher" else None
 
-    def __call__(self, pairs: TensorDict, *, generator: Generator) -> TensorDict:
+    def __call__(self, pairs: TensorDict, *, generator: Generator, law: X0Law | None = None) -> TensorDict:
         """Pairs [B, 1] that share their noise, as this source would have them; "forward" leaves them alone.
 
-        With a teacher each has its evaluations under ``evaluations``.
+        With a teacher each has its evaluations under ``evaluations``. "reference" takes S from `law` where it is given.
         """
         if self.source == "forward":
             return pairs
@@ -104,7 +105,7 @@ class Transition:
         s, cond = pairs[keys.NEXT, keys.T].view(-1), pairs.get(keys.COND, None)
         cond, t = None if cond is None else cond.squeeze(1), t.view(-1)
         if self.teacher is None:
-            law = reference_of_batch(
+            law = law or reference_of_batch(
                 self.process,
                 x0,
                 cond,

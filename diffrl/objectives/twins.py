@@ -75,7 +75,14 @@ class TwinSteps(OverChains):
 
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
         """Twin steps from all states of a batch of chains, batch size [B K, 2]."""
-        chain = self.sampler(x0, cond=cond, generator=generator)
+        return self.onwards(self.states(x0, cond=cond, generator=generator), generator=generator)
+
+    def states(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
+        """Those that steps leave: chains [B, K]."""
+        return self.sampler(x0, cond=cond, generator=generator)
+
+    def onwards(self, chain: TensorDict, *, generator: Generator) -> TensorDict:
+        """Twin steps [B K, 2] from all states of chains."""
         if self._law is not None:
             return twins_of_laws(chain, self._law, self.process, self.chain.eta, generator)
         assert self._denoiser is not None

@@ -238,28 +238,17 @@ class ValueLoss(DenoiserLoss):
 
     def _loss(self, tensordict: TensorDictBase) -> TensorDictBase:
         chain = rows(tensordict)
-        x_t, t, x0, cond = (
-            chain[keys.X_T],
-            chain[keys.T],
-            chain.get(keys.X0, None),
-            chain.get(keys.COND, None),
-        )
+        x_t, x0 = chain[keys.X_T], chain.get(keys.X0, None)
         require_floating([(keys.X_T, x_t)])
         if x_t.dtype == torch.float16:
             raise InputTypeError("x_t has dtype float16, in which squares overflow: give x0.float()")
-        self._first_look(x0, cond)
-        bootstraps = self.bootstrap_share > 0 and not isinstance(self.value_estimator, MonteCarlo)
-        if bootstraps:
-            self._require_order(chain)
-        # a target network comes first: what is kept for the backward pass then takes the memory that it frees
-        D_next = self._target_next(chain) if bootstraps and self.bootstrap == "target" else None
-        network = self.value_network.module
+        self._first_look(x0, chain.get(keys.COND, None))
         drawn = chain.get(keys.EVALUATIONS, None)
-        self.network_evaluations += t.numel() + (0 if drawn is None else int(drawn.sum()))
-        D_x = network.denoise(x_t, t, cond)
-        square = _square_mean(self._delta(chain, D_x, x0, D_next))
+        self.network_evaluations += chain[keys.T].numel() + (0 if drawn is None else int(drawn.sum()))
+        D_x, δ = self._errors(chain)
+        square = _square_mean(δ)
 
-        terms = ChainTerms(chain, network.denoiser)
+        terms = ChainTerms(chain, self.denoiser)
         loss = self._weight(terms) * square
         valid = chain.get(keys.VALID, None)
         if self.denoising_coef > 0 or valid is not None:
@@ -274,6 +263,29 @@ class ValueLoss(DenoiserLoss):
                 loss = torch.where(valid, loss, (1 + c) * L_den)
         loss = self._by_importance(tensordict, chain, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
+
+    @torch.no_grad()
+    def target(self, states: TensorDictBase) -> Tensor:
+        """Where the loss of a state is least in D(x_t) alone: [B K, *E] of chains [B, K] with x0.
+
+        y = (p (D + δ/A) + q x0)/(p + q),    p = w A², q = c/c_out²;    x0 where a pair is not valid
+        """
+        chain = rows(states)
+        D_x, δ = self._errors(chain)
+        x0, terms = chain.get(keys.X0_MEAN, chain[keys.X0]), ChainTerms(chain, self.denoiser)
+        p, q = self._weight(terms) * terms.A**2, self.denoising_coef / terms.c_out**2
+        share = torch.where(chain.get(keys.VALID, torch.ones_like(p)) > 0, p / (p + q), 0)
+        return torch.lerp(x0, D_x + δ / expand_like(terms.A, x0), expand_like(share, x0)).flatten(0, 1)
+
+    def _errors(self, chain: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """D(x_t) and δ."""
+        bootstraps = self.bootstrap_share > 0 and not isinstance(self.value_estimator, MonteCarlo)
+        if bootstraps:
+            self._require_order(chain)
+        # a target network comes first: what is kept for the backward pass then takes the memory that it frees
+        D_next = self._target_next(chain) if bootstraps and self.bootstrap == "target" else None
+        D_x = self.value_network.module.denoise(chain[keys.X_T], chain[keys.T], chain.get(keys.COND, None))
+        return D_x, self._delta(chain, D_x, chain.get(keys.X0, None), D_next)
 
     def _delta(self, chain: TensorDictBase, D_x: Tensor, x0: Tensor | None, D_next: Tensor | None) -> Tensor:
         """δ, in error coordinates where x0 is known: value -e, reward (γ-1) Φ of the state reached."""

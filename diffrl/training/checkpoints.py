@@ -8,8 +8,7 @@ A checkpoint is a folder, and a training keeps its last few:
         training.pt           optimiser, schedules, random generators: read with weights_only=True
         manifest.json         step, format, versions, what it belongs to, size and SHA-256 of every other file
 
-It is written under a temporary name, forced to the disk, and then renamed, so a crash at any moment leaves
-the checkpoints that were there.
+It is written under a temporary name, forced to the disk, then renamed: a crash at any moment leaves what was there.
 """
 
 import hashlib
@@ -44,6 +43,7 @@ __all__ = [
     "save_checkpoint",
     "step_of",
     "tidy",
+    "weight_sets",
 ]
 
 _FORMAT = 1

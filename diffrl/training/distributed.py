@@ -144,7 +144,7 @@ class Ranks:
                 "versions"
             )
 
-    def parallel(self, module: nn.Module, *, unused: bool) -> nn.Module:
+    def parallel(self, module: nn.Module, *, unused: bool) -> DistributedDataParallel:
         """The module with gradients that are means over the processes.
 
         Args:

@@ -2,14 +2,16 @@
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffrl.errors import InputError
+from diffrl.ranges import require_int
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "Average"]
 
 
 class EMA:
@@ -93,3 +95,35 @@ class EMA:
         weights: dict[str, Tensor] = state["module"]
         self.module.load_state_dict(weights)
         self.samples = int(state["samples"])
+
+
+@dataclass(frozen=True)
+class Average:
+    """The moving average of the weights that is evaluated; see `EMA`.
+
+    Args:
+        halflife: in data (not states) seen.
+        ramp: greatest half-life as a share of the data seen so far; None for no warm-up.
+        also: further half-lives, whole numbers of data, whose averages are kept beside that one, saved as the weights
+            "ema_500000" for 500000, and evaluated at the end.
+
+    Raises:
+        ValueError: a further half-life that is no whole number of at least 1, or is there twice.
+    """
+
+    halflife: float = 2000.0
+    ramp: float | None = 0.05
+    also: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for halflife in self.also:
+            require_int("ema.also", halflife)
+        if len({self.halflife, *self.also}) <= len(self.also):
+            raise InputError(
+                f"ema.also is {list(self.also)} beside ema.halflife={self.halflife:g}: give each half-life once"
+            )
+
+    def averages(self, module: nn.Module) -> dict[str, EMA]:
+        """Of a module in training, by the names of their weights, "ema" first."""
+        halflives = {"ema": self.halflife, **{f"ema_{halflife}": halflife for halflife in self.also}}
+        return {name: EMA(module, halflife, self.ramp) for name, halflife in halflives.items()}

@@ -190,9 +190,16 @@ class Evaluation:
         return map_error(denoiser, oracle, x0, pairs, to_clean=to_clean, batch_size=self.at_once)
 
     def target_error(
-        self, objective: Objective, oracle: MixtureDenoiser | None, data: Data
+        self, objective: Objective, oracle: MixtureDenoiser | None, data: Data, batch_size: int | None = None
     ) -> dict[str, float]:
-        """Bias and variance of a target at its own networks; empty unless asked for, or where none is defined."""
+        """Bias and variance of a target at its own networks; empty unless asked for, or where none is defined.
+
+        Args:
+            objective: at its networks as they are.
+            oracle: D*, or None.
+            data: the set.
+            batch_size: data of a training batch, where a target refers to it.
+        """
         denoiser = objective.loss.denoiser
         known = oracle is not None and data.mixture is not None and getattr(denoiser, "prior", None) is None
         if not self.target_states or not known or _num_classes(denoiser):
@@ -200,7 +207,7 @@ class Evaluation:
         assert oracle is not None
         x0 = _reference(data)[: self.target_states].to(next(denoiser.parameters()))
         objective.loss.eval()
-        return scheme_target_errors(objective, oracle, x0, draws=self.target_draws)
+        return scheme_target_errors(objective, oracle, x0, draws=self.target_draws, batch_size=batch_size)
 
     def denoising_error(self, denoiser: Denoiser, data: Data) -> dict[str, float]:
         """‖D - x0‖²/c_out² by σ on test points, never trained on; a conditional denoiser gets their labels."""

@@ -20,7 +20,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.registry import NETWORKS
@@ -29,7 +29,16 @@ from diffrl.errors import FileError, InputError, InputTypeError
 from diffrl.text_files import file_errors, write_atomically
 from diffrl.training.build import Events
 
-__all__ = ["SUFFIX", "events_of", "read_model", "save"]
+__all__ = [
+    "SUFFIX",
+    "denoiser_of",
+    "describe",
+    "events_of",
+    "read_model",
+    "read_tensors",
+    "save",
+    "tensors_of",
+]
 
 SUFFIX = ".safetensors"
 _FORMAT = 1
@@ -64,6 +73,20 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
     path = Path(path)
     if path.suffix != SUFFIX:
         raise InputError(f"{path} is to hold a model: give it a name that ends with {SUFFIX}")
+    description = describe(denoiser, event_shape)
+    raw = safetensors.torch.save(tensors_of(denoiser), {"diffrl": json.dumps(description)})
+    with file_errors(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, raw)
+    return path
+
+
+def describe(denoiser: Denoiser, event_shape: tuple[int, ...] | None = None) -> dict[str, Any]:
+    """What a file says of a denoiser, see the head of this page.
+
+    Raises:
+        InputTypeError, InputError: see `save`.
+    """
     denoiser = getattr(denoiser, "_orig_mod", denoiser)  # of torch.compile
     if not isinstance(denoiser, Denoiser):
         raise InputTypeError(
@@ -73,7 +96,7 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
     shape = event_shape or getattr(network, "event_shape", None)
     if shape is None:
         raise InputError("the network has no attribute event_shape: give event_shape, the shape of a sample")
-    description = {
+    return {
         "format": _FORMAT,
         "process": {
             "name": PROCESSES.name_of(process),
@@ -85,19 +108,18 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
         "num_classes": int(getattr(network, "num_classes", 0)),
         "dtype": "float64" if _dtype(denoiser) == torch.float64 else "float32",
     }
+
+
+def tensors_of(denoiser: nn.Module) -> dict[str, Tensor]:
+    """The weights of a denoiser, compiled or not, as a file holds them."""
     options: dict[str, Any] = {
         "copy": True,
         "memory_format": torch.contiguous_format,
     }  # tied ones may not share
-    tensors = {
+    return {
         name.replace("_orig_mod.", ""): x.detach().to("cpu", **options)
         for name, x in denoiser.state_dict().items()
     }
-    raw = safetensors.torch.save(tensors, {"diffrl": json.dumps(description)})
-    with file_errors(path, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, raw)
-    return path
 
 
 def _prior(denoiser: Denoiser) -> dict[str, str]:
@@ -107,7 +129,8 @@ def _prior(denoiser: Denoiser) -> dict[str, str]:
 
 def events_of(description: dict[str, Any]) -> Events:
     """What the network of a description is built for."""
-    return Events(tuple(description["event_shape"]), description["num_classes"])
+    shares = tuple(description.get("class_shares", ()))
+    return Events(tuple(description["event_shape"]), description["num_classes"], shares)
 
 
 def read_model(path: Path, network: nn.Module | None = None) -> tuple[Denoiser, dict[str, Any]]:
@@ -121,19 +144,40 @@ def read_model(path: Path, network: nn.Module | None = None) -> tuple[Denoiser, 
         FileError: it cannot be read, is damaged, or is no model of diffrl.
         InputError: the network is needed and not given, or does not fit.
     """
+    tensors, text = read_tensors(path)
+    if text is None:
+        raise FileError(
+            f"{path} holds weights, but no model of diffrl.save: load them into a network yourself"
+        )
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is damaged ({error}): get the file again") from error
+    return denoiser_of(description, tensors, network, path), description
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a safetensors file, and what its metadata say under the name ``diffrl``.
+
+    Raises:
+        FileError: it cannot be read, or is damaged.
+    """
     with file_errors(path):
         raw = path.read_bytes()
     try:
         tensors = safetensors.torch.load(raw)
         size = int.from_bytes(raw[:8], "little")
-        text = json.loads(raw[8 : 8 + size]).get("__metadata__", {}).get("diffrl")
-        description = None if text is None else json.loads(text)
+        return tensors, json.loads(raw[8 : 8 + size]).get("__metadata__", {}).get("diffrl")
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is damaged ({error}): get the file again") from error
-    if not isinstance(description, dict):
-        raise FileError(
-            f"{path} holds weights, but no model of diffrl.save: load them into a network yourself"
-        )
+
+
+def denoiser_of(
+    description: Any, tensors: dict[str, Tensor], network: nn.Module | None, path: Path
+) -> Denoiser:
+    """The denoiser of a description and its weights; errors name the path. See `read_model`."""
+    if not isinstance(description, dict) or "format" not in description:
+        raise FileError(f"{path} is no model of diffrl: there is no format in its description")
     if description.get("format") != _FORMAT:
         raise FileError(
             f"{path} has format {description.get('format')}, and this diffrl reads {_FORMAT}: upgrade diffrl"
@@ -154,7 +198,7 @@ def read_model(path: Path, network: nn.Module | None = None) -> tuple[Denoiser, 
         raise InputError(
             f"the weights in {path} are of another network: {' '.join(str(error).split())}"
         ) from error
-    return denoiser, description
+    return denoiser
 
 
 def _build(description: dict[str, Any], network: nn.Module | None) -> Denoiser:

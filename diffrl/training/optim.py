@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffrl.errors import DiffrlError, InputError
 from diffrl.ranges import require_int, require_number
+from diffrl.training.loss_scale import LossScale
 
 __all__ = ["FinetuningOptim", "NonFiniteLoss", "Optim", "Optimiser"]
 
@@ -124,12 +125,20 @@ class Optimiser:
         optim: learning rate, decay and clipping.
         total: steps until the schedule ends.
         vectorised: use PyTorch's fused and foreach kernels, which sum in another order.
+        loss_scale: of gradients that are computed in float16; `backward` brings it in, `step` takes it out.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], optim: Optim, total: int, *, vectorised: bool = False
+        self,
+        parameters: Iterable[nn.Parameter],
+        optim: Optim,
+        total: int,
+        *,
+        vectorised: bool = False,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.parameters, self.optim, self.total = list(parameters), optim, total
+        self.loss_scale = loss_scale
         self._foreach = True if vectorised else None
         make, options = ALGORITHMS[optim.name](optim)
         if vectorised:
@@ -150,24 +159,40 @@ class Optimiser:
             self.algorithm, lambda step: self.optim.factor(step, self.total), last_epoch=self.steps - 1
         )
 
+    def backward(self, loss: Tensor, factor: float = 1.0) -> None:
+        """Add the gradient of factor · loss to those at hand."""
+        if self.loss_scale is not None:
+            factor *= self.loss_scale.value
+        (loss if factor == 1 else factor * loss).backward()
+
     def step(self, loss: float) -> dict[str, float]:
         """Take the step that the gradients at hand ask for, and clear them.
+
+        With a loss scale, a step whose gradient is not finite is skipped: it counts, but leaves the weights alone.
 
         Args:
             loss: whose gradient it is.
 
         Returns:
-            ``grad_norm`` before clipping, and ``lr``.
+            ``grad_norm`` before clipping, ``lr``, and ``loss_scale`` where there is one.
 
         Raises:
             NonFiniteLoss: loss or gradient are not finite, and nothing is changed but the gradients, which are cleared;
                 or the learning rate is so large that the update cannot be computed.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        scale, scaling = self.loss_scale, {}
+        if scale is not None:
+            torch._foreach_mul_(gradients, 1 / scale.value)
+            scaling = {"loss_scale": scale.value}
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self._foreach)
-        figures = {"grad_norm": norm.item(), "lr": self._groups[0]["lr"]}
+        figures = {"grad_norm": norm.item(), "lr": self._groups[0]["lr"], **scaling}
         if not math.isfinite(loss + figures["grad_norm"]):
             self.algorithm.zero_grad()
+            if scale is not None and math.isfinite(loss) and scale.shrink():
+                self.steps += 1
+                self._set_schedule()
+                return figures
             raise NonFiniteLoss(f"loss {loss:g} with gradient norm {figures['grad_norm']:g}")
         if self.optim.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
@@ -180,6 +205,8 @@ class Optimiser:
                 raise
             raise NonFiniteLoss(f"an update by the learning rate {figures['lr']:g} overflows") from error
         self.algorithm.zero_grad()
+        if scale is not None:
+            scale.grow()
         self.steps += 1
         self.schedule.step()
         return figures

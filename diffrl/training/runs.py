@@ -2,15 +2,11 @@
 
 import json
 import os
-import platform
-import shlex
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
-from importlib.metadata import version
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +23,25 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.samplers.base import Sampler
 from diffrl.diffusion.samplers.ddim import DDIM
 from diffrl.errors import FileError, InputError
-from diffrl.ranks import ranks_started
-from diffrl.registry import IMPORT, user_modules
+from diffrl.registry import user_modules
 from diffrl.shell_words import setting
 from diffrl.text_files import file_errors, read_json, read_text, remedy, write_atomically
 from diffrl.training.build import Events, build_data, build_denoiser, build_sampler
-from diffrl.training.checkpoints import CheckpointError, latest_checkpoint, load_weights, read_identity
+from diffrl.training.checkpoints import (
+    CheckpointError,
+    latest_checkpoint,
+    load_weights,
+    read_identity,
+    weight_sets,
+)
 from diffrl.training.evaluation import draw_samples
 from diffrl.training.identity import ACCEPT, Facts, flat, identity_of, refuse_changes, require_kind
 from diffrl.training.lock import RunFolderError, folder_lock
-from diffrl.training.model_files import SUFFIX, events_of, read_model
+from diffrl.training.model_files import SUFFIX, events_of, read_model, read_tensors
+from diffrl.training.model_folders import FILES, is_model_folder, read_folder
+from diffrl.training.provenance import command_line, versions
 
-__all__ = ["Run", "RunFolder", "RunFolderError", "command_line", "load", "versions"]
+__all__ = ["Run", "RunFolder", "RunFolderError", "load"]
 
 GROUPS_SINCE_0_2 = {"rollouts": "chains", "updates": "steps"}
 """Groups without a choice in diffrl 0.1, and the option that runs of then had."""
@@ -170,6 +173,12 @@ class RunFolder:
         found = results.get("objectives", {"finetuning": results.get("finetuning")})
         if not isinstance(found, dict) or not all(isinstance(figures, dict) for figures in found.values()):
             raise self._damaged(file, "it holds figures neither of objectives nor of finetuning")
+        for kind, errors in (
+            (kind, errors) for figures in found.values() for kind, errors in _errors(figures)
+        ):
+            numbers = errors.values() if isinstance(errors, dict) else [None]
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise self._damaged(file, f"its {kind} is not made of numbers")
         return results
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -200,6 +209,15 @@ class RunFolder:
             os.replace(temporary, file)
 
 
+def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What was measured at noise levels or numbers of evaluations, by its kind, as results.json has it."""
+    for kind in ("value_error", "denoising_error", "map_error"):
+        if kind in figures:
+            yield kind, figures[kind]
+    if (distance := figures.get("sample_distance")) is not None:
+        yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
+
+
 def _load_samples(file: Path) -> dict[str, Tensor]:
     with file_errors(file):
         raw = file.read_bytes()
@@ -211,15 +229,16 @@ def _load_samples(file: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run loaded from its folder, or a model from its file.
+    """A run loaded from its folder, or a model from its file or folder.
 
     Args:
         denoiser: the averaged denoiser, in eval mode.
-        config: the run's configuration; of a model file its description.
-        results: what results.json holds; of a model file nothing.
-        objective: name of the objective that trained the denoiser; of a model file nothing.
+        config: the run's configuration; of a model its description.
+        results: what results.json holds; of a model nothing.
+        objective: name of the objective that trained the denoiser; of a model nothing.
         events: shape and number of classes of a sample.
-        name: of the data; of a model file its own.
+        name: of the data; of a model its own.
+        unaveraged: reads the weights of the last step, where those of the denoiser are averaged and both are kept.
     """
 
     denoiser: Denoiser
@@ -228,6 +247,7 @@ class Run:
     objective: str
     events: Events
     name: str
+    unaveraged: Callable[[], dict[str, Tensor]] | None = None
 
     @cached_property
     def data(self) -> Data:
@@ -235,11 +255,16 @@ class Run:
 
         Raises:
             DataError: it is not there any more.
-            InputError: a model file tells nothing of data.
+            InputError: a model tells nothing of data.
         """
         if "data" not in self.config:
-            raise InputError(f"{self.name} is a model file, and tells nothing of data")
+            raise InputError(f"{self.name} is a model file or folder, and tells nothing of data")
         return build_data(self.config)
+
+    @property
+    def sampler(self) -> Sampler:
+        """The reverse step that it is sampled with: the run's; of a model the one that it tells, else DDIM."""
+        return build_sampler(self.config) if "sampler" in self.config else DDIM()
 
     def sample(
         self,
@@ -257,14 +282,12 @@ class Run:
             num_steps: noise levels N.
             seed: of the first sample.
             guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
-            sampler: the reverse step; None: the run's, and DDIM of a model file.
+            sampler: the reverse step; None: its own, `sampler`.
         """
-        if sampler is None:
-            sampler = build_sampler(self.config) if "sampler" in self.config else DDIM()
         x, _ = draw_samples(
             self.denoiser,
             self.events,
-            sampler,
+            sampler or self.sampler,
             num_steps=num_steps,
             samples=samples,
             seed=seed,
@@ -280,23 +303,31 @@ def load(
     network: nn.Module | None = None,
     weights: str = "ema",
 ) -> Run:
-    """Load a model file of `diffrl.save`, or the averaged denoiser, configuration and results of a run folder.
+    """Load a model, or the averaged denoiser, configuration and results of a run folder.
 
+    A model is a file of `diffrl.save`, a folder of `diffrl.save_pretrained`, or that of a diffusers pipeline of images.
     Of a run folder neither the data nor the state of the optimiser is needed. Nothing that a file says is run.
 
     Args:
         path: the file or the folder.
         objective: of a run folder, which objective's denoiser; the run's main one if None.
-        network: of a model file, the network that its weights go into: needed for one of your own.
-        weights: of a run folder, "ema" or "model", without the average.
+        network: of a model, the network that its weights go into: needed for one of your own.
+        weights: "ema", of what has both "model", without the average, or of a run "ema_500000", of that half-life in
+            `ema.also`.
 
     Raises:
         RunFolderError: the folder holds no training run.
         RunChanged: config.yaml says another model than the checkpoint's.
         CheckpointError: there is no checkpoint of that objective, or it is damaged.
-        FileError: the file is damaged, or no model of diffrl.
+        FileError: a file is missing or damaged, or no model of diffrl.
+        InputError: the run kept no such weights.
     """
     path = Path(path)
+    if is_model_folder(path):
+        denoiser, description = read_folder(path, weights, network)
+        file = path / FILES["model"]
+        last = partial(_weights_in, file) if weights != "model" and file.is_file() else None
+        return Run(denoiser, description, {}, "", events_of(description), path.resolve().name, last)
     if path.is_file() or network is not None or path.suffix == SUFFIX:
         denoiser, description = read_model(path, network)
         return Run(denoiser.eval(), description, {}, "", events_of(description), path.name)
@@ -309,7 +340,9 @@ def load(
         raise CheckpointError(
             f"{folder.checkpoints(objective)} holds no checkpoint: has {objective} been trained?"
         )
-    known = read_identity(newest)
+    known, kept = read_identity(newest), [name for name in weight_sets(newest) if name != "target"]
+    if weights not in kept:
+        raise InputError(f"weights is {weights!r}, but {newest} has {', '.join(kept)}: give one of them")
     _refuse_another_model(known, config, newest)
     if "data.event_shape" in known:
         shape, shares = known["data.event_shape"], known.get("data.class_shares", ())
@@ -326,7 +359,12 @@ def load(
             raise
         reason = " ".join(str(error).split())
         raise CheckpointError(f"checkpoint {newest} is of another network: {reason}") from error
-    return Run(denoiser.eval(), config, folder.results(), objective, events, name)
+    last = partial(load_weights, newest, "model") if weights != "model" else None
+    return Run(denoiser.eval(), config, folder.results(), objective, events, name, last)
+
+
+def _weights_in(file: Path) -> dict[str, Tensor]:
+    return read_tensors(file)[0]
 
 
 def _refuse_another_model(known: Facts, config: Mapping[str, Any], checkpoint: Path) -> None:
@@ -354,25 +392,3 @@ def _new_folder(chosen: str | None, name: str) -> Path:
             path = first.with_name(f"{first.name}_{number}")
         else:
             return path
-
-
-def versions() -> dict[str, str]:
-    """What a run runs on."""
-    packages = ("diffrl", "torch", "torchrl", "tensordict", "gymnasium", "numpy", "hydra-core")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def command_line() -> str:
-    """The command that runs now, as a user can repeat it."""
-    program = sys.argv[0] if sys.argv[0].startswith("-m ") else shlex.quote(sys.argv[0])
-    modules = filter(None, os.environ.get(IMPORT, "").split(","))
-    words = [word for module in modules for word in ("--import", module)] + sys.argv[1:]
-    return " ".join([_launcher(), program, *map(shlex.quote, words)])
-
-
-def _launcher() -> str:
-    """What started this process: python, or torchrun with its number of processes."""
-    if ranks_started() == 1:
-        return "python"
-    here, nodes = (os.environ.get(f"{of}_WORLD_SIZE", "1") for of in ("LOCAL", "GROUP"))
-    return f"torchrun --nproc-per-node={here}" + (f" --nnodes={nodes}" if nodes != "1" else "")

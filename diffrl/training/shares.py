@@ -1,18 +1,21 @@
 """The gradient of a batch that several processes share: each takes some rows, and all get that of the whole."""
 
-import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 
 from diffrl import keys
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.distributed import Ranks, bounds_of_units
+from diffrl.training.optim import Optimiser
 
 __all__ = ["Gradients"]
 
@@ -21,62 +24,90 @@ APART = 1e-2  # of a gradient; what batches in float32 differ by is far less, wh
 
 
 class Gradients:
-    """Leaves the gradient of a batch's loss in the parameters, by one process or several.
+    """Leaves the gradient of a batch's loss in the parameters, by one process or several, each in one part or more.
 
-        ∇L(batch) = Σ_r w_r ∇L(rows of r),    w_r = rows of r / rows
+        ∇L(batch) = Σ_r Σ_p w_rp ∇L(part p of the rows of r),    w_rp = rows of the part / rows
 
-    which DistributedDataParallel takes as the mean over N processes of N w_r ∇L(rows of r). It holds of a loss that is
+    DistributedDataParallel takes it as the mean over N processes of N times what each has. It holds of a loss that is
     the mean of what rows, or groups of rows, come to by themselves; of others it is found out, see `check`.
 
     Args:
         loss: of the denoiser that is trained.
+        optimiser: what descends it.
+        arithmetic: in how many parts a process takes its rows.
         ranks: the processes.
-        learning: whether the losses of all states are wanted in them, under `diffrl.keys.LOSS`.
+        factor: of the loss in what is descended.
     """
 
-    def __init__(self, loss: DenoiserLoss, ranks: Ranks, *, learning: bool = False) -> None:
-        self.loss, self.ranks, self.learning = loss, ranks, learning
-        self._shared: nn.Module | None = None
+    def __init__(
+        self,
+        loss: DenoiserLoss,
+        optimiser: Optimiser,
+        arithmetic: Arithmetic,
+        ranks: Ranks,
+        *,
+        factor: float = 1.0,
+    ) -> None:
+        self.loss, self.optimiser, self.arithmetic, self.ranks = loss, optimiser, arithmetic, ranks
+        self.factor = factor
+        self._shared: DistributedDataParallel | None = None
 
-    def __call__(self, states: TensorDictBase, around: AbstractContextManager[Any]) -> tuple[float, float]:
-        """The batch's ``loss_value`` and ``td_error``, root mean square over the shares.
+    def __call__(
+        self,
+        states: TensorDict,
+        around: Callable[[], AbstractContextManager[Any]],
+        *,
+        learning: bool = False,
+    ) -> dict[str, float]:
+        """The batch's ``loss_value`` and ``td_error``, root mean square over the parts.
 
         Args:
             states: the whole batch [B, K], the same in every process.
-            around: what the loss is computed in.
+            around: what the loss of a part is computed in.
+            learning: whether the losses of all states are wanted in them, under `diffrl.keys.LOSS`.
 
         Raises:
-            ValueError: see `check` and `Ranks.share`.
+            ValueError: see `check`, `Ranks.share` and `Arithmetic.parts`.
             RankLost: another process ended.
         """
-        if self.ranks.size == 1:
-            with around:
-                out = self.loss(states)
-            out["loss_value"].backward()
-            return out["loss_value"].item(), out["td_error"].item()
-        if self._shared is None:
-            self._shared = self._wrapped(states)
+        several = self.ranks.size > 1
+        if several and self._shared is None:
+            self._shared = self.ranks.parallel(_Figures(self.loss), unused=self.check(states))
         share, before = self.ranks.share(states), self.loss.network_evaluations
-        part = states[share.rows]
-        with around:
-            loss, td_error = self._shared(part)
-        with self.ranks.answered():
-            (self.ranks.size * share.weight * loss).backward()
-        loss_value, square, evaluations = self.ranks.sums(
-            share.weight * loss.item(),
-            share.weight * td_error.item() ** 2,
-            self.loss.network_evaluations - before,
-        )
+        parts = self.arithmetic.parts(states[share.rows] if several else states)
+        loss, square = 0.0, 0.0
+        for part in parts:
+            weight = len(part) / len(states)
+            with self._summing(last=part is parts[-1]):
+                with around():
+                    loss_value, td_error = self._figures(part)
+                self.optimiser.backward(loss_value, self.ranks.size * weight * self.factor)
+            loss += weight * loss_value.item()
+            square += weight * td_error.item() ** 2
+        own = self.loss.network_evaluations - before
+        loss, square, evaluations = self.ranks.sums(loss, square, own)
         self.loss.network_evaluations = before + round(evaluations)
-        if self.learning:
-            states[keys.LOSS] = self.ranks.whole(part[keys.LOSS], share, len(states))
-        return loss_value, math.sqrt(square)
+        if learning and (several or len(parts) > 1):
+            found = torch.cat([part[keys.LOSS] for part in parts])
+            states[keys.LOSS] = self.ranks.whole(found, share, len(states))
+        return {"loss_value": loss, "td_error": square**0.5}
 
-    def _wrapped(self, states: TensorDictBase) -> nn.Module:
-        unused = self.check(states)
-        return self.ranks.parallel(_Figures(self.loss), unused=unused)
+    def _figures(self, part: TensorDict) -> tuple[Tensor, Tensor]:
+        """Loss and TD error of a part."""
+        if self._shared is not None:
+            found: tuple[Tensor, Tensor] = self._shared(part)
+            return found
+        out = self.loss(part)
+        return out["loss_value"], out["td_error"]
 
-    def check(self, states: TensorDictBase) -> bool:
+    @contextmanager
+    def _summing(self, *, last: bool) -> Iterator[None]:
+        """Where a part's gradient is taken: with the last one the processes sum theirs."""
+        waiting = nullcontext() if self._shared is None or last else self._shared.no_sync()
+        with self.ranks.answered(), waiting:
+            yield
+
+    def check(self, states: TensorDict) -> bool:
         """Refuse a loss, or a network, in which the rows of a batch do not stand for themselves.
 
         A few rows are asked for their gradient as a whole and in two parts. Each process does so by itself.
@@ -88,9 +119,10 @@ class Gradients:
             Whether there are parameters that the loss does not reach.
 
         Raises:
-            ValueError: the gradients differ, or the batch cannot be shared.
+            ValueError: the gradients differ, or the batch cannot be shared, or a share not be taken in parts.
         """
-        self.ranks.share(states)
+        for rank in range(self.ranks.size):  # all refuse what one cannot do
+            self.arithmetic.parts(states[Ranks(rank, self.ranks.size).share(states).rows])
         bounds = bounds_of_units(states)
         end = bounds[min(UNITS, len(bounds) - 1)]
         cut = bounds[max(1, min(UNITS, len(bounds) - 1) // 3)]

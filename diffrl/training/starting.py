@@ -1,5 +1,6 @@
 """To start from a trained model: its weights go into the denoiser of a new run, which keeps a copy of them."""
 
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -24,15 +25,16 @@ def start_from(denoiser: Denoiser, source: str, weights: str = "ema") -> None:
     Args:
         denoiser: of the new run.
         source: a run folder, or a model file of `diffrl.save`.
-        weights: of a run, "ema", the averaged ones that are evaluated, or "model", those of its last step.
+        weights: of a run, "ema", the averaged ones that are evaluated, "model", those of its last step, or those of
+            another half-life, such as "ema_500000".
 
     Raises:
         InputError: they are of another network, process or form. As exceptions, processes of EDM may have other ends,
             and the forms "edm" and "consistency" start from each other, as published.
         RunFolderError, CheckpointError, FileError: see `diffrl.load`.
     """
-    if weights not in ("ema", "model"):
-        raise InputError(f"init_weights is {weights!r}: give 'ema' or 'model'")
+    if not re.fullmatch(r"model|ema(_\d+)?", weights):
+        raise InputError(f"init_weights is {weights!r}: give 'ema' or 'model', or 'ema_500000' of ema.also")
     trained = load(source, weights=weights).denoiser
     _refuse_another_form(denoiser, trained, source)
     _take(denoiser, trained.state_dict(), source)

@@ -5,10 +5,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from tensordict import TensorDict
 from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
@@ -19,15 +21,17 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
-from diffrl.objectives.stand_ins import StandIn
+from diffrl.objectives.stand_ins import StandIn, StandInChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss
+from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.augmenting import check_augmentable
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.dropout import has_dropout, seeded
-from diffrl.training.ema import EMA
+from diffrl.training.ema import Average
 from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
+from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optim, Optimiser
 from diffrl.training.shares import Gradients
 from diffrl.training.trials import Trials, held_out
@@ -53,19 +57,6 @@ class Target:
             raise InputError(f"target.decay is {self.decay}: it must lie in [0, 1]")
         if self.every is not None and self.every < 1:
             raise InputError(f"target.every is {self.every}: it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Average:
-    """The moving average of the weights that is evaluated; see `diffrl.training.ema.EMA`.
-
-    Args:
-        halflife: in data (not states) seen.
-        ramp: greatest half-life as a share of the data seen so far; None for no warm-up.
-    """
-
-    halflife: float = 2000.0
-    ramp: float | None = 0.05
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,9 @@ class Trainer(Loop):
         average: the weights that are evaluated.
         target: how a target network follows.
         device: where to train.
-        autocast: dtype for the network's arithmetic, e.g. torch.bfloat16; values stay in float32.
+        autocast: dtype for the network's arithmetic, e.g. torch.bfloat16; values stay in float32. With torch.float16,
+            on a CPU only, gradients have a `LossScale`.
+        arithmetic: how a step is computed; None is all of it at once, as it is.
         identity: what else a checkpoint belongs to, see `diffrl.training.identity`.
         ranks: the processes that share each batch, of `length.batch_size` data in all: each draws the whole of it, and
             takes the gradient of its rows, see `diffrl.training.shares`. Dropout is its own.
@@ -145,30 +138,37 @@ class Trainer(Loop):
         target: Target,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        arithmetic: Arithmetic | None = None,
         identity: Facts | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(
             length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity, ranks=ranks
         )
+        scale = LossScale.of_run(autocast, self.device)
         self.options = {"optim": optim, "ema": average, "target": target}
         self.objective, self.loss, self.data = objective, objective.loss, data
         self.denoiser = self.loss.denoiser
         self.num_classes = int(getattr(self.denoiser.network, "num_classes", 0))
         self.has_dropout = has_dropout(self.denoiser)
-        self.ema = EMA(self.denoiser, average.halflife, average.ramp)
+        self.arithmetic = arithmetic or Arithmetic()
+        self.arithmetic.prepare(self.loss, data.event_shape)
+        self.averages = average.averages(self.denoiser)
+        self.ema = self.averages["ema"]
         self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
-        self.optimiser = Optimiser(self.parameters, optim, length.grad_steps, vectorised=True)
+        self.optimiser = Optimiser(
+            self.parameters, optim, length.grad_steps, vectorised=True, loss_scale=scale
+        )
         self.target = _target_updater(self.loss, target)
         self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
-        learning = self.adaptive is not None and bool(
-            self.adaptive.state_dict()
-        )  # uniform starts have no state
-        self.gradients = Gradients(self.loss, ranks, learning=learning)
+        factor = self.arithmetic.factor(data.event_shape, length.batch_size)
+        self.gradients = Gradients(self.loss, self.optimiser, self.arithmetic, ranks, factor=factor)
         self.trials = None
         if isinstance(self.loss, AdaptiveLoss):
             self.data, held = held_out(data, seed)
             self.trials = Trials(self.loss, held, seed)
+            if isinstance(objective.draw, StandInChains):
+                objective.draw.refer_to(self.data)
         if length.augment:
             check_augmentable(self.denoiser, data.event_shape, objective)
         data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
@@ -199,6 +199,7 @@ class Trainer(Loop):
             "trainer.batch_size": self.length.batch_size,
             "trainer.label_dropout": self.length.label_dropout,
             **({"trainer.augment": self.length.augment} if self.length.augment else {}),
+            **flat({"trainer": vars(self.arithmetic)}),
             "data.fingerprint": self.data.fingerprint,
             "data.event_shape": self.data.event_shape,
             "data.num_classes": self.data.num_classes,
@@ -262,16 +263,24 @@ class Trainer(Loop):
         self.objective.set_progress(step, self.length.grad_steps)
         x0, labels, generator = self.batch(step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
-        loss_value, td_error = self.gradients(chain, self._around(generator))
-        stepped = self.optimiser.step(loss_value)
+        figures = self._descend(chain, generator)
+        figures |= self.optimiser.step(figures["loss_value"])
         if self.target is not None:
             if isinstance(self.target, SoftUpdate) and self.objective.target_decay is not None:
                 self.target.eps = self.objective.target_decay
             self.target.step()
-        self.ema.update(self.length.batch_size)
+        for average in self.averages.values():
+            average.update(self.length.batch_size)
         if self.adaptive is not None:
             self.adaptive.update(chain)
-        return {"loss_value": loss_value, "td_error": td_error, **stepped}
+        return figures
+
+    def _descend(self, states: TensorDict, generator: Generator) -> dict[str, float]:
+        """Compute the gradient on states [B, K]; their loss and TD error."""
+        learning = self.adaptive is not None and bool(
+            self.adaptive.state_dict()
+        )  # uniform starts have no state
+        return self.gradients(states, partial(self._around, generator), learning=learning)
 
     @contextmanager
     def _around(self, generator: Generator) -> Iterator[None]:
@@ -306,7 +315,7 @@ class Trainer(Loop):
     def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         weights: dict[str, Mapping[str, Tensor]] = {
             "model": self.denoiser.state_dict(),
-            "ema": self.ema.module.state_dict(),
+            **{name: average.module.state_dict() for name, average in self.averages.items()},
         }
         if self.target is not None:
             weights["target"] = {k: v for k, v in self.loss.state_dict().items() if k.startswith("target_")}
@@ -316,6 +325,8 @@ class Trainer(Loop):
             "network_evaluations": self.loss.network_evaluations,
             "ema_samples": self.ema.samples,
         }
+        if self.optimiser.loss_scale is not None:
+            training["loss_scale"] = self.optimiser.loss_scale.state_dict()
         if self.adaptive is not None:
             training["draw"] = self.adaptive.state_dict()
         if self.trials is not None:
@@ -329,11 +340,14 @@ class Trainer(Loop):
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"checkpoint {path} is of another network: {reason}") from error
-        self.ema.load_state_dict({"samples": training["ema_samples"], "module": weights["ema"]})
+        for name, average in self.averages.items():
+            average.load_state_dict({"samples": training["ema_samples"], "module": weights[name]})
         if self.target is not None:
             self.loss.load_state_dict(weights["target"], strict=False)
             self.target.load_state_dict(training["target"])
         self.optimiser.load_state_dict(training["optimiser"], checkpoint.step)
+        if self.optimiser.loss_scale is not None:
+            self.optimiser.loss_scale.load_state_dict(training["loss_scale"])
         if self.adaptive is not None:
             self.adaptive.load_state_dict(training["draw"])
         if self.trials is not None:

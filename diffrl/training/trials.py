@@ -13,6 +13,7 @@ from diffrl import keys
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.scheme import Objective
+from diffrl.objectives.stand_ins import OverChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.objectives.value import ChainValue
 from diffrl.objectives.weights import ChainTerms
@@ -109,7 +110,11 @@ class Trials:
         labels = labels.to(trainer.device) if labels is not None and trainer.num_classes else None
         if trainer.device.type != "cpu":
             generator = step_generator(HELD_SEED + self.seed, trainer.step, trainer.device)
-        chain = trainer.objective.draw(x0, cond=labels, generator=generator)
+        draw = (
+            trainer.objective.draw
+        )  # errors are taken against the data themselves, whatever targets stand in
+        draw = draw.sampler if isinstance(draw, OverChains) else draw
+        chain = draw(x0, cond=labels, generator=generator)
         with trainer.precision():
             D_x = ChainValue(denoiser).denoise(chain[keys.X_T], chain[keys.T], chain.get(keys.COND, None))
         self.loss.network_evaluations += chain[keys.T].numel()

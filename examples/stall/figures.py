@@ -1,6 +1,5 @@
 """The figures of the study, from what is finished."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from diffrl.experiments.reports.style import FAINT, GREY, PALETTE, drawing, plain_ticks
 from stall.ground import Run
-from stall.runs import MC, OWN, SLOW, Kept
+from stall.runs import MC, OWN, SLOW, Kept, kept_rows
 from stall.tables import ratios
 
 LINES: list[tuple[str, dict[str, Any]]] = [
@@ -61,10 +60,7 @@ def interventions(kept: Kept, path: Path) -> None:
 
 
 def _linear(out: Path, part: str) -> dict[str, Any]:
-    path = out / "linear.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    made = [json.loads(line) for line in lines]
-    return {row["name"]: row["found"] for row in made if row["part"] == part}
+    return {row["name"]: row["found"] for row in kept_rows(out / "linear.jsonl") if row["part"] == part}
 
 
 def spectrum(found: dict[str, Any], path: Path, at: int = 200) -> None:

@@ -5,6 +5,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from diffrl.errors import FileError
+from diffrl.text_files import read_text, write_atomically
 from stall.ground import Run, train
 
 SEEDS = (21, 22, 23)  # none of them is a mixture of the pilot's
@@ -97,15 +99,32 @@ def _key(run: Run) -> str:
     return f"{name(run)}, seed {run.seed}"
 
 
+def kept_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines. A last line that was cut short is taken away, so that its run is made again.
+
+    Raises:
+        FileError: another line is damaged.
+    """
+    whole, _, cut = (read_text(path) if path.exists() else "").rpartition("\n")
+    if cut:
+        write_atomically(path, f"{whole}\n" if whole else "")
+    rows = []
+    for i, line in enumerate(whole.splitlines()):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise FileError(
+                f"{path}, line {i + 1} is damaged: remove it, and its run is made again"
+            ) from error
+    return rows
+
+
 class Kept:
     """Finished runs in a file of JSON lines, by all that they depend on."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            row = json.loads(line)
-            self.rows[row["key"]] = row
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in kept_rows(path)}
 
     def look(self, run: Run) -> dict[str, Any] | None:
         """The result of a run that is finished."""

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from diffrl.errors import InputError
 from diffrl.shell_words import requoted, setting
 from tests.kit.configs import FINETUNING, SMALL
 from tests.kit.paths import ROOT
+from tests.kit.shell import Shell
 
 CONFIG = {
     "trainer": {"batch_size": 16},
@@ -183,24 +183,19 @@ def test_a_terminal_without_greek_letters_gets_their_code(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_run_in_a_locale_of_ascii(tmp_path: Path) -> None:
+def test_a_run_in_a_locale_of_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder called köln, λ in tables and figures, a second run from the first one's file."""
-    environment: dict[str, Any] = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("LC_")},
-        **{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    }
+    for name in [name for name in os.environ if name.startswith("LC_")]:
+        monkeypatch.delenv(name)
+    ascii_only = Shell(LC_ALL="C", PYTHONUTF8="0")
     folder = tmp_path / "köln"
     folder.mkdir()
 
     def shell(*words: str) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "diffrl", *words],
-            cwd=folder, env=environment, capture_output=True, check=False,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr.decode()
-        return ran.stdout.decode("utf-8")
+        return ascii_only("-m", "diffrl", *words, folder=folder)
 
     assert "TD(λ=0.5)" in shell("train", *SMALL, "objective.lmbda=0.5", 'run_dir="λ=½"')
     assert "TD(λ=0.5)" in shell("train", *shlex.split(setting("resume", "λ=½")))
     assert (folder / shell("sample", "λ=½", "--nfe", "3", "--out", "bild_ä.png").strip()).exists()
     assert "λ=½" in (folder / "λ=½" / "command.txt").read_text(encoding="utf-8")
+    ascii_only.close()

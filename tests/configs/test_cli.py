@@ -207,7 +207,10 @@ def mistake(*words: str, name: str = "train") -> str:
         (["lmbda=0.5"], "unknown config key 'lmbda'; did you mean objective.lmbda?"),
         (["grad_steps=5"], "did you mean trainer.grad_steps?"),
         (["sed=1"], "unknown config key 'sed'; did you mean seed"),
-        (["trainer.zzz=1"], "unknown config key 'trainer.zzz'; trainer has augment, batch_size, "),
+        (
+            ["trainer.zzz=1"],
+            "unknown config key 'trainer.zzz'; trainer has accumulate, augment, batch_size, ",
+        ),
         (["foo=1"], "unknown config key 'foo'; --help lists all that can be set"),
         (["credit=critic"], "unknown config key 'credit'; the command finetune has it"),
         (["experiment=sd15_ddpo"], "unknown config key 'recipe'"),

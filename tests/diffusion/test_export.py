@@ -1,12 +1,13 @@
 """A trained model handed over to diffusers: its stock pipelines draw what diffrl draws."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 from torch import Tensor
 
 import diffrl
@@ -14,6 +15,7 @@ from diffrl import __main__ as program
 from diffrl.diffusion.pipelines import export_pipeline
 from diffrl.errors import FileError, InputError, InputTypeError
 from tests.kit.diffusers_unets import tiny_unet
+from tests.kit.paths import ROOT
 from tests.kit.runs import run
 
 SHAPE, SAMPLES, STEPS = (1, 8, 8), 3, 10
@@ -22,7 +24,8 @@ PROCESSES = [diffrl.DDPM(), diffrl.DDPM(50, "scaled_linear", 0.01, 0.4), diffrl.
 
 
 def made(process: Any = PROCESSES[0], prediction_type: Any = "eps", **options: Any) -> diffrl.Denoiser:
-    form = {"prediction_type": prediction_type, "time_input": "t", "scale_input": False, **options}
+    form: dict[str, Any] = {"time_input": "t", "scale_input": False, **options}
+    form["prediction_type"] = prediction_type
     return diffrl.Denoiser(tiny_unet(SHAPE), process, **form).eval()
 
 
@@ -75,6 +78,54 @@ def test_stock_pipelines_draw_the_same(
     compare(denoiser, export_pipeline(denoiser, tmp_path / "out"), pipeline)
 
 
+EDM_FORM = {"prediction_type": "edm", "time_input": "c_noise_x1000", "scale_input": True}
+
+
+@pytest.mark.parametrize(
+    ("process", "sigma_data"),
+    [(diffrl.EDM(), 0.5), (diffrl.EDM(0.01, 20.0, 5.0), 0.7)],
+    ids=("usual", "other"),
+)
+def test_the_ten_lines_of_the_docs_draw_the_same(
+    process: diffrl.EDM, sigma_data: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "interop.md").read_text(encoding="utf-8")
+    (lines,) = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "EDMEuler" in code)
+    denoiser = made(process, sigma_data=sigma_data, **EDM_FORM)
+    export_pipeline(denoiser, tmp_path / "edm_folder")
+    assert {file.name for file in (tmp_path / "edm_folder").iterdir()} == {"unet", "scheduler"}
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(lines, found)  # as it stands
+    g = torch.Generator().manual_seed(0)
+    x = diffrl.sample(
+        denoiser,
+        (16, *SHAPE),
+        sampler=diffrl.Euler(),
+        num_steps=18,
+        noise=lambda like: torch.randn(like.shape, generator=g),
+    )
+    size = max(1.0, float(x.abs().max()))
+    torch.testing.assert_close(found["x"] / size, x / size, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["images"], (x / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        x, diffrl.sample(denoiser, x.shape, sampler=diffrl.Euler(), num_steps=18, seed=1)
+    )
+
+
+def test_labels_go_along_with_edm(tmp_path: Path) -> None:
+    denoiser = made(diffrl.EDM(), **EDM_FORM)
+    denoiser.network = tiny_unet(SHAPE, num_classes=2)
+    unet = UNet2DModel.from_pretrained(export_pipeline(denoiser, tmp_path / "out") / "unet")
+    x, t, labels = torch.randn(3, *SHAPE), torch.tensor([0.1, 1.0, 60.0]), torch.tensor([0, 1, 2])
+    c_in = (t**2 + 0.25).rsqrt()[:, None, None, None]
+    with torch.no_grad():
+        F_x = unet(c_in * x, 250 * t.log(), class_labels=labels).sample
+        torch.testing.assert_close(
+            denoiser(x, t, labels), (0.25 * c_in * x + 0.5 * t[:, None, None, None] * F_x) * c_in
+        )
+
+
 def test_a_run_is_exported_by_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,7 +152,12 @@ def test_float64_is_written_in_float32_and_stays_what_it_was(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"process": diffrl.EDM()}, "cannot be exported: train process=ddpm"),
+        ({"process": diffrl.VP()}, "cannot be exported: train process=ddpm or edm$"),
+        (
+            {"process": diffrl.EDM()},
+            "train denoiser.prediction_type=edm; denoiser.time_input=c_noise_x1000; denoiser.scale_input=true$",
+        ),
+        ({"process": diffrl.EDM(), **EDM_FORM, "prediction_type": "consistency"}, "prediction_type=edm$"),
         ({"prediction_type": "edm"}, "train denoiser.prediction_type=eps, v or x0$"),
         (
             {"time_input": "c_noise", "scale_input": True},

@@ -1,40 +1,27 @@
 """A pipeline of diffusers as a denoiser: it draws what the pipeline draws, and says what it cannot take."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, UNet2DModel
 
 import diffrl
-from diffrl.diffusion.pipelines import import_pipeline
+from diffrl.diffusion.pipelines import export_pipeline, import_pipeline
 from diffrl.errors import InputError
+from tests.kit.diffusers_unets import stock_pipeline
 
 TIMES = (0, 1, 400, 999)
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-def pipeline(folder: Path, *, scheduler: Any = DDPMScheduler, unet: Any = None, **options: Any) -> Any:
-    """A stock pipeline, made by diffusers alone, and saved."""
-    torch.manual_seed(0)
-    settings = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    size = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-    given = {"flip_sin_to_cos": False, "freq_shift": 1, **size, **settings, **(unet or {})}
-    kind = DDPMPipeline if scheduler is DDPMScheduler else DDIMPipeline
-    network = UNet2DModel(**given).eval()
-    network.conv_out.weight.data *= 0.1  # estimates of x0 that no scheduler clips
-    pipe = kind(unet=network, scheduler=scheduler(**options))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder)
-    return pipe
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
 def test_its_estimate_is_that_of_the_scheduler(name: str, tmp_path: Path) -> None:
     """The witness is the scheduler's own estimate of x0, unclipped, at the end points of time too."""
     options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": name}
-    pipe = pipeline(tmp_path, scheduler=DDIMScheduler, beta_schedule="squaredcos_cap_v2", **options)
+    pipe = stock_pipeline(tmp_path, scheduler=DDIMScheduler, beta_schedule="squaredcos_cap_v2", **options)
     denoiser = import_pipeline(tmp_path)
     assert denoiser.prediction_type == PREDICTIONS[name] and denoiser.network.event_shape == (3, 8, 8)
     pipe.scheduler.set_timesteps(1000)
@@ -47,7 +34,7 @@ def test_its_estimate_is_that_of_the_scheduler(name: str, tmp_path: Path) -> Non
 
 def test_it_draws_what_the_pipeline_draws(tmp_path: Path) -> None:
     """A clipping scheduler is taken: clipping is of its steps, and nothing is clipped where estimates are small."""
-    pipe = pipeline(tmp_path, prediction_type="sample", timestep_spacing="trailing")
+    pipe = stock_pipeline(tmp_path, prediction_type="sample", timestep_spacing="trailing")
     denoiser = import_pipeline(tmp_path)
     assert denoiser.process == diffrl.DDPM() and not denoiser.training
     g = torch.Generator().manual_seed(0)
@@ -72,6 +59,7 @@ def test_it_draws_what_the_pipeline_draws(tmp_path: Path) -> None:
     [
         ({"out_channels": 6}, {}, "has a second output or labels: wrap it yourself, by diffrl.wrap_network"),
         ({"num_class_embeds": 4}, {}, "has a second output or labels"),
+        ({"sample_size": None}, {}, "has another form .this UNet tells no sample_size"),
         ({}, {"beta_schedule": "sigmoid"}, "has beta_schedule 'sigmoid': known are linear"),
         ({}, {"rescale_betas_zero_snr": True}, "has other betas"),
     ],
@@ -79,10 +67,41 @@ def test_it_draws_what_the_pipeline_draws(tmp_path: Path) -> None:
 def test_what_is_not_known_is_refused(
     unet: dict[str, Any], scheduler: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    pipeline(tmp_path, unet=unet, **scheduler)
+    stock_pipeline(tmp_path, unet=unet, **scheduler)
     with pytest.raises(InputError, match=message) as error:
         import_pipeline(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_it_keeps_every_option_of_its_unet_and_goes_on_travelling(tmp_path: Path) -> None:
+    """Saved as a model and loaded, and exported again: the same function, and the same configuration in diffusers."""
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    unet = {
+        **blocks,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    pipe = stock_pipeline(tmp_path / "theirs", unet=unet, timestep_spacing="trailing", clip_sample=False)
+    before = torch.get_rng_state()
+    denoiser = diffrl.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(torch.get_rng_state(), before)
+    saved = diffrl.from_pretrained(diffrl.save_pretrained(denoiser, tmp_path / "ours"))
+    export_pipeline(saved, tmp_path / "back")
+    again: Any = UNet2DModel.from_pretrained(tmp_path / "back" / "unet")
+    private = {"_name_or_path", "_diffusers_version", "_use_default_values"}
+    told = [{k: v for k, v in of.config.items() if k not in private} for of in (pipe.unet, again)]
+    assert json.dumps(told[0]) == json.dumps(told[1])
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 400])
+    with torch.no_grad():
+        F_x = pipe.unet(x, t).sample
+        assert torch.equal(again.eval()(x, t).sample, F_x)
+        assert torch.equal(saved.network(x, t.float()), F_x) and torch.equal(
+            denoiser.network(x, t.float()), F_x
+        )
 
 
 def test_no_pipeline(tmp_path: Path) -> None:

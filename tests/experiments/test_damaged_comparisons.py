@@ -91,6 +91,10 @@ def test_a_place_where_no_folder_can_be(tmp_path: Path, made: Comparison) -> Non
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(DiffrlError, match=r"file/out.* cannot be written .*: a part of its path is a file"):
         run_cells(made.cells, tmp_path / "file" / "out", workers=0, progress=False)
+    with pytest.raises(
+        DiffrlError, match=r"file/\.lock cannot be written .*: a file is where a folder is to be"
+    ):
+        run_cells(made.cells, tmp_path / "file", workers=0, progress=False)
 
 
 def test_a_reason_that_was_lost(tmp_path: Path) -> None:

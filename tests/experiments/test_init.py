@@ -109,7 +109,7 @@ def test_another_start_is_another_run(trained: Path, tmp_path: Path) -> None:
             r"trained with denoiser\.prediction_type=edm: give that too, not eps",
         ),
         (["process=vp"], r"init is .*, trained on EDM\(.*, and this run is on VP.*: give its process"),
-        (["init_weights=best"], "init_weights is 'best': give 'ema' or 'model'"),
+        (["init_weights=best"], "init_weights is 'best': give 'ema' or 'model', or"),
         (["init=/nowhere"], "/nowhere holds no run"),
         (["init=''"], "holds no run"),
     ],

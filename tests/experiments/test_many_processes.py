@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 CLOSE = 1e-11  # of float64: sums over shares are taken in another order
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
-    "plain": {"trainer": {"batch_size": 7}},  # 3 data for one process, 4 for the other; a target network
+    # 3 data for one process, 4 for the other, each in two parts; a target network; a gradient in other units
+    "plain": {"trainer": {"batch_size": 7, "accumulate": 2, "reduction": "sum"}},
     "groups": {
         "objective": {"name": "inductive_moments"},
         "trainer": {"batch_size": 12},

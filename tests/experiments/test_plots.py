@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
-from diffrl.experiments.reports.style import draw_points, image_sheet, plane_of
+from diffrl.experiments.reports.style import STYLE, draw_points, image_sheet, plane_of
 from diffrl.extras import MissingExtra
 from diffrl.training.runs import RunFolder, RunFolderError
 from tests.kit.runs import run
@@ -31,10 +31,12 @@ def is_drawn(png: Path) -> bool:
     return ink.shape[0] > 600 and all(float(part.mean()) > 0.003 for part in parts)
 
 
-def test_summary(rings: RunFolder) -> None:
+def test_summary(rings: RunFolder, fonts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STYLE, "pdf.fonttype", fonts)
     figure = draw_summary(rings.path)
     assert figure == rings.path / "plots" / "summary.png" and is_drawn(figure)
-    assert figure.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    pdf = figure.with_suffix(".pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"/CIDFontType2" in pdf and b"/Type3" not in pdf  # text stays text
 
 
 def test_the_numbers_beside_the_figure_are_the_run_s(rings: RunFolder) -> None:

@@ -14,6 +14,7 @@ import yaml
 import diffrl.experiments.reports.training
 from diffrl.configs.cells import plan_comparison
 from diffrl.configs.groups import register
+from diffrl.errors import FileError
 from diffrl.experiments.comparison import JOBS, Cell
 from diffrl.experiments.rates import Choice, choose, has_diverged, measured_by
 from diffrl.experiments.reports.training import write_report
@@ -164,11 +165,47 @@ def test_other_measures(tmp_path: Path) -> None:
     assert [c and c.point for c in points] == ["1", "2", None]
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scores": {"lr=1": "x"}}, "a score is no number"),
+        ({"scores": None}, "cannot be read"),
+        ({"point": "lr=7"}, "lr=7 is no point of its grid"),
+        ({"study": "b"}, "study b is not tuned"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_damage(changes: dict[str, Any], says: str) -> None:
+    entry: dict[str, Any] = {"study": "a", "case": "c", "scheme": "s", "measure": "value_error"}
+    entry |= {"scores": {"lr=1": 1.0}, "point": "lr=1", "folder": None, "error": None}
+    assert Choice.read(entry, {"a": ["lr=1"]}).plain == entry
+    with pytest.raises(ValueError, match=f"index.json is damaged: what a scheme takes .*{says}"):
+        Choice.read(entry | changes, {"a": ["lr=1"]})
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"value_error": None},
+        {"value_error": {"0.1": "x"}},
+        {"sample_distance": 1},
+        {"sample_distance": {"by_nfe": [1]}},
+    ],
+)
+def test_figures_that_are_no_numbers_are_damage(tmp_path: Path, figures: dict[str, Any]) -> None:
+    runs = tuning_runs(tmp_path, {"1": [figures]})
+    with pytest.raises(
+        FileError, match=r"1_0/results.json is not a run's \(its \w+ is not made of numbers\): restore"
+    ):
+        choose(runs, "value_error", SIGMAS)
+
+
 def test_real_data_are_judged_by_held_out_data() -> None:
     mixture, digits = (settings(composed(f"data={name}"), []) for name in ("gmm", "checkerboard"))
     assert measured_by("error", mixture) == "value_error"
     assert measured_by("error", digits) == "denoising_error"
     assert measured_by("samples", mixture) == "sample_distance"
+    words = ("data=gmm", "objective=priorgrad", "denoiser.prior=data")  # which the oracle does not know
+    assert measured_by("error", settings(composed(*words), [])) == "denoising_error"
 
 
 # two stages

@@ -2,17 +2,22 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import diffrl
+from diffrl.configs.cli import settings
+from diffrl.experiments.evaluate import evaluate_run
+from diffrl.experiments.finetune import opened
 from diffrl.experiments.reports.run_table import split_line
 from diffrl.extras import MissingExtra
 from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.runs import RunFolder, RunFolderError
-from tests.kit.configs import small
+from diffrl.training.table import Table
+from tests.kit.configs import composed, small
 from tests.kit.runs import checkpoint, run
 
 # What is refused
@@ -32,7 +37,10 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         (["objective.lmbda=0.5", "objective.n_steps=3"], "give one of lmbda, n_steps, lookahead"),
         (["objective.weight=nope"], "weight is 'nope'"),
         (["objective.bootstrap=nope"], "bootstrap is 'nope'"),
-        (["dtype=float16"], "dtype is 'float16': give float32, float64, bfloat16"),
+        (["dtype=float8"], "dtype is 'float8': give float32, float64, bfloat16, float16"),
+        (["ema.also=[50,50]"], r"ema\.also is \[50, 50\]"),
+        (["trainer.accumulate=9"], "trainer.accumulate is 9, but there are 8 rows"),
+        (["trainer.channels_last=true"], "trainer.channels_last is for images"),
         (["logger=nope"], "logger is 'nope': give csv, tensorboard, wandb"),
         (["device=nope"], "device is 'nope'"),
         (["guidance_scale=2"], "no labels in training: data.conditional=true"),
@@ -108,6 +116,40 @@ def test_dtype(dtype: str, whole: RunFolder, tmp_path: Path) -> None:
     assert next(diffrl.load(folder.path).denoiser.parameters()).dtype == stored
     errors = [folder.results()["objectives"]["td"]["value_error"] for folder in (folder, whole)]
     assert errors[0] == pytest.approx(errors[1], rel=0.2)
+
+
+def test_training_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it at once: float16, parts, a sum, half-lives beside, and the switch of the compiler."""
+    compiled: list[Any] = []
+
+    def compile_nothing(call: Any) -> Any:
+        compiled.append(call)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    words = ("trainer.accumulate=2", "trainer.reduction=sum", "trainer.compile=true")
+    optim = ("optim.name=radam", "optim.decay=none", "optim.clip_norm=null")
+    ema = ("ema.also=[20,160]", "ema.ramp=null")
+    folder = run(tmp_path / "run", "dtype=float16", "compare=false", *words, *optim, *ema)
+    assert compiled
+    rows = Table(folder.path / "metrics.csv", (), ()).rows()
+    assert [float(row["loss_scale"]) for row in rows[1:]] == [65536.0] * (len(rows) - 1)
+    found = folder.results()["objectives"]["td"]
+    assert [*found["averages"]] == ["ema_20", "ema_160"]
+    for weights, wanted in {"ema": found, **found["averages"]}.items():
+        again = evaluate_run(folder.path, {}, weights=weights)
+        assert all(wanted[name] == figures for name, figures in again.items())
+    errors = [f["denoising_error"]["1"] for f in (found, *found["averages"].values())]
+    assert len(set(errors)) == 3
+    with pytest.raises(
+        ValueError, match=r"weights is 'ema_7', but .* has model, ema, ema_20, ema_160: give one"
+    ):
+        diffrl.load(folder.path, weights="ema_7")
+
+
+def test_fine_tuning_scales_no_losses() -> None:
+    with pytest.raises(ValueError, match="dtype is 'float16', but policies act in float32"):
+        opened(settings(composed("dtype=float16", name="finetune"), ["dtype=float16"]))
 
 
 def test_data_without_a_known_law(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from diffrl.training.runs import RunFolder, RunFolderError
 from tests.kit.configs import TINY
 from tests.kit.paths import EXAMPLES
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 def train(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["train_td_lambda.py", *TINY, "workers=0", *words])

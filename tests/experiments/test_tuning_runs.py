@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor
 
 import diffrl
@@ -178,6 +180,7 @@ def cells(base: Path, *more: str) -> list[Any]:
     return plan_finetuning(config, given, str(base))
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -> None:
     done = run_cells(cells(base), tmp_path, workers=0, progress=False)
     assert (done.finished, done.total, done.failed, done.interrupted) == (6, 6, {}, False)
@@ -204,6 +207,7 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
     )
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_method_more_keeps_what_was_run(base: Path, tmp_path: Path) -> None:
     run_cells(cells(base, "compare=[DDPO-SF]"), tmp_path, workers=0, progress=False)
     more = cells(base, "compare=[DDPO-SF,mine]", "+methods.mine=['recipe=ddpo_is']")
@@ -216,6 +220,7 @@ def test_workers_may_have_workers_for_the_reward(base: Path, tmp_path: Path) -> 
     assert done.failed == {} and done.finished == 1
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_failed_run_is_listed_and_runs_again(base: Path, tmp_path: Path) -> None:
     bad = [cell for cell in cells(base, "compare=[SDPO]") if cell.where["seed"] == 0]
     broken = {
@@ -250,6 +255,7 @@ def test_what_is_tuned_is_trained_once(tmp_path: Path) -> None:
         base_run(["trainer.grad_step=1"], tmp_path, progress=False)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_example(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +285,7 @@ def test_the_example(
         (["model.labels=[1]", "compare=[]"], "trained without labels"),
     ],
 )
+@pytest.mark.usefixtures("unrendered")
 def test_a_mistake_is_one_line(
     given: list[str],
     says: str,
@@ -358,6 +365,14 @@ def test_a_pipeline_is_tuned_by_configuration(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(x, t, cond), run.policy.denoiser(x, t, cond), rtol=1e-5, atol=1e-5)
     for pictures in (folder.samples()["base"], folder.samples()["tuned"]):
         assert [tuple(images.shape) for images in pictures.values()] == [(4, 3, 16, 16)]
+    for name in ("base", "tuned"):
+        (images,) = folder.samples()[name].values()
+        for number, x in enumerate(images):
+            with Image.open(folder.path / "pictures" / f"{name}_{number:02d}.png") as picture:
+                pixels = torch.as_tensor(np.array(picture)).permute(2, 0, 1)
+            torch.testing.assert_close(pixels / 127.5 - 1, x.clamp(-1, 1), rtol=0, atol=0.5 / 127.5 + 1e-6)
+    prompts = (folder.path / "pictures" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert prompts == ["a cat", "two dogs", "a cat", "two dogs"]
 
 
 @pytest.mark.parametrize(

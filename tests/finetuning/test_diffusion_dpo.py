@@ -311,10 +311,9 @@ def learnt(path: str, seed: int, beta: float) -> tuple[float, float]:
 
 
 def test_recorded_pairs_raise_the_share_of_what_they_prefer(tmp_path: Path) -> None:
-    """β and the number of updates were chosen with seed 0 and the pairs of seed 100, which are not among these."""
-    for seed in (1, 2, 3):
-        share, on = learnt(four_mode_pairs(tmp_path, seed), seed, beta=10.0)
-        assert share > 0.5 and on > 0.94, (seed, share, on)
+    """β and the number of updates were chosen with seed 0 and the pairs of seed 100; a soak takes ten other seeds."""
+    share, on = learnt(four_mode_pairs(tmp_path, 1), 1, beta=10.0)
+    assert share > 0.5 and on > 0.94, (share, on)
 
 
 @pytest.mark.soak

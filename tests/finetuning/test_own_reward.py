@@ -8,11 +8,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.kit.paths import ROOT
-from tests.project.test_own_methods import shell
+from tests.kit.shell import Shell
 
 
 @pytest.mark.slow
-def test_the_documented_file_tunes_a_pipeline(tmp_path: Path) -> None:
+def test_the_documented_file_tunes_a_pipeline(shell: Shell, tmp_path: Path) -> None:
     from tests.kit.pipelines import stable_diffusion
 
     page = (ROOT / "docs" / "coming_from_ddpo.md").read_text(encoding="utf-8")

@@ -175,7 +175,9 @@ def test_checkpointing_recomputes_with_the_adapters_of_the_forward_pass(kind: st
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.soak
 def test_a_compiled_network_wears_adapters_too() -> None:
+    """Of one role see tests/diffusion/test_pipelines.py."""
     pipe = stable_diffusion()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     compiled = denoiser_of(pipe)

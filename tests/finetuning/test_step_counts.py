@@ -99,7 +99,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 @pytest.mark.slow
 def test_one_generator_serves_one_two_and_four_steps() -> None:
     policy = several()
-    for _ in tuner_of(policy, 900).steps():
+    for _ in tuner_of(policy, 450).steps():
         pass
     found, before = {}, {}
     for K in COUNTS:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
@@ -93,7 +94,8 @@ def throw(command: str, words: Sequence[str], *, begin: bool = False, real: bool
             change(mock.patch("hydra.main", _composing))
             told = SimpleNamespace(overrides=SimpleNamespace(task=[*words]), mode=RunMode.RUN)
             change(mock.patch("hydra.core.hydra_config.HydraConfig.get", lambda: told))
-        for name in ("draw_summary", "draw_tuning"):  # pictures take longer than runs
+        change(mock.patch.object(torch, "compile", lambda call: call))  # it takes longer than runs
+        for name in ("draw_summary", "draw_tuning"):  # pictures, too
             change(mock.patch.object(commands, name, lambda *args, **options: None))
         if not begin:
             change(mock.patch.object(RunFolder, "start", _accept))

@@ -1,13 +1,19 @@
 """Small configurations, composed in this process as a command would compose them."""
 
+from dataclasses import fields
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from diffrl.configs.cli import settings
-from diffrl.configs.groups import register
+from diffrl.configs.cli import OF_FILES, settings
+from diffrl.configs.groups import COMMANDS, register
 
 FINETUNING = {
     "digits_tdm",
@@ -57,12 +63,45 @@ TINY = [
 MC, TD = ["objective=monte_carlo"], ["objective.lmbda=0"]
 
 
+_BASES: dict[tuple[str, ...], tuple[list[Any], DictConfig]] = {}
+"""What Hydra composed of choices of groups, with the nodes of its store at that time."""
+
+
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    """What Hydra composes."""
+    """What Hydra composes; choices of groups are composed once in a process for all that share them."""
     register()
     GlobalHydra.instance().clear()
+    try:
+        words = OverridesParser.create().parse_overrides([*overrides])
+        values = [word for word in words if _is_value(word, name)]
+        config = _base(name, *(str(word.input_line) for word in words if word not in values)).copy()
+        for word in values:
+            OmegaConf.update(config, word.key_or_group, word.value(), merge=True)
+        return config
+    except (HydraException, OmegaConfBaseException):
+        pass
+    return _hydra_s(name, *overrides)  # which says in its own words what is wrong
+
+
+def _is_value(word: Override, name: str) -> bool:
+    key = word.key_or_group
+    of_a_group = key in OF_FILES or isinstance(ConfigStore.instance().repo.get(key), dict)
+    known = "." in key or key in {field.name for field in fields(COMMANDS[name])}
+    return word.type == OverrideType.CHANGE and known and not of_a_group and not word.is_sweep_override()
+
+
+def _base(*words: str) -> DictConfig:
+    store = ConfigStore.instance().repo.values()
+    nodes = [node for part in store for node in (part.values() if isinstance(part, dict) else (part,))]
+    made_of, config = _BASES.get(words, ([], None))
+    if config is None or [*map(id, made_of)] != [*map(id, nodes)]:  # a test may have registered a method
+        _BASES[words] = nodes, (config := _hydra_s(*words))
+    return config
+
+
+def _hydra_s(name: str, *words: str) -> DictConfig:
     with initialize_config_module("diffrl.configs", version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        return compose(name, overrides=[*words])
 
 
 def small(*overrides: str) -> dict[str, Any]:

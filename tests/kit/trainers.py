@@ -15,8 +15,9 @@ from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
 from diffrl.objectives.scheme import Objective
+from diffrl.training.ema import Average
 from diffrl.training.optim import Optim
-from diffrl.training.trainer import Average, Length, Target, Trainer
+from diffrl.training.trainer import Length, Target, Trainer
 
 
 def make(
@@ -31,6 +32,7 @@ def make(
     num_classes: int = 0,
     label_dropout: float = 0.1,
     optim: Optim | None = None,
+    average: Average | None = None,
     target: Target | None = None,
     **more: Any,
 ) -> Trainer:
@@ -47,7 +49,7 @@ def make(
         folder=folder,
         length=length,
         optim=optim or Optim(warmup_steps=3),
-        average=Average(halflife=40),
+        average=average or Average(halflife=40),
         target=target or Target(),
         **more,
     )
@@ -60,11 +62,14 @@ def take(trainer: Trainer, steps: int) -> list[dict[str, float]]:
 def state(trainer: Trainer) -> dict[str, Any]:
     """Everything that training goes on from, flat."""
     found = {f"model.{k}": v for k, v in trainer.denoiser.state_dict().items()}
-    found |= {f"ema.{k}": v for k, v in trainer.ema.module.state_dict().items()}
+    for name, average in trainer.averages.items():
+        found |= {f"{name}.{k}": v for k, v in average.module.state_dict().items()}
     found |= {k: v for k, v in trainer.loss.state_dict().items() if k.startswith("target_")}
     for i, moments in trainer.optimiser.state_dict()["state"].items():
         found |= {f"optimiser.{i}.{k}": v for k, v in moments.items()}
     found["target"] = None if trainer.target is None else trainer.target.state_dict()
+    scale = trainer.optimiser.loss_scale
+    found["loss_scale"] = None if scale is None else scale.state_dict()
     found["counts"] = (trainer.step, trainer.ema.samples, trainer.loss.network_evaluations)
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 

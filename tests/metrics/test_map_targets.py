@@ -14,10 +14,8 @@ from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError
-from diffrl.metrics.diagnostics import target_errors
 from diffrl.metrics.map_targets import map_target_errors
 from diffrl.metrics.scheme_targets import scheme_target_errors
-from diffrl.objectives.continuous_ct import ContinuousConsistencyLoss
 from diffrl.objectives.ect import ECTLoss
 from diffrl.objectives.ect_pairs import sample_ect_pairs
 from diffrl.objectives.maps.alpha_flow import AlphaFlowLoss
@@ -26,6 +24,7 @@ from diffrl.objectives.maps.mean_flow import MeanFlowLoss
 from diffrl.objectives.maps.self_distillation import LagrangianMapLoss
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.scheme import Objective
+from diffrl.objectives.shortdf import ShortDFLoss
 from diffrl.objectives.value import ValueLoss
 from tests.kit.maps import DIM, PROCESSES, ExactMaps, average_velocity, states, two_times
 
@@ -134,8 +133,8 @@ def test_what_cannot_be_measured_is_said() -> None:
     s = states(process, 2)
     with pytest.raises(InputError, match="draws is 1: a variance needs at least two"):
         map_target_errors(MeanFlowLoss(two_times(process)), s, normal(process), draws=1)
-    loss = ContinuousConsistencyLoss(two_times(process))
-    with pytest.raises(InputError, match="ContinuousConsistencyLoss does not say what it pulls"):
+    loss = ShortDFLoss(two_times(process))
+    with pytest.raises(InputError, match="ShortDFLoss does not say what it pulls"):
         map_target_errors(loss, s, normal(process))
 
 
@@ -155,23 +154,3 @@ def test_the_datum_of_monte_carlo_scatters_as_its_law_does() -> None:
     t = process.time_grid(4)[:-1]
     assert found["variance"] == pytest.approx(float((spread(process, t) / unit(process, t)).mean()), rel=0.05)
     assert found["bias_sq"] == 0 and found["total"] == found["variance"]
-
-
-def test_td_is_the_mean_of_target_errors_over_its_levels() -> None:
-    process = EDM(0.1, 10.0)
-    x0 = torch.randn(40, DIM, dtype=torch.float64)
-    denoiser = Denoiser(MLP((DIM,), hidden=4, depth=1), process, 1.0).double()
-    found = scheme_target_errors(
-        objective(ValueLoss(denoiser, lmbda=0.5), process), normal(process), x0, seed=3
-    )
-    options = {"num_steps": 4, "lmbdas": (0.5,), "n_steps": (), "sigma_data": 1.0, "draws": 16}
-    generator = Generator().manual_seed(3)
-    levels = target_errors(denoiser, normal(process), x0[:10], process, generator=generator, **options)[
-        "levels"
-    ]
-    for part in ("bias_sq", "variance", "total"):
-        assert found[part] == pytest.approx(
-            sum(l["targets"]["lmbda=0.5"][part] for l in levels) / 4, rel=1e-6
-        )
-    of_n = objective(ValueLoss(denoiser, n_steps=2), process)
-    assert scheme_target_errors(of_n, normal(process), x0) == {}

@@ -233,6 +233,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
         ({"P_mean": 20}, "P_mean is 20"),
         ({"P_std": -1}, "P_std is -1"),
         ({"stages": 0}, "stages is 0"),
+        ({"q": 256.0}, "stages is 8, q is 256: .* less than floats resolve"),
     ],
 )
 def test_wrong_pairs_are_named(options: dict[str, Any], message: str) -> None:

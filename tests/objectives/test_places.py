@@ -17,24 +17,12 @@ from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import Objective, build_objective
 from diffrl.objectives.soft_update import SoftUpdate
+from diffrl.rl.estimators import MonteCarlo
 from diffrl.training.build import build_data, build_denoiser
 from tests.kit.configs import small
-from tests.kit.maps import MAPS
+from tests.kit.schemes import CONSISTENCY, NAMES, WORDS
 
-NAMES = [entry.name for entry in OBJECTIVES.entries() if entry.module.startswith("diffrl.")]
 PLACES: dict[str, Place] = {name: OBJECTIVES.entry(name).place for name in NAMES}
-CONSISTENCY = ("denoiser.prediction_type=consistency",)
-WORDS: dict[str, tuple[str, ...]] = {
-    "priorgrad": ("denoiser.prior=data",),
-    "hybrid": ("network.variance=true",),
-    "cd": (*CONSISTENCY, "objective.teacher=exact", "data=gmm"),
-    "double_sampling": ("data=gmm",),
-    "progressive": ("process=flow", "denoiser.prediction_type=velocity"),
-    "scheduled_sampling": ("objective.probs_start=[1.0]", "objective.probs_end=[1.0]"),
-    "ct": CONSISTENCY,
-    "td_ct": CONSISTENCY,
-    **dict.fromkeys(MAPS, ("network.second_time=true",)),
-}
 BATCH = 32
 
 
@@ -187,6 +175,8 @@ def test_what_it_bootstraps_from(name: str) -> None:
     states, h = made.draw(), 1e-6
     has_target = made.loss.bootstrap_network is not made.loss.value_network
     assert has_target == (bootstrap in ("target", "teacher"))
+    if not isinstance(made.loss._value_estimator, MonteCarlo):  # which asks no network
+        assert made.loss.bootstrap == ("target" if bootstrap == "teacher" else bootstrap)
     v = torch.randn(made.gradient(states).shape, generator=torch.Generator().manual_seed(1)).double()
     along = float(made.gradient(states) @ v)
     parameters = [p for p in made.denoiser.parameters() if p.requires_grad]

@@ -268,6 +268,7 @@ def test_words_combine_with_every_objective_of_chains() -> None:
     ("words", "says"),
     [
         (["chain.x0=redrawn", "objective.lmbda=0.5"], "chain.x0=redrawn makes steps of their own"),
+        (["chain.x0=redrawn", "objective.anneal={n_steps: [1, 3]}"], "and anneal neither that nor n_steps"),
         (
             ["chain.x0=exact", "objective=td_edm"],
             "objective td_edm knows no stand-in for x0: set chain.x0=datum",

@@ -1,10 +1,7 @@
 """docs/adding_a_scheme.md is true: its files are written as they stand there, and its commands run."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.value import ValueLoss
 from tests.kit.configs import TINY
 from tests.kit.paths import ROOT
+from tests.kit.shell import Shell
 
 PAGE = (ROOT / "docs" / "adding_a_scheme.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"`(\w+)\.py`[^`]*?```python\n(.*?)```", PAGE, re.DOTALL))
@@ -115,22 +113,15 @@ def test_registries_and_files_of_the_table_exist() -> None:
         assert f"{name}.register(" in (place.parent / file).read_text(encoding="utf-8"), file
 
 
-@pytest.mark.slow
-def test_commands(tmp_path: Path) -> None:
+def test_commands(shell: Shell, tmp_path: Path) -> None:
     for name, text in FILES.items():
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     shown = []
     for line in COMMANDS:
         python, *words = shlex.split(line)
         assert python == "python"
         words += {"train": TINY, "compare": ["--cfg", "job"]}.get(words[2], [])
-        ran = subprocess.run(
-            [sys.executable, "-W", "ignore", *words],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert ran.returncode == 0, ran.stderr
-        shown.append(ran.stdout)
+        shown.append(shell(*words, folder=tmp_path))
     trained, _, uniform, compared = shown
     assert "mean of 1 and 4 steps and Monte Carlo on" in trained
     assert "Log-uniform denoising on" in uniform

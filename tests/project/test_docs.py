@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from docs.api_pages import plain_rst
 from docs.method_pages import LEVELS, Finding, all_registries, evidence, method_page, write_pages
 from tests.kit.configs import composed
 from tests.kit.paths import ROOT
+from tests.kit.shell import Shell
 
 DOCS = ROOT / "docs"
 EVIDENCE = yaml.safe_load((DOCS / "evidence.yaml").read_text(encoding="utf-8"))
@@ -65,15 +64,10 @@ def test_every_method_has_a_page(kind: str, name: str) -> None:
     assert "None.__" not in page and "<function" not in page and "<object" not in page
 
 
-def test_a_page_of_a_users_own_method(tmp_path: Path) -> None:
+def test_a_page_of_a_users_own_method(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "my_credit.py").write_text(MINE, encoding="utf-8")
-    words = [sys.executable, str(DOCS / "method_pages.py"), "credit", "mine", "--import", "my_credit"]
-    path = f"{tmp_path}:{ROOT}"
-    ran = subprocess.run(
-        words, env={"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    page = ran.stdout
+    words = [str(DOCS / "method_pages.py"), "credit", "mine", "--import", "my_credit"]
+    page = shell(*words, folder=tmp_path, path=(tmp_path,))
     assert page.startswith("# My credit (`mine`)\n\nEach step is praised by its rank.")
     assert "```text\nadv_i = rank(R)/N - 1/2\n```\n\nwhere R is \\*not\\* scaled." in page
     assert "python -m diffrl finetune --import my_credit credit=mine" in page

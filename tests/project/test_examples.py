@@ -23,6 +23,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, name: str, *words: str) -> None:
 # The main job
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_train_td_lambda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_train_digits_features(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert accuracy > 0.3 and (tmp_path / "x.safetensors").stat().st_size > 100_000
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_few_step_plane(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def run(example: ModuleType, folder: Path, *words: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_it_runs_keeps_what_is_finished_and_refuses_what_was_run_otherwise(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

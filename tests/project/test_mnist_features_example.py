@@ -1,6 +1,7 @@
 """The distances in a classifier's features: of the runs that are finished, once each, and 0 between equal sets."""
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,26 @@ def test_finished_runs_are_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     index = {"commands": [], "cells": cells}
     (tmp_path / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
-    def measured(*also: Path) -> list[dict[str, Any]]:
-        return script.main(tmp_path, tmp_path, also, ("ddim", "heun"), samples=20, epochs=1)
+    def measured(*also: Path, by: tuple[str, ...] = ("ddim", "heun")) -> list[dict[str, Any]]:
+        return script.main(tmp_path, tmp_path, also, by, samples=20, epochs=1)
 
-    rows = measured()
+    assert [row["scheme"] for row in measured(by=("ddim",))] == ["training images", "held-out images", "TD"]
+    rows = measured()  # the other sampler is asked for later
     assert [row["scheme"] for row in rows] == ["training images", "held-out images", "TD", "TD"]
-    assert [(row["sampler"], row["nfe"]) for row in rows[2:]] == [("ddim", 2), ("heun", 3)]
+    assert [(row["sampler"], int(row["nfe"])) for row in rows[2:]] == [("ddim", 2), ("heun", 3)]
     data = script.idx(str(tmp_path / "mnist-t10k-images-idx3-ubyte.gz"), pool=2)
     denoiser, sampler = script.load(folder.path).denoiser, script.SAMPLERS.build({"name": "ddim"})
     x, _ = draw_samples(denoiser, data, sampler, num_steps=2, samples=20)
-    assert rows[2]["sliced_w2"] == pytest.approx(script.sliced_w2(x.clamp(-1, 1), data.train))
+    assert float(rows[2]["sliced_w2"]) == pytest.approx(script.sliced_w2(x.clamp(-1, 1), data.train))
 
     words += ["sampler=consistency", "seed=3"]  # a run beside the comparison has a sampler of its own
     also = run(tmp_path / "also", *words, "trainer.grad_steps=2", "eval.points=4", "eval.samples=4")
     rows = measured(also.path)
     assert {"study": "beside", "seed": "3", "sampler": "consistency", "nfe": 1}.items() <= rows[-1].items()
 
+    twin = Path(shutil.copytree(also.path, tmp_path / "twin"))
+    with pytest.raises(ValueError, match=r"also and .*twin are both td at seed 3: give --also one of them"):
+        measured(also.path, twin)
     monkeypatch.setattr(script, "draw_samples", lambda *_, **__: pytest.fail("it was measured before"))
     assert [float(row["frechet"]) for row in measured(also.path)] == [float(row["frechet"]) for row in rows]
 

@@ -1,14 +1,12 @@
 """Methods of one's own, each in one file outside the library: in the help, in workers, after a resume, in the docs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.kit.configs import TINY
 from tests.kit.paths import ROOT
+from tests.kit.shell import Shell
 
 TOYS = ROOT / "tests" / "toys"
 KINDS = ("objective", "sampler", "schedule", "credit", "placement", "rollouts", "method", "reward")
@@ -21,15 +19,6 @@ QUICK = [
 ]
 
 
-def shell(*words: str, folder: Path, ok: bool = True) -> str:
-    """A command, run in a folder; what it printed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", *words]
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert (ran.returncode == 0) == ok, ran.stdout + ran.stderr
-    return ran.stdout if ok else ran.stderr.strip().splitlines()[-1]
-
-
 def imports(*kinds: str) -> list[str]:
     return [word for kind in kinds for word in ("--import", f"tests.toys.{kind}")]
 
@@ -40,7 +29,7 @@ def test_a_method_is_one_small_file(kind: str) -> None:
     assert sum(bool(line.strip()) for line in lines) < 40
 
 
-def test_they_are_in_the_help(tmp_path: Path) -> None:
+def test_they_are_in_the_help(shell: Shell, tmp_path: Path) -> None:
     shown = shell("-m", "diffrl", "train", *imports(*TRAINING), "--help", folder=tmp_path)
     for name in ("toy_objective", "toy_sampler", "toy_process"):
         assert name in shown
@@ -50,7 +39,7 @@ def test_they_are_in_the_help(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_own_methods_is_resumed_by_name_only(tmp_path: Path) -> None:
+def test_a_run_of_own_methods_is_resumed_by_name_only(shell: Shell, tmp_path: Path) -> None:
     train = ["-m", "diffrl", "train"]
     shown = shell(*train, *imports(*TRAINING), *SETTINGS, "run_dir=run", folder=tmp_path)
     assert "Toy(λ=0.7) on a mixture of 3 Gaussians" in shown
@@ -71,7 +60,7 @@ def test_a_run_of_own_methods_is_resumed_by_name_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_they_run_in_worker_processes(tmp_path: Path) -> None:
+def test_they_run_in_worker_processes(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "conf" / "plan").mkdir(parents=True)
     (tmp_path / "conf" / "plan" / "mine.yaml").write_text(
         "name: mine\ntuning: {enabled: false}\ncases:\n  tiny: ["
@@ -88,7 +77,7 @@ def test_they_run_in_worker_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_pieces_tune_in_worker_processes(tmp_path: Path) -> None:
+def test_own_pieces_tune_in_worker_processes(shell: Shell, tmp_path: Path) -> None:
     base = [word for word in TINY if not word.startswith(("data.dim", "data.components"))]
     shell("-m", "diffrl", "train", *base, "data.dim=2", "compare=false", "run_dir=base", folder=tmp_path)
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -117,13 +106,13 @@ def test_own_pieces_tune_in_worker_processes(tmp_path: Path) -> None:
     ],
 )
 def test_they_state_what_they_refuse(
-    command: str, kind: str, words: list[str], refusal: str, tmp_path: Path
+    command: str, kind: str, words: list[str], refusal: str, shell: Shell, tmp_path: Path
 ) -> None:
     error = shell("-m", "diffrl", command, *imports(kind), *words, folder=tmp_path, ok=False)
     assert refusal in error
 
 
-def test_an_unknown_module_is_one_line(tmp_path: Path) -> None:
+def test_an_unknown_module_is_one_line(shell: Shell, tmp_path: Path) -> None:
     error = shell("-m", "diffrl", "train", "--import", "no_such_module", folder=tmp_path, ok=False)
     assert error.startswith("error: --import no_such_module: there is no such module here")
     error = shell("-m", "diffrl", "train", "--import", "mine.py", folder=tmp_path, ok=False)
@@ -141,7 +130,7 @@ def test_an_unknown_module_is_one_line(tmp_path: Path) -> None:
         ("recipe", "method", "toy_method"),
     ],
 )
-def test_they_have_a_page_in_the_docs(kind: str, file: str, name: str, tmp_path: Path) -> None:
+def test_they_have_a_page_in_the_docs(kind: str, file: str, name: str, shell: Shell, tmp_path: Path) -> None:
     pages = str(ROOT / "docs" / "method_pages.py")
     page = shell(pages, kind, name, "--import", f"tests.toys.{file}", folder=tmp_path)
     assert name in page and "Not run" in page

@@ -1,5 +1,6 @@
 """The study of the stall: its linear theory against brute force, its losses and optimisers against the library's."""
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffrl.errors import FileError
 from tests.kit.examples import example
 from tests.kit.paths import EXAMPLES
 
@@ -184,3 +186,14 @@ def test_a_part_runs_is_kept_and_reported(
     assert "decay=0.5" in page and "every=2" in page
     script.main(arguments)
     assert capsys.readouterr().out == ""  # nothing is run again
+
+    file = tmp_path / "runs.jsonl"
+    whole = file.read_text(encoding="utf-8")
+    file.write_text(whole[:-20], encoding="utf-8")  # stopped while it wrote
+    assert [*runs.Kept(file).rows.values()] == [json.loads(whole.splitlines()[0])]
+    assert file.read_text(encoding="utf-8") == whole.splitlines(keepends=True)[0]
+    file.write_text("{\n" + whole, encoding="utf-8")
+    with pytest.raises(
+        FileError, match=r"runs.jsonl, line 1 is damaged: remove it, and its run is made again"
+    ):
+        runs.Kept(file)

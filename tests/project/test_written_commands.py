@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import diffrl
 from diffrl.__main__ import COMMANDS, main
 from diffrl.configs.cli import settings
 from diffrl.experiments.finetune import run_finetuning
 from tests.kit.configs import composed
+from tests.kit.diffusers_unets import stock_pipeline
 from tests.kit.paths import ROOT
 from tests.kit.runs import run
 
@@ -37,7 +39,7 @@ WITHOUT_CONFIGURATION = (
 )  # their words are paths, dashes and names
 RUN = ("train", "check", "sample", "finetune")
 EVALUATED = ["eval.points=8", "eval.samples=16", "eval.num_steps=[2]"]
-TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", *EVALUATED]
+TRAINED = ["trainer.grad_steps=4", "trainer.batch_size=4", "chain.num_steps=3", "workers=0", *EVALUATED]
 TUNED = ["loop.iterations=2", "loop.eval_every=2", "rollouts.trajectories=64", "evaluation.samples=16"]
 SMALL = {
     "train": TRAINED,
@@ -101,7 +103,7 @@ def test_words_are_understood(command: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands speak of: pictures, pairs of them, and a run as `runs/...`."""
+    """A folder with what the commands speak of: pictures, pairs of them, a run as `runs/...`, and models."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "my_pictures").mkdir()
     rng = np.random.default_rng(0)
@@ -112,6 +114,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = rng.integers(0, 256, (2, 8, 1, 8, 8), dtype=np.uint8)
     np.savez(folder / "pairs.npz", preferred=pairs[0], rejected=pairs[1])
     run(folder / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
+    diffrl.save_pretrained(diffrl.load(folder / "runs" / "a"), folder / "digits_model")
+    stock_pipeline(folder / "my_ddpm", unet={"in_channels": 1, "out_channels": 1})
     return folder
 
 
@@ -124,11 +128,13 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "words"), [w for w in WRITTEN if w[0] in RUN and w != NAMED_ONLY])
+@pytest.mark.usefixtures("unrendered")
 def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = shlex.split(words)
     if is_of_the_reader(given) or "device=cuda" in given or "--help" in given:
         pytest.skip("needs a module of the reader's, a GPU, or prints only")
-    given = [word.replace("runs/...", "runs/a") for word in given]
+    given = [re.sub("^extend=.*", "extend=6", word.replace("runs/...", "runs/a")) for word in given]
+    given = [re.sub(r"^seeds=.*", "seeds=[1,2]" if command == "train" else "seeds=[1]", w) for w in given]
     resumed = any(word.startswith("resume=") for word in given)
     small = [] if resumed else SMALL[command]
     if command == "finetune":
@@ -143,6 +149,7 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
         if config is not None:
             trained = [*config.pretrain, "trainer.grad_steps=4", *EVALUATED]
             small = [*small, "pretrain=[" + ",".join(f'"{word}"' for word in trained) + "]"]
+            small += [f"policy.num_steps={min(4, config.policy.num_steps)}"]
     monkeypatch.setattr(sys, "argv", ["diffrl", command, *given, *small])
     main()
 

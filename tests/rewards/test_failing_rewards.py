@@ -248,7 +248,7 @@ def test_processes() -> None:
     box.close()
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # threads do so above, and processes are replaced in tests/test_workers.py
 def test_processes_side_by_side_are_replaced_and_retried() -> None:
     box = BlackBox(
         troublesome, batch_size=1, workers=2, backend="process", timeout=2.0, retries=1, on_failure="mean"

@@ -1,4 +1,8 @@
+"""Moving averages of weights: their formula, their warm-up, resuming, and several of them at once."""
+
 import copy
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +10,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffrl.diffusion.networks.mlp import MLP
-from diffrl.training.ema import EMA
+from diffrl.training.checkpoints import load_weights
+from diffrl.training.ema import EMA, Average
+from diffrl.training.identity import RunChanged
+from tests.kit.trainers import differing, make, state, take
 
 
 class Counter(nn.Module):
@@ -179,3 +186,39 @@ def test_bad_arguments() -> None:
         EMA(Counter(), 1.0).update(0)
     with pytest.raises(RuntimeError, match="size mismatch"):
         EMA(nn.Linear(2, 2), 1.0).load_state_dict(EMA(nn.Linear(2, 3), 1.0).state_dict())
+
+
+# Several half-lives
+
+
+def test_each_of_several_half_lives_is_what_it_is_alone() -> None:
+    several = make(average=Average(40, 0.5, also=(8, 160)))
+    alone = {name: make(average=Average(h, 0.5)) for name, h in [("ema", 40), ("ema_8", 8), ("ema_160", 160)]}
+    take(several, 12)
+    assert [*several.averages] == [*alone] and several.ema is several.averages["ema"]
+    for name, trainer in alone.items():
+        take(trainer, 12)
+        kept, one = (t.module.state_dict() for t in (several.averages[name], trainer.ema))
+        assert all(torch.equal(kept[key], value) for key, value in one.items()), name
+    ends = [several.averages[name].module.network.last.weight for name in alone]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(ends, 2))
+
+
+def test_a_run_with_several_half_lives_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    average = Average(40, also=(8, 160))
+    whole = make(average=average)
+    take(whole, 12)
+    take(make(tmp_path, average=average), 7)
+    assert load_weights(tmp_path / "step_000005", "ema_160").keys() == whole.denoiser.state_dict().keys()
+    resumed = make(tmp_path, average=average)
+    assert resumed.resume() and resumed.step == 5
+    take(resumed, 12)
+    assert differing(state(whole), state(resumed)) == []
+    with pytest.raises(RunChanged, match=r"ema\.also \[8, 160\] → \[8\]"):
+        make(tmp_path, average=Average(40, also=(8,))).resume()
+
+
+@pytest.mark.parametrize("also", [(0,), (2.5,), (8, 8), (40,)])
+def test_further_half_lives_are_whole_numbers_once_each(also: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ema\.also is "):
+        Average(40.0, also=also)

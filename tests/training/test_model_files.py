@@ -55,7 +55,9 @@ def test_what_is_loaded_is_what_was_saved(name: str, process: Any, tmp_path: Pat
     assert one.shape == (4, *shape) and torch.equal(one, two)
     assert all(p.requires_grad for p in model.denoiser.parameters())  # for training on
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
-    with pytest.raises(InputError, match="model.safetensors is a model file, and tells nothing of data"):
+    with pytest.raises(
+        InputError, match="model.safetensors is a model file or folder, and tells nothing of data"
+    ):
         print(model.data)
 
 

@@ -12,13 +12,16 @@ from diffrl import EDM, Denoiser, keys
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.errors import InputError
 from diffrl.objectives import ValueLoss
-from diffrl.objectives.registry import OBJECTIVES
+from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Objective, build_objective
+from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser
 from diffrl.training.distributed import RankLost, Ranks
+from diffrl.training.optim import Optim, Optimiser
 from diffrl.training.shares import Gradients
 from tests.kit.configs import small
 from tests.kit.maps import MAPS
+from tests.kit.schemes import NAMES
 from tests.kit.trainers import make
 
 ROWS = 12
@@ -61,6 +64,12 @@ def gradient(objective: Objective, states: TensorDictBase) -> Tensor:
     return torch.cat([g.flatten() for g in found])
 
 
+def gradients(loss: DenoiserLoss, rank: int = 0, accumulate: int = 1) -> Gradients:
+    """What one of two processes leaves."""
+    parameters = [p for p in loss.denoiser.parameters() if p.requires_grad]
+    return Gradients(loss, Optimiser(parameters, Optim(), 1), Arithmetic(accumulate), Ranks(rank, 2))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_each_row_is_one_processs_and_groups_are_whole(size: int) -> None:
     rows = TensorDict({"x": torch.arange(17).view(17, 1)}, [17, 1])
@@ -93,17 +102,16 @@ def test_too_few_rows_or_groups_that_lie_apart_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No target network updater")
-def test_every_objective_is_the_mean_of_its_shares(base: dict[str, Any]) -> None:
-    """Chains, pairs, groups, adaptive weights: the parts of two and of three processes make the whole."""
-    for name in (entry.name for entry in OBJECTIVES.entries() if entry.module.startswith("diffrl.")):
-        objective, states = batch(base, name, torch.float64)
-        whole = gradient(objective, states)
-        for size in (2, 3):
-            shares = [Ranks(rank, size).share(states) for rank in range(size)]
-            parts = [weight * gradient(objective, states[rows].clone()) for rows, weight in shares]
-            torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12 * float(whole.norm()), msg=name)
+def test_no_objective_of_diffrl_is_refused(base: dict[str, Any]) -> None:
+    """In float32; of chains, and of groups, parts for three processes make the whole in float64."""
+    for name in NAMES:
         objective, states = batch(base, name, torch.float32)
-        assert Gradients(objective.loss, Ranks(1, 2)).check(states) is False, name  # not refused
+        assert gradients(objective.loss, 1).check(states) is False, name
+    for name in ("td", "inductive_moments"):
+        objective, states = batch(base, name, torch.float64)
+        whole, shares = gradient(objective, states), [Ranks(rank, 3).share(states) for rank in range(3)]
+        parts = [weight * gradient(objective, states[rows].clone()) for rows, weight in shares]
+        torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12 * float(whole.norm()), msg=name)
 
 
 class OfTheWhole(ValueLoss):
@@ -136,7 +144,7 @@ def test_what_looks_at_a_batch_as_a_whole_is_refused_by_name() -> None:
         with pytest.raises(
             InputError, match=f"^{type(loss).__name__}: the gradient of 6 rows is not the mean of"
         ):
-            Gradients(loss, Ranks(0, 2)).check(states)
+            gradients(loss).check(states)
         assert loss.network_evaluations == 0
 
 
@@ -150,8 +158,10 @@ def test_dropout_and_unused_parameters_are_no_hindrance() -> None:
     states = trainer.objective.draw(
         trainer.batch(0)[0], cond=None, generator=torch.Generator().manual_seed(0)
     )
-    assert Gradients(loss, Ranks(0, 2)).check(states) is True
+    assert gradients(loss).check(states) is True
     assert network.last[0].training
+    with pytest.raises(InputError, match=r"trainer\.accumulate is 5, but there are 4 rows"):
+        gradients(loss, accumulate=5).check(states)
 
 
 def test_errors_of_torch_about_others_are_told_apart_from_its_own() -> None:

@@ -16,8 +16,10 @@ from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives import ValueLoss
+from diffrl.objectives.posteriors import reference_mean
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import Objective
+from diffrl.objectives.stand_ins import StandIn, StandInChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss, TrialPlan
 from diffrl.training.identity import RunChanged
 from diffrl.training.optim import Optim
@@ -32,7 +34,9 @@ def make(folder: Path | None = None, data: Data | None = None, steps: int = 20, 
     with torch.random.fork_rng():
         torch.manual_seed(1)
         denoiser = Denoiser(MLP((2,), 0, hidden=16, depth=1), EDM())
-    draw = ChainSampler(Chain(denoiser.process, num_steps=5, coupling="markov"), jitter=False)
+    draw: Any = ChainSampler(Chain(denoiser.process, num_steps=5, coupling="markov"), jitter=False)
+    if (stand_in := options.pop("stand_in", None)) is not None:
+        draw = StandInChains(draw, stand_in, data)
     plan = options.pop("plan", PLAN)
     loss = ValueLoss(denoiser, lmbda=1.0) if plan is None else AdaptiveLoss(denoiser, plan, **options)
     return Trainer(
@@ -151,6 +155,22 @@ def test_finite_data_are_parted_once_for_all() -> None:
     assert seen == {tuple(row.tolist()) for row in kept.train}
     law = rings(test_size=4)
     assert held_out(law, 0) == (law, law)
+
+
+@pytest.mark.parametrize("x0", [StandIn("reference", 9), StandIn("exact")])
+def test_what_stands_in_for_x0_knows_nothing_that_is_held_out(x0: StandIn) -> None:
+    rows = torch.arange(400.0).view(200, 2) / 400
+    data = Data("mine", test=rows[:3], train=rows)
+    trainer = make(data=data, stand_in=x0)
+    draw: Any = trainer.objective.draw
+    kept = held_out(data, 0)[0].train
+    assert kept is not None and torch.equal(draw.data.train, kept)
+    if x0.x0 == "exact":
+        chain = draw(trainer.batch(0)[0], cond=None, generator=torch.Generator().manual_seed(0))
+        x_t, t = chain["x_t"].flatten(0, 1), chain["t"].flatten()
+        assert torch.equal(chain["x0_mean"].flatten(0, 1), reference_mean(EDM(), x_t, t, kept))
+    take(trainer, 20)  # the 16 held-out chains are more than the 9 rows of a reference batch
+    assert len(trainer.trials.history) == 2
 
 
 def test_times_halve_towards_the_beginning() -> None:

@@ -1,7 +1,10 @@
 """The network `diffusers_unet`: a UNet of the library diffusers, built from its own options."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
@@ -11,6 +14,9 @@ from diffrl.extras import require
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
 __all__ = ["DiffusersUNet"]
+
+BY_US = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
+"""Options of diffusers' that follow from the shape and the labels of the data."""
 
 
 @NETWORKS.register("diffusers_unet")
@@ -35,10 +41,13 @@ class DiffusersUNet(nn.Module):
             them is "DownBlock2D" for all.
         up_block_types: the same on the way up, the lowest resolution first; none is "UpBlock2D" for all.
         add_attention: whether there is self-attention at the lowest resolution, in the middle.
-        attention_head_dim: channels of a head of attention; the widths that have attention are multiples of it.
+        attention_head_dim: channels of a head of attention, of which the widths that have attention are multiples;
+            None: one head of the whole width.
         norm_num_groups: of the group norms.
         norm_eps: ε of the group norms, in (0, 1].
         dropout: share of a block's inner activations that training sets to 0, in [0, 1).
+        more: further options of `UNet2DModel` by its names, such as {flip_sin_to_cos: false, freq_shift: 1} of the
+            UNets of DDPM; None: diffusers' defaults.
 
     Raises:
         MissingExtra: diffusers is not installed.
@@ -55,16 +64,16 @@ class DiffusersUNet(nn.Module):
         down_block_types: tuple[str, ...] = (),
         up_block_types: tuple[str, ...] = (),
         add_attention: bool = True,
-        attention_head_dim: int = 8,
+        attention_head_dim: int | None = 8,
         norm_num_groups: int = 8,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
         self.event_shape, self.num_classes = check_event_shape(event_shape, num_classes), num_classes
         require_int("layers_per_block", layers_per_block, most=MAX_LAYERS)
-        require_int("attention_head_dim", attention_head_dim, most=MAX_SIZE)
         require_int("norm_num_groups", norm_num_groups, most=MAX_SIZE)
         require_number("norm_eps", norm_eps, 0, 1, "(]")
         require_number("dropout", dropout, 0, 1, "[)")
@@ -74,7 +83,9 @@ class DiffusersUNet(nn.Module):
                 f"block_out_channels is {widths}: give multiples of norm_num_groups, which is {norm_num_groups}"
             )
         _require_halves(self.event_shape, len(widths))
-        _require_heads(widths, down_block_types, up_block_types, add_attention, attention_head_dim)
+        if attention_head_dim is not None:
+            require_int("attention_head_dim", attention_head_dim, most=MAX_SIZE)
+            _require_heads(widths, down_block_types, up_block_types, add_attention, attention_head_dim)
         C, H, W = self.event_shape
         self.unet = _built(
             sample_size=H if H == W else (H, W),
@@ -90,9 +101,29 @@ class DiffusersUNet(nn.Module):
             norm_num_groups=norm_num_groups,
             norm_eps=norm_eps,
             dropout=dropout,
+            **_further(more, self.options),
         )
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
+
+    @classmethod
+    def of(cls, unet: Any) -> "DiffusersUNet":
+        """The network of a `UNet2DModel` that was made elsewhere, without labels; it is taken, and not copied.
+
+        Raises:
+            ValueError: it does not tell the size of its images, or is of a form that this network does not know.
+        """
+        told, size = dict(unet.config), unet.config.sample_size
+        if size is None:
+            raise InputError("this UNet tells no sample_size: set it in its config")
+        sizes = (size, size) if isinstance(size, int) else tuple(size)
+        named = {name: told[name] for name in inspect.signature(cls).parameters if name in told}
+        defaults = _options_of_diffusers()
+        more = {k: told[k] for k in defaults if k not in {*named, *BY_US} and told[k] != defaults[k]}
+        with torch.device("meta"):  # the place of its UNet is taken
+            found = cls((unet.config.in_channels, *sizes), **named, more=more or None)
+        found.unet = unet
+        return found
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
         """Output of x's shape.
@@ -109,6 +140,8 @@ class DiffusersUNet(nn.Module):
         check_inputs(x, c_noise, cond, self.event_shape, self.num_classes)
         if self.num_classes and cond is None:
             cond = c_noise.new_full(c_noise.shape, self.num_classes).long()
+        if self.unet.config.time_embedding_type == "learned":  # a table
+            c_noise = c_noise.round().long()
         F_x: Tensor = self.unet(x, c_noise, class_labels=cond, return_dict=False)[0]
         return F_x
 
@@ -132,6 +165,24 @@ def _require_heads(
         raise InputError(
             f"attention_head_dim is {head_dim}, but a width with attention is {wrong[0]}: give a divisor of it"
         )
+
+
+def _options_of_diffusers() -> dict[str, Any]:
+    """The options of its `UNet2DModel`, and their defaults."""
+    parameters = inspect.signature(require("diffusers", "diffusers").UNet2DModel.__init__).parameters
+    return {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+def _further(more: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The further options, if each is one of diffusers' that has no other place."""
+    if more is None:
+        return {}
+    known = [name for name in _options_of_diffusers() if name not in {*own, *BY_US}]
+    if not isinstance(more, Mapping) or not {*more} <= {*known}:
+        raise InputError(
+            f"more is {more!r}: give options of diffusers' UNet2DModel by name, of {', '.join(known)}"
+        )
+    return dict(more)
 
 
 def _built(**options: Any) -> Any:

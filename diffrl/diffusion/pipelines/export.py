@@ -10,9 +10,10 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.diffusers_unet import DiffusersUNet
 from diffrl.diffusion.pipelines.parts import KINDS, PREDICTIONS, plain
 from diffrl.diffusion.schedules.ddpm import DDPM
+from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError, InputTypeError
 from diffrl.extras import require
-from diffrl.text_files import file_errors
+from diffrl.text_files import new_folder
 
 __all__ = ["export_pipeline"]
 
@@ -21,12 +22,18 @@ CLOSE = 1e-4  # relative error of ᾱ_t in float32, in which diffusers multiplie
 
 
 def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
-    """Write a denoiser as a folder that diffusers' `DDPMPipeline` and `DDIMPipeline` load.
+    """Write a denoiser as a folder that diffusers loads: a whole pipeline of DDPM, a UNet and a scheduler of EDM.
 
-    Their samples are those of `diffrl.Ancestral` and `diffrl.DDIM` from the same start and noise, to the accuracy of
-    float32, if the number of steps divides T. They start at ε where diffrl starts at σ_{T-1} ε: of the usual 1,000
-    linear betas σ_{T-1} = 0.99998. Weights are written in float32, as safetensors; the scheduler's timesteps are
-    "trailing" and it clips nothing, as with diffrl's chains.
+    On the process `DDPM` it is for `DDPMPipeline` and `DDIMPipeline`. Their samples are those of `diffrl.Ancestral` and
+    `diffrl.DDIM` from the same start and noise, to the accuracy of float32, if the number of steps divides T. They
+    start at ε where diffrl starts at σ_{T-1} ε: of the usual 1,000 linear betas σ_{T-1} = 0.99998. The scheduler's
+    timesteps are "trailing" and it clips nothing, as with diffrl's chains.
+
+    On the process `EDM` it holds ``unet``, a `UNet2DModel`, and ``scheduler``, an `EDMEulerScheduler`: no pipeline of
+    diffusers without prompts scales its network's input as this scheduler asks, so docs/interop.md has the loop, ten
+    lines of stock parts. Its samples are those of `diffrl.Euler` from the same start, to the same accuracy.
+
+    Weights are written in float32, as safetensors.
 
     >>> import tempfile, diffrl
     >>> network = diffrl.networks.UNet((1, 8, 8), channels=4)
@@ -37,8 +44,10 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
     diffrl.errors.InputError: UNet is no network of diffusers and cannot be exported: train network=diffusers_unet...
 
     Args:
-        denoiser: a network `diffusers_unet` without labels, on the process `DDPM`, with the prediction type "eps", "v"
-            or "x0", time_input "t", scale_input False and the standard prior: ``experiment=diffusers_ddpm`` makes one.
+        denoiser: a network `diffusers_unet` with the standard prior: without labels on `DDPM`, with the prediction type
+            "eps", "v" or "x0", time_input "t" and scale_input False, as ``experiment=diffusers_ddpm`` makes one; or on
+            `EDM`, with the prediction type "edm", time_input "c_noise_x1000" and scale_input True, as
+            ``experiment=diffusers_edm`` does.
         folder: a new one, or one that is empty.
 
     Returns:
@@ -59,36 +68,65 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
     if not isinstance(network, DiffusersUNet):
         raise InputError(
             f"{type(network).__name__} is no network of diffusers and cannot be exported: train "
-            "network=diffusers_unet, as experiment=diffusers_ddpm does"
+            "network=diffusers_unet, as experiment=diffusers_ddpm and diffusers_edm do; diffrl.save_pretrained hands "
+            "over any network"
         )
     _require_form_of_diffusers(denoiser, network)
-    scheduler = _scheduler(denoiser)
-    with file_errors(folder, "written"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} holds something already: give a new folder")
-        unet = copy.deepcopy(network.unet).cpu().float()
-        pipe = require("diffusers", "diffusers").DDPMPipeline(unet=unet, scheduler=scheduler)
-        pipe.save_pretrained(folder, safe_serialization=True)
+    edm = isinstance(denoiser.process, EDM)
+    scheduler = _edm_scheduler(denoiser) if edm else _ddpm_scheduler(denoiser)
+    unet = copy.deepcopy(network.unet).cpu().float()
+    with new_folder(folder):
+        if edm:
+            unet.save_pretrained(folder / "unet", safe_serialization=True)
+            scheduler.save_pretrained(folder / "scheduler")
+        else:
+            pipe = require("diffusers", "diffusers").DDPMPipeline(unet=unet, scheduler=scheduler)
+            pipe.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
 def _require_form_of_diffusers(denoiser: Denoiser, network: DiffusersUNet) -> None:
     """Refuse what a scheduler of diffusers cannot express, with the setting to train with instead."""
+    process, prediction, time_input = denoiser.process, denoiser.prediction_type, denoiser.time_input
     wanted = {
-        "process=ddpm": isinstance(denoiser.process, DDPM),
-        "denoiser.prediction_type=eps, v or x0": denoiser.prediction_type in PREDICTIONS.values(),
-        "denoiser.time_input=t": denoiser.time_input == "t",
-        "denoiser.scale_input=false": not denoiser.scale_input,
+        "process=ddpm or edm": isinstance(process, DDPM | EDM),
         "denoiser.prior=standard": denoiser.prior is None,
-        "data.conditional=false, as these pipelines give no labels": network.num_classes == 0,
     }
+    if isinstance(process, DDPM):
+        wanted |= {
+            "denoiser.prediction_type=eps, v or x0": prediction in PREDICTIONS.values(),
+            "denoiser.time_input=t": time_input == "t",
+            "denoiser.scale_input=false": not denoiser.scale_input,
+            "data.conditional=false, as these pipelines give no labels": network.num_classes == 0,
+        }
+    if isinstance(process, EDM):
+        wanted |= {
+            "denoiser.prediction_type=edm": prediction == "edm",
+            "denoiser.time_input=c_noise_x1000": time_input == "c_noise_x1000",
+            "denoiser.scale_input=true": denoiser.scale_input,
+        }
     if lacking := [setting for setting, met in wanted.items() if not met]:
         raise InputError(
             f"this model is not of diffusers' form and cannot be exported: train {'; '.join(lacking)}"
         )
 
 
-def _scheduler(denoiser: Denoiser) -> Any:
+def _edm_scheduler(denoiser: Denoiser) -> Any:
+    """Diffusers' Euler steps on the grid of the process, with EDM's c_skip, c_out and c_in; its time is ln(σ)/4."""
+    process = denoiser.process
+    assert isinstance(process, EDM)
+    return require("diffusers", "diffusers").EDMEulerScheduler(
+        sigma_min=process.sigma_min,
+        sigma_max=process.sigma_max,
+        sigma_data=denoiser.sigma_data,
+        sigma_schedule="karras",
+        rho=process.rho,
+        prediction_type="epsilon",  # its name of the sign of c_out: F, and not -F
+        final_sigmas_type="zero",
+    )
+
+
+def _ddpm_scheduler(denoiser: Denoiser) -> Any:
     """Diffusers' scheduler of the process, compared with it."""
     process = denoiser.process
     assert isinstance(process, DDPM)

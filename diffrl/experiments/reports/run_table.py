@@ -18,6 +18,7 @@ __all__ = [
     "baseline_of",
     "data_label",
     "distance_label",
+    "figure_rows",
     "mean_error",
     "mean_ratio",
     "objective_label",
@@ -28,6 +29,7 @@ __all__ = [
 
 SHARED = {1.0: "fresh noise", 0.0: "shared noise"}
 """What successive states of a chain have, by η."""
+ERRORS = {"value_error": "value error", "denoising_error": "denoising error, test", "map_error": "map error"}
 DISTANCES = {
     "w2": "W2 distance",
     "sliced_w2": "sliced W2 distance",
@@ -123,6 +125,24 @@ def title(results: Mapping[str, Any]) -> str:
         f"{versus} on {data_label(config)}: {length['grad_steps']:,} gradient steps "
         f"of {length['batch_size']} data, seed {results['seed']}"
     )
+
+
+def figure_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row a figure of one objective: its name for people, and the figure in three digits.
+
+    Args:
+        found: what ``results["objectives"]`` holds of it, or `diffrl.experiments.evaluate.evaluate_run` finds.
+    """
+    rows = []
+    for error, label in ERRORS.items():
+        at = "" if error == "map_error" else "σ = "
+        rows += [
+            [f"{label}, {at}{level.replace('->', ' → ')}", f"{x:#.3g}"]
+            for level, x in found.get(error, {}).items()
+        ]
+    distance = found["sample_distance"]
+    label = distance_label(distance["metric"])
+    return [*rows, *([f"{label}, NFE {nfe}", f"{x:#.3g}"] for nfe, x in distance["by_nfe"].items())]
 
 
 def split_line(results: Mapping[str, Any]) -> str:

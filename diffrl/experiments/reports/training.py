@@ -92,7 +92,7 @@ def write_report(out: Path) -> Path:
     for panel in panels:
         if panel.study != study:
             study = panel.study
-            parts.append(f"## {study.name}: {study.title}\n")
+            parts.append(f"## {study.name}{study.title and f': {study.title}'}\n")
             if drawn := draw_overview([p for p in panels if p.study == study], out / "figures"):
                 parts.append(f"![{drawn[0]}](figures/{drawn[1].name})\n")
         figures = [*draw_figures(panel, out / "figures"), *draw_sheets(panel, out / "figures")]

@@ -1,6 +1,7 @@
 """A diffusers pipeline, with adapters."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser, load_pipeline
 from diffrl.diffusion.pipelines.lora import add_lora, export_lora, load_lora
 from diffrl.errors import InputError
 from diffrl.finetuning.models.base import Tunable
+from diffrl.finetuning.models.picture_files import write_pictures
 from diffrl.finetuning.models.registry import MODELS
 from diffrl.finetuning.prompts import Prompts, prompts_of
 from diffrl.ranges import require_int
@@ -128,6 +130,7 @@ def _tunable(
         name,
         pictures=lambda x: torch.cat([decode(part).cpu() for part in x.split(at_once)]),
         export=lambda folder: export_lora(denoiser, folder),
+        show=partial(write_pictures, given.texts),
     )
 
 
