@@ -19,6 +19,7 @@ from diffrl.configs.groups import commands_with
 from diffrl.configs.output import leave_quietly
 from diffrl.errors import DiffrlError
 from diffrl.experiments.run import Interrupted
+from diffrl.ranks import own_rank
 from diffrl.shell_words import requoted
 from diffrl.text_files import remedy
 
@@ -149,7 +150,8 @@ def reported(*, config: Mapping[Any, Any] | None = None, full: bool | None = Non
     try:
         yield
     except Interrupted as stop:
-        print(stop, flush=True)
+        if own_rank() == 0:  # of several processes one tells
+            print(stop, flush=True)
         sys.exit(1)  # what comes after it in a script would find half a run
     except KeyboardInterrupt as stop:
         sys.exit(f"error: {stop}" if str(stop) else "error: interrupted")

@@ -52,11 +52,12 @@ LARGEST = 2**63 - 1
 
 
 def command(
-    config_name: str, main_job: str | None = None
+    config_name: str, main_job: str | None = None, *, shared: bool = False
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
     """Make a script's main function a command over the config of that name in `diffrl.configs`.
 
-    Where no word says what is to be run, the word `main_job` is added, as if it had been typed.
+    Where no word says what is to be run, the word `main_job` is added, as if it had been typed. Several processes that
+    torchrun started are refused, unless they have a `shared` command to themselves.
 
     Errors that a user can mend are printed in one line, with exit status 1; HYDRA_FULL_ERROR=1 gives the
     traceback. A run that is stopped by a signal is saved, and ends with exit status 1 too. Of a sweep, a job that fails
@@ -70,7 +71,10 @@ def command(
             write_utf8()
             failed: list[str] = []
             with reported(full=full):
-                refuse_several_processes(f"the command {main.__name__}")
+                if not shared:
+                    refuse_several_processes(f"the command {main.__name__}")
+                if any(map(_sweeps, sys.argv[1:])):
+                    refuse_several_processes("a sweep")
                 import_users_modules()
                 register()
                 refuse_dashes(sys.argv[1:])
@@ -135,6 +139,11 @@ def _says_what(word: str) -> bool:
     """Whether a word chooses what is run, and not only how long, how often, where or with which seeds."""
     key, equals, _ = word.partition("=")
     return equals == "=" and not key.startswith("-") and key.partition(".")[0] not in AROUND
+
+
+def _sweeps(word: str) -> bool:
+    """Whether a word asks for one run after the other, in one of the ways that Hydra knows."""
+    return word in ("-m", "hydra.mode=MULTIRUN") or (len(word) > 3 and "--multirun".startswith(word))
 
 
 def refuse_dashes(words: Sequence[str]) -> None:

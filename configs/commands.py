@@ -28,6 +28,7 @@ from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
 from diffrl.ranges import require_int
+from diffrl.ranks import own_rank, refuse_several_processes
 from diffrl.text_tables import text_table
 from diffrl.training.evaluation import grid_for
 from diffrl.training.identity import require_kind
@@ -45,11 +46,12 @@ def _require_demo() -> None:
     require_installed("matplotlib", "ot", "PIL", "scipy", "sklearn", "torchmetrics", extra="demo")
 
 
-@command("train", MAIN_JOB)
+@command("train", MAIN_JOB, shared=True)
 def train(config: dict[str, Any]) -> None:
     """Train, print the table, draw the figure; of several seeds one table with intervals."""
     _require_demo()
     if config.get("seeds") and config["resume"] is None:
+        refuse_several_processes("a table over seeds")
         cells, out = plan_seeds(config, HydraConfig.get().overrides.task)
         done = run_cells(cells, out, workers=config["workers"])
         if done.finished:
@@ -57,6 +59,8 @@ def train(config: dict[str, Any]) -> None:
         _end(done)
         return
     folder = run_experiment(config)
+    if own_rank() > 0:
+        return
     results = folder.results()
     print("\n\n".join(filter(None, (summary_table(results), in_words(results), split_line(results)))))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")

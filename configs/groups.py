@@ -33,6 +33,7 @@ from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
+from diffrl.ranks import RANK_TIMEOUT
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.registry import REWARDS
@@ -112,6 +113,8 @@ class TrainConfig:
     """Of several runs, for a table with intervals; with none, one run is made with `seed`."""
     workers: int = 2
     """Processes of several seeds, with one thread each."""
+    rank_timeout: float = RANK_TIMEOUT
+    """Seconds that a process which torchrun started waits for another, longer than any evaluation."""
 
 
 @dataclass

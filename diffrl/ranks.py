@@ -4,7 +4,10 @@ import os
 
 from diffrl.errors import InputError
 
-__all__ = ["own_rank", "ranks_started", "refuse_several_processes"]
+__all__ = ["RANK_TIMEOUT", "own_rank", "ranks_started", "refuse_several_processes"]
+
+RANK_TIMEOUT = 1800.0
+"""Seconds that one waits for another, unless something else is said."""
 
 
 def ranks_started() -> int:
@@ -36,6 +39,7 @@ def refuse_several_processes(what: str) -> None:
     """
     if (size := ranks_started()) > 1:
         raise InputError(
-            f"{what} takes one process, and WORLD_SIZE={size} asks for {size}: start it without torchrun; several runs "
-            "go side by side by workers=N (seeds, comparisons) or by --multirun hydra/launcher=joblib"
+            f"{what} takes one process, and WORLD_SIZE={size} asks for {size}: start it without torchrun; processes "
+            "share one run of the command train, and several runs go side by side by workers=N (seeds, comparisons) "
+            "or by --multirun hydra/launcher=joblib"
         )

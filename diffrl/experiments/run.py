@@ -94,7 +94,8 @@ class Job(ABC):
 
     def tidy(self, folder: RunFolder) -> None:
         """Remove what a kill left among the checkpoints of a job that is done."""
-        tidy(folder.checkpoints(self.name), self.loop.length.keep_checkpoints)
+        if self.loop.ranks.first:
+            tidy(folder.checkpoints(self.name), self.loop.length.keep_checkpoints)
 
     def _words(self) -> dict[str, bool]:
         extend, accepted = self.config.get("extend") is not None, bool(self.config.get(ACCEPT, False))
@@ -104,6 +105,8 @@ class Job(ABC):
         """Continue from the newest checkpoint; rows that will be written again are dropped from the table."""
         self.loop.folder = folder.checkpoints(self.name)
         self.loop.resume(**self._words())
+        if not self.loop.ranks.first:
+            return
         done = range(self.loop.step + 1 if self.loop.step > 0 else 0)
 
         def wanted(row: dict[str, str]) -> bool:
@@ -119,7 +122,8 @@ class Job(ABC):
         Raises:
             Interrupted: it was asked to stop, and is saved.
         """
-        table, logger = self.table(folder), _open_logger(self.config["logger"], str(folder.path), self.name)
+        table, kind = self.table(folder), self.config["logger"] if self.loop.ranks.first else "csv"
+        logger = _open_logger(kind, str(folder.path), self.name)
 
         def report(row: dict[str, float]) -> None:
             if not folder.config_file.exists():  # a checkpoint would make the folder again, without it

@@ -1,7 +1,8 @@
 """One experiment from a configuration: train, with Monte Carlo beside it, evaluate, keep the figures."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -18,9 +19,11 @@ from diffrl.experiments.schemes import planned_objectives, registered_name, sett
 from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.solutions import solution_of
+from diffrl.ranks import RANK_TIMEOUT
 from diffrl.registry import accepted
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
+from diffrl.training.distributed import ALONE, Ranks, joined
 from diffrl.training.ema import Average
 from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
@@ -43,6 +46,9 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
     With ``compare`` Monte Carlo is trained too, and every scheme of ``beside``: on the same data for the same gradient
     steps, with the same random numbers in each and the same first weights.
 
+    Several processes that torchrun started share the run: ``trainer.batch_size`` data a step in all, whatever their
+    number, the first one writes and evaluates, and all return its folder. See docs/many_processes.md.
+
     Args:
         config: what `diffrl.configs` composes.
         progress: whether to show progress bars.
@@ -55,33 +61,52 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         RunFolderError, RunChanged, FileError: see `RunFolder.start` and `continued`.
         NonFiniteLoss, CheckpointError: see `Trainer`.
         Interrupted: the run is saved, and can be resumed.
+        RankLost: another of several processes has ended.
     """
     config = continued(config, "trainer", "grad_steps")
-    check_settings(config)
-    data = build_data(config)
-    objectives, teachers = planned_objectives(config), {}
-    for name in objectives:
-        job = TrainingJob(config, data, name)
-        job.compare()
-        job.check()  # now, and not at the end of training
-        teachers[name] = job.teacher
-    with RunFolder.start(config) as folder, interruptible() as interrupted:
-        if config.get("init") is not None:
-            keep_start(folder, job.trainer.denoiser)  # no step was taken yet
-        for name, teacher in teachers.items():
-            keep_teacher(folder, name, teacher)
-        results = folder.results() or {"objectives": {}}
-        head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
-        head |= {} if data.split is None else {"split": asdict(data.split)}
+    with joined(config["device"], config.get("rank_timeout", RANK_TIMEOUT)) as ranks:
+        here = {**config, "device": ranks.device(config["device"])}
+        check_settings(here)
+        data = build_data(here)
+        objectives, teachers = planned_objectives(here), {}
         for name in objectives:
-            known = results["objectives"].get(name, {})
-            job = TrainingJob(config, data, name)
-            if known.get("grad_steps") == job.trainer.length.total:
-                job.tidy(folder)
-                continue
-            results["objectives"][name] = job.run(folder, interrupted, progress)
-            folder.write_results({**head, "objectives": results["objectives"]})
+            job = TrainingJob(here, data, name, ranks)
+            job.compare()
+            job.check()  # now, and not at the end of training
+            teachers[name] = job.teacher
+        with _started_folder(config, ranks) as folder, interruptible() as interrupted:
+            if ranks.first:
+                _keep_sources(folder, config, job.trainer.denoiser, teachers)
+            results = ranks.from_first(folder.results) or {"objectives": {}}
+            for name in objectives:
+                known = results["objectives"].get(name, {})
+                job = TrainingJob(here, data, name, ranks)
+                if known.get("grad_steps") == job.trainer.length.total:
+                    job.tidy(folder)
+                    continue
+                results["objectives"][name] = job.run(folder, interrupted, progress)
+                if ranks.first:
+                    head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
+                    head |= {} if data.split is None else {"split": asdict(data.split)}
+                    folder.write_results({**head, "objectives": results["objectives"]})
     return folder
+
+
+@contextmanager
+def _started_folder(config: Mapping[str, Any], ranks: Ranks) -> Iterator[RunFolder]:
+    """The run's folder, which the first process holds as its only writer."""
+    with ExitStack() as held:
+        yield ranks.from_first(lambda: held.enter_context(RunFolder.start(config)))
+
+
+def _keep_sources(
+    folder: RunFolder, config: Mapping[str, Any], start: Denoiser, teachers: Mapping[str, Denoiser | None]
+) -> None:
+    """Write what a run begins with into its folder, before its first step, so that it goes on without the sources."""
+    if config.get("init") is not None:
+        keep_start(folder, start)
+    for name, teacher in teachers.items():
+        keep_teacher(folder, name, teacher)
 
 
 def opened(config: Mapping[str, Any]) -> "TrainingJob":
@@ -125,11 +150,12 @@ class TrainingJob(Job):
         config: of the run.
         data: what it is trained on.
         name: one of `planned_objectives`: the run's objective, a scheme beside it, or Monte Carlo.
+        ranks: the processes that share it.
     """
 
     count: ClassVar[str] = "grad_steps"
 
-    def __init__(self, config: Mapping[str, Any], data: Data, name: str) -> None:
+    def __init__(self, config: Mapping[str, Any], data: Data, name: str, ranks: Ranks = ALONE) -> None:
         own = settings_of(config, name)
         dtype = torch.float64 if config["dtype"] == "float64" else torch.float32
         denoiser = build_denoiser(config, data).to(config["device"], dtype)
@@ -153,6 +179,7 @@ class TrainingJob(Job):
             autocast=AUTOCAST[config["dtype"]],
             arithmetic=arithmetic,
             identity={**start, **taught},
+            ranks=ranks,
         )
         super().__init__(config, objective.name, self.trainer)
         self.data, self.sampler = data, build_sampler(config)
@@ -198,6 +225,8 @@ class TrainingJob(Job):
         with torch.no_grad(), trainer.precision(), trainer.arithmetic.compiling():
             for part in trainer.arithmetic.parts(states):
                 trainer.loss(part)
+        if trainer.ranks.size > 1:
+            trainer.gradients.check(states)
         self.evaluation.check(self.average, self.oracle, self.data, self._draw)
 
     def errors(self, denoiser: Denoiser | None = None) -> dict[str, dict[str, float]]:
@@ -216,9 +245,12 @@ class TrainingJob(Job):
         return {f"{name}_{sigma}": error for name, found in errors for sigma, error in found.items()}
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
-        """Train to the end, or raise `Interrupted`; the figures for results.json."""
+        """Train to the end, or raise `Interrupted`; the figures for results.json, which one process makes."""
         self.resume(folder)
         self.run_loop(folder, interrupted, progress)
+        return self.trainer.ranks.from_first(lambda: self._results(folder))
+
+    def _results(self, folder: RunFolder) -> dict[str, Any]:
         found, samples = self._measured(self.average)
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
@@ -227,9 +259,12 @@ class TrainingJob(Job):
         averages = {name: self._measured(cast(Denoiser, module))[0] for name, module in others.items()}
         batch_size = self.trainer.length.batch_size
         targets = self.evaluation.target_error(self.trainer.objective, self.oracle, self.data, batch_size)
+        cost = {}
+        if self.trainer.ranks.size == 1:  # a step of several takes all of them, and is another thing
+            cost["forward_equivalents"] = round(forward_equivalents(self.trainer), 2)
         return {
             **self.trainer.figures,
-            "forward_equivalents": round(forward_equivalents(self.trainer), 2),
+            **cost,
             **found,
             **({"averages": averages} if averages else {}),
             **({"target_error": targets} if targets else {}),

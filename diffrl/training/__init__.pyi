@@ -1,4 +1,7 @@
 from .checkpoints import CheckpointError as CheckpointError
+from .distributed import RankLost as RankLost
+from .distributed import Ranks as Ranks
+from .distributed import joined as joined
 from .optim import NonFiniteLoss as NonFiniteLoss
 from .runs import Run as Run
 from .runs import RunFolder as RunFolder

@@ -8,8 +8,7 @@ A checkpoint is a folder, and a training keeps its last few:
         training.pt           optimiser, schedules, random generators: read with weights_only=True
         manifest.json         step, format, versions, what it belongs to, size and SHA-256 of every other file
 
-It is written under a temporary name, forced to the disk, and then renamed, so a crash at any moment leaves
-the checkpoints that were there.
+It is written under a temporary name, forced to the disk, then renamed: a crash at any moment leaves what was there.
 """
 
 import hashlib
@@ -89,6 +88,7 @@ def save_checkpoint(
     keep: int,
     identity: Facts | None = None,
     device: torch.device | str = "cpu",
+    ranks: int = 1,
 ) -> Path:
     """Writes `folder/step_<step>/`, then removes all but the newest `keep` checkpoints up to this step.
 
@@ -102,6 +102,7 @@ def save_checkpoint(
         keep: how many checkpoints to keep, at least 1.
         identity: what it belongs to, see `diffrl.training.identity`.
         device: where it was computed.
+        ranks: by how many processes.
 
     Returns:
         The checkpoint's path.
@@ -129,7 +130,7 @@ def save_checkpoint(
         manifest = {
             "format": _FORMAT,
             "step": step,
-            "versions": surroundings(device),
+            "versions": surroundings(device, ranks),
             "identity": dict(identity or {}),
             "files": files,
         }

@@ -16,14 +16,15 @@ def has_dropout(module: nn.Module) -> bool:
 
 
 @contextmanager
-def seeded(generator: Generator) -> Iterator[None]:
+def seeded(generator: Generator, rank: int = 0) -> Iterator[None]:
     """Let layers that draw from PyTorch's global generator draw what follows in this one; the global one stays.
 
     Args:
         generator: on the device where the layers work.
+        rank: of the process, where several share a batch: each draws for its own rows.
     """
     device = generator.device
     seed = int(torch.randint(2**62, (), generator=generator, device=device))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + rank)
         yield

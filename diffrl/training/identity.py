@@ -36,7 +36,7 @@ ACCEPT = "accept_changes"
 KINDS = {"trainer": "train", "loop": "finetune"}
 """The group that says how long a run is, and the command whose runs have it."""
 
-MOVABLE = ("device", "resume", "run_dir", "extend", ACCEPT)
+MOVABLE = ("device", "rank_timeout", "resume", "run_dir", "extend", ACCEPT)
 """Settings that say where and how far a run goes, and not what it is."""
 
 _ABSENT = "nothing"
@@ -94,8 +94,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def surroundings(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a result depends on in its last bits only: versions, number of threads, kind of device."""
+def surroundings(device: torch.device | str = "cpu", ranks: int = 1) -> dict[str, Any]:
+    """What a result depends on in its last bits only: versions, number of threads and processes, kind of device."""
     return {
         "python": platform.python_version(),
         "diffrl": version("diffrl"),
@@ -103,6 +103,7 @@ def surroundings(device: torch.device | str = "cpu") -> dict[str, Any]:
         "safetensors": version("safetensors"),
         "threads": torch.get_num_threads(),
         "device": torch.device(device).type,
+        "ranks": ranks,
     }
 
 

@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -26,7 +27,15 @@ from diffrl.training.checkpoints import (
     step_of,
     tidy,
 )
-from diffrl.training.identity import Facts, RunChanged, refuse_changes, surroundings, warn_of_surroundings
+from diffrl.training.distributed import ALONE, Ranks
+from diffrl.training.identity import (
+    Facts,
+    RunChanged,
+    fingerprint,
+    refuse_changes,
+    surroundings,
+    warn_of_surroundings,
+)
 from diffrl.training.lock import folder_lock
 from diffrl.training.optim import NonFiniteLoss
 
@@ -80,6 +89,7 @@ class Loop(ABC):
         device: where to work.
         autocast: dtype for the networks' arithmetic, e.g. torch.bfloat16; parameters stay as they are.
         identity: what else a checkpoint belongs to, beside `facts`, such as a configuration.
+        ranks: the processes that share the loop; the first one writes, evaluates and reports.
     """
 
     unit: ClassVar[str] = "step"
@@ -98,8 +108,10 @@ class Loop(ABC):
         device: torch.device | str,
         autocast: torch.dtype | None,
         identity: Facts | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.identity: Facts = identity or {}
+        self.ranks = ranks
         self.length, self.folder, self.seed = length, folder, require_int("seed", seed, 0)
         self.device, self.autocast = usable_device(device), autocast
         self.step, self.seconds = 0, 0.0
@@ -160,10 +172,12 @@ class Loop(ABC):
         Raises:
             NonFiniteLoss: of the step that gave it; nothing is changed by it.
             FolderInUse: another process writes checkpoints to the folder.
+            RankLost: another process of several that share the loop has ended.
         """
-        with nullcontext() if self.folder is None else folder_lock(self.folder):
-            if self.folder is not None:
-                tidy(self.folder, self.length.keep_checkpoints)
+        folder = self.folder if self.ranks.first else None
+        with nullcontext() if folder is None else folder_lock(folder):
+            if folder is not None:
+                tidy(folder, self.length.keep_checkpoints)
             yield from self._steps()
 
     def _steps(self) -> Iterator[Row]:
@@ -178,12 +192,17 @@ class Loop(ABC):
             self.seconds += time.perf_counter() - start
             yield figures
             last = self.step == self.length.total
-            if self.folder is not None and (last or self.step % self.length.checkpoint_every == 0):
-                self.save()
+            if last or self.step % self.length.checkpoint_every == 0:
+                self._keep()
+
+    def _keep(self) -> None:
+        """Save, where there is a folder; of several processes one does."""
+        if self.folder is not None and self.ranks.first:
+            self.save()
 
     def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row:
         try:
-            return evaluate(self)
+            return self.ranks.from_first(lambda: evaluate(self))
         except NonFiniteLoss as error:
             raise self.not_finite(str(error)) from error
 
@@ -213,6 +232,7 @@ class Loop(ABC):
             keep=self.length.keep_checkpoints,
             identity={**self.facts, **self.identity},
             device=self.device,
+            ranks=self.ranks.size,
         )
 
     def compare(self, *, extend: bool = False, accept_changes: bool = False) -> Path | None:
@@ -247,15 +267,20 @@ class Loop(ABC):
             extend: see `compare`.
             accept_changes: see `compare`.
 
+        Several processes go on from what the first one reads, however many there were before.
+
         Raises:
             RunChanged: see `compare`.
             CheckpointError: it is damaged, or of something else.
+            InputError: another process is given other data or settings than the first one, or other first weights.
         """
-        path = self.compare(extend=extend, accept_changes=accept_changes)
-        if path is None:
+        found = self.ranks.from_first(lambda: self._newest(extend, accept_changes))
+        if self.ranks.size > 1:
+            weights = [x for tensors in self._state()[0].values() for x in tensors.values()]
+            self.ranks.agree({**self.facts, **self.identity, "weights": fingerprint(weights)})
+        if found is None:
             return False
-        checkpoint = load_checkpoint(path)
-        warn_of_surroundings(checkpoint.versions, surroundings(self.device), of=path)
+        path, checkpoint = found
         try:
             self._restore(checkpoint, path)
             self.seconds, self.step = checkpoint.training["seconds"], checkpoint.step
@@ -267,6 +292,15 @@ class Loop(ABC):
                 f"({type(error).__name__}: {' '.join(str(error).split())}): choose another folder"
             ) from error
         return True
+
+    def _newest(self, extend: bool, accept_changes: bool) -> tuple[Path, Checkpoint] | None:
+        """The newest checkpoint, compared and read."""
+        path = self.compare(extend=extend, accept_changes=accept_changes)
+        if path is None:
+            return None
+        checkpoint = load_checkpoint(path)
+        warn_of_surroundings(checkpoint.versions, surroundings(self.device, self.ranks.size), of=path)
+        return path, checkpoint
 
     def fit(
         self,
@@ -289,9 +323,11 @@ class Loop(ABC):
         Returns:
             Whether the loop reached its end, early or not.
         """
-        total, evaluated = self.length.total, Row()
+        total, evaluated, ranks = self.length.total, Row(), self.ranks
+        if not ranks.first:
+            report, progress = (lambda row: None), False
         if self.step == 0:
-            row = {**self.figures, **evaluate(self)}
+            row = {**self.figures, **ranks.from_first(lambda: evaluate(self))}
             report(row)
             finished(row)
         with tqdm(
@@ -311,15 +347,14 @@ class Loop(ABC):
                         evaluated = self._evaluated(evaluate)
                         self._set_mode()
                         row |= evaluated
-                        reason = finished(row)
+                        reason = ranks.from_first(partial(finished, row))
                     report(row)
                     bar.set_postfix_str(self._caption(row, evaluated), refresh=False)
                 bar.update()
                 if reason is not None and not last:
                     bar.write(f"stopped early after {self.step_name} {self.step}: {reason}")
-                stopping = reason is not None or (stop() and not last)
-                if stopping and self.folder is not None:
-                    self.save()
+                stopping = reason is not None or (ranks.any(stop()) and not last)
                 if stopping:
+                    self._keep()
                     return reason is not None
         return True

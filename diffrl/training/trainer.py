@@ -2,9 +2,10 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,6 @@ from tensordict import TensorDict
 from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
-from diffrl import keys
 from diffrl.data.augmentation import augment
 from diffrl.data.dataset import Data
 from diffrl.diffusion.networks.inputs import joined_labels
@@ -26,12 +26,14 @@ from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.augmenting import check_augmentable
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
+from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import Average
 from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optim, Optimiser
+from diffrl.training.shares import Gradients
 from diffrl.training.trials import Trials, held_out
 
 __all__ = ["Average", "Length", "Target", "Trainer"]
@@ -112,6 +114,8 @@ class Trainer(Loop):
             on a CPU only, gradients have a `LossScale`.
         arithmetic: how a step is computed; None is all of it at once, as it is.
         identity: what else a checkpoint belongs to, see `diffrl.training.identity`.
+        ranks: the processes that share each batch, of `length.batch_size` data in all: each draws the whole of it, and
+            takes the gradient of its rows, see `diffrl.training.shares`. Dropout is its own.
 
     Raises:
         NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
@@ -136,9 +140,10 @@ class Trainer(Loop):
         autocast: torch.dtype | None = None,
         arithmetic: Arithmetic | None = None,
         identity: Facts | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(
-            length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity
+            length, folder=folder, seed=seed, device=device, autocast=autocast, identity=identity, ranks=ranks
         )
         scale = LossScale.of_run(autocast, self.device)
         self.options = {"optim": optim, "ema": average, "target": target}
@@ -156,6 +161,8 @@ class Trainer(Loop):
         )
         self.target = _target_updater(self.loss, target)
         self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
+        factor = self.arithmetic.factor(data.event_shape, length.batch_size)
+        self.gradients = Gradients(self.loss, self.optimiser, self.arithmetic, ranks, factor=factor)
         self.trials = None
         if isinstance(self.loss, AdaptiveLoss):
             self.data, held = held_out(data, seed)
@@ -269,19 +276,18 @@ class Trainer(Loop):
         return figures
 
     def _descend(self, states: TensorDict, generator: Generator) -> dict[str, float]:
-        """Compute the gradient on states [B, K], part by part; their loss and TD error."""
-        factor = self.arithmetic.factor(self.data.event_shape, self.length.batch_size)
-        parts, loss, square = self.arithmetic.parts(states), 0.0, 0.0
-        for part in parts:
-            share = len(part) / len(states)
-            with self.precision(), seeded(generator) if self.has_dropout else nullcontext():
-                out = self.loss(part)
-            self.optimiser.backward(out["loss_value"], share * factor)
-            loss += share * out["loss_value"].item()
-            square += share * out["td_error"].item() ** 2
-        if self.adaptive is not None and len(parts) > 1:
-            states[keys.LOSS] = torch.cat([part[keys.LOSS] for part in parts])
-        return {"loss_value": loss, "td_error": square**0.5}
+        """Compute the gradient on states [B, K]; their loss and TD error."""
+        learning = self.adaptive is not None and bool(
+            self.adaptive.state_dict()
+        )  # uniform starts have no state
+        return self.gradients(states, partial(self._around, generator), learning=learning)
+
+    @contextmanager
+    def _around(self, generator: Generator) -> Iterator[None]:
+        """The precision of the loss, and its dropout."""
+        dropout = seeded(generator, self.ranks.rank) if self.has_dropout else nullcontext()
+        with self.precision(), dropout:
+            yield
 
     def remember(self) -> Callable[[], None]:
         """A function that brings all that is trained back to where it is now; evaluations stay counted."""

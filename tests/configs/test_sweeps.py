@@ -107,7 +107,7 @@ def test_ctrl_c_outside_of_a_run_ends_the_sweep(tmp_path: Path, monkeypatch: pyt
     assert said.startswith("error: interrupted; the sweep ends with job 0 (") and ran == [0]
 
 
-@pytest.mark.parametrize("command", program.COMMANDS)
+@pytest.mark.parametrize("command", [name for name in program.COMMANDS if name != "train"])
 def test_several_processes_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -122,6 +122,31 @@ def test_several_processes_are_refused_in_one_line(
         said = str(end.value)
         assert said.startswith(f"error: the command {command} takes one process, and WORLD_SIZE=2 asks for 2")
         assert "\n" not in said and "workers=N" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["seeds=[1,2]"], "a table over seeds takes one process, and WORLD_SIZE=2 asks for 2"),
+        (["--multi", "seed=0,1"], "a sweep takes one process, and WORLD_SIZE=2 asks for 2"),
+        ([], "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start the processes by torchrun"),
+        (["device=cuda:1"], "device is 'cuda:1', for each of 2 processes: give cuda"),
+        (["rank_timeout=0"], "rank_timeout is 0"),
+    ],
+)
+def test_what_processes_cannot_share_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1" if "device=cuda:1" in words else "")
+    monkeypatch.setattr(sys, "argv", ["diffrl", "train", *TINY, *words])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert str(end.value).startswith(f"error: {text}") and "\n" not in str(end.value)
     assert list(tmp_path.iterdir()) == []
 
 

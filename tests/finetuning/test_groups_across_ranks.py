@@ -1,12 +1,12 @@
 """A group whose members lie on several processes is compared as on one."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tensordict import TensorDict
 from torch import nn
 
@@ -15,7 +15,9 @@ from diffrl.finetuning.methods.group_preference import GroupPreferenceLoss, grou
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.updates.preferences import PREFERENCE, PreferenceUpdates
+from diffrl.training.distributed import joined
 from tests.kit.four_modes import generator_policy
+from tests.kit.pairs import in_pair
 
 APART = (
     5.7e-3  # between the mean distances of the two processes, so that only their common mean decides alike
@@ -50,19 +52,18 @@ def of_rows(rows: Any, ranks: dist.ProcessGroup | None) -> tuple[torch.Tensor, t
     return part.get(PREFERENCE).get("z")[..., 0], torch.cat([g.flatten() for g in found])
 
 
-def member(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    z, grad = of_rows(slice(rank, None, 2), dist.group.WORLD)
-    dist.all_reduce(grad)
-    torch.save({"z": z, "grad": grad / 2}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def member(rank: int, folder: Path, meet: Callable[[], None]) -> None:
+    meet()
+    with joined("cpu", 100):
+        z, grad = of_rows(slice(rank, None, 2), dist.group.WORLD)
+        dist.all_reduce(grad)
+    torch.save({"z": z, "grad": grad / 2}, folder / f"{rank}.pt")
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_z_and_gradient_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     z, grad = of_rows(slice(None), None)
-    mp.spawn(member, (str(tmp_path),), nprocs=2)
+    assert in_pair(member, tmp_path, meetings=1) == [0, 0]
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["z"], z[rank::2], rtol=1e-4, atol=1e-6)

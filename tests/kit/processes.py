@@ -13,11 +13,11 @@ from tests.kit.paths import ROOT
 Running = subprocess.Popen[str]
 
 
-def start(*words: str) -> Running:
-    """``python -m diffrl`` with these words, on one thread."""
+def start(*words: str, launcher: tuple[str, ...] = ()) -> Running:
+    """``python -m diffrl`` with these words, on one thread; or by a launcher, such as ``-m torch.distributed.run``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "diffrl", *words],
+        [sys.executable, "-W", "ignore", *launcher, "-m", "diffrl", *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

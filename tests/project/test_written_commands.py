@@ -61,7 +61,8 @@ def lines() -> list[str]:
         code += [words.replace("\n", " ") for words in re.findall(r"`([^`]+)`", prose)]
         found |= {line.split("  #")[0].removeprefix("$ ").strip() for line in code}
     begins = (
-        r"((?:python -m )?diffrl [a-z]+|python (?:examples|docs|benchmarks)/\w+\.py|make|pip install)(?: |$)"
+        r"((?:python -m |torchrun .*-m )?diffrl [a-z]+|python (?:examples|docs|benchmarks)/\w+\.py|"
+        r"make|pip install)(?: |$)"
     )
     return sorted(line for line in found if re.match(begins, line) and "COMMAND" not in line)
 
@@ -71,7 +72,7 @@ def of_diffrl() -> list[tuple[str, str]]:
     found = set()
     for line in lines():
         script = re.match(r"python examples/(\w+)\.py", line)
-        if found_words := re.match(r"(?:python -m )?diffrl (.*)", line):
+        if found_words := re.match(r"(?:python -m |torchrun .*-m )?diffrl (.*)", line):
             command, _, words = found_words[1].partition(" ")
             found.add((command, words))
         elif script and script[1] in SCRIPTS:

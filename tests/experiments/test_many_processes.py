@@ -1,0 +1,202 @@
+"""Two processes share a run: it is that of one, whatever the objective; it stops, goes on and dies as a whole."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffrl.errors import InputError
+from diffrl.experiments.run import Interrupted
+from diffrl.experiments.train import run_experiment
+from diffrl.training.checkpoints import list_checkpoints
+from diffrl.training.distributed import RankLost, joined
+from diffrl.training.trainer import Trainer
+from tests.kit.configs import small
+from tests.kit.pairs import in_pair
+from tests.kit.run_states import state
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+CLOSE = 1e-11  # of float64: sums over shares are taken in another order
+KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    # 3 data for one process, 4 for the other, each in two parts; a target network; a gradient in other units
+    "plain": {"trainer": {"batch_size": 7, "accumulate": 2, "reduction": "sum"}},
+    "groups": {
+        "objective": {"name": "inductive_moments"},
+        "trainer": {"batch_size": 12},
+    },  # 1 group of 4, and 2
+    "trials": {"objective": {"name": "td_adaptive", "trials": 1, "heldout": 8}},
+    "starts": {"starts": {"name": "loss_aware", "history": 1}, "chain": {"window": 1}},
+}
+WORDS = (
+    *("compare=false", "dtype=float64", "network.second_time=true", "trainer.grad_steps=6"),
+    *("trainer.checkpoint_every=4", "trainer.eval_every=3", "trainer.report_every=1", "eval.num_steps=[2]"),
+)
+
+
+def configs_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of a run of each kind, in a folder of its name."""
+    base, found = small(*WORDS), {}
+    for kind, given in KINDS.items():
+        groups = {
+            group: options if "name" in options else {**base[group], **options}
+            for group, options in given.items()
+        }
+        found[kind] = {**base, **groups, "run_dir": f"{folder}/{kind}"}
+    return found
+
+
+def stopped(step: int, how: Callable[[], object]) -> None:
+    """Let something happen in the middle of the training."""
+    advance = Trainer._advance
+
+    def advance_and_stop(self: Trainer) -> Any:
+        if self.step == step:
+            how()
+        return advance(self)
+
+    Trainer._advance = advance_and_stop  # type: ignore[method-assign]
+
+
+def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
+    """What each of the two does."""
+    configs = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
+    advance, said = Trainer._advance, dict[str, Any]()
+    for kind in (*KINDS, "resumed"):
+        meet()
+        said[kind] = str(run_experiment(configs[kind], progress=False).path)
+    meet()
+    if rank == 1:
+        stopped(3, lambda: signal.raise_signal(signal.SIGTERM))
+    try:
+        run_experiment(configs["stopped"], progress=False)
+    except Interrupted as stop:
+        said["stopped"] = str(stop)
+    Trainer._advance = advance  # type: ignore[method-assign]
+    meet()
+    with joined("cpu", 60) as ranks:
+        for name, call in (
+            ("failed", lambda: ranks.from_first(lambda: 1 // 0)),
+            ("differ", lambda: ranks.agree({"seed": 0, "data.fingerprint": "ab"[rank]})),
+        ):
+            try:
+                call()
+            except (ZeroDivisionError, RankLost, InputError) as error:
+                said[name] = f"{type(error).__name__}: {error}"
+    meet()
+    stopped(2, lambda: rank == 1 and os._exit(9))
+    begun = time.monotonic()
+    (folder / f"said{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+    try:
+        run_experiment(configs["dying"], progress=False)
+    except RankLost as lost:
+        said |= {"lost": str(lost), "seconds": time.monotonic() - begun}
+        (folder / f"said{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+        os._exit(3)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | None], list[dict[str, Any]]]:
+    """The folder in which two processes worked, their exit codes, and what each said."""
+    folder = tmp_path_factory.mktemp("pair")
+    configs = configs_of(folder)
+    for kind in ("stopped", "dying", "resumed"):
+        configs[kind] = {**configs["plain"], "run_dir": f"{folder}/{kind}"}
+    begun = _begun_by_one(configs["resumed"])
+    configs["resumed"] |= {"run_dir": None, "resume": str(begun)}
+    (folder / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
+    codes = in_pair(work, folder, meetings=len(KINDS) + 4)
+    return folder, codes, [json.loads((folder / f"said{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+
+
+def _begun_by_one(config: dict[str, Any]) -> Path:
+    """A run that was stopped after four steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_advance", Trainer._advance)  # to be put back
+        stopped(3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            run_experiment(config, progress=False)
+    return Path(config["run_dir"])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process makes of the same."""
+    configs = configs_of(tmp_path_factory.mktemp("one"))
+    return {kind: state(run_experiment(config, progress=False).path) for kind, config in configs.items()}
+
+
+def assert_close(found: Any, expected: Any, where: str = "run") -> None:
+    """The same to `CLOSE`, in every number, text and tensor."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_close(found[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, pieces in enumerate(zip(found, expected, strict=True)):
+            assert_close(*pieces, f"{where}[{i}]")
+    elif isinstance(expected, Tensor):
+        torch.testing.assert_close(found, expected, rtol=CLOSE, atol=CLOSE, msg=where)
+    else:
+        try:
+            assert float(found) == pytest.approx(float(expected), rel=CLOSE, abs=CLOSE), where
+        except (TypeError, ValueError):
+            assert found == expected, where
+
+
+Pair = tuple[Path, list[int | None], list[dict[str, Any]]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_two_processes_is_that_of_one(pair: Pair, one: dict[str, Any], kind: str) -> None:
+    """Weights, averages, target network, moments, trials, starts and every figure."""
+    folder, _, said = pair
+    assert {found[kind] for found in said} == {f"{folder}/{kind}"}
+    assert_close(state(folder / kind), one[kind])
+    assert (folder / kind / "command.txt").read_text("utf-8").startswith("torchrun --nproc-per-node=")
+
+
+def test_more_processes_go_on_with_a_run_of_one(pair: Pair, one: dict[str, Any]) -> None:
+    folder, _, said = pair
+    assert {found["resumed"] for found in said} == {f"{folder}/resumed"}
+    assert_close(state(folder / "resumed"), one["plain"])
+
+
+def test_a_signal_to_one_stops_both_and_saves_once(pair: Pair, one: dict[str, Any]) -> None:
+    """Then one process goes on."""
+    folder, _, said = pair
+    assert all(
+        found["stopped"].startswith("stopped after gradient step 4 of td, and saved") for found in said
+    )
+    saved = list_checkpoints(folder / "stopped" / "checkpoints" / "td")
+    assert [path.name for path in saved] == ["step_000004"]
+    config = {**configs_of(folder)["plain"], "run_dir": None, "resume": str(folder / "stopped")}
+    with pytest.warns(RuntimeWarning, match=r"ranks 2 → 1\): what follows is the same but for the last bits"):
+        path = run_experiment(config, progress=False).path
+    assert_close(state(path), one["plain"])
+
+
+def test_what_one_cannot_do_ends_the_others(pair: Pair) -> None:
+    first, second = pair[2]
+    assert first["failed"].startswith("ZeroDivisionError")
+    assert second["failed"] == "RankLost: the first process could not go on: see what it says"
+    assert "differ" not in first
+    assert second["differ"].startswith(
+        "InputError: process 1 is not given what process 0 is: data.fingerprint 'a' → 'b'; start all with"
+    )
+
+
+def test_a_process_that_dies_ends_the_run_soon(pair: Pair) -> None:
+    folder, codes, said = pair
+    assert codes == [3, 9]
+    assert said[0]["seconds"] < 60 and said[0]["lost"].startswith("process 0 of 2 lost another one")
+    assert not (folder / "dying" / "results.json").exists()
