@@ -20,7 +20,7 @@ SLOW, FAST = "lr 2e-3, β1 0.9", "lr 8e-3, β1 0"
 OPTIM = {SLOW: {"lr": 2e-3, "betas": [0.9, 0.999]}, FAST: {"lr": 8e-3, "betas": [0.0, 0.999]}}
 
 
-def write(out: Path, studies: dict[str, dict[str, dict[str, dict[int, float]]]]) -> Path:
+def write(out: Path, studies: dict[str, dict[str, dict[str, dict[int, float]]]], rate: str = "fixed") -> Path:
     """A comparison of studies; by study, case, scheme and seed the value error over Monte Carlo's at the same seed."""
     cells: list[dict[str, Any]] = []
     entries: list[dict[str, Any]] = []
@@ -34,7 +34,7 @@ def write(out: Path, studies: dict[str, dict[str, dict[str, dict[int, float]]]])
                     "study": study,
                     "case": case,
                     "scheme": scheme,
-                    "rate": "fixed",
+                    "rate": rate,
                     "point": "",
                     "seed": seed,
                 }

@@ -16,9 +16,9 @@ from diffrl.experiments.reports.style import (
     write_note,
     write_title,
 )
-from diffrl.experiments.study_findings import SCORE, Panel
+from diffrl.experiments.study_findings import SCORE, Panel, Quantity
 
-__all__ = ["draw_overview"]
+__all__ = ["draw_overview", "draw_table", "table_row"]
 
 MOST = 2.0  # log2 at the ends of the scale: a quarter and four times
 
@@ -41,10 +41,12 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
     schemes = [s for s in study.schemes if s != study.baseline and any(s in p.compared for p in scored)]
     if len(scored) < 2 or not schemes:
         return None
-    title = f"{study.title[:1].upper()}{study.title[1:] or study.name}: value error over {study.baseline}'s"
-    rows = [_row(panel, scheme) for panel in scored for scheme in schemes]
+    asked = f"{study.title[:1].upper()}{study.title[1:] or study.name}"
+    title = f"{asked}{'' if asked.endswith('?') else ':'} value error over {study.baseline}'s"
+    rows = [table_row(panel, scheme) for panel in scored for scheme in schemes]
     with drawing(figsize=(2.2 + 0.95 * len(schemes), 1.7 + 0.42 * len(scored))) as figure:
-        _draw(figure.subplots(), [panel.case for panel in scored], schemes, rows)
+        names = [scheme.replace(", ", ",\n") for scheme in schemes]
+        draw_table(figure.subplots(), [panel.case for panel in scored], names, rows)
         write_title(figure, title)
         sigmas = ", ".join(scored[0].score_sigmas)
         seeds = {
@@ -60,19 +62,21 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
     return title, path
 
 
-def _row(panel: Panel, scheme: str) -> dict[str, Any]:
+def table_row(panel: Panel, scheme: str, quantity: Quantity = SCORE) -> dict[str, Any]:
     """The numbers of one field, for the CSV; NaN where a scheme did not run, or diverged."""
-    estimate = panel.estimates.get((scheme, SCORE))
+    estimate = panel.estimates.get((scheme, quantity))
     where = {"case": panel.case, "scheme": scheme}
     if estimate is None:
         return {**where, "seeds": 0, "iqm": math.nan, "low": None, "high": None}
     return {**where, "seeds": len(estimate.seeds), **estimate.ratio._asdict()}
 
 
-def _draw(axes: Any, cases: Sequence[str], schemes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """The heat map, with the ratio and its interval in each field."""
+def draw_table(
+    axes: Any, cases: Sequence[str], schemes: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """The heat map, with the ratio and its interval in each field; `rows` of `table_row`, case by case."""
     table = np.array([row["iqm"] for row in rows]).reshape(len(cases), len(schemes))
-    draw_ratios(axes, table, MOST, cases, [scheme.replace(", ", ",\n") for scheme in schemes])
+    draw_ratios(axes, table, MOST, cases, schemes)
     axes.xaxis.tick_top()
     for label in axes.get_xticklabels():
         label.set(rotation=40, ha="left")
