@@ -1,4 +1,4 @@
-"""Why TD(0) from own predictions stalls: interventions, each predicted in docs/when_bootstrapping_pays.md beforehand.
+"""Why TD(0) from own predictions stalls: interventions, each predicted in docs/why_td_stalls.md beforehand.
 
 python examples/why_td_stalls.py                          # all parts: 163 runs, most of 6 to 15 s
 python examples/why_td_stalls.py --part momentum lag      # some of them

@@ -8,7 +8,7 @@ from diffrl.objectives.annealing import written
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.lookahead import Lookahead
 
-__all__ = ["DEFAULT_LOOKAHEAD", "chosen_lmbda", "lmbda_of_chain", "target_label"]
+__all__ = ["DEFAULT_LOOKAHEAD", "chosen_bootstrap", "chosen_lmbda", "lmbda_of_chain", "target_label"]
 
 DEFAULT_LOOKAHEAD = 0.125  # with a target network it hurt on none of the grounds of results/grounds
 
@@ -33,6 +33,16 @@ def chosen_lmbda(
     if not given:
         return Lookahead(DEFAULT_LOOKAHEAD)
     return lmbda if lookahead is None else Lookahead(lookahead)
+
+
+def chosen_bootstrap(options: Mapping[str, Any]) -> str:
+    """What the target's values come from, for the options of `td`: those who choose λ or n choose their own scheme."""
+    if options.get("bootstrap") is not None:
+        return str(options["bootstrap"])
+    anneal = options.get("anneal")
+    annealed = anneal if isinstance(anneal, Mapping) else {}  # another one is refused later, by its name
+    chosen = {name for name in ("lmbda", "n_steps") if options.get(name) is not None}
+    return "own" if chosen or {"lmbda", "n_steps"} & annealed.keys() else "target"
 
 
 def lmbda_of_chain(options: Mapping[str, Any], num_steps: int) -> float:

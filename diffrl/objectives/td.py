@@ -1,12 +1,12 @@
 """Temporal-difference learning by configuration: `ValueLoss` with the library's default target."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.target_choice import target_label
+from diffrl.objectives.target_choice import chosen_bootstrap, target_label
 from diffrl.objectives.value import ValueLoss
 from diffrl.registry import options_of
 
@@ -50,7 +50,6 @@ def td_loss(
         options: the other ones of `ValueLoss`.
     """
     if bootstrap is None:
-        annealed = anneal if isinstance(anneal, Mapping) else {}  # another one is refused below, by its name
-        own = lmbda is not None or n_steps is not None or {"lmbda", "n_steps"} & annealed.keys()
-        bootstrap = "own" if own else "target"
+        chosen = chosen_bootstrap({"lmbda": lmbda, "n_steps": n_steps, "anneal": anneal})
+        bootstrap = cast(Literal["own", "target"], chosen)
     return ValueLoss(denoiser, lmbda=lmbda, n_steps=n_steps, bootstrap=bootstrap, anneal=anneal, **options)

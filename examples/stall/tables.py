@@ -63,7 +63,7 @@ def report(kept: Kept) -> str:
     parts: list[Any] = [
         "# Why TD(0) stalls: all runs\n",
         "Made by `python examples/why_td_stalls.py`; what they mean is in "
-        "[the page](../../docs/when_bootstrapping_pays.md). A run is named by what differs from own predictions, Adam "
+        "[the page](../../docs/why_td_stalls.md). A run is named by what differs from own predictions, Adam "
         "at 2e-3 with β1 = .9, batch 32, 2,000 steps, width 128, 32 dimensions. Errors are at the end, mean of the "
         "levels nearest to σ = .1, .3, 1.\n",
     ]

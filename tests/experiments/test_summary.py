@@ -89,6 +89,24 @@ def test_table_of_one_without_value_error() -> None:
     assert "value error" not in text and "ratio" not in text and "0.500" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "source"),
+    [
+        ([], "a target network"),
+        (["objective.lmbda=0.5"], "own predictions"),
+        (["objective.n_steps=2", "objective.bootstrap=target"], "a target network"),
+        (["objective.lmbda=1"], None),
+        (["objective=td_edm"], None),
+    ],
+)
+def test_what_td_bootstraps_from_is_said(options: list[str], source: str | None) -> None:
+    one = found({"0.3": 1.0}, 0.5, 10)
+    name = small(*options)["objective"]["name"]
+    text = summary_table(results(*options, **{name: one, "monte_carlo": one}))
+    rows = [" ".join(line.split()[2:]) for line in text.splitlines() if line.startswith("bootstraps from")]
+    assert rows == ([source] if source else [])
+
+
 def test_title_says_which_mixture() -> None:
     assert "on a mixture of 3 Gaussians in 5-D:" in title(
         results("data=gmm", "data.dim=5", "data.components=3")

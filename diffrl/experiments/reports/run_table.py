@@ -11,6 +11,7 @@ from diffrl.experiments.schemes import MONTE_CARLO, settings_of
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
+from diffrl.objectives.target_choice import chosen_bootstrap
 from diffrl.registry import accepted
 from diffrl.text_tables import text_table
 
@@ -30,6 +31,7 @@ __all__ = [
 SHARED = {1.0: "fresh noise", 0.0: "shared noise"}
 """What successive states of a chain have, by η."""
 ERRORS = {"value_error": "value error", "denoising_error": "denoising error, test", "map_error": "map error"}
+BOOTSTRAPS = {"own": "own predictions", "target": "a target network", "residual": "own, with gradient"}
 DISTANCES = {
     "w2": "W2 distance",
     "sliced_w2": "sliced W2 distance",
@@ -57,9 +59,8 @@ def objective_label(name: str, config: Mapping[str, Any]) -> str:
 def _label(name: str, config: Mapping[str, Any]) -> str:
     """The name as the settings of the scheme give it."""
     beside = config.get("beside") or {}
-    settings = settings_of(config, name) if name in beside else config
+    settings, registered = _scheme(name, config)
     objective = settings.get("objective", {})
-    registered = objective.get("name", name) if name in beside else name
     if registered not in OBJECTIVES:
         return name
     entry = OBJECTIVES.entry(registered)
@@ -75,6 +76,23 @@ def _label(name: str, config: Mapping[str, Any]) -> str:
         return label
     eta = coupling_eta(settings["chain"]["coupling"])
     return f"{label}, {SHARED.get(eta, f'partly shared noise (η = {eta:g})')}"
+
+
+def _scheme(name: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """The settings of one scheme of a run, and the objective that it has."""
+    if name not in (config.get("beside") or {}):
+        return config, name
+    settings = settings_of(config, name)
+    return settings, settings.get("objective", {}).get("name", name)
+
+
+def _bootstrap_label(name: str, config: Mapping[str, Any]) -> str:
+    """What `td` bootstraps from, which follows from other options where it is not said; empty for other objectives."""
+    settings, registered = _scheme(name, config)
+    objective = settings.get("objective", {})
+    if registered != "td" or objective.get("name") != "td" or objective.get("lmbda") == 1:
+        return ""
+    return BOOTSTRAPS[chosen_bootstrap(objective)]
 
 
 def data_label(config: Mapping[str, Any]) -> str:
@@ -199,6 +217,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     for nfe in found[0]["sample_distance"]["by_nfe"]:
         add(f"{distance}, NFE {nfe}", [f["sample_distance"]["by_nfe"][nfe] for f in found])
     rows.append([])
+    if any(sources := [_bootstrap_label(name, results["config"]) for name in names]):
+        rows.append(["bootstraps from", *sources, *[""] * (len(names) == 2)])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
     add("seconds of training", [f["seconds"] for f in found], ".1f")
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
