@@ -44,6 +44,11 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
     Raises:
         ValueError: a name or an override that is not known, with the study, case and scheme it stands in.
     """
+    if not plan["score_sigmas"]:
+        raise InputError(
+            "score_sigmas is empty: give at least one noise level, of which the score is the mean"
+        )
+    sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
     studies, cells, tuning = list[Study](), list[Cell](), list[Cell]()
     schemes: dict[tuple[str, str, str], _Scheme] = {}
     for name, given in plan["studies"].items():
@@ -55,18 +60,12 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
         if tried is not None:
             refuse_tuned_twice(name, overrides, tried)
         for case, scheme in itertools.product(cases, overrides):
-            made = _Scheme(studies[-1], case, scheme, _words(plan, name, case, overrides[scheme]))
+            made = _Scheme(studies[-1], case, scheme, _words(plan, name, case, overrides[scheme]), sigmas)
             schemes[name, case, scheme] = made
             if tried is None or plan["tuning"].get("beside", True):
                 cells += made.cells(seeds, "fixed")
             tuning += made.tried()
             made.forget()
-    if not plan["score_sigmas"]:
-        raise InputError(
-            "score_sigmas is empty: give at least one noise level, of which the score is the mean"
-        )
-    sigmas = tuple(f"{sigma:g}" for sigma in plan["score_sigmas"])
-
     def tuned(study: str, case: str, scheme: str, point: str) -> list[Cell]:
         made = schemes[study, case, scheme]
         cells = made.cells(made.study.seeds, "tuned", point)
@@ -87,8 +86,10 @@ def _words(plan: Mapping[str, Any], study: str, case: str, overrides: Sequence[s
 class _Scheme:
     """A scheme of a study on a case: its cells at the plan's own values, and at points of the tuning grid."""
 
-    def __init__(self, study: Study, case: str, scheme: str, words: Sequence[str]) -> None:
-        self.study, self.case, self.scheme, self.words = study, case, scheme, words
+    def __init__(
+        self, study: Study, case: str, scheme: str, words: Sequence[str], sigmas: Sequence[str]
+    ) -> None:
+        self.study, self.case, self.scheme, self.words, self.sigmas = study, case, scheme, words, sigmas
         self._config: DictConfig | None = None
 
     def cells(self, seeds: Sequence[int], rate: str, point: str = "") -> list[Cell]:
@@ -98,10 +99,21 @@ class _Scheme:
         at = f", {point}" if point else ""
         with _told_where(f"study {name}, case {self.case}, scheme {self.scheme}{at}"):
             config = self._composed(words)
+            self._check(config)
             return [
                 study_cell(name, self.case, self.scheme, *found, rate=rate, point=point)
                 for found in _by_seed(config, seeds)
             ]
+
+    def _check(self, config: DictConfig) -> None:
+        """Refuse what the report would leave out without a word."""
+        if config["beside"]:
+            raise InputError("beside is for one run, and a cell has one scheme: give each a name in schemes")
+        measured = [f"{sigma:g}" for sigma in config["eval"]["sigmas"]]
+        if missing := [sigma for sigma in self.sigmas if sigma not in measured]:
+            raise InputError(
+                f"score_sigmas has {missing[0]}, which no cell measures: eval.sigmas is {', '.join(measured)}"
+            )
 
     def tried(self) -> list[Cell]:
         """Those of tuning, one for each point of the grid and seed of it.

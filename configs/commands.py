@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def check(config: dict[str, Any]) -> None:
 def finetune(config: dict[str, Any]) -> None:
     """Train what is to be tuned, tune it, print tables, draw figures."""
     _require_demo()
-    out, path = Path(config["out"]), config["model"].get("path")
+    out, path = _out(config), config["model"].get("path")
     if config["model"]["name"] == "run" and path is None and config["resume"] is None:
         path = str(base_run(config["pretrain"], out.parent))
         config["model"]["path"] = path
@@ -113,7 +113,7 @@ def finetune(config: dict[str, Any]) -> None:
 def compare(config: dict[str, Any]) -> None:
     """Run what is not finished yet, write the report, list what failed."""
     _require_demo()
-    out = Path(config["out"])
+    out = _out(config)
     if config["report"]:
         print(f"report  {write_report(out)}")
         return
@@ -121,6 +121,13 @@ def compare(config: dict[str, Any]) -> None:
     done = run_comparison(comparison, out, studies=config["studies"], workers=config["workers"])
     print(f"{done.finished} of {done.total} cells are finished\nreport  {write_report(out)}")
     _end(done)
+
+
+def _out(config: Mapping[str, Any]) -> Path:
+    """The folder of a comparison; an empty name would be the folder that one stands in."""
+    if not config["out"]:
+        raise InputError("out is empty: give a folder, as in out=runs/mine, or leave it out")
+    return Path(config["out"])
 
 
 def _end(done: Execution) -> None:

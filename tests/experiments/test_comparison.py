@@ -125,6 +125,8 @@ def test_identity_is_what_deviates_from_the_defaults() -> None:
         ({"matched": "steps"}, "study a: matched is 'steps': give one of grad_steps"),
         ({"axes": {"λ": "objective.lmbda"}}, "study a: axis λ is 'objective.lmbda': write key=value,value"),
         ({"axes": {"λ": "objective.lmbda=0,,1"}}, "study a: axis λ"),
+        ({"schemes": {"MC": [*MC, "+beside.x.objective.lmbda=0"]}}, "case tiny, scheme MC: beside is for one run"),
+        ({"overrides": ["eval.sigmas=[0.1,1]"]}, "score_sigmas has 0.3, which no cell measures: eval.sigmas is 0.1, 1"),
         ({"seeds": []}, "study a has no seed"),
         ({"cases": []}, "study a has no case"),
         ({"cases": ["tiny", "tiny"]}, "study a: cases has tiny twice: give it once"),

@@ -210,6 +210,7 @@ def test_from_a_shell(tmp_path: Path) -> None:
         ["finetune", "compare=[]", "model.path=/nowhere"],
         ["compare", "plan.studies.x.overrides=[trainer.grad_steps=500]"],
         ["compare", "report=true", "out=/nowhere"],
+        ["compare", "plan=quick", "out="],
         ["sample", "/nowhere"],
     ],
 )
