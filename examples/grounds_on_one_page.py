@@ -32,7 +32,7 @@ GROUNDS = {
 }
 SCHEMES = {
     "fresh states": "a datum of its own\nfor each state",
-    "EDM": "the same by EDM\n(objective=edm)",
+    "EDM": "the same with EDM's\nnoise levels (edm)",
     "STF 256": "averaged over\n256 data (STF)",
     "lookahead": "the default of TD:\nlook-ahead, target net",
     "target 0.97": "TD(0), target net 0.97",
@@ -77,10 +77,11 @@ def main(out: Path) -> Path:
         seeds = sorted({int(row["seeds"]) for row in rows if row["seeds"]})
         note = (
             f"Below 1 (blue) is better than Monte Carlo. Squared distance to the exact denoiser, mean over σ = "
-            f"{', '.join(panels[0].score_sigmas)}; each method at its own learning rate; equal gradient steps; "
-            f"interquartile mean over {' or '.join(map(str, seeds))} seeds, small: 95 % interval. Schemes with a "
-            f"target net spend 1.9 times the network evaluations, those of the first two columns "
-            f"{times_the_data(panels)} times the data. Bold: the interval lies below 1."
+            f"{', '.join(panels[0].score_sigmas)}; last row: denoising error on held-out images. Each method at its "
+            f"own learning rate; equal gradient steps; interquartile mean over {' or '.join(map(str, seeds))} seeds, "
+            "small: 95 % interval, bold where it lies below 1. Schemes with a target net spend 1.9 to 2 times the "
+            f"network evaluations, those of the first two columns {times_the_data(panels)} times the data, and "
+            "STF's averages look at 8 to 32 times as many."
         )
         write_note(figure, note)
         return save_figure(figure, out / "figures" / "grounds.png", rows=rows + held_out)
