@@ -28,7 +28,7 @@ class WorkerLost(DiffrlError, RuntimeError):
     """A process that reads batches ahead has died."""
 
 
-def made(rows: Rows, order: Order) -> Tensor:
+def made(rows: Rows | Tensor, order: Order) -> Tensor:
     """The batch of an order: float32 [n, *E].
 
     Raises:

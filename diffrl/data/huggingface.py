@@ -138,7 +138,8 @@ def _read_files(datasets: Any, files: list[str]) -> Any:
 @contextmanager
 def _offline(datasets: Any) -> Iterator[None]:
     """The library asks no hub in here, and shows no bars."""
-    hub, config = require("huggingface_hub.constants", "hf"), datasets.config
+    hub: Any = require("huggingface_hub.constants", "hf")
+    config = datasets.config
     online, bars = (hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE), datasets.is_progress_bar_enabled()
     hub.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     datasets.disable_progress_bars()
