@@ -3,6 +3,7 @@ from .files import digits as digits
 from .files import folder as folder
 from .files import idx as idx
 from .files import npz as npz
+from .huggingface import hf as hf
 from .image_files import DataError as DataError
 from .mixtures import Mixture as Mixture
 from .registry import DATASETS as DATASETS

@@ -14,6 +14,7 @@ from diffrl.data.image_files import DataError, check_finite
 from diffrl.data.mixtures import Mixture
 from diffrl.data.splits import Split
 from diffrl.errors import InputTypeError
+from diffrl.ranges import require_int
 from diffrl.shapes import require_floating
 
 __all__ = ["Data", "Rows", "pieces"]
@@ -64,6 +65,8 @@ class Data:
         mirrored: the second half of the training samples are the mirror images of the first, in the same order, so that
             what holds out one of a pair holds out both.
         split: which samples were held out as test samples; None where nothing is, as batches are fresh draws.
+        workers: processes that read `rows` ahead of the training, each batch in one of them; 0: the training reads.
+            The rows must be such as can be pickled. Their number changes no batch.
 
     Raises:
         TypeError: the name is no text, or test or train no tensor of a floating dtype.
@@ -83,6 +86,7 @@ class Data:
     rows: Rows | None = None
     mirrored: bool = False
     split: Split | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -93,6 +97,11 @@ class Data:
             raise DataError(f"{self.name}: nothing to train on; give train, rows, mixture or draw")
         if self.train is not None and self.rows is not None:
             raise DataError(f"{self.name}: give train or rows, not both")
+        if require_int("workers", self.workers, 0) and self.rows is None:
+            raise DataError(
+                f"{self.name}: `workers` is {self.workers}, but its samples are in memory, where nothing is left to be "
+                "decoded: set `mapped` to true, or `workers` to 0"
+            )
         parts = (("test", self.test, self.test_labels), ("train", self.train, self.train_labels))
         for part, x, labels in parts:
             where = f"{self.name} ({part})"
@@ -187,6 +196,21 @@ class Data:
             digest.update(self.rows.digest())
         return digest.hexdigest()[:16]
 
+    def numbers(self, n: int, generator: Generator | None = None) -> Tensor | None:
+        """Which training samples the next batch is made of, int64 [n]; None if it is fresh draws.
+
+        Raises:
+            DataError: n < 1, or more than there are training samples.
+        """
+        if n < 1:
+            raise DataError(f"batch_size {n}: a batch needs at least one sample")
+        N = self.num_train
+        if N is None:
+            return None
+        if n > N:
+            raise DataError(f"{self.name}: batch_size {n} > {N} training samples; lower batch_size")
+        return torch.randint(N, (n,), generator=generator)
+
     def batch(self, n: int, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw a training batch.
 
@@ -200,14 +224,8 @@ class Data:
         Raises:
             DataError: n < 1, or more than there are training samples; or `rows` hold a fault that is met now.
         """
-        if n < 1:
-            raise DataError(f"batch_size {n}: a batch needs at least one sample")
-        rows = self.rows if self.train is None else self.train
-        if rows is not None:
-            N = len(rows)
-            if n > N:
-                raise DataError(f"{self.name}: batch_size {n} > {N} training samples; lower batch_size")
-            i = torch.randint(N, (n,), generator=generator)
+        i, rows = self.numbers(n, generator), self.rows if self.train is None else self.train
+        if i is not None and rows is not None:
             return rows[i], None if self.train_labels is None else self.train_labels[i]
         if self.mixture is not None:
             return self.mixture.sample(n, generator).float(), None

@@ -1,35 +1,28 @@
 """Data sets that are read: scikit-learn's digits, and the user's own files."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffrl.data.dataset import Data
+from diffrl.data.encoded import images_of
 from diffrl.data.image_files import (
     MAX_GIB,
     DataError,
     check_labels,
-    check_size,
     events_from,
-    images_from,
     pooled,
     read_idx,
     read_npz,
 )
-from diffrl.data.image_folders import read_image_folder
+from diffrl.data.image_folders import open_image_folder
 from diffrl.data.mapped import MappedRows, map_npz
+from diffrl.data.parts import Part, check_test_part, elsewhere, from_parts, split_by
 from diffrl.data.registry import DATASETS
-from diffrl.data.splits import Split, last, spaced
+from diffrl.data.splits import last, spaced
 from diffrl.extras import require
 
 __all__ = ["digits", "folder", "idx", "npz"]
-
-# samples [N, *E], and the class of each, a number or a name, if it has any
-Part = tuple[Tensor | MappedRows, NDArray[Any] | None]
 
 
 @DATASETS.register("digits")
@@ -53,7 +46,7 @@ def digits(conditional: bool = False) -> Data:
     rank = (one_hot.cumsum(0) * one_hot).sum(1)  # 1 for the first image of its class
     part = x, bunch.target if conditional else None
     rule = "every fifth image of each class"
-    return _from_parts("digits", *_split("digits", part, torch.from_numpy(rank % 5 == 0), rule))
+    return from_parts("digits", *split_by("digits", part, torch.from_numpy(rank % 5 == 0), rule))
 
 
 @DATASETS.register("idx")
@@ -88,11 +81,11 @@ def idx(
     part = _idx_part(path, labels, max_gib, pool)
     if test_path is not None:
         test = _idx_part(test_path, test_labels, max_gib, pool)
-        return _from_parts("idx", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
+        return from_parts("idx", part, test, elsewhere(test_path, part, test), max_gib if flip else None)
     if test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
-    return _from_parts(
-        "idx", *_split("idx", part, *last(len(part[0]), test_fraction)), max_gib if flip else None
+    return from_parts(
+        "idx", *split_by("idx", part, *last(len(part[0]), test_fraction)), max_gib if flip else None
     )
 
 
@@ -139,12 +132,10 @@ def npz(
     part = _npz_part(path, conditional, channels, max_gib, pool, mapped)
     if test_path is not None:
         test = _npz_part(test_path, conditional, channels, max_gib, pool)
-        return _from_parts("npz", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
+        return from_parts("npz", part, test, elsewhere(test_path, part, test), max_gib if flip else None)
     mask, rule = last(len(part[0]), test_fraction)
-    if mapped:
-        size = 4 * int(mask.sum()) * part[0][torch.tensor([0])].numel()
-        check_size(size, max_gib, f"{path}: its test part of `test_fraction` {test_fraction:g}")
-    return _from_parts("npz", *_split("npz", part, mask, rule), max_gib if flip else None)
+    check_test_part(part[0], mask, max_gib, path)
+    return from_parts("npz", *split_by("npz", part, mask, rule), max_gib if flip else None)
 
 
 @DATASETS.register("folder")
@@ -155,6 +146,8 @@ def folder(
     conditional: bool = False,
     test_fraction: float = 0.1,
     max_gib: float = MAX_GIB,
+    mapped: bool = False,
+    workers: int = 0,
     flip: bool = False,
 ) -> Data:
     """Images of a folder or zip, one sub-folder for each class, or all at the top (unconditional).
@@ -162,6 +155,9 @@ def folder(
     Images are ordered by name, classes too; an archive of EDM's dataset_tool has its classes from its `dataset.json`.
     Without `test_path`, index i is test where ⌊(i+1) f⌋ > ⌊i f⌋ with f = test_fraction (0.1: i % 10 == 9), so that
     every class of more than 1/f images is in both parts.
+
+    With `mapped` the training images stay in their files, and one is decoded each time that it is drawn, to what it
+    would be otherwise: for sets that do not fit in memory. Every file is read once at the start, for its hash.
 
     Args:
         path: folder or zip.
@@ -171,6 +167,9 @@ def folder(
             no labels.
         test_fraction: part of `path` that is test, in (0, 1).
         max_gib: GiB of memory that the images may take.
+        mapped: leave the training images in their files, which must stay as they are meanwhile.
+        workers: with `mapped`, processes that decode and augment batches ahead of the training; their number changes
+            no batch.
         flip: train on the mirror image of every training image too, left for right, after the images themselves; test
             images stay as they are.
 
@@ -179,15 +178,16 @@ def folder(
         FileError: a folder or file cannot be read.
         MissingExtra: pillow is not installed.
     """
-    part = _folder_part(path, size, conditional, max_gib)
+    part, flip_gib = _folder_part(path, size, conditional, max_gib, mapped), max_gib if flip else None
     if test_path is None:
-        parts = _split("folder", part, *spaced(len(part[0]), test_fraction))
-        return _from_parts("folder", *parts, max_gib if flip else None)
+        mask, rule = spaced(len(part[0]), test_fraction)
+        check_test_part(part[0], mask, max_gib, path)
+        return from_parts("folder", *split_by("folder", part, mask, rule), flip_gib, workers)
     test = _folder_part(test_path, size, conditional, max_gib)
     names, test_names = ([] if y is None else np.unique(y).tolist() for _, y in (part, test))
     if test_names != names:
         raise DataError(f"{test_path}: its class folders {test_names} are not those of {path}, {names}")
-    return _from_parts("folder", part, test, _elsewhere(test_path, part, test), max_gib if flip else None)
+    return from_parts("folder", part, test, elsewhere(test_path, part, test), flip_gib, workers)
 
 
 def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:
@@ -212,74 +212,10 @@ def _npz_part(
     return x, check_labels(labels, len(x), path)
 
 
-def _folder_part(path: str, size: int | None, conditional: bool, max_gib: float) -> Part:
-    pixels, classes = read_image_folder(path, size, conditional, max_gib)
+def _folder_part(
+    path: str, size: int | None, conditional: bool, max_gib: float, mapped: bool = False
+) -> Part:
+    images, classes = open_image_folder(path, size, conditional, max_gib)
     if conditional and classes is None:
         raise DataError(f"{path}: holds no class folders and no labels; set `conditional` to false")
-    return images_from(pixels), classes
-
-
-def _elsewhere(test_path: str, train: Part, test: Part) -> Split:
-    """All samples of another file."""
-    everything = torch.ones(len(test[0]), dtype=torch.bool)
-    return Split.of(f"all samples of {Path(test_path).name}", everything, train=len(train[0]))
-
-
-def _from_parts(name: str, train: Part, test: Part, split: Split, flip_gib: float | None = None) -> Data:
-    """A set whose classes are those of its training labels, in order; with mirror images if they may take so much."""
-    flip = flip_gib is not None
-    (x, y), (x_test, y_test) = train if flip_gib is None else _with_mirrors(name, train, flip_gib), test
-    assert isinstance(x_test, Tensor)
-    if (y is None) != (y_test is None):
-        raise DataError(f"{name}: give labels for both the training and the test samples, or for neither")
-    memory, stored = (x, None) if isinstance(x, Tensor) else (None, x)
-    if y is None or y_test is None:
-        return Data(name, x_test, train=memory, rows=stored, mirrored=flip, split=split)
-    classes = np.unique(y)
-    if untrained := sorted(set(y_test.tolist()) - set(classes.tolist())):
-        raise DataError(
-            f"{name}: class {untrained[0]!r} has test samples, but none to train on; shuffle a file that is sorted, "
-            "or change `test_fraction`"
-        )
-    numbers, test_numbers = (torch.from_numpy(np.searchsorted(classes, part)) for part in (y, y_test))
-    return Data(
-        name,
-        x_test,
-        test_numbers,
-        memory,
-        numbers,
-        len(classes),
-        classes=tuple(map(str, classes)),
-        rows=stored,
-        mirrored=flip,
-        split=split,
-    )
-
-
-def _with_mirrors(name: str, part: Part, max_gib: float) -> Part:
-    """Images, and behind them their mirror images, of the same classes."""
-    x, y = part
-    image = x[torch.tensor([0])]
-    if image.ndim != 4:
-        raise DataError(
-            f"{name}: `flip` is for images [C, H, W], not for samples of {tuple(image.shape[1:])}"
-        )
-    if isinstance(x, Tensor):
-        check_size(8 * x.numel(), max_gib, f"{name}: with its mirror images")
-        x = torch.cat([x, x.flip(-1)])
-    else:
-        x = x.with_mirrors()
-    return x, None if y is None else np.concatenate([y, y])
-
-
-def _split(name: str, part: Part, is_test: Tensor, rule: str) -> tuple[Part, Part, Split]:
-    """Training and test part by a mask and its rule."""
-    x, y = part
-    if bool(is_test.all()) or not bool(is_test.any()):
-        raise DataError(
-            f"{name}: {len(x)} samples are too few for a train and a test part; change `test_fraction`"
-        )
-    train, test = (mask.nonzero()[:, 0] for mask in (~is_test, is_test))
-    y_train, y_test = (None if y is None else y[i.numpy()] for i in (train, test))
-    kept = x[train] if isinstance(x, Tensor) else x.take(train)
-    return (kept, y_train), (x[test], y_test), Split.of(rule, is_test)
+    return images_of(images, size, max_gib, mapped), classes

@@ -1,6 +1,5 @@
 """Readers of folders and zips of images. Every fault is a `DataError`."""
 
-import io
 import json
 import os
 import stat
@@ -9,32 +8,33 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrl.data.decoding import decode
+from diffrl.data.encoded import decode_all
 from diffrl.data.image_files import MAX_GIB, DataError, check_labels, check_size, existing, readable
-from diffrl.extras import require
 from diffrl.text_files import file_errors
 
-__all__ = ["read_image", "read_image_folder"]
+__all__ = ["ImageFiles", "open_image_folder", "read_image", "read_image_folder"]
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 UNREAD_SUFFIXES = {".avif", ".heic", ".heif", ".jp2", ".jxl"}
 LABELS = "dataset.json"  # where an archive of EDM's dataset_tool keeps its labels
-GRAY_MODES = {"1", "L", "LA"}
-COLOUR_MODES = {"P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """What lies in a folder or zip: bytes of each file by name, all folders, and how to read a file."""
+    """What lies in a folder or zip: bytes of each file by name, all folders, names as stored, how to read a file."""
 
     where: str
     files: dict[str, int]
     folders: list[str]
+    stored: dict[str, str]
     read_file: Callable[[str], bytes]
     max_gib: float
 
@@ -65,7 +65,8 @@ def _opened(path: Path, max_gib: float) -> Iterator[_Tree]:
             found = {p.relative_to(path).as_posix(): p for p in _walk(path)}
             sizes = {name: _size_of(p) for name, p in found.items() if not p.is_dir()}
         folders = [name for name in found if name not in sizes]
-        yield _Tree(str(path), sizes, folders, lambda name: found[name].read_bytes(), max_gib)
+        stored = {name: name for name in sizes}
+        yield _Tree(str(path), sizes, folders, stored, lambda name: found[name].read_bytes(), max_gib)
         return
     with readable(str(path), "neither a folder nor a readable zip"):
         archive = zipfile.ZipFile(path)
@@ -83,7 +84,8 @@ def _opened(path: Path, max_gib: float) -> Iterator[_Tree]:
                 )
         sizes = {name: info.file_size for name, info in members.items() if not name.endswith("/")}
         folders = [name.rstrip("/") for name in members if name not in sizes]
-        yield _Tree(str(path), sizes, folders, lambda name: archive.read(members[name]), max_gib)
+        stored = {name: members[name].filename for name in sizes}
+        yield _Tree(str(path), sizes, folders, stored, lambda name: archive.read(members[name]), max_gib)
 
 
 def _hidden(name: str) -> bool:
@@ -112,28 +114,6 @@ def _size_of(path: Path) -> int:
     return found.st_size
 
 
-def _decode(raw: bytes, where: str, size: int | None, max_gib: float) -> NDArray[np.uint8]:
-    """One image as uint8 [C, H, W]."""
-    Image, ImageOps = require("PIL.Image", "data"), require("PIL.ImageOps", "data")
-    with readable(where, "unreadable or truncated image"):
-        image = Image.open(io.BytesIO(raw))
-        check_size(4 * image.width * image.height, max_gib, where)
-        if image.mode not in GRAY_MODES | COLOUR_MODES:
-            raise DataError(f"{where}: image mode {image.mode} is not 8-bit; convert it to 8-bit gray or RGB")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("P", "PA") and "transparency" in image.info:
-            image = image.convert("RGBA")
-        image = image.convert("L" if image.mode in GRAY_MODES else "RGB")
-        if size is not None:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
-            image = square.resize((size, size), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-
-
 def read_image(path: str | Path, size: int | None = None, max_gib: float = MAX_GIB) -> NDArray[np.uint8]:
     """One image file, as uint8 [C, H, W], C ∈ {1, 3}.
 
@@ -149,7 +129,7 @@ def read_image(path: str | Path, size: int | None = None, max_gib: float = MAX_G
     path = existing(path)
     with readable(str(path), "unreadable image"):
         raw = path.read_bytes()
-    return _decode(raw, str(path), size, max_gib)
+    return decode(raw, str(path), size, max_gib)
 
 
 def _labels(tree: _Tree, images: list[str]) -> NDArray[Any] | None:
@@ -209,15 +189,95 @@ def _folder_classes(images: list[str], folders: list[str], where: str) -> list[s
     return names
 
 
-def read_image_folder(
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images of a folder or zip, in the order of their names, read when they are asked for; it can be pickled.
+
+    Args:
+        path: folder or zip.
+        names: of the images, as in errors.
+        stored: the same, as the folder or zip has them.
+        sizes: bytes of each.
+        max_gib: GiB of memory that the bytes of one may take.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+    stored: tuple[str, ...]
+    sizes: tuple[int, ...]
+    max_gib: float
+
+    @property
+    def where(self) -> str:
+        """The folder or zip."""
+        return str(self.path)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def label(self, j: int) -> str:
+        """The name of image j."""
+        return self.names[j]
+
+    def read(self, j: int) -> bytes:
+        """The bytes of image j.
+
+        Raises:
+            DataError: they take too much memory, or cannot be read any more.
+        """
+        check_size(self.sizes[j], self.max_gib, f"{self.where}: {self.names[j]}")
+        with readable(self.where, f"{self.names[j]} is unreadable"):
+            if self._archive is None:
+                return (self.path / self.stored[j]).read_bytes()
+            return self._archive.read(self.stored[j])
+
+    @cached_property
+    def _archive(self) -> zipfile.ZipFile | None:
+        """The zip, which each process opens for itself."""
+        return None if self.path.is_dir() else zipfile.ZipFile(self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_archive"}
+
+
+def open_image_folder(
     path: str | Path, size: int | None = None, conditional: bool = True, max_gib: float = MAX_GIB
-) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
-    """Images of a folder or zip, in the order of their names, and the class of each.
+) -> tuple[ImageFiles, NDArray[Any] | None]:
+    """Images of a folder or zip, in the order of their names, and the class of each; no image is read yet.
 
     Images lie at the top (no classes) or in one folder for each class. If one single folder holds all of this, as in
     many zips, its contents are taken. An archive with a `dataset.json`, as EDM's dataset_tool makes it, has its classes
     from there alone: its folders are no classes, and the table must name every image and no other. Links are followed.
     Hidden files, and files without the suffix of an image, are ignored.
+
+    Args:
+        path: folder or zip file.
+        size: what images will be resized to, at least 1, or None.
+        conditional: read classes; if False, images may lie anywhere.
+        max_gib: GiB of memory that any file may take.
+
+    Returns:
+        The images, and their N classes, as names or as numbers, or None.
+
+    Raises:
+        DataError: no image, empty class folder, a `dataset.json` that is broken or does not fit, links in a circle or
+            in a zip.
+        FileError: a folder or file cannot be read.
+    """
+    if size is not None and (type(size) is not int or size < 1):
+        raise DataError(f"`size` is {size!r}; it must be at least 1, a whole number")
+    path = existing(path, folder=True)
+    with _opened(path, max_gib) as tree:
+        images = tree.images()
+        classes = _labels(tree, images) if conditional else None
+        stored, sizes = tuple(tree.stored[n] for n in images), tuple(tree.files[n] for n in images)
+    return ImageFiles(path, tuple(images), stored, sizes, max_gib), classes
+
+
+def read_image_folder(
+    path: str | Path, size: int | None = None, conditional: bool = True, max_gib: float = MAX_GIB
+) -> tuple[NDArray[np.uint8], NDArray[Any] | None]:
+    """Images of a folder or zip as `open_image_folder` finds them, all of them decoded.
 
     Images are turned as their EXIF orientation says. Gray ones keep one channel unless there are colour images too;
     palettes and CMYK become RGB; transparency and colour profiles are dropped; an animation gives its first frame.
@@ -232,26 +292,9 @@ def read_image_folder(
         uint8 [N, C, H, W], C ∈ {1, 3}, and the N classes, as names or as numbers, or None.
 
     Raises:
-        DataError: missing, damaged or too large file, no image, empty class folder, a `dataset.json` that is broken or
-            does not fit, images of different sizes, links in a circle or in a zip.
+        DataError: missing, damaged or too large file, images of different sizes, and see `open_image_folder`.
         FileError: a folder or file cannot be read.
         MissingExtra: pillow is not installed.
     """
-    if size is not None and (type(size) is not int or size < 1):
-        raise DataError(f"`size` is {size!r}; it must be at least 1, a whole number")
-    path = existing(path, folder=True)
-    with _opened(path, max_gib) as tree:
-        images = tree.images()
-        classes = _labels(tree, images) if conditional else None
-        check_size(4 * len(images) * (size or 1) ** 2, max_gib, str(path))
-        pixels: list[NDArray[np.uint8]] = []
-        for name in images:
-            pixels.append(_decode(tree.read(name), f"{path}: {name}", size, max_gib))
-            if pixels[-1].shape[1:] != pixels[0].shape[1:]:
-                (h, w), (H, W) = pixels[-1].shape[1:], pixels[0].shape[1:]
-                raise DataError(
-                    f"{path}: {name} is {w}x{h}, but {images[0]} is {W}x{H}; give `size` to resize all"
-                )
-            check_size(4 * len(images) * pixels[-1].size, max_gib, str(path))
-    channels = max(p.shape[0] for p in pixels)
-    return np.stack([np.broadcast_to(p, (channels, *p.shape[1:])) for p in pixels]), classes
+    images, classes = open_image_folder(path, size, conditional, max_gib)
+    return decode_all(images, size, max_gib), classes

@@ -5,12 +5,11 @@ import math
 import mmap
 import struct
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from diffrl.data.image_files import (
     read_npy,
     readable,
 )
+from diffrl.data.numbered import NumberedRows
 
 __all__ = ["MappedRows", "map_npz"]
 
@@ -36,7 +36,7 @@ LOCAL_HEADER = (
 
 
 @dataclass(frozen=True, eq=False)
-class MappedRows:
+class MappedRows(NumberedRows):
     """Samples of a mapped array: nothing is read but the rows that are asked for.
 
     Rows become what `diffrl.data.image_files.events_from` makes of them: uint8 images x/127.5 - 1 in [-1, 1], floats
@@ -62,41 +62,20 @@ class MappedRows:
     def __post_init__(self) -> None:
         self._events(self.array[:1])
 
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: Tensor) -> Tensor:
-        """Samples of these numbers, int64 [n] in 0..N-1: float32 [n, *E].
-
-        Raises:
-            DataError: a sample holds NaN or infinity, or float images lie outside [-1, 1].
-        """
-        numbers = self.index[i.numpy()]
-        rows = np.where(numbers < 0, ~numbers, numbers)
+    def _read(self, rows: NDArray[np.int64]) -> Tensor:
         raw = self.array[rows]
         if raw.dtype.kind == "f":
             bad = ~np.isfinite(raw.reshape(len(raw), -1)).all(1)
             if bad.any():
                 raise DataError(f"{self.where}: sample {rows[bad][0]} holds NaN or infinity; remove it")
-        x = self._events(raw)
-        mirrored = torch.from_numpy(numbers < 0)
-        x[mirrored] = x[mirrored].flip(-1)
-        return x
+        return self._events(raw)
 
     def _events(self, raw: NDArray[Any]) -> Tensor:
         return pooled(events_from(raw, self.where, self.channels), self.pool, self.where)
 
-    def take(self, i: Tensor) -> "MappedRows":
-        """The rows of these numbers, int64 [n] in 0..N-1, and no others; nothing is read."""
-        return replace(self, index=self.index[i.numpy()])
-
-    def with_mirrors(self) -> "MappedRows":
-        """These rows, and behind them their mirror images."""
-        return replace(self, index=np.concatenate([self.index, ~self.index]))
-
     def digest(self) -> bytes:
         """SHA-256 of which rows these are and of what is stored there; it reads each of them once."""
-        a, rows = self.array, np.unique(np.where(self.index < 0, ~self.index, self.index))
+        a, rows = self.array, self._stored
         found = hashlib.sha256(f"{a.dtype}{a.shape[1:]}{self.channels}{self.pool}".encode())
         found.update(self.index.data)
         n = max(1, AT_ONCE // max(1, a[:1].nbytes))

@@ -16,7 +16,7 @@ from diffrl.errors import FileError, InputError
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
 from diffrl.finetuning.build import build_recipe
-from diffrl.finetuning.evaluation import EarlyStop, Judge, TuningEvaluation
+from diffrl.finetuning.evaluation import EVAL_SEED, EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.models.base import Tunable
 from diffrl.finetuning.models.registry import build_model
@@ -138,6 +138,7 @@ class _Job(Job):
         for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
             pictures = self.model.pictures(shown(x))
             folder.write_samples(name, {nfe: pictures})
+            self.log(folder).sheet(name, pictures, nfe=nfe, seed=EVAL_SEED, step=self.tuner.step)
             self.model.show(pictures, self.judge.cond, folder.path / "pictures", name)
         self.model.export(folder.path)
         rows = _judged(table)

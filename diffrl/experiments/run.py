@@ -1,6 +1,5 @@
 """What every run from a configuration shares: settings, table and logger, interruption, one loop to its end."""
 
-import os
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from diffrl.devices import usable_device
 from diffrl.errors import InputError, of_group
-from diffrl.extras import require_installed
+from diffrl.experiments.run_log import RunLog, check_log
 from diffrl.registry import as_tuples
 from diffrl.shell_words import setting
 from diffrl.training.checkpoints import tidy
@@ -36,7 +35,6 @@ __all__ = [
 
 AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Made = TypeVar("Made")
-LOGGERS = ("csv", "tensorboard", "wandb")
 
 
 class Interrupted(Exception):
@@ -57,6 +55,7 @@ class Job(ABC):
 
     def __init__(self, config: Mapping[str, Any], name: str, loop: Loop) -> None:
         self.config, self.name, self.loop = config, name, loop
+        self._log: RunLog | None = None
         self.loop.identity = {**loop.identity, **identity_of(config)}
 
     @property
@@ -116,22 +115,27 @@ class Job(ABC):
 
         self.table(folder).keep(wanted)
 
+    def log(self, folder: RunFolder) -> RunLog:
+        """The run's logger, which is opened once; of several processes the first has one."""
+        if self._log is None:
+            kind = self.config["logger"] if self.loop.ranks.first else "csv"
+            self._log = RunLog(kind, str(folder.path), self.name)
+        return self._log
+
     def run_loop(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> None:
         """Run the loop to its end.
 
         Raises:
             Interrupted: it was asked to stop, and is saved.
         """
-        table, kind = self.table(folder), self.config["logger"] if self.loop.ranks.first else "csv"
-        logger = _open_logger(kind, str(folder.path), self.name)
+        table, log = self.table(folder), self.log(folder)
 
         def report(row: dict[str, float]) -> None:
             if not folder.config_file.exists():  # a checkpoint would make the folder again, without it
                 raise RunFolderError(f"{folder.path} was removed while the run went on: start it again")
             table.append({**self.tag, **row})
-            if logger is not None:
-                for key, value in row.items():
-                    logger.log_scalar("/".join([*self.tag.values(), key]), value, step=int(row[self.count]))
+            for key, value in row.items():
+                log.scalar("/".join([*self.tag.values(), key]), value, int(row[self.count]))
 
         ended = self.loop.fit(
             report=report,
@@ -149,11 +153,9 @@ class Job(ABC):
 
 def check_settings(config: Mapping[str, Any]) -> None:
     """Refuse settings that are of the right type, but cannot work."""
-    for key, known in (("dtype", tuple(AUTOCAST)), ("logger", LOGGERS)):
-        if config[key] not in known:
-            raise InputError(f"{key} is {config[key]!r}: give {', '.join(known)}")
-    if config["logger"] != "csv":
-        require_installed(config["logger"], extra=config["logger"])
+    if config["dtype"] not in AUTOCAST:
+        raise InputError(f"dtype is {config['dtype']!r}: give {', '.join(AUTOCAST)}")
+    check_log(config["logger"])
     usable_device(config["device"])
 
 
@@ -169,16 +171,6 @@ def made_of(group: str, make: Callable[..., Made], config: Mapping[str, Any], **
     options = as_tuples(config[group])
     with of_group(group, options):
         return make(**more, **options)
-
-
-def _open_logger(kind: str, folder: str, name: str) -> Any:
-    """TorchRL's logger of that kind; None for "csv", which metrics.csv is already."""
-    if kind == "csv":
-        return None
-    from torchrl.record.loggers import get_logger  # costs seconds
-
-    mode = {"wandb_kwargs": {"mode": os.environ.get("WANDB_MODE", "online")}} if kind == "wandb" else {}
-    return get_logger(kind, logger_name=f"{folder}/{kind}", experiment_name=name, **mode)
 
 
 @contextmanager

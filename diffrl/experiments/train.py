@@ -25,7 +25,7 @@ from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.distributed import ALONE, Ranks, joined
 from diffrl.training.ema import Average
-from diffrl.training.evaluation import Evaluation, draw_samples
+from diffrl.training.evaluation import SAMPLE_SEED, Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
 from diffrl.training.provenance import versions
@@ -254,6 +254,9 @@ class TrainingJob(Job):
         found, samples = self._measured(self.average)
         folder.write_samples("data", {"0": shown(self.data.test)})
         folder.write_samples(self.name, samples)
+        for nfe, x in samples.items():
+            step = self.trainer.step
+            self.log(folder).sheet(self.name, x, nfe=nfe, seed=SAMPLE_SEED, step=step)
         self._warn_of_divergence(folder)
         others = {name: ema.module for name, ema in self.trainer.averages.items() if name != "ema"}
         averages = {name: self._measured(cast(Denoiser, module))[0] for name, module in others.items()}

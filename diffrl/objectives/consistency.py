@@ -13,6 +13,7 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges
+from diffrl.objectives.consistency_metrics import METRICS, Distance, distance, l2
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.place import Place
@@ -21,7 +22,7 @@ from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, WeightTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.registry import options_of
-from diffrl.shapes import event_mean, expand_like
+from diffrl.shapes import expand_like
 
 __all__ = [
     "CT_WEIGHTS",
@@ -30,31 +31,6 @@ __all__ = [
     "ct_loss",
     "td_ct_loss",
 ]
-
-PSEUDO_HUBER = 0.00054  # h/√dim(E) of the improved consistency training, where h is called c
-
-
-def l2(u: Tensor) -> Tensor:
-    """Mean of u²."""
-    return event_mean(u.square(), 2)
-
-
-def l1(u: Tensor) -> Tensor:
-    """Mean of |u|."""
-    return event_mean(u.abs(), 2)
-
-
-def pseudo_huber(u: Tensor) -> Tensor:
-    """(√(‖u‖² + h²) - h)/√dim(E) with h = 0.00054 √dim(E): as published, over the root of the event's size.
-
-    Source: Improved Techniques for Training Consistency Models (Song & Dhariwal, 2024), section 3.3,
-    https://arxiv.org/abs/2310.14189.
-    """
-    return (event_mean(u.square(), 2) + PSEUDO_HUBER**2).sqrt() - PSEUDO_HUBER
-
-
-METRICS: dict[str, Callable[[Tensor], Tensor]] = {"l2": l2, "l1": l1, "pseudo_huber": pseudo_huber}
-"""d, a distance of two predictions by their difference u: [B, K, *E] → [B, K]. The paper's is LPIPS, a network."""
 
 CT_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "uniform": lambda sigma, sigma_data: torch.ones_like(sigma),
@@ -83,7 +59,9 @@ class ConsistencyLoss(DenoiserLoss):
         td_coef: b ∈ [0, 1e6].
         consistency_coef: c ∈ [0, 1e6].
         td_weight: w, a name in `diffrl.objectives.weights.WEIGHTS`; the released code has "sum_sq" and "sum".
-        metric: d, a name in `METRICS`.
+        metric: d, a name in `METRICS`; "lpips", which needs `metric_weights`; or a function of two predictions
+            [B, K, *E] that gives [B, K].
+        metric_weights: folder of the weights of "lpips", see `diffrl.objectives.perceptual.LPIPS`.
         ct_weight: w_CT, "uniform" or "karras" (σ_t⁻² + σ_data⁻²).
         bootstrap: f⁻ is a "target" network that lags behind, or the network's "own" prediction.
         bootstrap_share: s ∈ [0, 1]; 0 regresses on the datum, and f⁻ is not evaluated.
@@ -106,7 +84,8 @@ class ConsistencyLoss(DenoiserLoss):
         td_coef: float,
         consistency_coef: float,
         td_weight: str = "sum_sq",
-        metric: str = "pseudo_huber",
+        metric: str | Distance = "pseudo_huber",
+        metric_weights: str | None = None,
         ct_weight: str = "uniform",
         bootstrap: Literal["target", "own"] = "target",
         bootstrap_share: float = 1.0,
@@ -126,15 +105,14 @@ class ConsistencyLoss(DenoiserLoss):
             raise InputError(
                 "ct_weight 'edm' is called 'karras' now: weight 'edm' is another one, of TD errors"
             )
-        for name, value, known in (("metric", metric, METRICS), ("ct_weight", ct_weight, CT_WEIGHTS)):
-            if value not in known:
-                raise InputError(f"{name} is {value!r}: give one of {', '.join(known)}")
+        if ct_weight not in CT_WEIGHTS:
+            raise InputError(f"ct_weight is {ct_weight!r}: give one of {', '.join(CT_WEIGHTS)}")
         if bootstrap not in ("target", "own"):
             raise InputError(f"bootstrap is {bootstrap!r}: give 'target' or 'own'")
         super().__init__(value_module(denoiser), target=bootstrap == "target", anneal=anneal)
         self.bootstrap_share = bootstrap_share
         self.td_coef, self.consistency_coef, self.bootstrap = td_coef, consistency_coef, bootstrap
-        self._td_weight, self._metric = weight_function(td_weight), METRICS[metric]
+        self._td_weight, self._metric = weight_function(td_weight), distance(metric, metric_weights)
         self._ct_weight = CT_WEIGHTS[ct_weight]
         self.set_progress(0, 1)
 
@@ -171,7 +149,7 @@ class ConsistencyLoss(DenoiserLoss):
         self.network_evaluations += t.numel()
         f_next = self._target(pairs)
         b, c = self.td_coef, self.consistency_coef
-        L_CT = self._ct_weight(t, self.denoiser.sigma_data) * self._metric(f - f_next).unsqueeze(-1)
+        L_CT = self._ct_weight(t, self.denoiser.sigma_data) * self._metric(f, f_next).unsqueeze(-1)
         loss = c * L_CT
         if b > 0:
             delta = expand_like(A, x0) * (x0 - f) - expand_like(A_next, x0) * (x0 - f_next)

@@ -61,7 +61,7 @@ def distillation_loss(denoiser: Denoiser, **options: Any) -> ConsistencyLoss:
     v̂ is the slope at what Euler's step reaches. Given x_t the target does not scatter; its error is that of the
     teacher and, for N levels, of Heun's steps. For a run that names a teacher: ``objective=cd
     objective.teacher=runs/... init=runs/... denoiser.prediction_type=consistency``. `td_coef` adds the term of TD-CT.
-    The published distance is LPIPS, a network; of those without one the paper tried l2 and l1.
+    The published distance is LPIPS (`metric`), a network; of those without one the paper tried l2 and l1.
 
     Source: Consistency Models (Song et al., 2023), Algorithm 2, https://arxiv.org/abs/2303.01469, and its released
     code.

@@ -36,7 +36,7 @@ ACCEPT = "accept_changes"
 KINDS = {"trainer": "train", "loop": "finetune"}
 """The group that says how long a run is, and the command whose runs have it."""
 
-MOVABLE = ("device", "rank_timeout", "resume", "run_dir", "extend", ACCEPT)
+MOVABLE = ("data.workers", "device", "rank_timeout", "resume", "run_dir", "extend", ACCEPT)
 """Settings that say where and how far a run goes, and not what it is."""
 
 _ABSENT = "nothing"
@@ -60,7 +60,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says of a run, for its checkpoints: see `diffrl.training.identity`."""
-    return flat({key: value for key, value in config.items() if key not in MOVABLE})
+    return {key: value for key, value in flat(config).items() if key not in MOVABLE}
 
 
 def require_kind(path: Path, config: Mapping[str, Any], wanted: str) -> None:

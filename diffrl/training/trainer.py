@@ -14,9 +14,7 @@ from tensordict import TensorDict
 from torch import Generator, Tensor
 from torchrl.objectives import HardUpdate
 
-from diffrl.data.augmentation import augment
 from diffrl.data.dataset import Data
-from diffrl.diffusion.networks.inputs import joined_labels
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Adaptive, Objective
@@ -25,6 +23,7 @@ from diffrl.objectives.stand_ins import StandIn, StandInChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.augmenting import check_augmentable
+from diffrl.training.batches import Batches
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
 from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.dropout import has_dropout, seeded
@@ -119,6 +118,7 @@ class Trainer(Loop):
 
     Raises:
         NonFiniteLoss: from `steps`, where loss, gradient or weights are not finite; no such step is saved.
+        WorkerLost: from `steps`, where a process that reads the data has died.
     """
 
     step_name: ClassVar[str] = "gradient step"
@@ -171,7 +171,8 @@ class Trainer(Loop):
                 objective.draw.refer_to(self.data)
         if length.augment:
             check_augmentable(self.denoiser, data.event_shape, objective)
-        data.batch(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
+        data.numbers(length.batch_size, step_generator(seed, 0))  # more than the data holds is refused here
+        self.batches = Batches(self.data, seed, length, self.num_classes)
 
     @property
     def name(self) -> str:
@@ -229,25 +230,18 @@ class Trainer(Loop):
         return f"loss {row['loss_value']:.3g}, {error}{rate:,.0f} samples/s"
 
     def batch(self, step: int) -> tuple[Tensor, Tensor | None, Generator]:
-        """Data of a step, its labels (some dropped), and the generator that the noise continues from.
-
-        Augmented images have labels of that too, `diffrl.diffusion.networks.inputs.joined_labels`.
-        """
-        generator = step_generator(self.seed, step)
-        x0, labels = self.data.batch(self.length.batch_size, generator)
-        if self.num_classes == 0:
-            labels = None
-        elif labels is not None:
-            dropped = torch.rand(len(labels), generator=generator) < self.length.label_dropout
-            labels = labels.masked_fill(dropped, self.num_classes)
-        if self.length.augment:
-            x0, done = augment(x0, self.length.augment, generator)
-            labels = joined_labels(labels, done)
+        """Data of a step, its labels, and the generator that the noise continues from, see `Batches`."""
+        x0, labels, generator = self.batches(step)
         labels = None if labels is None else labels.to(self.device)
         dtype = next(iter(self.parameters)).dtype
         if self.device.type != "cpu":
             generator = step_generator(self.seed, step, self.device)
         return x0.to(self.device, dtype), labels, generator
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """As those of every loop; where the data have workers, they read ahead meanwhile."""
+        with self.batches.ahead(self.step, self.length.total):
+            yield from super().steps()
 
     def _advance(self) -> dict[str, float]:
         if self.trials is not None:

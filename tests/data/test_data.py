@@ -274,4 +274,4 @@ def test_data_that_do_not_fit_are_refused() -> None:
 
 
 def test_registry_has_the_names_that_users_type() -> None:
-    assert list(DATASETS) == sorted([*SYNTHETIC, "digits", "idx", "folder", "npz"])
+    assert list(DATASETS) == sorted([*SYNTHETIC, "digits", "idx", "folder", "hf", "npz"])

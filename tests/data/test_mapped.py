@@ -86,7 +86,7 @@ def test_more_than_the_memory_allowed_can_be_mapped_and_stays_in_the_file(tmp_pa
     assert float(data.test[0].min()) == float(data.test[-1].min()) == 1 and float(data.test[1].max()) == -1
     x, _ = data.batch(8, Generator().manual_seed(0))
     assert x.shape == (8, 3, 16, 16) and float(x.abs().min()) == 1
-    with pytest.raises(DataError, match=r"test part of `test_fraction` 0.5: takes 1.43 GiB.*more than 1"):
+    with pytest.raises(DataError, match=r"test part by `test_fraction`: takes 1.43 GiB.*more than 1"):
         npz(str(path), max_gib=1, mapped=True, test_fraction=0.5)
 
 

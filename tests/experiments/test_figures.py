@@ -10,12 +10,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from diffrl.experiments.image_sheets import square_columns
 from diffrl.experiments.method_findings import AXES, FIGURES, Method
 from diffrl.experiments.reports.finetuning_figures import draw_curves, draw_pictures
 from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import data_label
-from diffrl.experiments.reports.style import drawing, plain_ticks, square_columns
+from diffrl.experiments.reports.style import drawing, plain_ticks
 from diffrl.experiments.reports.target_figure import draw_target_errors
 from diffrl.experiments.reports.training_figures import draw_figures
 from diffrl.experiments.reports.tuning_figure import draw_tuning

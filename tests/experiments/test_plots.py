@@ -12,8 +12,9 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from diffrl.experiments.image_sheets import image_sheet
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
-from diffrl.experiments.reports.style import STYLE, draw_points, image_sheet, plane_of
+from diffrl.experiments.reports.style import STYLE, draw_points, plane_of
 from diffrl.extras import MissingExtra
 from diffrl.training.runs import RunFolder, RunFolderError
 from tests.kit.runs import run

@@ -368,8 +368,8 @@ def test_multistep_refuses(sampler: Multistep, num_steps: int, process: Any, mes
     [
         (lambda: ct_loss(Denoiser(Wave(), EDM())), "denoiser.prediction_type=consistency, not edm"),
         (
-            lambda: ct_loss(consistency(), metric="lpips"),
-            "metric is 'lpips': give one of l2, l1, pseudo_huber",
+            lambda: ct_loss(consistency(), metric="ssim"),
+            "metric is 'ssim': give one of l2, l1, pseudo_huber, lpips",
         ),
         (lambda: ct_loss(consistency(), ct_weight="snr"), "ct_weight is 'snr'"),
         (lambda: ct_loss(consistency(), ct_weight="edm"), "'edm' is called 'karras' now"),

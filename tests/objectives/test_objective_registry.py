@@ -49,7 +49,8 @@ STEP = {
 }
 CT = {
     **ANNEALED,
-    **{"metric": (str, "pseudo_huber"), "ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
+    **{"metric": (str, "pseudo_huber"), "metric_weights": (str | None, None)},
+    **{"ct_weight": (str, "uniform"), "bootstrap": (str, "target")},
     **{
         "s_0": (int, 2),
         "s_1": (int, 150),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrl.experiments.image_sheets import square_columns
 from diffrl.experiments.method_findings import AXES, Method, MethodFindings
 from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.style import (
@@ -20,7 +21,6 @@ from diffrl.experiments.reports.style import (
     save_figure,
     show_images,
     show_points,
-    square_columns,
     write_note,
     write_title,
 )

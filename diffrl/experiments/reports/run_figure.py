@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from diffrl.experiments.image_sheets import square_columns
 from diffrl.experiments.reports.run_table import (
     baseline_of,
     distance_label,
@@ -27,7 +28,6 @@ from diffrl.experiments.reports.style import (
     plane_of,
     save_figure,
     show_images,
-    square_columns,
     write_note,
     write_title,
 )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffrl.experiments.image_sheets import image_sheet
 from diffrl.extras import require
 from diffrl.metrics.intervals import Interval
 from diffrl.text_files import write_csv
@@ -27,7 +28,6 @@ __all__ = [
     "draw_points",
     "draw_ratios",
     "drawing",
-    "image_sheet",
     "ink_on",
     "legend_beside",
     "plain_ticks",
@@ -35,7 +35,6 @@ __all__ = [
     "save_figure",
     "show_images",
     "show_points",
-    "square_columns",
     "write_note",
     "write_title",
 ]
@@ -212,24 +211,6 @@ def show_images(axes: Any, x: Tensor, *, columns: int) -> None:
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
-
-
-def image_sheet(x: Array, columns: int) -> Array:
-    """Images [n, C, H, W] in [-1, 1] as one image [rows H, columns W, C] in [0, 1], white between them."""
-    n, C, H, W = x.shape
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    gap = max(1, H // 16)
-    sheet = np.ones((rows * (H + gap) - gap, columns * (W + gap) - gap, C))
-    for i, image in enumerate(np.clip((x + 1) / 2, 0, 1)):
-        top, left = i // columns * (H + gap), i % columns * (W + gap)
-        sheet[top : top + H, left : left + W] = image.transpose(1, 2, 0)
-    return sheet
-
-
-def square_columns(count: int) -> int:
-    """In how many columns a sheet of so many images is nearly square."""
-    return math.isqrt(count - 1) + 1
 
 
 def show_points(axes: Any, x: Tensor, beneath: Tensor, colour: str, frame: Tensor) -> None:
