@@ -14,7 +14,7 @@ from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser, DenoiserFn
 from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.guidance import GuidedDenoiser
-from diffrl.diffusion.samplers.base import Model, Noise, Sampler
+from diffrl.diffusion.samplers.base import Model, Noise, Sampler, Streams
 from diffrl.diffusion.samplers.loop import trajectory
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, of_group
@@ -265,8 +265,9 @@ def draw_samples(
     seed: int = SAMPLE_SEED,
     guidance_scale: float = 1.0,
     batch_size: int = 1000,
+    streams: Streams = "added",
 ) -> tuple[Tensor, int]:
-    """Samples of the data's shape, each from a seed of its own, so that the batch size changes nothing.
+    """Samples of the data's shape, each with noise of its own, so that the batch size changes nothing.
 
     Args:
         denoiser: D; if its network takes labels, classes are drawn with their shares in the data.
@@ -274,9 +275,10 @@ def draw_samples(
         sampler: the reverse step.
         num_steps: noise levels N.
         samples: how many.
-        seed: sample j is drawn with seed + j.
+        seed: ≥ 0, see `streams`.
         guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
         batch_size: samples drawn at once.
+        streams: how the noise of a sample follows from the seed, see `diffrl.diffusion.samplers.Noise.of_rows`.
 
     Returns:
         The samples [samples, *E], and the network evaluations of each.
@@ -284,7 +286,7 @@ def draw_samples(
     Raises:
         ValueError: guidance of a network without labels, no sample, or seeds below 0 or above what torch takes.
     """
-    require_int("seed", seed, 0, 2**63 - 1 - require_int("samples", samples))
+    require_int("samples", samples)
     num_classes = _num_classes(denoiser)
     if guidance_scale != 1 and num_classes == 0:
         raise InputError(
@@ -303,7 +305,7 @@ def draw_samples(
         labels = None if classes is None else classes[first : first + n]
         model = Model(guided, denoiser.process, num_steps, labels)
         x = torch.zeros(n, *data.event_shape, dtype=parameter.dtype, device=parameter.device)
-        noise = Noise.per_sample(range(seed + first, seed + first + n))
+        noise = Noise.of_rows(streams, seed, range(first, first + n))
         with torch.no_grad():
             x = deque(trajectory(model, sampler, x, noise), maxlen=1).pop()
         parts.append(x)
