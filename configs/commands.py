@@ -13,6 +13,7 @@ from diffrl.configs.cli import command, one_line
 from diffrl.configs.folders import evaluate, export, report
 from diffrl.configs.words import Words
 from diffrl.diffusion.samplers.base import Streams
+from diffrl.diffusion.samplers.counting import grid_for
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.check_run import check_run
 from diffrl.experiments.comparison import Execution, run_cells
@@ -31,7 +32,6 @@ from diffrl.extras import require_installed
 from diffrl.ranges import require_int
 from diffrl.ranks import own_rank, refuse_several_processes
 from diffrl.text_tables import text_table
-from diffrl.training.evaluation import grid_for
 from diffrl.training.identity import require_kind
 from diffrl.training.model_files import SUFFIX
 from diffrl.training.runs import RunFolder, load

@@ -12,7 +12,7 @@ from diffrl.experiments.reports.run_table import (
     summary_table,
     title,
 )
-from diffrl.metrics.distances import SAMPLE_DISTANCES
+from diffrl.metrics.measures import SAMPLE_DISTANCES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD

@@ -34,7 +34,7 @@ class Noise:
         self,
         generators: torch.Generator | Sequence[torch.Generator] | Sequence[np.random.Generator] | None,
     ) -> None:
-        self.generators = generators
+        self.generators: Any = generators
 
     @classmethod
     def per_sample(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
