@@ -19,6 +19,7 @@ from diffrl.experiments.check_run import check_run
 from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
+from diffrl.experiments.reports.quality_figure import draw_quality
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import objective_label, split_line, summary_table
 from diffrl.experiments.reports.run_words import in_words
@@ -65,6 +66,8 @@ def train(config: dict[str, Any]) -> None:
     results = folder.results()
     print("\n\n".join(filter(None, (summary_table(results), in_words(results), split_line(results)))))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
+    if (quality := draw_quality(folder.path)) is not None:
+        print(f"quality     {quality}")
 
 
 @command("train", MAIN_JOB)

@@ -216,6 +216,9 @@ def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield kind, figures[kind]
     if (distance := figures.get("sample_distance")) is not None:
         yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
+    if (quality := figures.get("quality")) is not None:
+        for by_nfe in quality.values() if isinstance(quality, dict) else [None]:
+            yield "quality", by_nfe
 
 
 def _load_samples(file: Path) -> dict[str, Tensor]:

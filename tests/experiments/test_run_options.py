@@ -196,9 +196,11 @@ def test_a_run_says_what_it_held_out(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    folder = run(tmp_path / "run", "logger=tensorboard", "trainer.grad_steps=4", "compare=false")
+    words = ("trainer.grad_steps=4", "compare=false", "eval.quality_every=10")
+    folder = run(tmp_path / "run", "logger=tensorboard", *words)
     (events,) = (folder.path / "tensorboard").rglob("events.out.tfevents.*")
     assert b"td/loss_value" in events.read_bytes()
+    assert b"td/sliced_w2@40_seed2718281_nfe7" in events.read_bytes()
 
 
 def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
