@@ -231,10 +231,10 @@ def summary_table(results: Mapping[str, Any]) -> str:
         for nfe in by_nfe:
             add(f"{label}, NFE {nfe}", [t[label][nfe] for t in taken])
         rows.append([])
-    rows += [["samples measured", *(count_label(f["sample_distance"]["metric"]) for f in found)]]
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
     add("seconds of training", [f["seconds"] for f in found], ".1f")
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
     if any("forward_equivalents" in f for f in found):  # no run of diffrl 0.3 and before has them
         add("a gradient step, in forward passes", [f.get("forward_equivalents") for f in found], ".1f")
-    return f"{title(results)}\n\n{text_table(rows)}"
+    measured = f"Samples are measured by {count_label(found[0]['sample_distance']['metric'])}."
+    return f"{title(results)}\n\n{text_table(rows)}\n\n{measured}"
