@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -12,11 +12,14 @@ from diffrl.configs.cells import base_run, plan_comparison, plan_finetuning, pla
 from diffrl.configs.cli import command, one_line
 from diffrl.configs.folders import evaluate, export, report
 from diffrl.configs.words import Words
+from diffrl.diffusion.samplers.base import Streams
+from diffrl.diffusion.samplers.counting import grid_for
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.check_run import check_run
 from diffrl.experiments.comparison import Execution, run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
+from diffrl.experiments.reports.quality_figure import draw_quality
 from diffrl.experiments.reports.run_figure import draw_samples, draw_summary
 from diffrl.experiments.reports.run_table import objective_label, split_line, summary_table
 from diffrl.experiments.reports.run_words import in_words
@@ -30,7 +33,6 @@ from diffrl.extras import require_installed
 from diffrl.ranges import require_int
 from diffrl.ranks import own_rank, refuse_several_processes
 from diffrl.text_tables import text_table
-from diffrl.training.evaluation import grid_for
 from diffrl.training.identity import require_kind
 from diffrl.training.model_files import SUFFIX
 from diffrl.training.runs import RunFolder, load
@@ -64,6 +66,8 @@ def train(config: dict[str, Any]) -> None:
     results = folder.results()
     print("\n\n".join(filter(None, (summary_table(results), in_words(results), split_line(results)))))
     print(f"\nrun folder  {folder.path}\nfigure      {draw_summary(folder.path)}")
+    if (quality := draw_quality(folder.path)) is not None:
+        print(f"quality     {quality}")
 
 
 @command("train", MAIN_JOB)
@@ -148,8 +152,9 @@ def sample() -> None:
 
 def _sample(arguments: argparse.Namespace) -> Path:
     """Load, sample, draw; returns the picture's path."""
-    for name, least, most in (("nfe", 1, 10_000), ("samples", 1, 10**6), ("seed", 0, 2**62)):
-        require_int(f"--{name}", getattr(arguments, name), least, most)
+    ranges = (("nfe", 1, 10_000), ("samples", 1, 10**6), ("seed", 0, 2**62), ("at_once", 1, 10**6))
+    for name, least, most in ranges:
+        require_int(f"--{name.replace('_', '-')}", getattr(arguments, name), least, most)
     if arguments.out is not None and arguments.out.suffix.lower() not in PICTURES:
         raise InputError(f"--out is {str(arguments.out)!r}: give a name that ends with {', '.join(PICTURES)}")
     path = Path(arguments.run_folder)
@@ -164,12 +169,16 @@ def _sample(arguments: argparse.Namespace) -> Path:
         num_steps=num_steps,
         seed=arguments.seed,
         guidance_scale=arguments.guidance_scale,
+        at_once=arguments.at_once,
+        streams=arguments.streams,
     )
     if not bool(x.isfinite().all()):
         raise InputError(f"samples of {path} hold NaN or infinity: get the model again, or train anew")
     of_run = bool(run.objective)
     label = objective_label(run.objective, run.config) if of_run else "model"
-    name = f"samples_{run.objective or run.name.removesuffix(SUFFIX)}_nfe{arguments.nfe}_seed{arguments.seed}.png"
+    of = f"{run.objective or run.name.removesuffix(SUFFIX)}_nfe{arguments.nfe}"
+    seed = f"{'seed' if arguments.streams == 'added' else 'key'}{arguments.seed}"
+    name = f"samples_{of}_{seed}.png"
     out = arguments.out or (path / "plots" / name if of_run else Path(name))
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{run.name}, {label}, NFE {arguments.nfe}, seed {arguments.seed}"
@@ -184,6 +193,13 @@ def _sample_words() -> argparse.ArgumentParser:
     parser.add_argument("--nfe", type=int, default=35, help="network evaluations of each sample (35)")
     parser.add_argument("--samples", type=int, default=64, help="how many (64)")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; each has its own (0)")
+    parser.add_argument("--at-once", type=int, default=1000, help="drawn side by side; changes none (1000)")
+    parser.add_argument(
+        "--streams",
+        choices=get_args(Streams),
+        default="added",
+        help="keyed: no two seeds share a sample (added)",
+    )
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="1 is off; needs labels (1)")
     parser.add_argument("--objective", help="whose denoiser: td, monte_carlo, ... (the run's main one)")
     parser.add_argument("--out", type=Path, help="the picture (of a run RUN_FOLDER/plots/samples_...png)")

@@ -38,7 +38,7 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.updates.boundaries import BoundaryUpdates
 from diffrl.finetuning.updates.preferences import PreferenceUpdates
 from diffrl.finetuning.updates.steps import Updates
-from diffrl.metrics.distances import sliced_w2
+from diffrl.metrics.point_clouds import sliced_w2
 from diffrl.metrics.seeds import bootstrap_interval, iqm
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table

@@ -28,7 +28,7 @@ from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.comparison import cell_figures
 from diffrl.experiments.index import read_index
 from diffrl.experiments.studies import WHERE
-from diffrl.metrics.distances import frechet_distance, sliced_w2
+from diffrl.metrics.point_clouds import frechet_distance, sliced_w2
 from diffrl.text_files import write_csv
 from diffrl.training.evaluation import draw_samples
 from diffrl.training.runs import RunFolder

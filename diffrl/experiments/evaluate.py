@@ -17,6 +17,7 @@ from diffrl.training.build import build_oracle, build_sampler
 from diffrl.training.checkpoints import latest_checkpoint, read_identity
 from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.identity import RunChanged
+from diffrl.training.quality import for_results, measure_samples
 from diffrl.training.runs import Run, RunFolder, load
 
 __all__ = ["errors_of", "evaluate_run"]
@@ -69,8 +70,8 @@ def evaluate_run(
         device: where it is measured.
 
     Returns:
-        Errors by name and noise level, and ``sample_distance`` with its metric and values by network evaluations, as
-        in results.json.
+        Errors by name and noise level, ``sample_distance`` with its metric and values by network evaluations, and
+        ``quality`` with those of further measures, as in results.json.
 
     Raises:
         RunChanged: the data are others than those of the training.
@@ -86,24 +87,27 @@ def evaluate_run(
         oracle.to(place)
     solution = solution_of(registered_name(run.config, run.objective))
     evaluation = made_of("eval", Evaluation, {"eval": {**run.config.get("eval", {}), **settings}})
-    sampler, scale, by_nfe = build_sampler(run.config), run.config.get("guidance_scale", 1.0), {}
-    for num_steps in evaluation.num_steps:
-        x, nfe = draw_samples(
+    evaluation.check_measures(data)
+    sampler, scale = build_sampler(run.config), run.config.get("guidance_scale", 1.0)
+    by_nfe = measure_samples(
+        evaluation,
+        evaluation.reference(data, place),
+        lambda num_steps: draw_samples(
             denoiser,
             data,
             sampler,
             num_steps=num_steps,
             samples=evaluation.samples,
+            seed=evaluation.seed,
             guidance_scale=scale,
             batch_size=evaluation.at_once,
-        )
-        if not bool(x.isfinite().all()):
-            raise InputError(f"samples of {num_steps} levels hold NaN or infinity: give other eval.num_steps")
-        by_nfe[str(nfe)] = evaluation.sample_distance(x, data)
-    return {
-        **errors_of(evaluation, denoiser, oracle, data, solution),
-        "sample_distance": {"metric": evaluation.metric, "by_nfe": by_nfe},
-    }
+            streams=evaluation.streams,
+        ),
+        broken=lambda num_steps: InputError(
+            f"samples of {num_steps} levels hold NaN or infinity: give other eval.num_steps"
+        ),
+    )
+    return {**errors_of(evaluation, denoiser, oracle, data, solution), **for_results(evaluation, by_nfe)}
 
 
 def _require_same_data(path: Path, run: Run, data: Data) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError
 from diffrl.experiments.evaluate import errors_of
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
@@ -29,6 +30,7 @@ from diffrl.training.evaluation import SAMPLE_SEED, Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
 from diffrl.training.optim import Optim
 from diffrl.training.provenance import versions
+from diffrl.training.quality import by_columns, for_results, measure_samples, quality_columns
 from diffrl.training.runs import RunFolder
 from diffrl.training.starting import keep_start, start_from, take_kept_start
 from diffrl.training.step_cost import forward_equivalents
@@ -184,6 +186,12 @@ class TrainingJob(Job):
         super().__init__(config, objective.name, self.trainer)
         self.data, self.sampler = data, build_sampler(config)
         self.evaluation = made_of("eval", Evaluation, config)
+        self.reference = self.evaluation.reference(data, config["device"])
+        every, look = self.evaluation.quality_every, length.eval_every
+        if every % look:
+            raise InputError(
+                f"eval.quality_every is {every}: give a multiple of trainer.eval_every, {look}, or 0 for no looks"
+            )
         self.oracle = build_oracle(data, denoiser.process)
         if self.oracle is not None:
             self.oracle.to(config["device"])
@@ -195,7 +203,10 @@ class TrainingJob(Job):
         names += [] if self.trainer.optimiser.loss_scale is None else ["loss_scale"]
         errors = ["denoising_error"] if self.oracle is None else ["value_error", "denoising_error"]
         levels = [f"{error}_{sigma:g}" for error in errors for sigma in self.evaluation.sigmas]
-        return (*names, *levels, *(f"map_error_{key}" for key in self._map_keys()))
+        maps = (f"map_error_{key}" for key in self._map_keys())
+        guided = self.config["guidance_scale"] not in (0, 1)
+        process, calls = self.average.process, 2 if guided else 1
+        return (*names, *levels, *maps, *quality_columns(self.evaluation, self.sampler, process, calls))
 
     def _map_keys(self) -> list[str]:
         """Of the maps of all objectives of the run, which share a table."""
@@ -240,9 +251,13 @@ class TrainingJob(Job):
         )
 
     def evaluate(self) -> dict[str, float]:
-        """The errors, by column."""
+        """The errors, by column; at steps of `quality_every` the measures of samples too."""
         errors = self.errors().items()
-        return {f"{name}_{sigma}": error for name, found in errors for sigma, error in found.items()}
+        row = {f"{name}_{sigma}": error for name, found in errors for sigma, error in found.items()}
+        step, every = self.trainer.step, self.evaluation.quality_every
+        if every and (step % every == 0 or step == self.trainer.length.total):
+            row |= by_columns(self.evaluation, self._quality(self.average))
+        return row
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
         """Train to the end, or raise `Interrupted`; the figures for results.json, which one process makes."""
@@ -276,15 +291,21 @@ class TrainingJob(Job):
 
     def _measured(self, denoiser: Denoiser) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Errors and distances of samples, for results.json, and samples to show, by network evaluations."""
-        by_nfe, samples = {}, {}
-        for num_steps in self.evaluation.num_steps:
-            x, nfe = self._draw(num_steps, self.evaluation.samples, denoiser)
-            if not bool(x.isfinite().all()):
-                raise self.trainer.not_finite("samples that hold NaN or infinity")
-            by_nfe[str(nfe)] = self.evaluation.sample_distance(x, self.data)
-            samples[str(nfe)] = shown(x)
-        distance = {"metric": self.evaluation.metric, "by_nfe": by_nfe}
-        return {**self.errors(denoiser), "sample_distance": distance}, samples
+        samples: dict[str, Tensor] = {}
+        found = self._quality(denoiser, lambda nfe, x: samples.update({nfe: shown(x)}))
+        return {**self.errors(denoiser), **for_results(self.evaluation, found)}, samples
+
+    def _quality(
+        self, denoiser: Denoiser, each: Callable[[str, Tensor], None] = lambda nfe, x: None
+    ) -> dict[str, dict[str, float]]:
+        """All measures of a denoiser's samples, by measure and network evaluations."""
+        return measure_samples(
+            self.evaluation,
+            self.reference,
+            lambda num_steps: self._draw(num_steps, self.evaluation.samples, denoiser),
+            broken=lambda num_steps: self.trainer.not_finite("samples that hold NaN or infinity"),
+            each=each,
+        )
 
     def _warn_of_divergence(self, folder: RunFolder) -> None:
         """Say so if the network is far worse at the end than it was before its first step."""
@@ -308,6 +329,8 @@ class TrainingJob(Job):
             self.sampler,
             num_steps=num_steps,
             samples=samples,
+            seed=self.evaluation.seed,
             guidance_scale=self.config["guidance_scale"],
             batch_size=self.evaluation.at_once,
+            streams=self.evaluation.streams,
         )

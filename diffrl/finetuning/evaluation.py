@@ -15,7 +15,8 @@ from diffrl.errors import InputError
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import trajectory_condition
 from diffrl.finetuning.rollouts.chains import collect_rollout, require_sound
-from diffrl.metrics.distances import SAMPLE_DISTANCES, sample_distance
+from diffrl.metrics.distances import sample_distance
+from diffrl.metrics.measures import measure_names
 from diffrl.ranges import require_int, require_number
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
@@ -58,7 +59,7 @@ class TuningEvaluation:
 
     Args:
         samples: drawn from fixed held-out noise, 2 to 1,000,000.
-        distance: to the base policy's samples of the same noise; name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
+        distance: to the base policy's samples of the same noise; one of `diffrl.metrics.measure_names`.
         at_once: most of them drawn side by side; None: all.
 
     Raises:
@@ -73,10 +74,8 @@ class TuningEvaluation:
         require_int("evaluation.samples", self.samples, 2, 10**6)
         if self.at_once is not None:
             require_int("evaluation.at_once", self.at_once)
-        if self.distance not in SAMPLE_DISTANCES:
-            raise InputError(
-                f"evaluation.distance is {self.distance!r}: give one of {', '.join(SAMPLE_DISTANCES)}"
-            )
+        if self.distance not in (known := measure_names(with_weights=False)):
+            raise InputError(f"evaluation.distance is {self.distance!r}: give one of {', '.join(known)}")
 
 
 class Judge:

@@ -9,28 +9,19 @@ import torch
 from torch import Tensor
 
 from diffrl.diffusion.denoisers import DenoiserFn
-from diffrl.diffusion.networks.digits_cnn import digits_cnn
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
-from diffrl.extras import require
-from diffrl.metrics.discrepancy import NUMBERS, clouds, mmd
-from diffrl.metrics.reference_statistics import Features, Statistics, frechet, kept_statistics
+from diffrl.metrics.measures import Reference, require_measure
 
 __all__ = [
-    "SAMPLE_DISTANCES",
     "check_distance",
     "denoising_error",
-    "digits_features",
     "evaluation_noise",
-    "frechet_distance",
-    "mmd",
     "sample_distance",
-    "sliced_w2",
     "time_at",
     "value_error",
-    "w2",
 ]
 
 
@@ -177,145 +168,45 @@ def _errors(
     return {key: total / len(x0) for key, total in totals.items()}
 
 
-def w2(x: Tensor, y: Tensor) -> float:
-    """Exact 2-Wasserstein distance of two point clouds: √(min over couplings of E|x - y|²).
-
-    2,000 points take seconds; the time grows faster than n m, and memory is 42 bytes for each of the n m pairs. For few
-    points in many dims the distance says little.
-
-    Args:
-        x: [n, *E].
-        y: [m, *E].
-
-    Raises:
-        ValueError: shapes do not fit, NaN or infinity.
-        MissingExtra: POT is not installed.
-    """
-    x, y = clouds(x, y)
-    ot = require("ot", "eval")
-    cost = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square_().cpu().numpy()
-    squared, log = ot.emd2([], [], cost, numItermax=10_000_000, log=True)
-    if log["warning"] is not None:
-        raise InputError(
-            f"w2: optimal transport did not converge ({str(log['warning']).splitlines()[0]}): give fewer samples, or "
-            "take sliced_w2"
-        )
-    return math.sqrt(max(float(squared), 0.0))
-
-
-def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 500, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance: √(mean over directions θ of W2²(θ·x, θ·y)), θ uniform on the sphere.
-
-    In 1-D, W2² is the integral over q of the squared difference of the quantile functions.
-
-    Source: Sliced and Radon Wasserstein Barycenters of Measures (Bonneel et al., 2015),
-    https://doi.org/10.1007/s10851-014-0506-3 (with the mean over directions).
-
-    Args:
-        x: [n, *E].
-        y: [m, *E].
-        projections: number of directions.
-        seed: seed of the directions; distances with different seeds cannot be compared.
-
-    Raises:
-        ValueError: shapes do not fit, NaN or infinity.
-    """
-    x, y = clouds(x, y)
-    n, m = len(x), len(y)
-    g = torch.Generator().manual_seed(seed)
-    theta = torch.randn(x.shape[1], projections, dtype=torch.float64, generator=g)
-    theta = (theta / theta.norm(dim=0)).to(x.device)
-    # both quantile functions are constant between neighbouring multiples of 1/n and 1/m; unit: 1/(n m)
-    steps = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
-    left, width = steps[:-1].to(x.device), (steps.diff().double() / (n * m)).to(x.device)
-    squares = []
-    for part in theta.split(max(1, NUMBERS // len(left)), dim=1):
-        u, v = (x @ part).sort(0).values[left // m], (y @ part).sort(0).values[left // n]
-        squares.append((width[:, None] * (u - v) ** 2).sum(0))
-    return math.sqrt(float(torch.cat(squares).mean()))
-
-
-def frechet_distance(fx: Tensor, fy: Tensor) -> float:
-    """Squared Fréchet distance of Gaussians fitted to two sets of features (FID's formula).
-
-        |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^{1/2})
-
-    With C_x = UᵀU and C_y = VᵀV the last trace is the sum of the singular values of U Vᵀ. This needs no root of a
-    matrix that may be singular, so that there may be fewer samples than dims.
-
-    Source: GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium (Heusel et al.,
-    2017), eq. 6, https://arxiv.org/abs/1706.08500.
-
-    Args:
-        fx: features [n, F], n ≥ 2.
-        fy: features [m, F], m ≥ 2.
-
-    Raises:
-        ValueError: shapes do not fit, fewer than two samples, NaN or infinity.
-    """
-    fx, fy = clouds(fx, fy)
-    if len(fx) < 2 or len(fy) < 2:
-        raise InputError(f"a covariance needs at least 2 samples, not {len(fx)} and {len(fy)}")
-    return frechet(Statistics.of(fx), Statistics.of(fy))
-
-
-@torch.no_grad()
-def digits_features(x: Tensor) -> Tensor:
-    """Features of `digits_cnn`, the classifier of scikit-learn's digits that comes with the library.
-
-    Args:
-        x: images in [-1, 1], shape [N, 1, 8, 8].
-
-    Returns:
-        float32 [N, 64].
-
-    Raises:
-        ValueError: another shape.
-    """
-    network = digits_cnn(x.device)
-    return torch.cat([network.features(part) for part in x.float().split(2048)])
-
-
-def _fd_digits_cnn(x: Tensor, y: Tensor) -> float:
-    return frechet_distance(digits_features(x), digits_features(y))
-
-
-def sample_distance(name: str, x: Tensor, y: Tensor, *, statistics: str | Path | None = None) -> float:
-    """Distance between samples and data by name; report it as ``f"{name}@{len(x)}"``.
+def sample_distance(
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    *,
+    statistics: str | Path | None = None,
+    weights: str | Path | None = None,
+) -> float:
+    """Distance between samples and data by name; report it with the number of samples, as `FigureName` does.
 
     Even for perfect samples the distance falls as their number grows, so compare equal numbers of samples only.
 
     Args:
-        name: "w2", "sliced_w2", "mmd" or "fd_digits_cnn" (Fréchet distance of `digits_features`).
+        name: "w2", "sliced_w2", "mmd", or a measure of features, such as "fd_digits_cnn": see
+            `diffrl.metrics.measures.Reference`.
         x: samples, shape [n, *E].
         y: data, never trained on, shape [m, *E].
         statistics: folder where the mean and covariance of y's features are kept, so that they are computed once; for
-            "fd_digits_cnn", see `diffrl.metrics.reference_statistics.kept_statistics`.
+            "fd_...", see `diffrl.metrics.reference_statistics.kept_statistics`.
+        weights: file of the weights of features that take one.
 
     Raises:
-        ValueError: an unknown name, samples that the distance refuses, a folder for a distance without features, or a
+        ValueError: an unknown name, samples that the distance refuses, a folder for a distance that keeps none, or a
             damaged file in it.
         FileError: a file in it cannot be read or written.
         MissingExtra: the distance needs a package that is not installed.
     """
-    if name not in SAMPLE_DISTANCES:
-        raise InputError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
-    if statistics is None:
-        return SAMPLE_DISTANCES[name](x, y)
-    if name not in FEATURES:
+    if statistics is not None and not name.startswith("fd_"):
         raise InputError(
-            f"statistics is given, but {name} is no distance of features: take {', '.join(FEATURES)}"
+            f"statistics is given, but {name} is no distance of features that keeps them: take fd_digits_cnn"
         )
-    features = FEATURES[name]
-    fx = features.compute(x).cpu()
-    return frechet(Statistics.of(clouds(fx, fx)[0]), kept_statistics(features, y, statistics))
+    return Reference(y, statistics=statistics, weights=weights).measured((name,), x)[name]
 
 
 def check_distance(name: str, n: int, m: int, dims: int, max_gib: float) -> None:
     """Refuse a distance between sets of these sizes that would take too much memory.
 
     Args:
-        name: in `SAMPLE_DISTANCES`.
+        name: see `sample_distance`.
         n: number of samples.
         m: number of points.
         dims: numbers in each.
@@ -324,8 +215,7 @@ def check_distance(name: str, n: int, m: int, dims: int, max_gib: float) -> None
     Raises:
         ValueError: an unknown name, or too many points.
     """
-    if name not in SAMPLE_DISTANCES:
-        raise InputError(f"no distance is called {name!r}; there are {', '.join(SAMPLE_DISTANCES)}")
+    require_measure(name)
     gib = (PAIR_BYTES.get(name, 0) * n * m + 16 * (n + m) * dims) / 2**30
     if not gib <= max_gib:
         raise InputError(
@@ -335,15 +225,3 @@ def check_distance(name: str, n: int, m: int, dims: int, max_gib: float) -> None
 
 
 PAIR_BYTES = {"w2": 42}  # measured; the others hold a bounded number of pairs
-SAMPLE_DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
-    "w2": w2,
-    "sliced_w2": sliced_w2,
-    "mmd": mmd,
-    "fd_digits_cnn": _fd_digits_cnn,
-}
-FEATURES = {
-    "fd_digits_cnn": Features(
-        "digits_cnn", digits_features, lambda: digits_cnn(torch.device("cpu")).state_dict()
-    )
-}
-"""Of distances between features."""

@@ -1,6 +1,5 @@
 """What a trained denoiser is worth: errors by noise level, sample distance by network evaluations."""
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,19 +13,20 @@ from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser, DenoiserFn
 from diffrl.diffusion.exact import MixtureDenoiser
 from diffrl.diffusion.guidance import GuidedDenoiser
-from diffrl.diffusion.samplers.base import Model, Noise, Sampler
+from diffrl.diffusion.samplers.base import Model, Noise, Sampler, Streams
 from diffrl.diffusion.samplers.loop import trajectory
-from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, of_group
-from diffrl.metrics.distances import check_distance, denoising_error, sample_distance, value_error
+from diffrl.metrics.distances import check_distance, denoising_error, value_error
+from diffrl.metrics.features import takes_weights
 from diffrl.metrics.map_error import check_pairs, map_error
+from diffrl.metrics.measures import FigureName, Reference, features_of
 from diffrl.metrics.scheme_targets import scheme_target_errors
 from diffrl.objectives.place import Solution
 from diffrl.objectives.scheme import Objective
 from diffrl.ranges import require_int, require_number
 from diffrl.training.build import Events
 
-__all__ = ["Evaluation", "class_labels", "draw_samples", "grid_for"]
+__all__ = ["Evaluation", "class_labels", "draw_samples"]
 
 SAMPLE_SEED = 2_718_281  # evaluation noise is the same for every run, and no training seed's
 
@@ -41,7 +41,14 @@ class Evaluation:
             the denoising error; else test points for both.
         num_steps: levels of the sampling grids.
         samples: samples drawn for each.
-        distance: name in `diffrl.metrics.distances.SAMPLE_DISTANCES`.
+        distance: between samples and data, one of `diffrl.metrics.measure_names`.
+        quality: further measures of the same samples, such as [kid_digits_cnn,precision_digits_cnn,recall_digits_cnn].
+        quality_every: gradient steps between looks at distance and quality while the network trains, a multiple of
+            trainer.eval_every; 0: at the end alone.
+        weights: file of the weights of features that take one (inception).
+        seed: of the samples' noise.
+        streams: "added", or "keyed", with which no two seeds share a sample: see
+            `diffrl.diffusion.samplers.Noise.of_rows`.
         at_once: points or samples that go through the network side by side.
         max_gib: GiB of memory that the distance may take.
         map_pairs: pairs [t, r] of noise-to-signal ratios, r = 0 included, at which the error of the flow map X_{t→r} is
@@ -62,6 +69,11 @@ class Evaluation:
     num_steps: tuple[int, ...] = (3, 5, 8, 13, 18)
     samples: int = 2000
     distance: str = "sliced_w2"
+    quality: tuple[str, ...] = ()
+    quality_every: int = 0
+    weights: str | None = None
+    seed: int = SAMPLE_SEED
+    streams: Streams = "added"
     at_once: int = 1000
     max_gib: float = 8.0
     map_pairs: tuple[tuple[float, float], ...] = ()
@@ -73,6 +85,9 @@ class Evaluation:
         for name in ("points", "samples", "at_once"):
             require_int(f"eval.{name}", getattr(self, name))
         require_number("eval.max_gib", self.max_gib, 0)
+        require_int("eval.quality_every", self.quality_every, 0)
+        with of_group("eval", ("seed", "streams")):
+            Noise.of_rows(self.streams, self.seed, range(self.samples - 1, self.samples))
         require_int("eval.target_states", self.target_states, 0)
         require_int("eval.target_draws", self.target_draws, 2)
         if not self.num_steps or min(self.num_steps) < 1:
@@ -81,9 +96,18 @@ class Evaluation:
             check_pairs(self.map_pairs)
 
     @property
-    def metric(self) -> str:
-        """The distance and the number of samples, as results.json names them."""
-        return f"{self.distance}@{self.samples}"
+    def measures(self) -> tuple[str, ...]:
+        """All that is measured of samples, once each."""
+        return tuple(dict.fromkeys((self.distance, *self.quality)))
+
+    def figure(self, measure: str) -> str:
+        """What a figure of samples is called, with features, number and seed: see `FigureName`."""
+        word = "seed" if self.streams == "added" else "key"
+        return str(FigureName(measure, self.samples, f"{word}{self.seed}"))
+
+    def reference(self, data: Data, device: torch.device | str = "cpu") -> Reference:
+        """What samples are measured against: points of the law that training saw; modules of features on `device`."""
+        return Reference(_reference(data), self.statistics, self.weights, device)
 
     def check(
         self,
@@ -105,15 +129,7 @@ class Evaluation:
                 the memory holds.
             MissingExtra: the distance needs a package that is not installed.
         """
-        reference = _reference(data)
-        with of_group("eval", ("max_gib",)):
-            check_distance(
-                self.distance, self.samples, len(reference), reference[0].numel(), max_gib=self.max_gib
-            )
-        with of_group("eval", ("statistics",)):
-            some = reference[:64]
-            known = some if self.statistics is None else reference
-            sample_distance(self.distance, some, known, statistics=self.statistics)
+        self.check_measures(data)
         few = replace(self, points=1)
         few.value_error(denoiser, oracle, data)
         few.map_error(denoiser, oracle, data)
@@ -122,6 +138,31 @@ class Evaluation:
             full.value_error(denoiser, oracle, data)
             full.denoising_error(denoiser, data)
             draw(1, min(self.samples, self.at_once))
+
+    def check_measures(self, data: Data) -> None:
+        """Take every measure of a few data, so that what cannot be taken is said before samples are drawn.
+
+        Raises:
+            ValueError: a measure that is unknown, does not fit the data, or takes too much memory; or an option that
+                none of them wants.
+            FileError: a file of weights or of statistics cannot be read.
+            MissingExtra: a measure needs a package that is not installed.
+        """
+        y = _reference(data)
+        few = y[:64]
+        with of_group("eval", ("max_gib", "statistics", "weights")):
+            for name in self.measures:
+                check_distance(name, self.samples, len(y), y[0].numel(), max_gib=self.max_gib)
+            if self.weights is not None and not any(
+                map(takes_weights, filter(None, map(features_of, self.measures)))
+            ):
+                raise InputError("weights is given, but no measure has features that take them: leave it out")
+            if self.statistics is not None and not any(name.startswith("fd_") for name in self.measures):
+                raise InputError(
+                    "statistics is given, but no measure keeps them: take a distance such as fd_digits_cnn"
+                )
+            kept = few if self.statistics is None else y
+            Reference(kept, self.statistics, self.weights).measured(self.measures, few)
 
     @contextmanager
     def _in_memory(self) -> Iterator[None]:
@@ -223,10 +264,15 @@ class Evaluation:
             batch_size=self.at_once,
         )
 
+    def measured(self, samples: Tensor, reference: Reference) -> dict[str, float]:
+        """Each of `measures` of samples, by its name; images are first clipped to [-1, 1]."""
+        samples = samples.clamp(-1, 1) if samples.ndim == 4 else samples
+        return reference.measured(self.measures, samples.cpu())
+
     def sample_distance(self, samples: Tensor, data: Data) -> float:
-        """Distance between samples and the law that training saw; images are first clipped to [-1, 1]."""
-        samples = samples.clamp(-1, 1) if len(data.event_shape) == 3 else samples
-        return sample_distance(self.distance, samples.cpu(), _reference(data), statistics=self.statistics)
+        """The distance alone, between samples and the law that training saw."""
+        only = replace(self, quality=())
+        return only.measured(samples, self.reference(data, samples.device))[self.distance]
 
 
 def _reference(data: Data) -> Tensor:
@@ -265,8 +311,9 @@ def draw_samples(
     seed: int = SAMPLE_SEED,
     guidance_scale: float = 1.0,
     batch_size: int = 1000,
+    streams: Streams = "added",
 ) -> tuple[Tensor, int]:
-    """Samples of the data's shape, each from a seed of its own, so that the batch size changes nothing.
+    """Samples of the data's shape, each with noise of its own, so that the batch size changes nothing.
 
     Args:
         denoiser: D; if its network takes labels, classes are drawn with their shares in the data.
@@ -274,9 +321,10 @@ def draw_samples(
         sampler: the reverse step.
         num_steps: noise levels N.
         samples: how many.
-        seed: sample j is drawn with seed + j.
+        seed: ≥ 0, see `streams`.
         guidance_scale: see `diffrl.diffusion.denoisers.GuidedDenoiser`; 1 is off.
         batch_size: samples drawn at once.
+        streams: how the noise of a sample follows from the seed, see `diffrl.diffusion.samplers.Noise.of_rows`.
 
     Returns:
         The samples [samples, *E], and the network evaluations of each.
@@ -284,7 +332,7 @@ def draw_samples(
     Raises:
         ValueError: guidance of a network without labels, no sample, or seeds below 0 or above what torch takes.
     """
-    require_int("seed", seed, 0, 2**63 - 1 - require_int("samples", samples))
+    require_int("samples", samples)
     num_classes = _num_classes(denoiser)
     if guidance_scale != 1 and num_classes == 0:
         raise InputError(
@@ -303,40 +351,9 @@ def draw_samples(
         labels = None if classes is None else classes[first : first + n]
         model = Model(guided, denoiser.process, num_steps, labels)
         x = torch.zeros(n, *data.event_shape, dtype=parameter.dtype, device=parameter.device)
-        noise = Noise.per_sample(range(seed + first, seed + first + n))
+        noise = Noise.of_rows(streams, seed, range(first, first + n))
         with torch.no_grad():
             x = deque(trajectory(model, sampler, x, noise), maxlen=1).pop()
         parts.append(x)
         nfe = model.nfe * (2 if num_classes and guidance_scale not in (0, 1) else 1)
     return torch.cat(parts), nfe
-
-
-class _Same:
-    """A stand-in for a denoiser that does nothing, for samplers of one time, of two, and of a learned variance."""
-
-    second_time = True
-
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor | None = None, r: Tensor | None = None) -> Tensor:
-        return x
-
-    def with_variance(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        return x_t, x_t
-
-
-def grid_for(sampler: Sampler, process: Schedule, nfe: int) -> int:
-    """Levels of the grid on which a sampler evaluates the denoiser `nfe` times.
-
-    Raises:
-        ValueError: there is no such grid.
-    """
-
-    def evaluations(levels: int) -> int:
-        model = Model(_Same(), process, num_steps=levels)
-        deque(trajectory(model, sampler, torch.zeros(1, 1), Noise(torch.Generator())), maxlen=0)
-        return model.nfe
-
-    levels = 1 + bisect_left(range(1, nfe + 1), nfe, key=evaluations)  # a step evaluates at least once
-    if evaluations(levels) != nfe:
-        others = " or ".join(str(evaluations(n)) for n in (levels - 1, levels) if n > 0)
-        raise InputError(f"{type(sampler).__name__} cannot sample with {nfe} evaluations, but {others}")
-    return levels

@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.samplers.base import Sampler
+from diffrl.diffusion.samplers.base import Sampler, Streams
 from diffrl.diffusion.samplers.ddim import DDIM
 from diffrl.errors import FileError, InputError
 from diffrl.registry import user_modules
@@ -216,6 +216,9 @@ def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield kind, figures[kind]
     if (distance := figures.get("sample_distance")) is not None:
         yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
+    if (quality := figures.get("quality")) is not None:
+        for by_nfe in quality.values() if isinstance(quality, dict) else [None]:
+            yield "quality", by_nfe
 
 
 def _load_samples(file: Path) -> dict[str, Tensor]:
@@ -274,15 +277,20 @@ class Run:
         seed: int = 0,
         guidance_scale: float = 1.0,
         sampler: Sampler | None = None,
+        at_once: int = 1000,
+        streams: Streams = "added",
     ) -> Tensor:
-        """Samples [samples, *E] on a grid of `num_steps` levels, sample j from a generator seeded by seed + j.
+        """Samples [samples, *E] on a grid of `num_steps` levels, each with noise of its own.
 
         Args:
             samples: how many.
             num_steps: noise levels N.
-            seed: of the first sample.
+            seed: ≥ 0; by default sample j comes from a generator seeded by seed + j.
             guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
             sampler: the reverse step; None: its own, `sampler`.
+            at_once: samples drawn side by side, which changes none of them.
+            streams: "added", or "keyed", with which no two seeds share a sample: see
+                `diffrl.diffusion.samplers.Noise.of_rows`.
         """
         x, _ = draw_samples(
             self.denoiser,
@@ -292,6 +300,8 @@ class Run:
             samples=samples,
             seed=seed,
             guidance_scale=guidance_scale,
+            batch_size=at_once,
+            streams=streams,
         )
         return x
 

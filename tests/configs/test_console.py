@@ -134,7 +134,7 @@ def test_other_settings_are_taken(
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["denoising_error"].keys() == {"2"}
     distance = found["sample_distance"]
-    assert distance["metric"] == "sliced_w2@50" and distance["by_nfe"].keys() == {"5"}
+    assert distance["metric"] == "sliced_w2@50_seed2718281" and distance["by_nfe"].keys() == {"5"}
 
 
 @pytest.mark.parametrize(

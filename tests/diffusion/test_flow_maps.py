@@ -12,6 +12,7 @@ from diffrl.diffusion.flow_maps import average_estimate, flow_map
 from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.samplers.base import velocity
+from diffrl.diffusion.samplers.counting import grid_for
 from diffrl.diffusion.samplers.flow_map import FlowMap
 from diffrl.diffusion.samplers.loop import sample
 from diffrl.diffusion.samplers.ode import Heun
@@ -20,7 +21,6 @@ from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError
-from diffrl.training.evaluation import grid_for
 from tests.kit.oracles import continuous, every_process, randn
 
 MEAN = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64)

@@ -91,7 +91,7 @@ def test_results_are_as_documented(whole: RunFolder) -> None:
             "sample_distance",
         }
         assert figures["grad_steps"] == 30 and list(figures["value_error"]) == ["0.3", "1"]
-        assert figures["sample_distance"]["metric"] == "sliced_w2@40"
+        assert figures["sample_distance"]["metric"] == "sliced_w2@40_seed2718281"
         assert list(figures["sample_distance"]["by_nfe"]) == ["3", "7"]  # Heun: 2 N - 1
     assert found["config"] == whole.config()
     td, mc = found["objectives"].values()

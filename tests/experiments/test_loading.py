@@ -7,11 +7,12 @@ import torch
 
 import diffrl
 from diffrl.configs.commands import COMMANDS
+from diffrl.diffusion.samplers.counting import grid_for
 from diffrl.diffusion.samplers.ddim import DDIM
 from diffrl.diffusion.samplers.ode import Euler, Heun
 from diffrl.training import runs
 from diffrl.training.checkpoints import CheckpointError
-from diffrl.training.evaluation import Evaluation, draw_samples, grid_for
+from diffrl.training.evaluation import Evaluation, draw_samples
 from diffrl.training.runs import RunFolder, RunFolderError
 from tests.kit.runs import checkpoint
 

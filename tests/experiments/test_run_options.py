@@ -196,11 +196,12 @@ def test_a_run_says_what_it_held_out(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    words = ("trainer.grad_steps=4", "compare=false", "data=npz", f"data.path={images(tmp_path)}")
+    words = (*("trainer.grad_steps=4", "compare=false", "eval.quality_every=10"), "data=npz", f"data.path={images(tmp_path)}")
     folder = run(tmp_path / "run", "logger=tensorboard", *words)
     (events,) = (folder.path / "tensorboard").rglob("events.out.tfevents.*")
     logged = events.read_bytes()
     assert b"td/loss_value" in logged and b"td/samples_nfe_7_n_" in logged and b"_seed_2718281" in logged
+    assert b"_seed2718281_nfe7" in logged
 
 
 def test_new_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ import torch
 
 from diffrl.experiments.reports.run_table import (
     DISTANCES,
+    OF_FEATURES,
+    count_label,
     distance_label,
     objective_label,
     summary_table,
     title,
 )
-from diffrl.metrics.distances import SAMPLE_DISTANCES
+from diffrl.metrics.measures import FEATURE_MEASURES, SAMPLE_DISTANCES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
@@ -59,7 +61,9 @@ def test_every_objective_has_a_label(name: str) -> None:
 
 
 def test_every_distance_has_a_label() -> None:
-    assert DISTANCES.keys() == SAMPLE_DISTANCES.keys()
+    assert DISTANCES.keys() == SAMPLE_DISTANCES.keys() and OF_FEATURES.keys() == FEATURE_MEASURES.keys()
+    assert distance_label("fd_digits_cnn@500_seed7") == "Fréchet distance (digits_cnn)"
+    assert count_label("sliced_w2@2000") == "2,000 samples"  # of diffrl 0.3 and before
     assert distance_label("sliced_w2@2000") == "sliced W2 distance"
 
 

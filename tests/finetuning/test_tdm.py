@@ -28,7 +28,7 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.finetuning.updates.boundaries import BoundaryUpdates
-from diffrl.metrics.distances import sliced_w2
+from diffrl.metrics.point_clouds import sliced_w2
 from diffrl.training.optim import Optim
 from tests.kit.four_modes import MIXTURE, generator_policy, on_modes, samples_of
 from tests.kit.policies import make_policy

@@ -15,8 +15,10 @@ from diffrl.diffusion import exact
 from diffrl.diffusion.exact import EmpiricalDenoiser
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
-from diffrl.metrics import discrepancy, distances
-from diffrl.metrics.distances import check_distance, mmd, sliced_w2
+from diffrl.metrics import discrepancy, point_clouds
+from diffrl.metrics.discrepancy import mmd
+from diffrl.metrics.distances import check_distance
+from diffrl.metrics.point_clouds import sliced_w2
 from tests.kit.oracles import randn
 
 
@@ -81,7 +83,7 @@ def test_the_median_is_found_where_the_sample_misses_it(monkeypatch: pytest.Monk
 def test_sliced_w2_in_parts_is_that_of_all_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = randn(70, 4), randn(90, 4, seed=1)
     whole = sliced_w2(x, y)
-    monkeypatch.setattr(distances, "NUMBERS", 2**10)
+    monkeypatch.setattr(point_clouds, "NUMBERS", 2**10)
     assert sliced_w2(x, y) == pytest.approx(whole, rel=1e-12)
 
 

@@ -20,17 +20,11 @@ from diffrl.diffusion.networks.digits_cnn import DigitsCNN, load_digits_cnn
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.extras import MissingExtra
-from diffrl.metrics.distances import (
-    SAMPLE_DISTANCES,
-    digits_features,
-    evaluation_noise,
-    frechet_distance,
-    mmd,
-    sample_distance,
-    sliced_w2,
-    value_error,
-    w2,
-)
+from diffrl.metrics.discrepancy import mmd
+from diffrl.metrics.distances import evaluation_noise, sample_distance, value_error
+from diffrl.metrics.features import digits_features
+from diffrl.metrics.measures import measure_names
+from diffrl.metrics.point_clouds import frechet_distance, sliced_w2, w2
 from tests.kit.oracles import randn
 from tests.kit.paths import EXAMPLES
 
@@ -329,7 +323,7 @@ def test_mmd_is_unbiased() -> None:
 
 @pytest.mark.parametrize("name", ["w2", "sliced_w2", "mmd", "fd_digits_cnn"])
 def test_every_distance_is_symmetric_and_sees_a_difference(name: str) -> None:
-    assert name in SAMPLE_DISTANCES
+    assert name in measure_names()
     x = randn(60, 1, 8, 8).tanh().float()
     y, near = x.flip(0) + 0.5, x.flip(0) + 0.05 * randn(60, 1, 8, 8, seed=2).float()
     assert sample_distance(name, x, y) == pytest.approx(sample_distance(name, y, x), rel=1e-6)

@@ -15,10 +15,10 @@ from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.networks.unet import UNet
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.samplers.base import Model, Noise
+from diffrl.diffusion.samplers.counting import grid_for
 from diffrl.diffusion.samplers.learned_variance import LearnedAncestral
 from diffrl.objectives import HybridLoss
 from diffrl.objectives.monte_carlo import monte_carlo_loss
-from diffrl.training.evaluation import grid_for
 from tests.kit.value_loss import PROCESS, SD, data, draw, gradient, number, perturb
 
 DDPM = diffrl.DDPM(20, beta_start=0.01, beta_end=0.3)

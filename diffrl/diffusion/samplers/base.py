@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,10 @@ from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import MAX_STEPS, require_int
 from diffrl.shapes import column
 
-__all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "velocity"]
+__all__ = ["GaussianSampler", "Model", "Noise", "NoiseFn", "Sampler", "Streams", "velocity"]
+
+Streams = Literal["added", "keyed"]
+"""How the noise of sample i follows from a seed, see `Noise.of_rows`."""
 
 
 class Noise:
@@ -23,16 +27,43 @@ class Noise:
     With a seed for each sample, a sample does not depend on the batch that it is drawn in.
 
     Args:
-        generators: one for all samples, or one for each; None: torch's global one.
+        generators: of torch, one for all samples, or one for each, of torch or all of NumPy; None: torch's global one.
     """
 
-    def __init__(self, generators: torch.Generator | Sequence[torch.Generator] | None) -> None:
-        self.generators = generators
+    def __init__(
+        self,
+        generators: torch.Generator | Sequence[torch.Generator] | Sequence[np.random.Generator] | None,
+    ) -> None:
+        self.generators: Any = generators
 
     @classmethod
     def per_sample(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
         """One generator for each sample, with these seeds."""
         return cls([torch.Generator(device).manual_seed(int(s)) for s in seeds])
+
+    @classmethod
+    def of_rows(cls, streams: Streams, seed: int, rows: range) -> "Noise":
+        """The noise of some samples of a large set: that of sample i depends on streams, seed and i alone.
+
+        Args:
+            streams: "added": sample i has a generator of torch with seed + i, of which torch takes the last 32 bits on
+                a CPU. So seed 1 gives the samples of seed 0 but for one, moved by one. "keyed": it has a stream of
+                NumPy's Philox of its own with the key (seed, i): no two seeds share a sample, and float32 has the
+                numbers of float64, rounded.
+            seed: in [0, 2⁶³).
+            rows: the numbers i, ≥ 0.
+
+        Raises:
+            ValueError: another name of streams, or seeds out of range.
+        """
+        if streams not in get_args(Streams):
+            raise InputError(f"streams is {streams!r}: give {' or '.join(get_args(Streams))}")
+        require_int("seed", seed, 0, 2**63 - 1 - (max(rows, default=0) if streams == "added" else 0))
+        if streams == "added":
+            return cls.per_sample(range(seed + rows.start, seed + rows.stop))
+        # the fourth word of the counter keeps these streams apart from those of `evaluation_noise`
+        keyed = (np.random.Philox(key=[seed, i], counter=[0, 0, 0, 1]) for i in rows)
+        return cls([np.random.Generator(stream) for stream in keyed])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise of x's shape [N, *E], dtype and device.
@@ -45,9 +76,12 @@ class Noise:
         if len(self.generators) != len(x):
             raise InputError(f"{len(self.generators)} generators for {len(x)} samples: give one for each")
         draws = [
-            torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device) for g in self.generators
+            torch.from_numpy(np.asarray(g.standard_normal(x.shape[1:])))
+            if isinstance(g, np.random.Generator)
+            else torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=g.device)
+            for g in self.generators
         ]
-        return torch.stack(draws).to(x.device)
+        return torch.stack(draws).to(x)
 
 
 class Model:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffrl.devices import usable_device
 from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.laws import NoiseFn
-from diffrl.diffusion.samplers.base import Model, Noise, Sampler
+from diffrl.diffusion.samplers.base import Model, Noise, Sampler, Streams
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
@@ -29,6 +29,9 @@ def sample(
     cond: Tensor | None = None,
     seed: int | None = None,
     noise: NoiseFn | None = None,
+    at_once: int | None = None,
+    first: int = 0,
+    streams: Streams = "added",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -39,6 +42,14 @@ def sample(
     >>> diffrl.sample(exact, (3, 2), sampler=diffrl.Heun(), num_steps=18, seed=0).shape
     torch.Size([3, 2])
 
+    With a seed, sample i is the same (up to the rounding of the network) whatever is drawn beside it. So a large set
+    can be drawn in parts of `at_once`, or by several processes, each of which draws its share from `first` on:
+
+    >>> options = {"sampler": diffrl.Ancestral(), "num_steps": 18, "seed": 0, "dtype": torch.float64}
+    >>> whole = diffrl.sample(exact, (5, 2), at_once=2, **options)
+    >>> share = diffrl.sample(exact, (2, 2), first=3, **options)
+    >>> torch.testing.assert_close(share, whole[3:])
+
     Args:
         denoiser: D. Put a network in eval mode first.
         shape: shape of the result, [N, *E], whole numbers ≥ 1.
@@ -46,9 +57,11 @@ def sample(
         num_steps: N ≥ 1, the number of noise levels. A sampler of second order evaluates the network more often.
         process: noise schedule; taken from ``denoiser.process`` if None.
         cond: condition of each sample, shape [N, ...].
-        seed: ≥ 0; sample j comes from a generator of its own with seed + j, so that it does not depend on the
-            other samples. Give this or `noise`.
+        seed: ≥ 0; sample i has noise of its own, by default from a generator with seed + i. Give this or `noise`.
         noise: another source of standard normal numbers.
+        at_once: samples that go through the network side by side; None: all.
+        first: number i of the first sample, ≥ 0.
+        streams: "added", or "keyed", with which no two seeds share a sample: see `Noise.of_rows`.
         device: where the samples are drawn.
         dtype: of the samples, floating.
 
@@ -58,8 +71,8 @@ def sample(
     Raises:
         TypeError: sampler is no sampler, or shape no sequence.
         ValueError: neither or both of seed and noise; no process given, and the denoiser has none; a size, a seed or
-            num_steps that is no whole number, another number of conditions than of samples, or a device that is not
-            here.
+            num_steps that is no whole number, another number of conditions than of samples, parts or a number of the
+            first sample without a seed, or a device that is not here.
     """
     if not isinstance(sampler, Sampler):
         raise InputTypeError(f"sampler is {sampler!r}: give one such as diffrl.Heun()")
@@ -72,14 +85,28 @@ def sample(
         raise InputError(f"cond has {len(cond)} entries, but shape asks for {shape[0]} samples")
     if (seed is None) == (noise is None):
         raise InputError("give either seed or noise")
-    if noise is None:
-        first = require_int("seed", seed, 0, 2**63 - 1 - shape[0])
-        noise = Noise.per_sample(range(first, first + shape[0]))
     process = process or getattr(denoiser, "process", None)
     if process is None:
         raise InputError("this denoiser does not know its process: give process=")
-    model = Model(denoiser, process, num_steps, cond)
     like = torch.empty(tuple(shape), dtype=dtype, device=device)
+    if noise is not None:
+        if at_once is not None or first != 0 or streams != "added":
+            raise InputError("at_once, first and streams are of samples by seed: give seed and no noise")
+        return _last(Model(denoiser, process, num_steps, cond), sampler, like, noise)
+    assert seed is not None
+    require_int("first", first, 0)
+    size = shape[0] if at_once is None else require_int("at_once", at_once)
+    parts = []
+    for rows in range(shape[0])[::size]:
+        part = like[rows : rows + size]
+        noise = Noise.of_rows(streams, seed, range(first + rows, first + rows + len(part)))
+        model = Model(denoiser, process, num_steps, None if cond is None else cond[rows : rows + size])
+        parts.append(_last(model, sampler, part, noise))
+    return torch.cat(parts)
+
+
+def _last(model: Model, sampler: Sampler, like: Tensor, noise: NoiseFn) -> Tensor:
+    """The end of `trajectory`."""
     return deque(trajectory(model, sampler, like, noise), maxlen=1).pop()
 
 

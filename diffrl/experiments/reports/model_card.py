@@ -7,7 +7,7 @@ from typing import Any
 from diffrl.data.splits import Split
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.experiments.reports.parts import reward_label
-from diffrl.experiments.reports.run_table import data_label, figure_rows, objective_label
+from diffrl.experiments.reports.run_table import count_label, data_label, figure_rows, objective_label
 from diffrl.text_tables import markdown_table
 from diffrl.training.model_folders import FILES
 from diffrl.training.teachers import named_teacher
@@ -127,12 +127,13 @@ def _training(config: Mapping[str, Any], results: Mapping[str, Any], objective: 
             markdown_table(rows),
             "The run was not finished when this was written: there are no figures.\n",
         ]
-    samples = found["sample_distance"]["metric"].partition("@")[2]
+    samples = count_label(found["sample_distance"]["metric"])
     return [
         markdown_table(rows),
         "## Figures\n",
         f"Of one run, seed {config['seed']}, n = 1: they have no interval. Errors are taken at up to "
-        f"{measured['points']:,} data, distances between {int(samples):,} samples and the data; less is better. "
+        f"{measured['points']:,} data, distances between the data and {samples}; less is better, but of precision and "
+        "recall more. "
         "docs/metrics.md of diffrl defines them.\n",
         markdown_table([["figure", "found"], *figure_rows(found)]),
     ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffrl.experiments.image_sheets import square_columns
 from diffrl.experiments.reports.run_table import (
     baseline_of,
+    count_label,
     distance_label,
     mean_error,
     mean_ratio,
@@ -242,10 +243,10 @@ def _name_panels(
             panels[0].set_ylabel(f"value error over {names[baseline]}'s\nat the end, mean over noise levels")
     else:
         panels[0].set(title="a  Training loss: each its own, no comparison", ylabel="loss")
-    metric, _, count = first["sample_distance"]["metric"].partition("@")
+    metric = first["sample_distance"]["metric"]
     panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
     panels[-1].set_xlabel("network evaluations per sample (NFE)")
-    panels[-1].set_ylabel(f"{distance_label(metric)}\n{int(count):,} samples")
+    panels[-1].set_ylabel(f"{distance_label(metric)}\n{count_label(metric)}")
     _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
 
 

@@ -1,5 +1,6 @@
 """What a run found, from its results.json: names for people, and one table."""
 
+import re
 from collections.abc import Iterable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from diffrl.data.splits import Split
 from diffrl.diffusion.posterior import coupling_eta
 from diffrl.experiments.schemes import MONTE_CARLO, settings_of
+from diffrl.metrics.measures import FigureName
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
@@ -17,12 +19,14 @@ from diffrl.text_tables import text_table
 
 __all__ = [
     "baseline_of",
+    "count_label",
     "data_label",
     "distance_label",
     "figure_rows",
     "mean_error",
     "mean_ratio",
     "objective_label",
+    "quality_of",
     "split_line",
     "summary_table",
     "title",
@@ -36,7 +40,12 @@ DISTANCES = {
     "w2": "W2 distance",
     "sliced_w2": "sliced W2 distance",
     "mmd": "squared MMD",
-    "fd_digits_cnn": "Fréchet distance (digits_cnn)",
+}
+OF_FEATURES = {
+    "fd": "Fréchet distance",
+    "kid": "kernel distance (KID's)",
+    "precision": "precision",
+    "recall": "recall",
 }
 
 
@@ -109,9 +118,30 @@ def data_label(config: Mapping[str, Any]) -> str:
 
 
 def distance_label(metric: str) -> str:
-    """Name for people of ``results["objectives"][...]["sample_distance"]["metric"]``, without the count."""
+    """Name for people of ``results["objectives"][...]["sample_distance"]["metric"]``, without number and seed."""
     name = metric.partition("@")[0]
+    measure, _, features = name.partition("_")
+    if measure in OF_FEATURES and features:
+        return f"{OF_FEATURES[measure]} ({features})"
     return DISTANCES.get(name, name)
+
+
+def count_label(metric: str) -> str:
+    """How many samples a figure is of, and their seed, such as "2,000 samples, seed 7"."""
+    name = FigureName.of(metric)
+    seed = re.sub(r"^(seed|key)", r"\1 ", name.seed)
+    return ", ".join(filter(None, (f"{name.samples:,} samples", seed)))
+
+
+def quality_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Measures of samples by name for people, then by network evaluations: the distance, then what else was taken.
+
+    Args:
+        found: as for `figure_rows`.
+    """
+    distance = found["sample_distance"]
+    named = {distance["metric"]: distance["by_nfe"], **found.get("quality", {})}
+    return {distance_label(metric): by_nfe for metric, by_nfe in named.items()}
 
 
 def baseline_of(names: Iterable[str]) -> str | None:
@@ -158,9 +188,10 @@ def figure_rows(found: Mapping[str, Any]) -> list[list[str]]:
             [f"{label}, {at}{level.replace('->', ' → ')}", f"{x:#.3g}"]
             for level, x in found.get(error, {}).items()
         ]
-    distance = found["sample_distance"]
-    label = distance_label(distance["metric"])
-    return [*rows, *([f"{label}, NFE {nfe}", f"{x:#.3g}"] for nfe, x in distance["by_nfe"].items())]
+    count = count_label(found["sample_distance"]["metric"])
+    for label, by_nfe in quality_of(found).items():
+        rows += [[f"{label}, {count}, NFE {nfe}", f"{x:#.3g}"] for nfe, x in by_nfe.items()]
+    return rows
 
 
 def split_line(results: Mapping[str, Any]) -> str:
@@ -213,10 +244,11 @@ def summary_table(results: Mapping[str, Any]) -> str:
     for key in dict.fromkeys(key for errors in maps for key in errors):
         add(f"map error, {key.replace('->', ' → ')}", [errors.get(key) for errors in maps])
     rows += [[]] * any(maps)
-    distance = distance_label(found[0]["sample_distance"]["metric"])
-    for nfe in found[0]["sample_distance"]["by_nfe"]:
-        add(f"{distance}, NFE {nfe}", [f["sample_distance"]["by_nfe"][nfe] for f in found])
-    rows.append([])
+    taken = [quality_of(f) for f in found]
+    for label, by_nfe in taken[0].items():
+        for nfe in by_nfe:
+            add(f"{label}, NFE {nfe}", [t[label][nfe] for t in taken])
+        rows.append([])
     if any(sources := [_bootstrap_label(name, results["config"]) for name in names]):
         rows.append(["bootstraps from", *sources, *[""] * (len(names) == 2)])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
@@ -224,4 +256,5 @@ def summary_table(results: Mapping[str, Any]) -> str:
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
     if any("forward_equivalents" in f for f in found):  # no run of diffrl 0.3 and before has them
         add("a gradient step, in forward passes", [f.get("forward_equivalents") for f in found], ".1f")
-    return f"{title(results)}\n\n{text_table(rows)}"
+    measured = f"Samples are measured by {count_label(found[0]['sample_distance']['metric'])}."
+    return f"{title(results)}\n\n{text_table(rows)}\n\n{measured}"

@@ -16,9 +16,9 @@ from diffrl.experiments.findings import Findings
 from diffrl.experiments.reports.parts import commands_table
 from diffrl.experiments.reports.run_table import (
     baseline_of,
-    distance_label,
     mean_error,
     objective_label,
+    quality_of,
     title,
 )
 from diffrl.metrics.intervals import interval
@@ -109,11 +109,12 @@ def _shown(x: np.ndarray) -> str:
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an objective in a run, by words for people."""
-    errors, distance = found["value_error"], found["sample_distance"]
+    errors = found["value_error"]
     figures = {f"value error, σ = {sigma}": error for sigma, error in errors.items()}
     if errors:
         figures["value error, mean"] = mean_error(errors)
     figures |= {f"map error, {key.replace('->', ' → ')}": x for key, x in found.get("map_error", {}).items()}
-    label = distance_label(distance["metric"])
-    figures |= {f"{label}, NFE {nfe}": x for nfe, x in distance["by_nfe"].items()}
+    figures |= {
+        f"{label}, NFE {nfe}": x for label, by_nfe in quality_of(found).items() for nfe, x in by_nfe.items()
+    }
     return {**figures, "seconds of training": found["seconds"]}

@@ -17,7 +17,7 @@ from diffrl.experiments.rates import has_diverged
 from diffrl.experiments.reports.overview_figure import draw_overview
 from diffrl.experiments.reports.parts import commands_table, folded, write_summary
 from diffrl.experiments.reports.rates import at_what, rates
-from diffrl.experiments.reports.run_table import distance_label
+from diffrl.experiments.reports.run_table import count_label, distance_label
 from diffrl.experiments.reports.sample_figure import draw_sheets
 from diffrl.experiments.reports.target_table import targets
 from diffrl.experiments.reports.training_figures import draw_figures
@@ -178,7 +178,7 @@ def _figure_tables(panel: Panel) -> list[str]:
     tables: dict[str, list[Quantity]] = {}
     for quantity in panel.quantities:
         tables.setdefault("value_error" if quantity == SCORE else quantity.kind, []).append(quantity)
-    name = f"{distance_label(panel.metric)}, {panel.metric.partition('@')[2]} samples"
+    name = f"{distance_label(panel.metric)}, {count_label(panel.metric)}"
     titles = {**ERRORS, "sample_distance": f"Sample distance: {name}"}
     lines = []
     for kind, quantities in tables.items():
@@ -300,6 +300,11 @@ def _flat(cell: Finding) -> dict[str, Any]:
             for sigma, error in figures.get(kind, {}).items()
         },
         **{f"sample_distance_nfe_{nfe}": found for nfe, found in distance["by_nfe"].items()},
+        **{
+            f"{name}_nfe{nfe}": found
+            for name, by_nfe in figures.get("quality", {}).items()
+            for nfe, found in by_nfe.items()
+        },
         **{f"target_{part}": error for part, error in figures.get("target_error", {}).items()},
         "metric": distance.get("metric"),
         "folder": cell.path.name,

@@ -10,7 +10,7 @@ import numpy as np
 
 from diffrl.experiments.grids import grid_scheme
 from diffrl.experiments.reports.rates import at_what
-from diffrl.experiments.reports.run_table import data_label, distance_label
+from diffrl.experiments.reports.run_table import count_label, data_label, distance_label
 from diffrl.experiments.reports.style import (
     BLUE,
     FAINT,
@@ -100,12 +100,11 @@ def _footer(panel: Panel) -> str:
         return f"{AXES[axis]} {low}" if low == high else f"{AXES[axis]} {low} to {high}"
 
     others = ", ".join(spread(axis) for axis in AXES if axis != panel.study.matched)
-    name, _, count = panel.metric.partition("@")
     parts = [f"× {panel.study.baseline}, less is better; interquartile mean over seeds, 95 % interval."]
     few, most = (f(len(panel.seeds(scheme)) for scheme in panel.compared) for f in (min, max))
     seeds = f"{most}" if few == most else f"{few} to {most}"
     parts.append(f"Matched: {spread(panel.study.matched)}. Others: {others}; {seeds} seeds.")
-    parts.append(f"Samples: {distance_label(name)} of {int(count):,}.")
+    parts.append(f"Samples: {distance_label(panel.metric)} of {count_label(panel.metric)}.")
     if SCORE in panel.quantities:
         errors = "Errors" if HELD_OUT in panel.quantities else "Value error"
         parts.append(f"{errors}: mean over σ = {', '.join(panel.score_sigmas)}.")
@@ -337,8 +336,8 @@ def _draw_nfe(figure: Any, panel: Panel) -> Rows:
                 for n, p in zip(x, points, strict=True)
             ]
             draw_band(axes, x, points, linewidth=1.8, markersize=5, **style)
-    name, _, count = panel.metric.partition("@")
-    absolute.set(title="Distance", ylabel=f"{distance_label(name)}, {int(count):,} samples", yscale="log")
+    label = f"{distance_label(panel.metric)}, {count_label(panel.metric)}"
+    absolute.set(title="Distance", ylabel=label, yscale="log")
     relative.set(title=f"× {panel.study.baseline}", ylabel="ratio at the same seed")
     _ratio_scale(relative, "y")
     for axes in (absolute, relative):
