@@ -235,8 +235,10 @@ def _options_of(command: str, choices: Mapping[str, Any]) -> str:
     def fits(experiment: str) -> bool:
         """Whether an experiment is one of this command: it and what it builds on set nothing that the command lacks."""
         found = loader.repository.load_config(f"experiment/{experiment}")  # type: ignore[attr-defined]
-        chosen = {d.group.lstrip("/") for d in found.defaults_list if isinstance(d, GroupDefault)}
-        built_on = [d.path for d in found.defaults_list if isinstance(d, ConfigDefault) and not d.is_self()]
+        chosen = {str(d.group).lstrip("/") for d in found.defaults_list if isinstance(d, GroupDefault)}
+        built_on = [
+            str(d.path) for d in found.defaults_list if isinstance(d, ConfigDefault) and not d.is_self()
+        ]
         return {*found.config, *chosen} <= known and all(map(fits, built_on))
 
     options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
