@@ -29,12 +29,12 @@ SIGMA_MIN, SIGMA_MAX, RHO, SIGMA_DATA = 0.002, 80.0, 7.0, 0.5
 HIGH, LOW = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
 
 
-def denoise(network: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+def denoise(network: nn.Module, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
     """D(x, σ) with EDM's preconditioning."""
     s = sigma.view(-1, *[1] * (x.ndim - 1))
     norm = s**2 + SIGMA_DATA**2
     c_in = norm.rsqrt()
-    F_x = network(c_in * x, sigma.log() / 4)
+    F_x = network(c_in * x, sigma.log() / 4, cond)
     return SIGMA_DATA**2 / norm * x + s * SIGMA_DATA * c_in * F_x
 
 

@@ -35,21 +35,27 @@ class Ratio:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1, warm_up: int = 3
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    repeats: int = 1,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.process_time,
 ) -> Seconds:
     """Time all variants in every round, a few calls at a time, forwards and backwards in turn.
 
-    What is taken is the processor time of this process: other jobs can only disturb it through the caches, and
-    they disturb the variants of one round alike.
+    What is taken is the processor time of this process, unless another clock is given: other jobs can only disturb it
+    through the caches, and they disturb the variants of one round alike.
 
     Args:
         variants: name → what to time.
         rounds: R, the number of ratios to be had.
         repeats: calls in a row that make one time.
         warm_up: calls of each variant before the first round.
+        clock: in seconds.
 
     Returns:
-        name → processor seconds per call in each round, shape [R].
+        name → seconds per call in each round, shape [R].
     """
     for call in variants.values():
         for _ in range(warm_up):
@@ -60,8 +66,8 @@ def interleave(
     for r in range(rounds):
         for name in names if r % 2 == 0 else reversed(names):
             call = variants[name]
-            start = time.process_time()
+            start = clock()
             for _ in range(repeats):
                 call()
-            seconds[name].append((time.process_time() - start) / repeats)
+            seconds[name].append((clock() - start) / repeats)
     return {name: np.array(values) for name, values in seconds.items()}

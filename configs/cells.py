@@ -66,6 +66,7 @@ def plan_comparison(plan: Mapping[str, Any]) -> Comparison:
                 cells += made.cells(seeds, "fixed")
             tuning += made.tried()
             made.forget()
+
     def tuned(study: str, case: str, scheme: str, point: str) -> list[Cell]:
         made = schemes[study, case, scheme]
         cells = made.cells(made.study.seeds, "tuned", point)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ConfigDefault, GroupDefault
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, OmegaConf
 
@@ -232,9 +233,13 @@ def _options_of(command: str, choices: Mapping[str, Any]) -> str:
     known = {*groups, "defaults", *(f.name for f in fields(COMMANDS[command]))}
 
     def fits(experiment: str) -> bool:
-        """Whether an experiment is one of this command: it sets nothing that the command lacks."""
+        """Whether an experiment is one of this command: it and what it builds on set nothing that the command lacks."""
         found = loader.repository.load_config(f"experiment/{experiment}")  # type: ignore[attr-defined]
-        return {*found.config, *(default.group.lstrip("/") for default in found.defaults_list)} <= known
+        chosen = {str(d.group).lstrip("/") for d in found.defaults_list if isinstance(d, GroupDefault)}
+        built_on = [
+            str(d.path) for d in found.defaults_list if isinstance(d, ConfigDefault) and not d.is_self()
+        ]
+        return {*found.config, *chosen} <= known and all(map(fits, built_on))
 
     options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
     if "experiment" in options:

@@ -36,7 +36,7 @@ from diffrl.training.evaluation import Evaluation
 from diffrl.training.optim import Optim
 from diffrl.training.runs import RunFolderError
 from diffrl.training.trainer import Average, Length, Target
-from tests.kit.configs import FINETUNING, composed, small
+from tests.kit.configs import FINETUNING, IMAGE_RECIPES, composed, small
 from tests.kit.maps import MAPS
 from tests.kit.paths import ROOT
 
@@ -44,6 +44,7 @@ EXPERIMENTS = sorted(
     path.stem
     for path in (ROOT / "configs" / "experiment").glob("*.yaml")
     if path.stem not in FINETUNING  # tests/experiments/test_tuning_runs.py builds those
+    and path.stem not in IMAGE_RECIPES  # tests/experiments/test_image_recipes.py those
 )
 
 

@@ -102,14 +102,14 @@ def test_a_model_file_has_its_options(tmp_path: Path) -> None:
         ({"block_out_channels": ()}, "block_out_channels is "),
         ({"block_out_channels": (8, 8, 8, 8, 8)}, "divisible by 16"),
         ({"down_block_types": ("DownBlock2D",)}, "down_block_types has 1 names: give one for each of the 2"),
-        ({"up_block_types": ("Nope", "UpBlock2D")}, "diffusers refuses this UNet .*Nope"),
+        ({"up_block_types": ("Nope", "UpBlock2D")}, "diffusers refuses this UNet2DModel .*Nope"),
         (
             {"more": {"nope": 1}},
             "more is .'nope': 1.: give options of diffusers' UNet2DModel by name, of .*act_fn",
         ),
         ({"more": {"in_channels": 1}}, "more is .'in_channels': 1.: give options"),
         ({"more": 3}, "more is 3: give options"),
-        ({"more": {"act_fn": "nope"}}, "diffusers refuses this UNet .*nope"),
+        ({"more": {"act_fn": "nope"}}, "diffusers refuses this UNet2DModel .*nope"),
         ({"attention_head_dim": 64}, "attention_head_dim is 64, but a width with attention is 16"),
     ],
 )

@@ -13,6 +13,13 @@ from diffrl.diffusion.networks.mlp import MLP
 from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.diffusion.networks.unet import UNet
 
+OBLONG = {
+    "channels": 8,
+    "multipliers": (2, 1, 3),
+    "blocks": 2,
+    "attention_resolutions": (2,),
+    "head_channels": 4,
+}
 CASES = [
     pytest.param(MLP, (2,), {}, id="mlp-2"),
     pytest.param(MLP, (16,), {"x_features": 0, "depth": 1}, id="mlp-16-plain"),
@@ -21,7 +28,7 @@ CASES = [
     pytest.param(UNet, (1, 16, 16), {"channels": 8, "blocks": 2, "attention": True}, id="unet-16-attention"),
     pytest.param(UNet, (1, 28, 28), {"channels": 4, "multipliers": (1, 2, 2)}, id="unet-28"),
     pytest.param(UNet, (3, 32, 32), {"channels": 4, "multipliers": (1,)}, id="unet-32-flat"),
-    pytest.param(UNet, (2, 4, 12), {"channels": 8, "multipliers": (2, 1, 3), "blocks": 2}, id="unet-oblong"),
+    pytest.param(UNet, (2, 4, 12), OBLONG, id="unet-oblong"),
 ]
 networks = pytest.mark.parametrize(("kind", "shape", "options"), CASES)
 

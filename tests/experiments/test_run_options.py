@@ -196,7 +196,11 @@ def test_a_run_says_what_it_held_out(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    words = (*("trainer.grad_steps=4", "compare=false", "eval.quality_every=10"), "data=npz", f"data.path={images(tmp_path)}")
+    words = (
+        *("trainer.grad_steps=4", "compare=false", "eval.quality_every=10"),
+        "data=npz",
+        f"data.path={images(tmp_path)}",
+    )
     folder = run(tmp_path / "run", "logger=tensorboard", *words)
     (events,) = (folder.path / "tensorboard").rglob("events.out.tfevents.*")
     logged = events.read_bytes()

@@ -9,10 +9,12 @@ from tests.kit.paths import ROOT
 from tests.kit.shell import Shell
 
 TOYS = ROOT / "tests" / "toys"
-KINDS = ("objective", "sampler", "schedule", "credit", "placement", "rollouts", "method", "reward")
-TRAINING = ("objective", "sampler", "schedule")
+KINDS = ("objective", "sampler", "schedule", "network", "credit", "placement", "rollouts", "method", "reward")
+TRAINING = ("objective", "sampler", "schedule", "network")
 TUNING = ("credit", "placement", "rollouts", "method", "reward")
-SETTINGS = [*TINY, "objective=toy_objective", "sampler=toy_sampler", "process=toy_process", "compare=false"]
+SETTINGS = [word for word in TINY if not word.startswith("network")]
+SETTINGS += ["objective=toy_objective", "sampler=toy_sampler", "process=toy_process", "compare=false"]
+SETTINGS += ["network=toy_network", "network.width=6"]
 QUICK = [
     *("reward=toy_reward", "reward.scale=2", "heldout_reward=none", "policy.num_steps=4"),
     *("loop.iterations=4", "loop.eval_every=2", "loop.checkpoint_every=2", "evaluation.samples=16"),
@@ -31,7 +33,7 @@ def test_a_method_is_one_small_file(kind: str) -> None:
 
 def test_they_are_in_the_help(shell: Shell, tmp_path: Path) -> None:
     shown = shell("-m", "diffrl", "train", *imports(*TRAINING), "--help", folder=tmp_path)
-    for name in ("toy_objective", "toy_sampler", "toy_process"):
+    for name in ("toy_objective", "toy_sampler", "toy_process", "toy_network"):
         assert name in shown
     shown = shell("-m", "diffrl", "finetune", *imports(*TUNING), "--help", folder=tmp_path)
     for name in ("toy_credit", "toy_placement", "toy_rollouts", "toy_method", "toy_surrogate", "toy_reward"):
@@ -99,7 +101,7 @@ def test_own_pieces_tune_in_worker_processes(shell: Shell, tmp_path: Path) -> No
         (
             "train",
             "objective",
-            [*SETTINGS[:-4], "objective=toy_objective", "objective.mix=0.2"],
+            [*TINY, "objective=toy_objective", "objective.mix=0.2"],
             "objective.mix is 0.2",
         ),
         ("train", "objective", ["objective=toy_objektive"], "toy_objective"),

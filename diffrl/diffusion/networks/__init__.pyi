@@ -1,4 +1,5 @@
 from .automatic import auto as auto
+from .diffusers_dit import DiffusersDiT as DiffusersDiT
 from .diffusers_unet import DiffusersUNet as DiffusersUNet
 from .digits_cnn import DigitsCNN as DigitsCNN
 from .digits_cnn import digits_cnn as digits_cnn

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffrl.diffusion.networks.diffusers_options import built, further_options, options_of
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
-from diffrl.extras import require
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
 __all__ = ["DiffusersUNet"]
@@ -101,7 +101,7 @@ class DiffusersUNet(nn.Module):
             norm_num_groups=norm_num_groups,
             norm_eps=norm_eps,
             dropout=dropout,
-            **_further(more, self.options),
+            **further_options(more, "UNet2DModel", {*self.options, *BY_US}),
         )
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
@@ -118,7 +118,7 @@ class DiffusersUNet(nn.Module):
             raise InputError("this UNet tells no sample_size: set it in its config")
         sizes = (size, size) if isinstance(size, int) else tuple(size)
         named = {name: told[name] for name in inspect.signature(cls).parameters if name in told}
-        defaults = _options_of_diffusers()
+        defaults = options_of("UNet2DModel")
         more = {k: told[k] for k in defaults if k not in {*named, *BY_US} and told[k] != defaults[k]}
         with torch.device("meta"):  # the place of its UNet is taken
             found = cls((unet.config.in_channels, *sizes), **named, more=more or None)
@@ -167,39 +167,12 @@ def _require_heads(
         )
 
 
-def _options_of_diffusers() -> dict[str, Any]:
-    """The options of its `UNet2DModel`, and their defaults."""
-    parameters = inspect.signature(require("diffusers", "diffusers").UNet2DModel.__init__).parameters
-    return {name: p.default for name, p in parameters.items() if name != "self"}
-
-
-def _further(more: Mapping[str, Any] | None, own: Mapping[str, Any]) -> dict[str, Any]:
-    """The further options, if each is one of diffusers' that has no other place."""
-    if more is None:
-        return {}
-    known = [name for name in _options_of_diffusers() if name not in {*own, *BY_US}]
-    if not isinstance(more, Mapping) or not {*more} <= {*known}:
-        raise InputError(
-            f"more is {more!r}: give options of diffusers' UNet2DModel by name, of {', '.join(known)}"
-        )
-    return dict(more)
-
-
 def _built(**options: Any) -> Any:
     """Diffusers' UNet; what it refuses, with its reason in one line."""
-    made = require("diffusers", "diffusers").UNet2DModel
     for name, types in (("down", options["down_block_types"]), ("up", options["up_block_types"])):
         if len(types) != len(options["block_out_channels"]):
             raise InputError(
                 f"{name}_block_types has {len(types)} names: give one for each of the "
                 f"{len(options['block_out_channels'])} widths in block_out_channels, or none"
             )
-    try:
-        return made(**options)
-    except (ValueError, ZeroDivisionError, RuntimeError, AttributeError, TypeError) as error:
-        if "alloc" in str(error) or "out of memory" in str(error):
-            raise
-        raise InputError(
-            f"diffusers refuses this UNet ({' '.join(str(error).split())}): see its UNet2DModel for the names of "
-            "blocks"
-        ) from error
+    return built("UNet2DModel", "see its documentation for the names of blocks", **options)

@@ -1,6 +1,5 @@
 """A small UNet for images, such as 1x8x8, 1x28x28 or 3x32x32."""
 
-import math
 from itertools import pairwise
 
 import torch
@@ -16,64 +15,16 @@ from diffrl.diffusion.networks.inputs import (
     split_labels,
 )
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
+from diffrl.diffusion.networks.unet_blocks import Attention, ResidualBlock, group_norm, zero
 from diffrl.errors import InputError
 from diffrl.ranges import MAX_LAYERS, require_int, require_number
 
 __all__ = ["UNet"]
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at least 4 channels in each of at most 32 groups."""
-    return nn.GroupNorm(math.gcd(channels // 4, 32), channels)
-
-
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
 def _layers(features: int, embedding: int) -> nn.Sequential:
     """From features of a noise level to their embedding."""
     return nn.Sequential(nn.Linear(features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-
-
-class _Block(nn.Module):
-    """Residual block; noise level and label scale and shift the output of its second norm.
-
-    h = conv(SiLU(norm(x))),    x ← skip(x) + conv₀(dropout(SiLU((1 + a) norm(h) + b))),    [a, b] = W e
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, embedding: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.norm_in, self.norm_out = _norm(channels_in), _norm(channels_out)
-        self.conv_in = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.conv_out = _zero(nn.Conv2d(channels_out, channels_out, 3, padding=1))
-        self.modulation = nn.Linear(embedding, 2 * channels_out)
-        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        a, b = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(b, self.norm_out(h), 1 + a)
-        return self.skip(x) + self.conv_out(self.dropout(F.silu(h)))
-
-
-class _Attention(nn.Module):
-    """Self-attention of one head over the pixels, added to them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).mT.chunk(3, dim=-1)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.mT.reshape(x.shape))
 
 
 def _require_halves(event_shape: tuple[int, ...], resolutions: int) -> None:
@@ -83,6 +34,30 @@ def _require_halves(event_shape: tuple[int, ...], resolutions: int) -> None:
             f"a UNet with {resolutions} multipliers needs events (C, H, W) with H and W divisible "
             f"by {factor}, not {event_shape}: pad the images or give fewer multipliers"
         )
+
+
+def _require_widths(channels: int, multipliers: tuple[int, ...]) -> None:
+    require_int("channels", channels, 4, MAX_SIZE)
+    for multiplier in multipliers:
+        require_int("a number of multipliers", multiplier, most=MAX_SIZE // channels)
+    if channels % 4 or not multipliers:
+        raise InputError(
+            "a UNet needs channels that are a multiple of 4 and at least one of multipliers, "
+            f"not channels={channels}, multipliers={tuple(multipliers)}"
+        )
+
+
+def _attentions(
+    widths: list[int], heights: list[int], wanted: tuple[int, ...], head_channels: int | None
+) -> nn.ModuleList:
+    """What follows each block: attention at the heights that are wanted."""
+    if unknown := [height for height in wanted if height not in heights]:
+        raise InputError(
+            f"attention_resolutions has {unknown[0]}, but images in this UNet have heights of "
+            f"{', '.join(map(str, dict.fromkeys(heights)))}: give some of these"
+        )
+    places = zip(widths, heights, strict=True)
+    return nn.ModuleList(Attention(w, head_channels) if h in wanted else nn.Identity() for w, h in places)
 
 
 @NETWORKS.register("unet")
@@ -108,7 +83,12 @@ class UNet(nn.Module):
             added to the embedding of c_noise and drawn last.
         variance: also predict a variance, by twice the first size of *E; see `diffrl.Denoiser.with_variance`.
         augment_dim: A, labels of augmentation that it can be told, 9 for `trainer.augment`: A numbers, each times a
-            vector that is added to the embedding of c_noise, so that zeros are none. Drawn last of all; 0 builds none.
+            vector that is added to the embedding of c_noise, so that zeros are none. Drawn last but for attention at
+            resolutions; 0 builds none.
+        attention_resolutions: heights of images in pixels, such as (16,) for 32 → 16 → 8, at which each block is
+            followed by self-attention, on the way down and on the way up. Drawn last of all.
+        head_channels: channels of a head of attention, of which the widths with attention are multiples; None: one head
+            of the whole width. Given, attention runs by a GPU's fused kernels.
 
     Raises:
         ValueError: an event shape that cannot be halved so often, or a size outside its range.
@@ -128,6 +108,8 @@ class UNet(nn.Module):
         second_time: bool = False,
         variance: bool = False,
         augment_dim: int = 0,
+        attention_resolutions: tuple[int, ...] = (),
+        head_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.options = options_among(locals())
@@ -137,14 +119,7 @@ class UNet(nn.Module):
         self.num_classes, self.blocks = num_classes, blocks
         self.second_time, self.predicts_variance = second_time, variance
         require_int("blocks", blocks, most=MAX_LAYERS)
-        require_int("channels", channels, 4, MAX_SIZE)
-        for multiplier in multipliers:
-            require_int("a number of multipliers", multiplier, most=MAX_SIZE // channels)
-        if channels % 4 or not multipliers:
-            raise InputError(
-                "a UNet needs channels that are a multiple of 4 and at least one of multipliers, "
-                f"not channels={channels}, multipliers={tuple(multipliers)}"
-            )
+        _require_widths(channels, multipliers)
         _require_halves(self.event_shape, len(multipliers))
         embedding = 4 * channels
         with of_features("noise"):
@@ -153,17 +128,23 @@ class UNet(nn.Module):
         self.label_embedding = LabelEmbedding(num_classes, embedding) if num_classes else None
         widths = [channels * multiplier for multiplier in multipliers for _ in range(blocks)]
         self.first = nn.Conv2d(self.event_shape[0], channels, 3, padding=1)
-        self.down = nn.ModuleList(_Block(a, b, embedding, dropout) for a, b in pairwise([channels, *widths]))
-        self.middle = _Block(widths[-1], widths[-1], embedding, dropout)
-        self.attention = _Attention(widths[-1]) if attention else nn.Identity()
+        self.down = nn.ModuleList(
+            ResidualBlock(a, b, embedding, dropout) for a, b in pairwise([channels, *widths])
+        )
+        self.middle = ResidualBlock(widths[-1], widths[-1], embedding, dropout)
+        self.attention = Attention(widths[-1], head_channels) if attention else nn.Identity()
         # a channels come from below, and b by the skip connection; the widths are those of the way down, reversed
         self.up = nn.ModuleList(
-            _Block(a + b, b, embedding, dropout) for a, b in pairwise([widths[-1], *widths[::-1]])
+            ResidualBlock(a + b, b, embedding, dropout) for a, b in pairwise([widths[-1], *widths[::-1]])
         )
-        self.norm = _norm(widths[0])
-        self.last = _zero(nn.Conv2d(widths[0], (1 + variance) * self.event_shape[0], 3, padding=1))
+        self.norm = group_norm(widths[0])
+        self.last = zero(nn.Conv2d(widths[0], (1 + variance) * self.event_shape[0], 3, padding=1))
         self.second_embedding = _layers(noise_features, embedding) if second_time else None
         self.augment_embedding = nn.Linear(augment_dim, embedding, bias=False) if augment_dim else None
+        heights = [self.event_shape[1] // 2**i for i in range(len(multipliers)) for _ in range(blocks)]
+        where = (attention_resolutions, head_channels)
+        self.attend_down = _attentions(widths, heights, *where)
+        self.attend_up = _attentions(widths[::-1], heights[::-1], *where)
 
     def forward(
         self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
@@ -197,11 +178,11 @@ class UNet(nn.Module):
         for i, block in enumerate(self.down):
             if i > 0 and i % self.blocks == 0:
                 h = F.avg_pool2d(h, 2)
-            h = block(h, e)
+            h = self.attend_down[i](block(h, e))
             skips.append(h)
         h = self.attention(self.middle(h, e))
         for i, block in enumerate(self.up):
             if i > 0 and i % self.blocks == 0:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
-            h = block(torch.cat([h, skips.pop()], dim=1), e)
+            h = self.attend_up[i](block(torch.cat([h, skips.pop()], dim=1), e))
         return self.last(F.silu(self.norm(h)))
