@@ -25,6 +25,7 @@ os.environ.setdefault("RL_WARNINGS", "0")
 
 import torch
 from chain_drawing import chain_drawing
+from env_steps import env_steps
 from finetune_cost import finetune_cost
 from lambda_returns import cost_of_lambda_returns
 from report import Row, as_json, table
@@ -54,6 +55,11 @@ def main() -> None:
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
     show("chains drawn in 2-D", "times as fast as", rows)
+    show(
+        "step of a Gymnasium environment of one chain, 2-D",
+        "time over",
+        env_steps(rounds=30 if quick else 200),
+    )
     title = "fine-tuning iteration: UNet on 1x16x16, 32 chains of 8 steps"
     show(title, "time over", finetune_cost(rounds=5 if quick else 40))
     shape = (32, 18, 3072) if quick else (256, 18, 3072)
