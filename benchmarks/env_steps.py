@@ -101,7 +101,7 @@ def env_steps(*, rounds: int) -> list[Row]:
 
 def _row(kind: Kind, rounds: int) -> Row:
     require_agreement(kind)
-    env, by_hand = _pair(kind, noise=None)
+    env, by_hand = _pair(kind, NUM_STEPS, noise=None)
     many = kind.vector(1, num_steps=NUM_STEPS, **kind.variant)
     many.reset(seed=0)
     actions = np.asarray(kind.action)[None]
@@ -117,7 +117,7 @@ def _row(kind: Kind, rounds: int) -> Row:
 
 def require_agreement(kind: Kind) -> None:
     """Both sides come to the same states and rewards, or the comparison means nothing."""
-    env, by_hand = _pair(kind, noise=Generator().manual_seed(1))
+    env, by_hand = _pair(kind, num_steps=4, noise=Generator().manual_seed(1))
     for _ in range(3):
         ours, witness = env.step(kind.action)[:2], by_hand()[:2]
         for a, b in ((ours[0]["x_t"], witness[0]["x_t"]), (ours[1], witness[1])):
@@ -127,14 +127,14 @@ def require_agreement(kind: Kind) -> None:
                 )
 
 
-def _pair(kind: Kind, noise: Generator | None) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
+def _pair(kind: Kind, num_steps: int, noise: Generator | None) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
     """The environment, reset, and the steps by hand from there, with the same noise if it is given."""
 
     def drawn(generator: Generator) -> Tensor:
         return torch.randn(1, 2, generator=generator)
 
     source = None if noise is None else lambda x: drawn(noise)
-    env = kind.single(num_steps=NUM_STEPS, noise=source, **kind.variant)
+    env = kind.single(num_steps=num_steps, noise=source, **kind.variant)
     options = {"x0": kind.given} if kind.single is DiffusionMRPEnv else None
     start = env.reset(seed=0, options=options)[0]["x_t"]
     own = Generator().manual_seed(1)
