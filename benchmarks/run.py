@@ -29,6 +29,7 @@ from env_steps import env_steps
 from finetune_cost import finetune_cost
 from lambda_returns import cost_of_lambda_returns
 from report import Row, as_json, table
+from scheme_steps import scheme_steps
 from step_cost import SIZES, step_cost
 
 from diffrl.text_files import write_atomically
@@ -53,6 +54,7 @@ def main() -> None:
 
     for size, rounds in zip(SIZES, (30, 7) if quick else (400, 60), strict=True):
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
+    show("step over EDM's: UNet on 1x16x16, 64 states", "time over", scheme_steps(rounds=7 if quick else 60))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
     show("chains drawn in 2-D", "times as fast as", rows)
     show(
