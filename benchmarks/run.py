@@ -25,9 +25,11 @@ os.environ.setdefault("RL_WARNINGS", "0")
 
 import torch
 from chain_drawing import chain_drawing
+from env_steps import env_steps
 from finetune_cost import finetune_cost
 from lambda_returns import cost_of_lambda_returns
 from report import Row, as_json, table
+from scheme_steps import scheme_steps
 from step_cost import SIZES, step_cost
 
 from diffrl.text_files import write_atomically
@@ -52,8 +54,14 @@ def main() -> None:
 
     for size, rounds in zip(SIZES, (30, 7) if quick else (400, 60), strict=True):
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
+    show("step over EDM's: UNet on 1x16x16, 64 states", "time over", scheme_steps(rounds=7 if quick else 60))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
     show("chains drawn in 2-D", "times as fast as", rows)
+    show(
+        "step of a Gymnasium environment of one chain, 2-D",
+        "time over",
+        env_steps(rounds=30 if quick else 200),
+    )
     title = "fine-tuning iteration: UNet on 1x16x16, 32 chains of 8 steps"
     show(title, "time over", finetune_cost(rounds=5 if quick else 40))
     shape = (32, 18, 3072) if quick else (256, 18, 3072)

@@ -136,7 +136,8 @@ class DecisionProcess:
         """b_i, the half-width of a box around the latents of each level: float64, shape [K+1]."""
         self.units = self._units(action_scale, s)
         """c_i, the unit of the action of each step: float64, shape [K]; None: 1."""
-        self._law = None if sampler is None else _linear_law(sampler, process, self.grid)
+        self.linear_law = None if sampler is None else _linear_law(sampler, process, self.grid)
+        """How the mean of the sampler's step depends on latent and on estimate, and its std: float64, [K] each."""
 
     def _units(self, action_scale: ActionScale, s: float) -> Tensor | None:
         if action_scale is None:
@@ -161,9 +162,9 @@ class DecisionProcess:
         units = torch.ones_like(self.grid[1:]) if self.units is None else self.units
         if self.action == "next_latent":
             return torch.cat([first, units])
-        assert self._law is not None
+        assert self.linear_law is not None
         bounds = [first[0]]
-        for on_x, on_D, std, unit in zip(*self._law, units, strict=True):
+        for on_x, on_D, std, unit in zip(*self.linear_law, units, strict=True):
             bounds.append(on_x.abs() * bounds[-1] + on_D.abs() * unit + LARGEST_NOISE * std)
         return torch.stack(bounds)
 

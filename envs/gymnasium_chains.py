@@ -17,12 +17,13 @@ from diffrl.envs.arguments import fresh_noise, require_callable
 from diffrl.envs.drawing import Picture
 from diffrl.errors import InputError
 
-__all__ = ["Array", "Chains", "Info", "Mask", "Observation", "Streams", "copied"]
+__all__ = ["Array", "Chains", "Info", "Mask", "Observation", "Outcome", "Streams", "copied"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
 Observation = dict[str, Array]
 Info = dict[str, Any]
+Outcome = tuple[Observation, Any, bool, bool, Info]
 
 
 class Streams:
@@ -69,10 +70,12 @@ class Streams:
         if len(rows) == 0:
             return x
         if self.given is not None:
-            return fresh_noise(self.given, x)
-        g = self.generators
-        blank = torch.empty(x.shape, dtype=x.dtype)  # the streams are the CPU's, wherever states live
-        return Noise(g[0] if self.shared else [g[row] for row in rows.tolist()])(blank).to(x.device)
+            return fresh_noise(self.given, x.clone())  # which a source may change
+        g = self.generators  # of the CPU, wherever states live
+        if self.shared:
+            return torch.randn(x.shape, generator=g[0], dtype=x.dtype).to(x.device)
+        blank = torch.empty(x.shape, dtype=x.dtype)
+        return Noise([g[row] for row in rows.tolist()])(blank).to(x.device)
 
 
 class Chains(ABC):
@@ -84,6 +87,9 @@ class Chains(ABC):
         device: where states live.
         picture: draws the chains; None: no rendering.
     """
+
+    plain: bool
+    """Whether there is one chain, and `step_one` can step it."""
 
     def __init__(self, n: int, noise: NoiseFn | None, device: torch.device, picture: Picture | None) -> None:
         self.streams, self.rows, self.picture = Streams(n, noise), torch.arange(n, device=device), picture
@@ -107,6 +113,10 @@ class Chains(ABC):
         Returns:
             Rewards [R, ...] and the flags terminated and truncated [R].
         """
+
+    @abstractmethod
+    def step_one(self, action: Array) -> Outcome:
+        """Step the only chain in plain numbers, where `plain`; nothing has a leading dim."""
 
     @abstractmethod
     def seen(self) -> tuple[Observation, Info]:
@@ -143,6 +153,16 @@ class Chains(ABC):
         if self.picture is not None:
             self.picture.follow(*self.position())
         return reward, terminated, truncated
+
+    def advance_one(self, action: Array) -> Outcome:
+        """Step the only chain, where `plain`: what a Gymnasium environment returns."""
+        if self.over[0]:
+            self.require_running(np.ones(1, bool))
+        outcome = self.step_one(action)
+        self.over[0] = outcome[2] or outcome[3]
+        if self.picture is not None:
+            self.picture.follow(*self.position())
+        return outcome
 
     def require_running(self, mask: Mask) -> None:
         """Refuse to go on unless every chain of the mask, bool [n], runs.

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from diffrl.envs.gymnasium_chains import Array, Chains, Info, Mask, Observation
+from diffrl.envs.gymnasium_chains import Array, Chains, Info, Mask, Observation, Outcome
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
 
@@ -58,7 +58,7 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
         observation, info = self._chains.seen()
         return _observed(observation, self.observation_space), _told(info)
 
-    def step(self, action: Action) -> tuple[Observation, Any, bool, bool, Info]:
+    def step(self, action: Action) -> Outcome:
         """Go one step; the class docstring says what an action is.
 
         Raises:
@@ -66,8 +66,11 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
             ValueError: it has another shape, holds NaN or infinity, or is none of the choices.
             ResetNeeded: the chain has ended.
         """
-        reward, terminated, truncated = self._chains.advance(np.asarray(action)[None], np.ones(1, bool))
-        observation, info = self._chains.seen()
+        chains, chosen = self._chains, np.asarray(action)
+        if chains.plain:
+            return chains.advance_one(chosen)
+        reward, terminated, truncated = chains.advance(chosen[None], np.ones(1, bool))
+        observation, info = chains.seen()
         paid = float(reward[0]) if reward.ndim == 1 else reward[0]
         return (
             _observed(observation, self.observation_space),

@@ -28,10 +28,11 @@ from diffrl.envs.arguments import (
     require_callable,
     require_states,
 )
-from diffrl.envs.decision_process import ActionKind, ActionScale, DecisionProcess, RewardPlacement
+from diffrl.envs.decision_process import ActionKind, ActionScale, DecisionProcess, Latents, RewardPlacement
 from diffrl.envs.drawing import Picture
-from diffrl.envs.gymnasium_chains import Array, Chains, Info, Mask, Observation, copied
+from diffrl.envs.gymnasium_chains import Array, Chains, Info, Mask, Observation, Outcome, copied
 from diffrl.envs.gymnasium_common import SingleChainEnv, VectorChainEnv
+from diffrl.envs.one_chain import OneDecisionChain
 from diffrl.errors import InputError
 from diffrl.ranges import require_number
 from diffrl.rewards.calls import Reward
@@ -228,8 +229,17 @@ class _Chains(Chains):
             picture = Picture(env.data.test, alpha, sigma, largest_number(env.data), n)
         super().__init__(n, env.noise, device, picture)
         start = torch.zeros(n, *d.event_shape, dtype=d.dtype, device=device)
-        self.latents = d.latents(torch.zeros_like(self.rows), start)
+        self._latents = d.latents(torch.zeros_like(self.rows), start)
         self.cond = None if d.conditions is None else d.conditions[[0] * n].to(device)
+        self.plain = n == 1 and device.type == "cpu" and OneDecisionChain.serves(d)
+        self._one = OneDecisionChain(d, env.normalise)
+
+    @property
+    def latents(self) -> Latents:
+        """The present latents."""
+        if not (self.plain and self.started[0]):
+            return self._latents
+        return self.decision_process.latents(torch.tensor([self._one.index]), torch.from_numpy(self._one.x))
 
     def reset(self, rows: Tensor, given: Mapping[str, Array]) -> None:
         x_t, index, cond = (given.get(name) for name in DiffusionMDPEnv.options)
@@ -247,6 +257,8 @@ class _Chains(Chains):
         if self.cond is not None and label is not None:
             self.cond = self.cond.index_copy(0, rows, label)
         self._set(rows, at, x)
+        if self.plain:
+            self._one.take(self._latents.index, self._latents.x, self.cond)
 
     def step(self, action: Array, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d, here = self.decision_process, self.latents
@@ -260,13 +272,27 @@ class _Chains(Chains):
         self._set(rows, reached.index, reached.x)
         return self.env.reward_scale * reward, terminated, truncated
 
+    def step_one(self, action: Array) -> Outcome:
+        one = self._one
+        fits = action.dtype.kind == "f" and action.itemsize <= one.x.itemsize
+        if fits and action.shape == one.x.shape[1:] and np.isfinite(action).all():
+            a = action[None].astype(one.x.dtype, copy=False)
+        else:
+            a = self._checked(action[None], "action").numpy()
+        reward, terminated, truncated = one.step(
+            a, lambda: self.streams.noise(torch.from_numpy(one.x), self.rows)
+        )
+        observation, info = one.seen()
+        return observation, float(self.env.reward_scale * reward), terminated, truncated, info
+
     @torch.no_grad()
     def pretrained_action(self, mask: Mask) -> Array:
         self.require_running(mask)
         d, denoiser, rows = self.decision_process, self.env.denoiser, self.rows[torch.from_numpy(mask)]
         if denoiser is None:
             raise InputError("the exact denoiser of these data is not known: give denoiser=")
-        here = d.latents(self.latents.index[rows], self.latents.x[rows])
+        here = self.latents
+        here = d.latents(here.index[rows], here.x[rows])
         chosen = denoiser(here.x, here.t, None if self.cond is None else self.cond[rows])
         if chosen.shape != here.x.shape:
             raise InputError(f"denoiser gives {tuple(chosen.shape)} for latents {tuple(here.x.shape)}")
@@ -286,11 +312,12 @@ class _Chains(Chains):
         return observation, {keys.INDEX: copied(index)}
 
     def position(self) -> tuple[Tensor, Tensor]:
-        return self.latents.index, self.latents.x
+        here = self.latents
+        return here.index, here.x
 
     def _set(self, rows: Tensor, index: Tensor, x: Tensor) -> None:
         here = self.latents
-        self.latents = self.decision_process.latents(
+        self._latents = self.decision_process.latents(
             here.index.index_copy(0, rows, index), here.x.index_copy(0, rows, x)
         )
 

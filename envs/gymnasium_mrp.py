@@ -17,8 +17,9 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.envs.arguments import as_tensor, largest_number, named
 from diffrl.envs.drawing import Picture
-from diffrl.envs.gymnasium_chains import Array, Chains, Info, Observation, copied
+from diffrl.envs.gymnasium_chains import Array, Chains, Info, Observation, Outcome, copied
 from diffrl.envs.gymnasium_common import SingleChainEnv, VectorChainEnv
+from diffrl.envs.one_chain import OneRewardChain
 from diffrl.envs.reward_process import RewardProcess, States
 from diffrl.errors import InputError
 
@@ -191,7 +192,15 @@ class _Chains(Chains):
         self.x0 = torch.zeros(n, *r.event_shape, dtype=r.dtype, device=env.device)
         self.reward = self.x0
         self.cond = torch.zeros_like(self.rows) if r.num_classes else None
-        self.states = r.states(torch.zeros_like(self.rows), self.x0)
+        self._states = r.states(torch.zeros_like(self.rows), self.x0)
+        self.plain, self._one = n == 1 and env.device.type == "cpu", OneRewardChain(r)
+
+    @property
+    def states(self) -> States:
+        """The present states."""
+        if not (self.plain and self.started[0]):
+            return self._states
+        return self.reward_process.states(torch.tensor([self._one.index]), torch.from_numpy(self._one.x))
 
     def reset(self, rows: Tensor, given: Mapping[str, Array]) -> None:
         x0, cond = (given.get(name) for name in DiffusionMRPEnv.options)
@@ -210,11 +219,11 @@ class _Chains(Chains):
         self.reward = self.reward.index_fill(0, rows, 0)
         if self.cond is not None and label is not None:
             self.cond = self.cond.index_copy(0, rows, label)
+        if self.plain:
+            self._one.take(self._states.index, self._states.x, self.x0, self.cond)
 
     def step(self, action: Array, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if action.shape != self.over.shape or np.any(action != 0):
-            what = action[0] if action.shape == (1,) else action
-            raise InputError(f"action is {what.tolist()}: the only one is 0, to wait, one for each chain")
+        _require_waiting(action, self.over.shape)
         r, x0, here = self.reward_process, self.x0[rows], self.states
         noise = self.streams.noise(x0, rows)
         reached, reward, terminated, truncated = r.step(r.states(here.index[rows], here.x[rows]), x0, noise)
@@ -223,6 +232,19 @@ class _Chains(Chains):
         if self.env.reward_mode != "vector":
             reward = reward.flatten(1)
         return reward.sum(1) if self.env.reward_mode == "sum" else reward, terminated, truncated
+
+    def step_one(self, action: Array) -> Outcome:
+        _require_waiting(action, ())
+        noise = self.streams.noise(self.x0, self.rows).numpy()
+        paid, terminated, truncated = self._one.step(noise)
+        reward: Any = paid[0]
+        observation, info = self._one.seen()
+        if self.env.reward_mode == "sum":
+            info["vector_reward"] = reward
+            return observation, float(torch.from_numpy(paid).flatten(1).sum(1)), terminated, truncated, info
+        if self.env.reward_mode == "flat":
+            reward = reward.reshape(-1)
+        return observation, reward, terminated, truncated, info
 
     def seen(self) -> tuple[Observation, Info]:
         s = self.states
@@ -238,11 +260,12 @@ class _Chains(Chains):
         return observation, info if self.cond is None else info | {keys.COND: copied(self.cond)}
 
     def position(self) -> tuple[Tensor, Tensor]:
-        return self.states.index, self.states.x
+        s = self.states
+        return s.index, s.x
 
     def _set(self, rows: Tensor, states: States) -> None:
         here = self.states
-        self.states = self.reward_process.states(
+        self._states = self.reward_process.states(
             here.index.index_copy(0, rows, states.index), here.x.index_copy(0, rows, states.x)
         )
 
@@ -255,3 +278,10 @@ class _Chains(Chains):
         labels = [label for _, label in draws if label is not None]
         x0 = torch.cat([x0 for x0, _ in draws]).to(rows.device)
         return x0, torch.cat(labels).to(rows.device) if labels else None
+
+
+def _require_waiting(action: Array, shape: tuple[int, ...]) -> None:
+    """Refuse another action than 0 for each chain."""
+    if action.shape != shape or (action != 0).any():
+        what = action[0] if action.shape == (1,) else action
+        raise InputError(f"action is {what.tolist()}: the only one is 0, to wait, one for each chain")

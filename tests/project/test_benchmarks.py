@@ -1,6 +1,9 @@
 """The benchmarks compare like with like, and read their own figures right."""
 
+import dataclasses
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,3 +42,16 @@ def test_a_ratio_is_taken_within_rounds(benchmark_module: ModuleType) -> None:
     for promise, verdict in {"≤ 3.1": "kept", "≤ 2.9": "missed", "≥ 2.9": "kept", "≥ 3.1": "missed"}.items():
         assert benchmark_module.Row("", 1.0, {"other": ratio}, promise).verdict == verdict
     assert benchmark_module.Row("", 1.0, {"other": ratio}).verdict == ""
+
+
+def test_environments_by_hand_step_as_those_of_diffrl(benchmark_module: ModuleType) -> None:
+    import env_steps
+
+    for kind in env_steps.KINDS:
+        env_steps.require_agreement(kind)
+        with pytest.raises(RuntimeError, match="one is wrong"):
+            env_steps.require_agreement(dataclasses.replace(kind, by_hand=partial(_astray, kind)))
+
+
+def _astray(kind: Any, env: Any, x: Any, given: Any, noise: Any) -> Any:
+    return kind.by_hand(env, x, 1.01 * given, noise)
