@@ -89,7 +89,7 @@ class Gradients:
         self.loss.network_evaluations = before + round(evaluations)
         if learning and (several or len(parts) > 1):
             found = torch.cat([part[keys.LOSS] for part in parts])
-            states[keys.LOSS] = self.ranks.whole(found, share, len(states))
+            states[keys.LOSS] = self.ranks.whole(found, share.rows, len(states))
         return {"loss_value": loss, "td_error": square**0.5}
 
     def _figures(self, part: TensorDict) -> tuple[Tensor, Tensor]:
