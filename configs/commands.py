@@ -84,11 +84,15 @@ def check(config: dict[str, Any]) -> None:
     print("\nthe run is right as far as can be told: start it by the command train with the same words")
 
 
-@command("finetune")
+@command("finetune", shared=True)
 def finetune(config: dict[str, Any]) -> None:
     """Train what is to be tuned, tune it, print tables, draw figures."""
     _require_demo()
     out, path = _out(config), config["model"].get("path")
+    if config["resume"] is None and config["compare"]:
+        refuse_several_processes("a comparison of methods (compare=[] makes one run)")
+    if config["model"]["name"] == "run" and path is None and config["resume"] is None:
+        refuse_several_processes("training what is to be tuned (model.path=RUN names one that is trained)")
     if config["model"]["name"] == "run" and path is None and config["resume"] is None:
         path = str(base_run(config["pretrain"], out.parent))
         config["model"]["path"] = path
@@ -98,6 +102,8 @@ def finetune(config: dict[str, Any]) -> None:
         )  # once, and not in every worker
     if not config["compare"] or config["resume"] is not None:
         folder = run_finetuning(config)
+        if own_rank() > 0:
+            return
         found = folder.results()["finetuning"]
         names = [name for name in found["final"] if name in found["base"]]
         rows = [[n, f"{found['base'][n]:.3g}", f"{found['final'][n]:.3g}"] for n in names]

@@ -161,6 +161,8 @@ class FinetuneConfig:
     """Processes of a comparison, with one thread each."""
     pretrain: list[str] = field(default_factory=list)
     """What to train where model.path is null: words for the command line of `examples/train_td_lambda.py`."""
+    rank_timeout: float = RANK_TIMEOUT
+    """Seconds that a process which torchrun started waits for another, longer than any evaluation."""
 
 
 COMMANDS = {"train": TrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}

@@ -40,6 +40,6 @@ def refuse_several_processes(what: str) -> None:
     if (size := ranks_started()) > 1:
         raise InputError(
             f"{what} takes one process, and WORLD_SIZE={size} asks for {size}: start it without torchrun; processes "
-            "share one run of the command train, and several runs go side by side by workers=N (seeds, comparisons) "
-            "or by --multirun hydra/launcher=joblib"
+            "share one run of the commands train and finetune, and several runs go side by side by workers=N (seeds, "
+            "comparisons) or by --multirun hydra/launcher=joblib"
         )

@@ -14,7 +14,15 @@ from diffrl.diffusion.samplers.base import GaussianSampler
 from diffrl.diffusion.samplers.registry import SAMPLERS, samplers_with_law
 from diffrl.errors import FileError, InputError
 from diffrl.experiments.resuming import continued
-from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
+from diffrl.experiments.run import (
+    AUTOCAST,
+    Job,
+    check_settings,
+    interruptible,
+    made_of,
+    shown,
+    started_folder,
+)
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.evaluation import EVAL_SEED, EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
@@ -25,12 +33,13 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.ranks import refuse_several_processes
+from diffrl.ranks import RANK_TIMEOUT
 from diffrl.registry import Config
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import load_weights
+from diffrl.training.distributed import ALONE, Ranks, joined
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
 from diffrl.training.provenance import versions
@@ -60,7 +69,9 @@ class _Job(Job):
 
     count: ClassVar[str] = "iteration"
 
-    def __init__(self, config: Config, reward: Reward | None, heldout: Reward | None) -> None:
+    def __init__(
+        self, config: Config, reward: Reward | None, heldout: Reward | None, ranks: Ranks = ALONE
+    ) -> None:
         check_settings(config)
         if config["dtype"] not in ("float32", "bfloat16"):
             raise InputError(
@@ -87,6 +98,7 @@ class _Job(Job):
             twins=model.twins,
             device=config["device"],
             autocast=AUTOCAST[config["dtype"]],
+            ranks=ranks,
         )
         super().__init__(config, "policy", self.tuner)
         if heldout is not None:
@@ -127,12 +139,16 @@ class _Job(Job):
         return self.stop.reason(self.judged)
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
-        """Tune to the end, or raise `Interrupted`; the figures for results.json."""
+        """Tune to the end, or raise `Interrupted`; the figures for results.json, which one process makes."""
+        ranks = self.tuner.ranks
         self.resume(folder)
-        table = self.table(folder)
-        self.judged = _judged(table)
+        self.judged = ranks.from_first(lambda: _judged(self.table(folder)))
         if not self.judged or self.stop.reason(self.judged) is None:
             self.run_loop(folder, interrupted, progress)
+        return ranks.from_first(lambda: self._results(folder))
+
+    def _results(self, folder: RunFolder) -> dict[str, Any]:
+        table = self.table(folder)
         tuned = self.judge.draw(self.policy)[0]
         nfe = str(self.policy.num_steps)
         for name, x in (("base", self.judge.base_samples), ("tuned", tuned)):
@@ -187,6 +203,9 @@ def run_finetuning(
 
     The self-checks run first, on the untuned policy; a failed one stops the run before it makes a folder.
 
+    Several processes that torchrun started share the run: ``rollouts.trajectories`` of all of them in an iteration,
+    whatever their number, the first one writes and evaluates, and all return its folder. See docs/many_processes.md.
+
     Args:
         config: what `diffrl.configs` composes for `finetune`.
         reward: a callable of your own in place of ``config["reward"]``, a `WeightedSum` too; give it again to resume.
@@ -198,32 +217,33 @@ def run_finetuning(
         The run's folder, with all its results.
 
     Raises:
-        ValueError, MissingExtra, RunFolderError, CheckpointError, FileError: something cannot be as it was asked;
-            there are several processes.
+        ValueError, MissingExtra, RunFolderError, CheckpointError, FileError: something cannot be as it was asked.
         RunChanged: the run that is resumed was another one.
         CheckFailed: a self-check failed.
         RewardError, NonFiniteLoss: see `BlackBox` and `Finetuner`.
         Interrupted: the run is saved, and can be resumed.
+        RankLost: another of several processes has ended.
     """
-    refuse_several_processes("fine-tuning")
     for group, own in (("reward", reward), ("heldout_reward", heldout)):
         if own is not None:  # so that nothing else is taken for it when the run is resumed without it
             config = {**config, group: {"name": f"{OWN}{as_reward(own).name}"}}
     config = continued(config, "loop", "iterations")
-    job = _Job(config, reward, heldout)
-    job.compare()
-    report = check_tuner(job.tuner)
-    label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
-    with RunFolder.start(config, label) as folder, interruptible() as interrupted:
-        if progress:
-            print(f"{job.tuner.recipe}\n\n{report}\n")
-        known = folder.results().get("finetuning", {})
-        if known.get("iteration") == job.tuner.length.total or known.get("stopped_early"):
-            job.tidy(folder)
-            return folder
-        found = job.run(folder, interrupted, progress)
-        head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
-        folder.write_results({**head, "finetuning": found})
+    with joined(config["device"], config.get("rank_timeout", RANK_TIMEOUT)) as ranks:
+        job = _Job({**config, "device": ranks.device(config["device"])}, reward, heldout, ranks)
+        job.compare()
+        report = check_tuner(job.tuner)
+        label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
+        with started_folder(config, ranks, label) as folder, interruptible() as interrupted:
+            if progress and ranks.first:
+                print(f"{job.tuner.recipe}\n\n{report}\n")
+            known = ranks.from_first(lambda: folder.results().get("finetuning", {}))
+            if known.get("iteration") == job.tuner.length.total or known.get("stopped_early"):
+                job.tidy(folder)
+                return folder
+            found = job.run(folder, interrupted, progress)
+            if ranks.first:
+                head = {"config": folder.config(), "seed": config["seed"], "versions": versions()}
+                folder.write_results({**head, "finetuning": found})
     return folder
 
 

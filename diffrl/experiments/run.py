@@ -4,7 +4,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +18,7 @@ from diffrl.experiments.run_log import RunLog, check_log
 from diffrl.registry import as_tuples
 from diffrl.shell_words import setting
 from diffrl.training.checkpoints import tidy
+from diffrl.training.distributed import Ranks
 from diffrl.training.identity import ACCEPT, identity_of
 from diffrl.training.loop import Loop
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -31,6 +32,7 @@ __all__ = [
     "interruptible",
     "made_of",
     "shown",
+    "started_folder",
 ]
 
 AUTOCAST = {"float32": None, "float64": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -149,6 +151,13 @@ class Job(ABC):
             raise Interrupted(
                 f"stopped after {place}, and saved; continue with {setting('resume', folder.path)}"
             )
+
+
+@contextmanager
+def started_folder(config: Mapping[str, Any], ranks: Ranks, label: str | None = None) -> Iterator[RunFolder]:
+    """The run's folder, which the first process holds as its only writer; arguments as of `RunFolder.start`."""
+    with ExitStack() as held:
+        yield ranks.from_first(lambda: held.enter_context(RunFolder.start(config, label)))
 
 
 def check_settings(config: Mapping[str, Any]) -> None:

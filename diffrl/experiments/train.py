@@ -1,8 +1,7 @@
 """One experiment from a configuration: train, with Monte Carlo beside it, evaluate, keep the figures."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -15,7 +14,15 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.experiments.evaluate import errors_of
 from diffrl.experiments.resuming import continued
-from diffrl.experiments.run import AUTOCAST, Job, check_settings, interruptible, made_of, shown
+from diffrl.experiments.run import (
+    AUTOCAST,
+    Job,
+    check_settings,
+    interruptible,
+    made_of,
+    shown,
+    started_folder,
+)
 from diffrl.experiments.schemes import planned_objectives, registered_name, settings_of
 from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
@@ -76,7 +83,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
             job.compare()
             job.check()  # now, and not at the end of training
             teachers[name] = job.teacher
-        with _started_folder(config, ranks) as folder, interruptible() as interrupted:
+        with started_folder(config, ranks) as folder, interruptible() as interrupted:
             if ranks.first:
                 _keep_sources(folder, config, job.trainer.denoiser, teachers)
             results = ranks.from_first(folder.results) or {"objectives": {}}
@@ -92,13 +99,6 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
                     head |= {} if data.split is None else {"split": asdict(data.split)}
                     folder.write_results({**head, "objectives": results["objectives"]})
     return folder
-
-
-@contextmanager
-def _started_folder(config: Mapping[str, Any], ranks: Ranks) -> Iterator[RunFolder]:
-    """The run's folder, which the first process holds as its only writer."""
-    with ExitStack() as held:
-        yield ranks.from_first(lambda: held.enter_context(RunFolder.start(config)))
 
 
 def _keep_sources(

@@ -20,11 +20,13 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.reference import References, load_policy_weights, policy_weights
 from diffrl.finetuning.role_step import role_step
 from diffrl.finetuning.rollouts.chains import require_sound
+from diffrl.finetuning.shares import Shares
 from diffrl.finetuning.surrogate import Role
 from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import Checkpoint, CheckpointError
+from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.identity import fingerprint, flat
 from diffrl.training.loop import Loop, step_generator
 from diffrl.training.optim import FinetuningOptim, Optim, Optimiser
@@ -84,11 +86,12 @@ class Finetuner(Loop):
             others begin as the teacher.
         device: where to tune.
         autocast: dtype for the denoiser's arithmetic; log-probabilities stay in float32.
+        ranks: the processes that share the run, see `diffrl.finetuning.shares`.
 
     Raises:
         TypeError: a teacher or a twin that is no denoiser.
         ValueError: no parameter to train, a policy that a piece of the recipe cannot tune, a teacher or twin of another
-            process, or a twin by a name that the recipe does not train.
+            process, or a twin by a name that the recipe does not train; see `Shares`.
         NonFiniteLoss: from `steps`, where loss or gradient are not finite; no such update is made.
     """
 
@@ -113,10 +116,13 @@ class Finetuner(Loop):
         twins: Mapping[str, torch.nn.Module] | None = None,
         device: torch.device | str = "cpu",
         autocast: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         _require_kinds(policy, recipe, event_shape, conditions)
-        super().__init__(length or Iterations(), folder=folder, seed=seed, device=device, autocast=autocast)
+        length = length or Iterations()
+        super().__init__(length, folder=folder, seed=seed, device=device, autocast=autocast, ranks=ranks)
         self.policy, self.recipe, self.reward = policy.to(device).eval(), recipe, as_reward(reward)
+        self.shares = Shares(ranks, recipe, self.reward)
         self.event_shape = tuple(require_int("event_shape", size) for size in event_shape)
         self.conditions = conditions
         self.references = References(policy, teacher, twins)
@@ -253,7 +259,7 @@ class Finetuner(Loop):
     def _paid(self, n: int, cond: Tensor | None, generator: Generator) -> tuple[TensorDict, Tensor]:
         """A rollout [n, K] and its rewards [n, K, 1], which one thread asks for part by part where they overlap."""
         plan, place, asked = self.recipe.rollouts, self.recipe.placement, []
-        with ThreadPoolExecutor(1) as thread, self.precision():
+        with ThreadPoolExecutor(1) as thread, self.precision(), self.shares.acting(self.actor):
             overlap = {"each": lambda part: asked.append(thread.submit(place, part, self.reward))}
             rollout = plan.collect(
                 self.actor,
@@ -267,7 +273,7 @@ class Finetuner(Loop):
             require_sound(rollout)
             if asked:
                 return rollout, torch.cat([part.result() for part in asked])
-        return rollout, place(rollout, self.reward)
+        return rollout, place(rollout, self.shares.asked(self.reward, n))
 
     def _advance(self) -> dict[str, float]:
         K = self.policy.num_steps
@@ -294,7 +300,8 @@ class Finetuner(Loop):
             generator=step_generator(self.seed, 2**32 + self.step),
             entries=dict.fromkeys(key for role in self.roles.values() for key in role.loss.in_keys),
         )
-        found = [self._update(minibatch, j) for j, minibatch in enumerate(minibatches)]
+        with self.shares.counting((self.policy, *self.references.asked)):
+            found = [self._update(minibatch, j) for j, minibatch in enumerate(minibatches)]
         self.references.after_updates(self.recipe.regulariser.decay_after(self.step))
         figures = {}
         for name in dict.fromkeys(name for f in found for name in f):
@@ -321,7 +328,7 @@ class Finetuner(Loop):
                     self.optimisers[name],
                     minibatch,
                     plan=self.recipe.updates,
-                    rows_together=self.recipe.rows_together,
+                    shares=self.shares,
                     precision=self.precision,
                 )
                 role.after_step(self.optimisers[name].steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ __all__ = ["Piece", "Setting"]
 
 class Piece:
     """A part of a `Recipe`: it says itself what it does not go together with."""
+
+    shared: ClassVar[bool] = False
+    """Whether it is shown that several processes come to what one does; see `diffrl.finetuning.shares`."""
 
     def conflict(self, recipe: Recipe) -> str | None:
         """Why it cannot be used with the other pieces, and what to do about it; None if it can."""

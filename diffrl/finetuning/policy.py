@@ -1,7 +1,7 @@
 """A denoiser and a stochastic kernel as a policy: the action is the next latent, and it has a log-probability."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,9 @@ from diffrl.shapes import column
 
 __all__ = ["ActionDistribution", "DenoisingPolicy"]
 
+OfRows = Callable[[slice], Tensor]
+"""The clean estimates of some rows of a batch."""
+
 
 class DenoisingPolicy(TensorDictModuleBase):
     """π_θ(x_{i+1} | x_i) of a reverse sampler: what DDPO, SDPO and their relatives tune.
@@ -28,7 +31,8 @@ class DenoisingPolicy(TensorDictModuleBase):
 
     The action is the next latent. Where std is 0 (the step onto clean data, or an ODE) the step is deterministic,
     its log-probability is reported as 0, and `trainable` is False: losses leave it out. A floor on std makes
-    every step stochastic instead, in sampling and in the log-probability alike. Both are computed in float32.
+    every step stochastic instead, in sampling and in the log-probability alike. Both are computed in float32, of states
+    in float64 in that.
 
     It is an actor to TorchRL: call it with a TensorDict, or give it to a rollout, a collector or `ClipPPOLoss`.
 
@@ -86,6 +90,8 @@ class DenoisingPolicy(TensorDictModuleBase):
         self.num_steps = num_steps
         self.nfe = 0
         """States forwarded so far, twice each under guidance."""
+        self.over_rows: Callable[[OfRows, Tensor], Tensor] = _all_rows
+        """Asks for the clean estimates of states [N, *E]: here those of all rows; see `diffrl.finetuning.shares`."""
         self.generator: Generator | Sequence[Generator] | None = None
         """What actions are drawn from in `forward`: one, or one per state; None: torch's global one."""
 
@@ -126,8 +132,15 @@ class DenoisingPolicy(TensorDictModuleBase):
     def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """D_θ of states [N, *E] at any times [N], on the grid or not, float32; it counts as the policy's evaluation."""
         self.nfe += len(x_t) * int(getattr(self.denoiser, "evaluations", 1))
-        x_t = x_t.float()
-        return self.denoiser(x_t, t.to(x_t), cond, **self._told).float()
+        x_t = _real(x_t)
+        t = t.to(x_t)
+
+        def of(rows: slice) -> Tensor:
+            return _real(
+                self.denoiser(x_t[rows], t[rows], None if cond is None else cond[rows], **self._told)
+            )
+
+        return self.over_rows(of, x_t)
 
     def law(self, x_t: Tensor, index: Tensor, cond: Tensor | None = None) -> Gaussian:
         """The law of the next latent, π(x_s | x_t) = N(mean, std² I).
@@ -137,7 +150,7 @@ class DenoisingPolicy(TensorDictModuleBase):
             index: position of each along the chain, integers in [0, K-1], shape [N].
             cond: condition, shape [N, ...], or None.
         """
-        return self.law_of_estimate(x_t.float(), index, self.estimate(x_t, index, cond))
+        return self.law_of_estimate(_real(x_t), index, self.estimate(x_t, index, cond))
 
     def law_of_estimate(self, x_t: Tensor, index: Tensor, x0_hat: Tensor) -> Gaussian:
         """The law of the next latent for a clean estimate that is known already: no network is asked.
@@ -154,7 +167,7 @@ class DenoisingPolicy(TensorDictModuleBase):
 
     def log_prob(self, law: Gaussian, action: Tensor) -> Tensor:
         """Log π of actions, float32, shape [N]; 0 where the step is deterministic."""
-        return law.log_prob(action.float(), self.reduction)
+        return law.log_prob(_real(action), self.reduction)
 
     def act(
         self,
@@ -177,7 +190,7 @@ class DenoisingPolicy(TensorDictModuleBase):
             stochastic: which states keep their noise, bool [N]; None: all that have any.
         """
         x0_hat = self.estimate(x_t, index, cond)
-        law = self.law_of_estimate(x_t.float(), index, x0_hat)
+        law = self.law_of_estimate(_real(x_t), index, x0_hat)
         if stochastic is not None:
             law = Gaussian(law.mean, torch.where(stochastic, law.std, 0.0))
         return law.sample(noise), law, x0_hat
@@ -217,6 +230,15 @@ class DenoisingPolicy(TensorDictModuleBase):
             )
         cond = None if cond is None else cond.reshape(-1, *cond.shape[b:])
         return x_t.reshape(-1, *x_t.shape[b:]), index.reshape(-1), cond
+
+
+def _real(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _all_rows(of: OfRows, x_t: Tensor) -> Tensor:
+    return of(slice(None))
 
 
 class ActionDistribution(Distribution):

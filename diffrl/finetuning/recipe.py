@@ -1,7 +1,7 @@
 """A fine-tuning method as a list of pieces: rollouts, placement of rewards, credit, updates, surrogate, regulariser."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from diffrl.errors import InputError
 from diffrl.finetuning.credit.base import Credit
@@ -40,6 +40,7 @@ class Regulariser(Piece):
         ValueError: an argument outside its range.
     """
 
+    shared: ClassVar[bool] = True
     kl_coef: float = 0.0
     reference: Literal["frozen", "old", "ema"] = "frozen"
     decay: float = 0.9

@@ -149,7 +149,7 @@ class References:
     @property
     def nfe(self) -> int:
         """States forwarded by all copies that were asked for."""
-        return sum(asked.nfe for asked in self._asked.values())
+        return sum(asked.nfe for asked in self.asked)
 
     @torch.no_grad()
     def before_updates(self) -> None:
@@ -174,6 +174,11 @@ class References:
         """Those of the moving copies, by name of a set."""
         kept = {**self._moving, **self.twins}
         return {f"reference_{kind}": p.denoiser.state_dict() for kind, p in kept.items()}
+
+    @property
+    def asked(self) -> tuple[DenoisingPolicy, ...]:
+        """The copies that were asked for."""
+        return tuple(self._asked.values())
 
     def counts(self) -> dict[str, int]:
         """States forwarded by each copy."""

@@ -8,6 +8,7 @@ from typing import Any
 from tensordict import TensorDict
 from torch import Tensor
 
+from diffrl.finetuning.shares import Shares
 from diffrl.finetuning.surrogate import Role
 from diffrl.finetuning.updates.base import UpdatePlan, micro_batches
 from diffrl.training.optim import NonFiniteLoss, Optimiser
@@ -23,17 +24,17 @@ def role_step(
     minibatch: TensorDict,
     *,
     plan: UpdatePlan,
-    rows_together: int,
+    shares: Shares,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
-    """Descend a role's loss of a minibatch [n, k], with gradients accumulated over parts; the figures of it.
+    """Descend a role's loss of a minibatch [n, k], its gradient summed over parts and processes; the figures of it.
 
     Args:
         role: the network and its loss.
         optimiser: of the network.
         minibatch: of an iteration.
         plan: says how large a part may be, and how much it weighs.
-        rows_together: rows that a part must not divide.
+        shares: of the processes, each of which takes some rows; rows that belong together are not parted.
         precision: context of the network's arithmetic.
 
     Raises:
@@ -43,7 +44,7 @@ def role_step(
     whole = plan.weight(minibatch)
     with precision():
         role.prepare(minibatch, plan.micro_batch)
-    for part in micro_batches(minibatch, plan.micro_batch, group_size=rows_together):
+    for part in micro_batches(shares.part(minibatch), plan.micro_batch, group_size=shares.rows_together):
         share = plan.weight(part) / whole
         if share == 0:  # deterministic steps only
             continue
@@ -53,7 +54,8 @@ def role_step(
         (share * loss).backward()
         for key, value in out.items():
             total[key] = total.get(key, 0) + share * value.detach()
-    figures = {key: float(value) for key, value in total.items()}
+    figures = shares.summed({key: float(value) for key, value in total.items()}, role.loss.out_keys)
+    shares.add_up_gradients(optimiser.parameters)
     for key in (k for k in TELLING if not math.isfinite(figures.get(k, 0.0))):
         optimiser.algorithm.zero_grad()
         raise NonFiniteLoss(f"{key} is {figures[key]:g}")

@@ -40,18 +40,20 @@ def check_tuner(tuner: Finetuner) -> Report:
                     f"before the first update, {error}: the denoiser overflows, a step divides by a std of 0, or "
                     "policy.std_floor is far too large"
                 ) from error
-        report = check(
-            tuner.policy,
-            tuner.loss if u.unit == "steps" else None,
-            rollout,
-            batch_rows=u.largest_part(
-                plan.trajectories, tuner.num_trainable, group_size=recipe.rows_together
-            ),
-            rollout_rows=size,
-            reward=tuner.reward if asked else None,
-            reference=tuner.base,
-            autocast=tuner.autocast,
-            centred=credit.centred_over(one_condition=tuner.conditions is None),
+        ranks = tuner.ranks
+        mine = -(-plan.trajectories // ranks.size // recipe.rows_together) * recipe.rows_together
+        report = ranks.from_first(
+            lambda: check(
+                tuner.policy,
+                tuner.loss if u.unit == "steps" else None,
+                rollout,
+                batch_rows=u.largest_part(mine, tuner.num_trainable, group_size=recipe.rows_together),
+                rollout_rows=-(-size // ranks.size),
+                reward=tuner.reward if asked else None,
+                reference=tuner.base,
+                autocast=tuner.autocast,
+                centred=credit.centred_over(one_condition=tuner.conditions is None),
+            )
         )
     finally:
         tuner.policy.nfe = nfe

@@ -190,6 +190,6 @@ def policy_figures(log_ratio: Tensor, clipped: Tensor) -> dict[str, Tensor]:
     """
     return {
         "ratio": log_ratio.detach().exp().mean(),
-        "clip_fraction": clipped.float().mean(),
+        "clip_fraction": clipped.to(log_ratio).mean(),
         "approx_kl": 0.5 * log_ratio.detach().square().mean(),
     }

@@ -14,7 +14,9 @@ from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.run_checks import check_tuner
+from diffrl.ranks import RANK_TIMEOUT
 from diffrl.rewards.calls import Reward
+from diffrl.training.distributed import joined
 from diffrl.training.optim import FinetuningOptim
 
 __all__ = ["finetune"]
@@ -37,6 +39,7 @@ def finetune(
     progress: bool = True,
     extend: bool = False,
     accept_changes: bool = False,
+    rank_timeout: float = RANK_TIMEOUT,
 ) -> list[dict[str, float]]:
     """Check, then tune a policy for a reward, in place; returns the figures of every iteration.
 
@@ -67,41 +70,47 @@ def finetune(
         progress: whether to show a bar, and the table of the self-checks before it.
         extend: whether the run in the folder may become longer than it was planned.
         accept_changes: whether it may go on with another policy, reward, recipe, seed or learning rate than before.
+        rank_timeout: seconds that a process which torchrun started waits for another. Several share each rollout and
+            update, all tune alike, and the first one writes and prints; see docs/many_processes.md.
 
     Returns:
-        The counts before the first iteration, if it is the first, then one dict an iteration that was run now;
-        docs/metrics.md defines the figures. There is no evaluation: see `diffrl.finetuning.evaluation.Judge`.
+        The counts before the first iteration, if it is the first, then one dict an iteration that was run now, in the
+        first of several processes; docs/metrics.md defines the figures. There is no evaluation: see
+        `diffrl.finetuning.evaluation.Judge`.
 
     Raises:
         CheckFailed: a self-check failed. What they note without failing, such as a random reward or equal rewards, is
             a warning.
         RunChanged: the folder holds another run, or one of fewer iterations.
+        RankLost: another of several processes has ended.
         ValueError, NonFiniteLoss: see `Finetuner`.
     """
     recipe = METHODS[recipe]() if isinstance(recipe, str) else copy.deepcopy(recipe)  # its credit remembers
-    tuner = Finetuner(
-        policy,
-        reward,
-        recipe,
-        event_shape=event_shape,
-        conditions=conditions,
-        seed=seed,
-        folder=folder,
-        length=Iterations(iterations, eval_every=iterations),
-        optim=FinetuningOptim(lr=lr),
-        teacher=teacher,
-        twins=twins,
-        device=device,
-    )
-    resumed = tuner.resume(extend=extend, accept_changes=accept_changes)
-    if not resumed:
-        report = check_tuner(tuner)
-        if progress:
-            print(report)
-        for note in report.notes:
-            warnings.warn(note, UserWarning, stacklevel=2)
     rows: list[dict[str, float]] = []
-    tuner.fit(report=rows.append, progress=progress)
-    if folder is not None:
-        export_lora(policy.denoiser, folder)
+    with joined(str(device), rank_timeout) as ranks:
+        tuner = Finetuner(
+            policy,
+            reward,
+            recipe,
+            event_shape=event_shape,
+            conditions=conditions,
+            seed=seed,
+            folder=folder,
+            length=Iterations(iterations, eval_every=iterations),
+            optim=FinetuningOptim(lr=lr),
+            teacher=teacher,
+            twins=twins,
+            device=ranks.device(str(device)),
+            ranks=ranks,
+        )
+        resumed = tuner.resume(extend=extend, accept_changes=accept_changes)
+        if not resumed:
+            report = check_tuner(tuner)
+            if progress and ranks.first:
+                print(report)
+            for note in report.notes if ranks.first else ():
+                warnings.warn(note, UserWarning, stacklevel=2)
+        tuner.fit(report=rows.append, progress=progress)
+        if folder is not None and ranks.first:
+            export_lora(policy.denoiser, folder)
     return rows

@@ -49,6 +49,8 @@ class Arithmetic:
             on some devices; numbers are the same up to rounding.
         compile: whether networks are compiled by `torch.compile` for training; numbers are the same up to rounding, but
             for the masks of dropout. The average is evaluated uncompiled.
+        sharded: whether several processes cut weights, gradients, moments and averages among them, by FSDP2, see
+            `diffrl.training.sharding`; one process has all of it. Numbers are the same up to rounding.
 
     Raises:
         ValueError: an argument outside its range.
@@ -58,6 +60,7 @@ class Arithmetic:
     reduction: Reduction = "mean"
     channels_last: bool = False
     compile: bool = False
+    sharded: bool = False
 
     def __post_init__(self) -> None:
         require_int("trainer.accumulate", self.accumulate)

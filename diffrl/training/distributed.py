@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -73,8 +73,13 @@ class Ranks:
             raise InputError(
                 f"a batch has {units} {what} for {self.size} processes: raise trainer.batch_size, or start fewer"
             )
-        first, end = (bounds[units * rank // self.size] for rank in (self.rank, self.rank + 1))
+        part = self.part(units)
+        first, end = bounds[part.start], bounds[part.stop]
         return Share(slice(first, end), (end - first) / bounds[-1])
+
+    def part(self, units: int) -> slice:
+        """What this process takes of so many: as many as others, or one more; none where there are too few."""
+        return slice(units * self.rank // self.size, units * (self.rank + 1) // self.size)
 
     def sums(self, *values: float) -> list[float]:
         """Sum of each value over the processes, in float64, the same to the last bit in all of them."""
@@ -86,14 +91,24 @@ class Ranks:
         found: list[float] = x.tolist()
         return found
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sums over the processes in the place of tensors, which have the same shapes in all of them."""
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            same = [x for x in tensors if x.dtype == dtype]
+            flat = torch.cat([x.flatten() for x in same])
+            with self.answered():
+                dist.all_reduce(flat)
+            parts = flat.split([x.numel() for x in same])
+            torch._foreach_copy_(same, [part.view_as(x) for part, x in zip(parts, same, strict=True)])
+
     def any(self, what: bool) -> bool:
         """Whether it holds in any process."""
         return self.sums(float(what))[0] > 0
 
-    def whole(self, part: Tensor, share: Share, rows: int) -> Tensor:
-        """The tensor [rows, ...] that each process has its share of."""
-        found = part.new_zeros(rows, *part.shape[1:])
-        found[share.rows] = part
+    def whole(self, part: Tensor, rows: slice, count: int) -> Tensor:
+        """The tensor [count, ...] of which each process has its rows."""
+        found = part.new_zeros(count, *part.shape[1:])
+        found[rows] = part
         if self.size > 1:
             with self.answered():
                 dist.all_reduce(found)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,10 @@ class EMA:
             for average, source in zip(self.module.modules(), module.modules(), strict=True)
             for name, _ in source.named_buffers(recurse=False)
         ]
+
+    def follow(self, parameters: Sequence[Tensor], averages: Sequence[Tensor]) -> None:
+        """Move these averages towards these parameters from now on, such as parts of those of the modules."""
+        self._parameters, self._averages = [*parameters], [*averages]
 
     def new_weight(self, samples: int) -> float:
         """1 - β, the weight of θ in the next update, if it follows `samples` further samples."""

@@ -195,9 +195,14 @@ class Loop(ABC):
             if last or self.step % self.length.checkpoint_every == 0:
                 self._keep()
 
+    @property
+    def together(self) -> bool:
+        """Whether every process has to bring its part to a checkpoint."""
+        return False
+
     def _keep(self) -> None:
         """Save, where there is a folder; of several processes one does."""
-        if self.folder is not None and self.ranks.first:
+        if self.folder is not None and (self.ranks.first or self.together):
             self.save()
 
     def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row:
@@ -215,7 +220,7 @@ class Loop(ABC):
         )
 
     def save(self) -> Path:
-        """Write a checkpoint of this step.
+        """Write a checkpoint of this step, which the first process does; returns its folder.
 
         Raises:
             ValueError: there is no folder.
@@ -224,6 +229,8 @@ class Loop(ABC):
         if self.folder is None:
             raise InputError("this run has no folder for checkpoints")
         weights, training = self._state()
+        if not self.ranks.first:
+            return self.folder
         return save_checkpoint(
             self.folder,
             self.step,

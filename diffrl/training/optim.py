@@ -186,7 +186,8 @@ class Optimiser:
             torch._foreach_mul_(gradients, 1 / scale.value)
             scaling = {"loss_scale": scale.value}
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self._foreach)
-        figures = {"grad_norm": norm.item(), "lr": self._groups[0]["lr"], **scaling}
+        known = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of parts, what all have
+        figures = {"grad_norm": known.item(), "lr": self._groups[0]["lr"], **scaling}
         if not math.isfinite(loss + figures["grad_norm"]):
             self.algorithm.zero_grad()
             if scale is not None and math.isfinite(loss) and scale.shrink():

@@ -16,6 +16,7 @@ from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.distributed import Ranks, bounds_of_units
 from diffrl.training.optim import Optimiser
+from diffrl.training.sharding import Sharding
 
 __all__ = ["Gradients"]
 
@@ -28,8 +29,8 @@ class Gradients:
 
         ∇L(batch) = Σ_r Σ_p w_rp ∇L(part p of the rows of r),    w_rp = rows of the part / rows
 
-    DistributedDataParallel takes it as the mean over N processes of N times what each has. It holds of a loss that is
-    the mean of what rows, or groups of rows, come to by themselves; of others it is found out, see `check`.
+    DistributedDataParallel, and FSDP2, take it as the mean over N processes of N times what each has. It holds of a
+    loss that is the mean of what rows, or groups of rows, come to by themselves; others are found out, see `check`.
 
     Args:
         loss: of the denoiser that is trained.
@@ -51,6 +52,8 @@ class Gradients:
         self.loss, self.optimiser, self.arithmetic, self.ranks = loss, optimiser, arithmetic, ranks
         self.factor = factor
         self._shared: DistributedDataParallel | None = None
+        self.sharding: Sharding | None = None
+        """What the processes cut among them; else each has all of it, and DistributedDataParallel sums."""
 
     def __call__(
         self,
@@ -71,7 +74,7 @@ class Gradients:
             RankLost: another process ended.
         """
         several = self.ranks.size > 1
-        if several and self._shared is None:
+        if several and self._shared is None and self.sharding is None:
             self._shared = self.ranks.parallel(_Figures(self.loss), unused=self.check(states))
         share, before = self.ranks.share(states), self.loss.network_evaluations
         parts = self.arithmetic.parts(states[share.rows] if several else states)
@@ -89,7 +92,7 @@ class Gradients:
         self.loss.network_evaluations = before + round(evaluations)
         if learning and (several or len(parts) > 1):
             found = torch.cat([part[keys.LOSS] for part in parts])
-            states[keys.LOSS] = self.ranks.whole(found, share, len(states))
+            states[keys.LOSS] = self.ranks.whole(found, share.rows, len(states))
         return {"loss_value": loss, "td_error": square**0.5}
 
     def _figures(self, part: TensorDict) -> tuple[Tensor, Tensor]:
@@ -103,6 +106,8 @@ class Gradients:
     @contextmanager
     def _summing(self, *, last: bool) -> Iterator[None]:
         """Where a part's gradient is taken: with the last one the processes sum theirs."""
+        if self.sharding is not None:
+            self.sharding.syncing(last)
         waiting = nullcontext() if self._shared is None or last else self._shared.no_sync()
         with self.ranks.answered(), waiting:
             yield

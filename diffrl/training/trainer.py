@@ -7,12 +7,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from tensordict import TensorDict
 from torch import Generator, Tensor
-from torchrl.objectives import HardUpdate
 
 from diffrl.data.dataset import Data
 from diffrl.errors import InputError
@@ -32,30 +31,12 @@ from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optim, Optimiser
+from diffrl.training.sharding import Sharding, part_of, require_shardable, whole
 from diffrl.training.shares import Gradients
+from diffrl.training.target import Target, target_updater
 from diffrl.training.trials import Trials, held_out
 
 __all__ = ["Average", "Length", "Target", "Trainer"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """How a target network follows, where the objective has one.
-
-    Args:
-        decay: θ⁻ ← decay θ⁻ + (1 - decay) θ after every step (TorchRL's SoftUpdate); None is the objective's own, 0.97,
-            or 0.999 for TD-EDM. An objective that brings one for every step, as consistency training does, goes by it.
-        every: instead, a hard copy each so many steps (TorchRL's HardUpdate).
-    """
-
-    decay: float | None = None
-    every: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0 <= self.decay <= 1:
-            raise InputError(f"target.decay is {self.decay}: it must lie in [0, 1]")
-        if self.every is not None and self.every < 1:
-            raise InputError(f"target.every is {self.every}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -159,11 +140,15 @@ class Trainer(Loop):
         self.optimiser = Optimiser(
             self.parameters, optim, length.grad_steps, vectorised=True, loss_scale=scale
         )
-        self.target = _target_updater(self.loss, target)
+        self.target = target_updater(self.loss, target)
         self.adaptive = objective.draw if isinstance(objective.draw, Adaptive) else None
         factor = self.arithmetic.factor(data.event_shape, length.batch_size)
         self.gradients = Gradients(self.loss, self.optimiser, self.arithmetic, ranks, factor=factor)
         self.trials = None
+        self.sharding: Sharding | None = None
+        """What the processes cut among them, from the first step on."""
+        if self.arithmetic.sharded and ranks.size > 1:
+            require_shardable(self.loss, self.arithmetic, scale)
         if isinstance(self.loss, AdaptiveLoss):
             self.data, held = held_out(data, seed)
             self.trials = Trials(self.loss, held, seed)
@@ -258,7 +243,8 @@ class Trainer(Loop):
         x0, labels, generator = self.batch(step)
         chain = self.objective.draw(x0, cond=labels, generator=generator)
         figures = self._descend(chain, generator)
-        figures |= self.optimiser.step(figures["loss_value"])
+        with self.ranks.answered():  # of parts, processes compute the norm together
+            figures |= self.optimiser.step(figures["loss_value"])
         if self.target is not None:
             if isinstance(self.target, SoftUpdate) and self.objective.target_decay is not None:
                 self.target.eps = self.objective.target_decay
@@ -269,8 +255,33 @@ class Trainer(Loop):
             self.adaptive.update(chain)
         return figures
 
+    @property
+    def together(self) -> bool:
+        """Where they have cut it."""
+        return self.sharding is not None
+
+    def _shard(self, states: TensorDict) -> None:
+        """Cut what is trained among the processes; states [B, K] are those of a batch."""
+        self.gradients.check(states)
+        averages = self.averages.values()
+        self.sharding = Sharding(self.denoiser, self.optimiser, averages, self.ranks, self.device)
+        self.parameters = self.sharding.parameters
+        self.optimiser = self.gradients.optimiser = self.sharding.optimiser
+        self.gradients.sharding = self.sharding
+
+    def _steps(self) -> Iterator[dict[str, float]]:
+        yield from super()._steps()
+        if self.sharding is not None:
+            self.sharding.gather()
+
+    def _evaluated(self, evaluate: Callable[[Self], dict[str, float]]) -> dict[str, float]:
+        with nullcontext() if self.sharding is None else self.sharding.gathered():
+            return super()._evaluated(evaluate)
+
     def _descend(self, states: TensorDict, generator: Generator) -> dict[str, float]:
         """Compute the gradient on states [B, K]; their loss and TD error."""
+        if self.arithmetic.sharded and self.ranks.size > 1 and self.sharding is None:
+            self._shard(states)
         learning = self.adaptive is not None and bool(
             self.adaptive.state_dict()
         )  # uniform starts have no state
@@ -302,11 +313,18 @@ class Trainer(Loop):
         Raises:
             NonFiniteLoss: the weights are not finite any more.
         """
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        finite = all(bool(part_of(p).isfinite().all()) for p in self.parameters)
+        if self.ranks.any(not finite) if self.together else not finite:
             raise self.not_finite("weights that are not finite")
         return super().save()
 
     def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        if self.sharding is None:
+            return self._held_state()
+        with self.sharding.gathered():
+            return whole(self._held_state())
+
+    def _held_state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         weights: dict[str, Mapping[str, Tensor]] = {
             "model": self.denoiser.state_dict(),
             **{name: average.module.state_dict() for name, average in self.averages.items()},
@@ -360,11 +378,3 @@ def _options(loss: DenoiserLoss) -> dict[str, Any]:
         if hasattr(home, name) and name not in loss.moving
     }
     return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
-
-
-def _target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:
-    if loss.bootstrap != "target":
-        return None
-    if target.every is not None:
-        return HardUpdate(loss, value_network_update_interval=target.every - 1)  # it copies one call late
-    return SoftUpdate(loss, eps=loss.target_decay if target.decay is None else target.decay)

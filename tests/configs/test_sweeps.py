@@ -6,7 +6,6 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from diffrl import __main__ as program
 from diffrl.configs import commands
 from diffrl.errors import InputError
 from diffrl.experiments.comparison import run_cells
-from diffrl.experiments.finetune import run_finetuning
 from diffrl.ranks import own_rank, ranks_started
 from tests.kit.configs import TINY
 from tests.kit.paths import EXAMPLES
@@ -107,7 +105,7 @@ def test_ctrl_c_outside_of_a_run_ends_the_sweep(tmp_path: Path, monkeypatch: pyt
     assert said.startswith("error: interrupted; the sweep ends with job 0 (") and ran == [0]
 
 
-@pytest.mark.parametrize("command", [name for name in program.COMMANDS if name != "train"])
+@pytest.mark.parametrize("command", [name for name in program.COMMANDS if name not in ("train", "finetune")])
 def test_several_processes_are_refused_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -161,13 +159,34 @@ def test_what_torchrun_says_is_read_as_it_is_meant(monkeypatch: pytest.MonkeyPat
             ranks_started()
 
 
-@pytest.mark.parametrize("start", [lambda out: run_finetuning({}), lambda out: run_cells([], out)])
-def test_what_takes_one_process_is_refused_in_python_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[[Path], object]
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], r"a comparison of methods (compare=[] makes one run) takes one process"),
+        (
+            ["compare=[]"],
+            "training what is to be tuned (model.path=RUN names one that is trained) takes one process",
+        ),
+    ],
+)
+def test_fine_tuning_that_processes_cannot_share_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["diffrl", "finetune", *words])
+    with pytest.raises(SystemExit) as end:
+        program.main()
+    assert str(end.value).startswith(f"error: {text}") and "\n" not in str(end.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_by_several_processes_is_refused_in_python_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="takes one process, and WORLD_SIZE=2"):
-        start(tmp_path / "out")
+        run_cells([], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment
 from diffrl.training.checkpoints import list_checkpoints
 from diffrl.training.distributed import RankLost, joined
+from diffrl.training.runs import load
+from diffrl.training.sharding import Sharding, part_of
 from diffrl.training.trainer import Trainer
 from tests.kit.configs import small
 from tests.kit.pairs import in_pair
@@ -33,6 +36,12 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "objective": {"name": "inductive_moments"},
         "trainer": {"batch_size": 12},
     },  # 1 group of 4, and 2
+    # weights, moments and two averages cut by FSDP2, and a tensor that one process has nothing of
+    "sharded": {
+        "objective": {"name": "td", "bootstrap": "own"},
+        "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True},
+        "ema": {"also": [50]},
+    },
     "trials": {"objective": {"name": "td_adaptive", "trials": 1, "heldout": 8}},
     "starts": {"starts": {"name": "loss_aware", "history": 1}, "chain": {"window": 1}},
 }
@@ -66,10 +75,29 @@ def stopped(step: int, how: Callable[[], object]) -> None:
     Trainer._advance = advance_and_stop  # type: ignore[method-assign]
 
 
+def watched(said: dict[str, Any]) -> None:
+    """Let what a process holds of weights, moments and averages between steps be said, and how much there is in all."""
+    scatter = Sharding.scatter
+
+    def scatter_and_say(self: Sharding) -> None:
+        scatter(self)
+        moments = [x for kept in self.optimiser.algorithm.state.values() for x in kept.values() if x.ndim > 0]
+        cut = [*self.parameters, *moments, *(x for shards in self._shards for x in shards)]
+        whole = [x for ema in self.averages for x in ema.module.parameters()]
+        said["held"] = (
+            sum(part_of(x).numel() for x in (*cut, *whole)),
+            sum(x.numel() for x in cut),
+            len(moments),
+        )
+
+    Sharding.scatter = scatter_and_say  # type: ignore[method-assign]
+
+
 def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     """What each of the two does."""
     configs = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
     advance, said = Trainer._advance, dict[str, Any]()
+    watched(said)
     for kind in (*KINDS, "resumed"):
         meet()
         said[kind] = str(run_experiment(configs[kind], progress=False).path)
@@ -81,6 +109,11 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     except Interrupted as stop:
         said["stopped"] = str(stop)
     Trainer._advance = advance  # type: ignore[method-assign]
+    if rank == 0:
+        shutil.copytree(folder / "stopped", folder / "left")
+    meet()
+    again = {**configs["stopped"], "run_dir": None, "resume": f"{folder}/stopped"}
+    said["again"] = str(run_experiment(again, progress=False).path)
     meet()
     with joined("cpu", 60) as ranks:
         for name, call in (
@@ -109,11 +142,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | Non
     folder = tmp_path_factory.mktemp("pair")
     configs = configs_of(folder)
     for kind in ("stopped", "dying", "resumed"):
-        configs[kind] = {**configs["plain"], "run_dir": f"{folder}/{kind}"}
+        like = configs["sharded" if kind == "stopped" else "plain"]
+        configs[kind] = {**like, "run_dir": f"{folder}/{kind}"}
     begun = _begun_by_one(configs["resumed"])
     configs["resumed"] |= {"run_dir": None, "resume": str(begun)}
     (folder / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
-    codes = in_pair(work, folder, meetings=len(KINDS) + 4)
+    codes = in_pair(work, folder, meetings=len(KINDS) + 5)
     return folder, codes, [json.loads((folder / f"said{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
@@ -177,12 +211,24 @@ def test_a_signal_to_one_stops_both_and_saves_once(pair: Pair, one: dict[str, An
     assert all(
         found["stopped"].startswith("stopped after gradient step 4 of td, and saved") for found in said
     )
-    saved = list_checkpoints(folder / "stopped" / "checkpoints" / "td")
+    saved = list_checkpoints(folder / "left" / "checkpoints" / "td")
     assert [path.name for path in saved] == ["step_000004"]
-    config = {**configs_of(folder)["plain"], "run_dir": None, "resume": str(folder / "stopped")}
+    config = {**configs_of(folder)["sharded"], "run_dir": None, "resume": str(folder / "left")}
     with pytest.warns(RuntimeWarning, match=r"ranks 2 → 1\): what follows is the same but for the last bits"):
         path = run_experiment(config, progress=False).path
-    assert_close(state(path), one["plain"])
+    assert_close(state(path), one["sharded"])
+
+
+def test_what_two_have_cut_goes_on_cut_and_is_loaded_whole(pair: Pair, one: dict[str, Any]) -> None:
+    folder, _, said = pair
+    assert {found["again"] for found in said} == {f"{folder}/stopped"}
+    assert_close(state(folder / "stopped"), one["sharded"])
+    for weights in ("ema", "ema_50", "model"):
+        loaded = load(folder / "stopped", weights=weights).denoiser.state_dict()
+        assert_close(loaded, one["sharded"]["td"][weights])
+    (first, all_of_it, moments), (second, *_) = (found["held"] for found in said)
+    assert moments > 0 and 0.4 * all_of_it < second <= first < 0.6 * all_of_it
+    assert first + second == all_of_it
 
 
 def test_what_one_cannot_do_ends_the_others(pair: Pair) -> None:

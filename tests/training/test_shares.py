@@ -17,7 +17,9 @@ from diffrl.objectives.scheme import Objective, build_objective
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser
 from diffrl.training.distributed import RankLost, Ranks
+from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optim, Optimiser
+from diffrl.training.sharding import require_shardable
 from diffrl.training.shares import Gradients
 from tests.kit.configs import small
 from tests.kit.maps import MAPS
@@ -146,6 +148,21 @@ def test_what_looks_at_a_batch_as_a_whole_is_refused_by_name() -> None:
         ):
             gradients(loss).check(states)
         assert loss.network_evaluations == 0
+
+
+def test_what_is_not_shown_to_be_the_same_when_it_is_cut_is_refused_by_name() -> None:
+    denoiser = Denoiser(MLP((2,), hidden=8, depth=1), EDM())
+    loss, plain = ValueLoss(denoiser), Arithmetic(sharded=True)
+    require_shardable(loss, plain, None)
+    denoiser.network.scale = nn.Parameter(torch.tensor(1.0))
+    for given, text in (
+        ((ValueLoss(Denoiser(MLP((2,)), EDM()), bootstrap="target"), plain, None), "a target network"),
+        ((ValueLoss(Denoiser(MLP((2,)), EDM())), Arithmetic(compile=True), None), r"trainer\.compile"),
+        ((ValueLoss(Denoiser(MLP((2,)), EDM())), plain, LossScale()), "dtype=float16"),
+        ((loss, plain, None), "a parameter that is a single number"),
+    ):
+        with pytest.raises(InputError, match=rf"^{text}.* does not go with trainer\.sharded"):
+            require_shardable(*given)
 
 
 def test_dropout_and_unused_parameters_are_no_hindrance() -> None:

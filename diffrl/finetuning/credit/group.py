@@ -41,6 +41,7 @@ class GroupRelative(Credit):
         ValueError: an unknown choice.
     """
 
+    shared: ClassVar[bool] = True
     min_group: ClassVar[int] = 2
     std: Literal["group", "global", "none"] = "group"
     of: Literal["trajectory", "step", "pooled"] = "trajectory"

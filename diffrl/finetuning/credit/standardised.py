@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -37,6 +37,7 @@ def _prompt(rollout: TensorDictBase, per: str) -> Tensor | None:
 class _Fifo(Credit):
     """Statistics that persist over rollouts: see `FifoStatistics`."""
 
+    shared: ClassVar[bool] = True
     buffer: int | None = None
     min_count: int = 16
     per: Literal["prompt", "batch", "rollout"] = "prompt"

@@ -142,6 +142,7 @@ class Reinforce(Surrogate):
         ValueError: an argument outside its range.
     """
 
+    shared: ClassVar[bool] = True
     on_policy: ClassVar[bool] = True
     takes_kl: ClassVar[bool] = True
     advantage_clip: float = 5.0
@@ -168,6 +169,7 @@ class PPOClip(Surrogate):
         ValueError: an argument outside its range.
     """
 
+    shared: ClassVar[bool] = True
     takes_kl: ClassVar[bool] = True
     clip_range: float | None = None
     advantage_clip: float = 5.0

@@ -140,6 +140,7 @@ class RewardDifference(Surrogate):
         ValueError: an argument outside its range.
     """
 
+    shared: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = True
     temporal_weight: float = 0.99
     log_scale: float = 1.0

@@ -44,6 +44,7 @@ class Dense(Placement):
     """
 
     dense: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
     mode: DenseMode = "anchor"
     timing: Literal["state", "next"] = "state"
     interior: bool = True

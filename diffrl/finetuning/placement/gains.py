@@ -34,6 +34,7 @@ class Gains(Placement):
     """
 
     dense: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
 
     def __call__(self, rollout: TensorDictBase, reward: Reward) -> Tensor:
         """K + 1 queries a trajectory, in one call."""

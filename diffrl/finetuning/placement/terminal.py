@@ -1,6 +1,7 @@
 """Rewards at the end of a chain, for the sample that it came to."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -23,6 +24,8 @@ class Terminal(Placement):
     Source: Training Diffusion Models with Reinforcement Learning (Black et al., 2024), section 4.2,
     https://arxiv.org/abs/2305.13301.
     """
+
+    shared: ClassVar[bool] = True
 
     def __call__(self, rollout: TensorDictBase, reward: Reward) -> Tensor:
         """One query a trajectory."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -41,6 +41,7 @@ class Rollouts(RolloutPlan):
         ValueError: sizes that do not fit.
     """
 
+    shared: ClassVar[bool] = True
     trajectories: int = 256
     group_size: int = 1
     pairs: bool = False

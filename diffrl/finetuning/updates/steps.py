@@ -49,6 +49,7 @@ class Updates(UpdatePlan):
         ValueError: an argument outside its range.
     """
 
+    shared: ClassVar[bool] = True
     unit: ClassVar[Literal["steps"]] = "steps"
     order: Literal["trajectory", "step"] = "trajectory"
     minibatches: int = 2

@@ -1,0 +1,139 @@
+"""Weights, gradients, moments and averages cut among processes by PyTorch's FSDP2, and how they become whole again."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._pytree import tree_map
+
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.errors import InputError
+from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.td_adaptive import AdaptiveLoss
+from diffrl.training.arithmetic import Arithmetic
+from diffrl.training.distributed import Ranks
+from diffrl.training.ema import EMA
+from diffrl.training.loss_scale import LossScale
+from diffrl.training.optim import Optimiser
+
+__all__ = ["Sharding", "part_of", "require_shardable", "whole"]
+
+
+def whole(state: Any) -> Any:
+    """Nested dicts, lists and tuples with whole tensors, where processes have parts of them; all must ask."""
+    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
+
+
+def part_of(x: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def require_shardable(loss: DenoiserLoss, arithmetic: Arithmetic, scale: LossScale | None) -> None:
+    """Refuse by name what is not shown to be the same when it is cut.
+
+    Raises:
+        ValueError: there is something.
+    """
+    network = loss.denoiser.network
+    parameters = [*network.parameters()]
+    why = {
+        "a target network (bootstrap=target)": loss.bootstrap == "target",
+        "td_adaptive, which takes steps back,": isinstance(loss, AdaptiveLoss),
+        "trainer.compile": arithmetic.compile,
+        "trainer.channels_last": arithmetic.channels_last,
+        "dtype=float16": scale is not None,
+        "parameters that are not trained, or are none of the network,": not all(
+            p.requires_grad for p in parameters
+        )
+        or len(parameters) != len([*loss.denoiser.parameters()]),
+        "a parameter that is a single number": any(p.ndim == 0 for p in parameters),
+    }
+    for what, there in why.items():
+        if there:
+            raise InputError(
+                f"{what} does not go with trainer.sharded: it is not shown to be the same; set it to false"
+            )
+
+
+class Sharding:
+    """A denoiser in training that is cut among processes, along the first dim of each tensor.
+
+    Between steps each process holds its part of the weights, of the moments of the optimiser and of every average. For
+    a step the network is put together, and its gradient is summed and cut again. For evaluations and checkpoints all of
+    it is whole.
+
+    Args:
+        denoiser: in training; its network becomes FSDP2's in place.
+        optimiser: of its parameters, so far.
+        averages: of its weights.
+        ranks: the processes.
+        device: where they work.
+
+    Attributes:
+        optimiser: of the parts, with the moments and steps of the one that was given.
+        parameters: the parts.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        optimiser: Optimiser,
+        averages: Iterable[EMA],
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        known = [*denoiser.network.parameters()]
+        self.ranks, self.averages = ranks, [*averages]
+        state = optimiser.state_dict()
+        with ranks.answered():
+            self._mesh = init_device_mesh(device.type, (ranks.size,))
+            self.network = fully_shard(denoiser.network, mesh=self._mesh, reshard_after_forward=False)
+            for p in known:
+                p.data = p.new_empty(0)  # a loss registers them too
+            self.parameters = [*denoiser.parameters()]
+            self._shards = [[self._cut(x.data) for x in ema.module.parameters()] for ema in self.averages]
+            moments = {
+                i: {name: x if x.ndim == 0 else self._cut(x) for name, x in kept.items()}
+                for i, kept in state["state"].items()
+            }
+        for ema, shards in zip(self.averages, self._shards, strict=True):
+            ema.follow(self.parameters, shards)
+        self.optimiser = Optimiser(self.parameters, optimiser.optim, optimiser.total, vectorised=True)
+        self.optimiser.load_state_dict({**state, "state": moments}, optimiser.steps)
+        self.scatter()
+
+    def _cut(self, x: Tensor) -> DTensor:
+        """The part of a tensor that all processes hold whole."""
+        return distribute_tensor(x, self._mesh, [Shard(0)], src_data_rank=None)
+
+    def gather(self) -> None:
+        """Make network and averages whole, in all processes."""
+        with self.ranks.answered():
+            self.network.unshard()
+            for ema, shards in zip(self.averages, self._shards, strict=True):
+                for average, shard in zip(ema.module.parameters(), shards, strict=True):
+                    average.data = shard.full_tensor()
+
+    def scatter(self) -> None:
+        """Let go of what others hold."""
+        self.network.reshard()
+        for ema in self.averages:
+            for average in ema.module.parameters():
+                average.data = average.new_empty(0)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole within."""
+        self.gather()
+        yield
+        self.scatter()
+
+    def syncing(self, last: bool) -> None:
+        """Whether the next gradient is summed over the processes: that of the last part of a batch."""
+        self.network.set_requires_gradient_sync(last)
