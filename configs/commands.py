@@ -93,7 +93,6 @@ def finetune(config: dict[str, Any]) -> None:
         refuse_several_processes("a comparison of methods (compare=[] makes one run)")
     if config["model"]["name"] == "run" and path is None and config["resume"] is None:
         refuse_several_processes("training what is to be tuned (model.path=RUN names one that is trained)")
-    if config["model"]["name"] == "run" and path is None and config["resume"] is None:
         path = str(base_run(config["pretrain"], out.parent))
         config["model"]["path"] = path
     if path is not None and config["model"]["name"] == "run":

@@ -173,9 +173,7 @@ class RunFolder:
         found = results.get("objectives", {"finetuning": results.get("finetuning")})
         if not isinstance(found, dict) or not all(isinstance(figures, dict) for figures in found.values()):
             raise self._damaged(file, "it holds figures neither of objectives nor of finetuning")
-        for kind, errors in (
-            (kind, errors) for figures in found.values() for kind, errors in _errors(figures)
-        ):
+        for kind, errors in (pair for figures in found.values() for pair in _errors(figures)):
             numbers = errors.values() if isinstance(errors, dict) else [None]
             if not all(isinstance(number, int | float) for number in numbers):
                 raise self._damaged(file, f"its {kind} is not made of numbers")
@@ -211,14 +209,13 @@ class RunFolder:
 
 def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What was measured at noise levels or numbers of evaluations, by its kind, as results.json has it."""
-    for kind in ("value_error", "denoising_error", "map_error"):
-        if kind in figures:
-            yield kind, figures[kind]
+    kinds = ("value_error", "denoising_error", "map_error")
+    yield from ((kind, figures[kind]) for kind in kinds if kind in figures)
     if (distance := figures.get("sample_distance")) is not None:
         yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
     if (quality := figures.get("quality")) is not None:
-        for by_nfe in quality.values() if isinstance(quality, dict) else [None]:
-            yield "quality", by_nfe
+        found = quality.values() if isinstance(quality, dict) else [None]
+        yield from (("quality", by_nfe) for by_nfe in found)
 
 
 def _load_samples(file: Path) -> dict[str, Tensor]:
@@ -289,8 +286,7 @@ class Run:
             guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
             sampler: the reverse step; None: its own, `sampler`.
             at_once: samples drawn side by side, which changes none of them.
-            streams: "added", or "keyed", with which no two seeds share a sample: see
-                `diffrl.diffusion.samplers.Noise.of_rows`.
+            streams: "added", or "keyed", by which no two seeds share a sample: see `diffrl.diffusion.samplers.Noise`.
         """
         x, _ = draw_samples(
             self.denoiser,
