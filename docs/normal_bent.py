@@ -13,7 +13,7 @@ __all__ = ["physics_residual", "scheduled_sampling", "shortdf"]
 
 def scheduled_sampling(process: EDM, K: int) -> list[float]:
     """The mean of x0 x over that of x², of states that are rolled back by m levels with the last probabilities."""
-    levels, a = process.time_grid(K)[:-1].tolist(), []
+    levels, a = process.time_grid(K)[:-1].tolist(), list[float]()
     probs = default("scheduled_sampling", "probs_end")
     for k in range(K):
         xx0 = xx = 0.0
