@@ -61,7 +61,10 @@ def explain(error: BaseException) -> str:
     if isinstance(cause, OverrideParseException):
         return f"{cause.override!r} cannot be read: {requoted(cause.override)}"
     if missing := re.search(r"Could not find '(\w+)/([^']*)'(.*)Config search path:", str(cause), re.DOTALL):
-        return _line(str(cause).partition("Config search path:")[0]) + _other_option(*missing.groups())
+        listed = _line(str(cause).partition("Config search path:")[0])
+        if missing[1] == "experiment":  # there are many, and some are the other command's
+            listed = f"Could not find 'experiment/{missing[2]}': --help lists them"
+        return listed + _other_option(*missing.groups())
     if "Ambiguous value" in str(cause) and (word := re.search(r"argument '(\S+?)=(\S+)'", str(cause))):
         listed = f"write '{word[1]}=[{word[2]}]' for a list"
         return f"{word[1]}={word[2]} holds several values: {listed}, or add --multirun for one run after the other"
@@ -85,6 +88,8 @@ def _other_option(group: str, given: str, options: str) -> str:
     near = get_close_matches(given, re.findall(r"\S+", options.partition(":")[2]), n=3)
     if near:
         return f"; did you mean {', '.join(f'{group}={name}' for name in near)}?"
+    if group == "experiment":
+        return "; one of your own is found by --config-dir FOLDER"
     return f"; a {group} of your own is known after --import MODULE" if options.strip() else ""
 
 

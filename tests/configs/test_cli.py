@@ -229,7 +229,11 @@ def mistake(*words: str, name: str = "train") -> str:
             "cannot be read: a shell does not replace ~ there: write data.path=$HOME/x.npz",
         ),
         (["nope=digits"], "unknown config key 'nope'"),
-        (["experiment=nope"], "Could not find 'experiment/nope'"),
+        (
+            ["experiment=nope"],
+            "'experiment/nope': --help lists them; one of your own is found by --config-dir",
+        ),
+        (["experiment=cifar_edm"], "--help lists them; did you mean experiment=cifar10_edm"),
         (
             ["trainer.grad_steps=many"],
             "trainer.grad_steps: Value 'many' of type 'str' could not be converted",

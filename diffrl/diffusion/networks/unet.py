@@ -142,9 +142,8 @@ class UNet(nn.Module):
         self.second_embedding = _layers(noise_features, embedding) if second_time else None
         self.augment_embedding = nn.Linear(augment_dim, embedding, bias=False) if augment_dim else None
         heights = [self.event_shape[1] // 2**i for i in range(len(multipliers)) for _ in range(blocks)]
-        where = (attention_resolutions, head_channels)
-        self.attend_down = _attentions(widths, heights, *where)
-        self.attend_up = _attentions(widths[::-1], heights[::-1], *where)
+        self.attend_down = _attentions(widths, heights, attention_resolutions, head_channels)
+        self.attend_up = _attentions(widths[::-1], heights[::-1], attention_resolutions, head_channels)
 
     def forward(
         self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None, c_noise_r: Tensor | None = None
