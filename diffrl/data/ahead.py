@@ -1,10 +1,12 @@
 """Batches that worker processes read, decode and augment ahead of who uses them, by PyTorch's DataLoader."""
 
+import atexit
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, cast
 
 import torch
@@ -56,17 +58,21 @@ class ReadAhead:
     """
 
     def __init__(self, rows: Rows, workers: int, orders: Iterable[Order]) -> None:
+        self._context = _Recording()
         loader: DataLoader[Any] = DataLoader(
             _Reader(rows),
             batch_size=None,
             sampler=cast(Any, _Plain(orders)),
             num_workers=workers,
             collate_fn=_as_it_is,
-            multiprocessing_context="spawn",
+            multiprocessing_context=self._context,
             generator=torch.Generator(),  # or it would draw from the global one
         )
         with _undisturbed():
             self._batches: Iterator[Any] | None = iter(loader)
+        atexit.register(
+            self.close
+        )  # the last one registered is the first one called: others would wait for them
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -90,7 +96,25 @@ class ReadAhead:
 
     def close(self) -> None:
         """End the workers."""
-        self._batches = None  # the last reference: torch ends them with it
+        self._batches = None  # torch ends them with the last reference, which a traceback may hold on to
+        for worker in self._context.started:
+            worker.kill()
+            worker.join()
+        atexit.unregister(self.close)
+
+
+class _Recording(SpawnContext):
+    """Processes that are started afresh, and a list of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        """A process, as the context makes them."""
+        made = SpawnProcess(*args, **kwargs)
+        self.started.append(made)
+        return made
 
 
 @dataclass(frozen=True)
