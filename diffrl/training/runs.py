@@ -216,9 +216,8 @@ def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield kind, figures[kind]
     if (distance := figures.get("sample_distance")) is not None:
         yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
-    if (quality := figures.get("quality")) is not None:
-        for by_nfe in quality.values() if isinstance(quality, dict) else [None]:
-            yield "quality", by_nfe
+    quality = figures.get("quality", {})
+    yield from (("quality", by_nfe) for by_nfe in (quality.values() if isinstance(quality, dict) else [None]))
 
 
 def _load_samples(file: Path) -> dict[str, Tensor]:
@@ -288,9 +287,8 @@ class Run:
             seed: ≥ 0; by default sample j comes from a generator seeded by seed + j.
             guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
             sampler: the reverse step; None: its own, `sampler`.
-            at_once: samples drawn side by side, which changes none of them.
-            streams: "added", or "keyed", with which no two seeds share a sample: see
-                `diffrl.diffusion.samplers.Noise.of_rows`.
+            at_once: drawn side by side; this changes no sample.
+            streams: see `diffrl.diffusion.samplers.Noise.of_rows`.
         """
         x, _ = draw_samples(
             self.denoiser,

@@ -41,7 +41,7 @@ DISTANCES = {
 }
 OF_FEATURES = {
     "fd": "Fréchet distance",
-    "kid": "kernel distance (KID's)",
+    "kid": "kernel distance",
     "precision": "precision",
     "recall": "recall",
 }
@@ -236,5 +236,5 @@ def summary_table(results: Mapping[str, Any]) -> str:
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
     if any("forward_equivalents" in f for f in found):  # no run of diffrl 0.3 and before has them
         add("a gradient step, in forward passes", [f.get("forward_equivalents") for f in found], ".1f")
-    measured = f"Samples are measured by {count_label(found[0]['sample_distance']['metric'])}."
+    measured = f"Measures of samples are of {count_label(found[0]['sample_distance']['metric'])}."
     return f"{title(results)}\n\n{text_table(rows)}\n\n{measured}"
