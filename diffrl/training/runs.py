@@ -211,9 +211,8 @@ class RunFolder:
 
 def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """What was measured at noise levels or numbers of evaluations, by its kind, as results.json has it."""
-    for kind in ("value_error", "denoising_error", "map_error"):
-        if kind in figures:
-            yield kind, figures[kind]
+    kinds = ("value_error", "denoising_error", "map_error")
+    yield from ((kind, figures[kind]) for kind in kinds if kind in figures)
     if (distance := figures.get("sample_distance")) is not None:
         yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
     quality = figures.get("quality", {})
@@ -290,7 +289,7 @@ class Run:
             at_once: drawn side by side; this changes no sample.
             streams: see `diffrl.diffusion.samplers.Noise.of_rows`.
         """
-        x, _ = draw_samples(
+        return draw_samples(
             self.denoiser,
             self.events,
             sampler or self.sampler,
@@ -300,8 +299,7 @@ class Run:
             guidance_scale=guidance_scale,
             batch_size=at_once,
             streams=streams,
-        )
-        return x
+        )[0]
 
 
 def load(
