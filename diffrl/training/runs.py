@@ -213,9 +213,8 @@ def _errors(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from ((kind, figures[kind]) for kind in kinds if kind in figures)
     if (distance := figures.get("sample_distance")) is not None:
         yield "sample_distance", distance.get("by_nfe") if isinstance(distance, dict) else None
-    if (quality := figures.get("quality")) is not None:
-        found = quality.values() if isinstance(quality, dict) else [None]
-        yield from (("quality", by_nfe) for by_nfe in found)
+    quality = figures.get("quality", {})
+    yield from (("quality", by_nfe) for by_nfe in (quality.values() if isinstance(quality, dict) else [None]))
 
 
 def _load_samples(file: Path) -> dict[str, Tensor]:
@@ -285,10 +284,10 @@ class Run:
             seed: ≥ 0; by default sample j comes from a generator seeded by seed + j.
             guidance_scale: see `diffrl.diffusion.guidance.GuidedDenoiser`; 1 is off.
             sampler: the reverse step; None: its own, `sampler`.
-            at_once: samples drawn side by side, which changes none of them.
-            streams: "added", or "keyed", by which no two seeds share a sample: see `diffrl.diffusion.samplers.Noise`.
+            at_once: drawn side by side; this changes no sample.
+            streams: see `diffrl.diffusion.samplers.Noise.of_rows`.
         """
-        x, _ = draw_samples(
+        return draw_samples(
             self.denoiser,
             self.events,
             sampler or self.sampler,
@@ -298,8 +297,7 @@ class Run:
             guidance_scale=guidance_scale,
             batch_size=at_once,
             streams=streams,
-        )
-        return x
+        )[0]
 
 
 def load(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrl.experiments.reports.run_table import count_label, distance_label, objective_label, title
-from diffrl.experiments.reports.style import PALETTE, drawing, save_figure, write_title
+from diffrl.experiments.reports.style import PALETTE, drawing, name_ticks, save_figure, write_title
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
@@ -44,6 +44,7 @@ def draw_quality(folder: str | Path) -> Path | None:
         for of, axes in zip(figures, panels, strict=True):
             _draw(axes[0], [row for row in at_end if row["figure"] == of], names, "nfe")
             axes[0].set(xscale="log", xlabel="network evaluations per sample (NFE)")
+            name_ticks(axes[0], list(dict.fromkeys(str(row["nfe"]) for row in at_end)))
             axes[0].set_ylabel(f"{distance_label(of)}\n{count_label(of)}")
             if looks:
                 most = max(row["nfe"] for row in looks)

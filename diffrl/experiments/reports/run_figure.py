@@ -26,6 +26,7 @@ from diffrl.experiments.reports.style import (
     PALETTE,
     draw_points,
     drawing,
+    name_ticks,
     plane_of,
     save_figure,
     show_images,
@@ -237,7 +238,7 @@ def _name_panels(
         panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")
         panels[1].set(title="b  Value error by noise level", xscale="log")
         panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
-        _name_ticks(panels[1], list(first["value_error"]))
+        name_ticks(panels[1], list(first["value_error"]))
         if baseline is not None and len(names) > 2:
             panels[0].set(title="a  Distance to the exact denoiser, while training")
             panels[0].set_ylabel(f"value error over {names[baseline]}'s\nat the end, mean over noise levels")
@@ -247,14 +248,7 @@ def _name_panels(
     panels[-1].set(title=f"{'c' if known else 'b'}  Sample quality", xscale="log")
     panels[-1].set_xlabel("network evaluations per sample (NFE)")
     panels[-1].set_ylabel(f"{distance_label(metric)}\n{count_label(metric)}")
-    _name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
-
-
-def _name_ticks(axes: Any, values: Sequence[str]) -> None:
-    """Put a tick with its name at each of these values of x, and nowhere else."""
-    axes.set_xticks([float(value) for value in values], values, minor=False)
-    axes.set_xticks([], minor=True)
-    axes.margins(x=0.1)
+    name_ticks(panels[-1], list(first["sample_distance"]["by_nfe"]))
 
 
 def _name_lines(axes: Any, figures: Figures, names: Mapping[str, str], sigmas: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """What a run found, from its results.json: names for people, and one table."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ DISTANCES = {
 }
 OF_FEATURES = {
     "fd": "Fréchet distance",
-    "kid": "kernel distance (KID's)",
+    "kid": "kernel distance",
     "precision": "precision",
     "recall": "recall",
 }
@@ -244,11 +244,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
     for key in dict.fromkeys(key for errors in maps for key in errors):
         add(f"map error, {key.replace('->', ' → ')}", [errors.get(key) for errors in maps])
     rows += [[]] * any(maps)
-    taken = [quality_of(f) for f in found]
-    for label, by_nfe in taken[0].items():
-        for nfe in by_nfe:
-            add(f"{label}, NFE {nfe}", [t[label][nfe] for t in taken])
-        rows.append([])
+    for label, figures in _of_samples(found):
+        add(label, figures)
+    rows.append([])
     if any(sources := [_bootstrap_label(name, results["config"]) for name in names]):
         rows.append(["bootstraps from", *sources, *[""] * (len(names) == 2)])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
@@ -256,5 +254,13 @@ def summary_table(results: Mapping[str, Any]) -> str:
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")
     if any("forward_equivalents" in f for f in found):  # no run of diffrl 0.3 and before has them
         add("a gradient step, in forward passes", [f.get("forward_equivalents") for f in found], ".1f")
-    measured = f"Samples are measured by {count_label(found[0]['sample_distance']['metric'])}."
-    return f"{title(results)}\n\n{text_table(rows)}\n\n{measured}"
+    count = count_label(found[0]["sample_distance"]["metric"])
+    return f"{title(results)}\n\n{text_table(rows)}\n\nMeasures of samples are of {count}."
+
+
+def _of_samples(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[float | None]]]:
+    """Each measure of samples by its row's name: of every objective, None where it was not taken."""
+    taken = [quality_of(f) for f in found]
+    for label, by_nfe in taken[0].items():
+        for nfe in by_nfe:
+            yield f"{label}, NFE {nfe}", [of.get(label, {}).get(nfe) for of in taken]

@@ -29,6 +29,7 @@ __all__ = [
     "draw_ratios",
     "drawing",
     "ink_on",
+    "name_ticks",
     "legend_beside",
     "plain_ticks",
     "plane_of",
@@ -102,6 +103,13 @@ def save_figure(
     if rows is not None:
         write_csv(png.with_suffix(".csv"), list(rows[0]), rows)
     return png
+
+
+def name_ticks(axes: Any, values: Sequence[str]) -> None:
+    """Put a tick with its name at each of these values of x, and nowhere else."""
+    axes.set_xticks([float(value) for value in values], values, minor=False)
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.1)
 
 
 def write_title(figure: Any, text: str) -> None:
