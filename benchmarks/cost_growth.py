@@ -4,9 +4,9 @@ python benchmarks/cost_growth.py    # a minute and a half of processor time; wri
 
 Steps of the trainer with an MLP of 3 layers of 128 on Gaussian data: TD(λ) with own predictions on chains, and EDM
 on as many single states. All sizes of an axis run in turn in every round, and what counts is processor time, which
-other jobs on the machine disturb less. An exponent p, time ~ size^p, is the slope of the largest four sizes in the
-logarithms of both, the median over rounds with its 95 % bootstrap interval. Processes are one and two of torchrun on
-gloo, which share one batch.
+other jobs on the machine disturb less. Of the largest four sizes two slopes are taken in logarithms, with 95 %
+bootstrap intervals over rounds: p of the time of a step, and q of what that time is beyond the step of the smallest
+size, so time ~ time_0 + c size^q. Processes are one and two of torchrun on gloo, which share one batch.
 """
 
 import argparse
@@ -48,8 +48,9 @@ from diffrl.training.trainer import Average, Length, Target, Trainer
 
 OUT = Path(__file__).with_name("cost_growth")
 SCHEMES, PROCESS = ("TD(λ), own", "EDM"), EDM()
-SHARED = {"batch": 64, "num_steps": 16, "dim": 2}
-FITTED, ROUNDS = 4, 15
+SHARED = {"batch": 256, "num_steps": 16, "dim": 2}
+FITTED, ROUNDS, RESAMPLES = 4, 11, 1000
+ENDS = ("", "_low", "_high")
 Array = NDArray[np.float64]
 
 
@@ -64,11 +65,16 @@ class Axis:
 
 
 AXES = (
-    Axis("chains in a batch", "batch", tuple(2**i for i in range(9)), {"num_steps": 16, "dim": 2}),
-    Axis("steps of a chain", "num_steps", tuple(2**i for i in range(2, 10)), {"batch": 4, "dim": 2}),
-    Axis("dimension", "dim", (2, 8, 32, 128, 512, 1024, 2048, 4096), {"batch": 8, "num_steps": 16}),
+    Axis("chains of 16 steps, in 2-D", "batch", tuple(2**i for i in range(9)), {"num_steps": 16, "dim": 2}),
+    Axis("steps of 4 chains, in 2-D", "num_steps", tuple(2**i for i in range(2, 10)), {"batch": 4, "dim": 2}),
+    Axis(
+        "dimension of 8 chains of 16 steps",
+        "dim",
+        (2, 8, 32, 128, 512, 1024, 2048, 4096),
+        {"batch": 8, "num_steps": 16},
+    ),
 )
-PROCESSES = "processes"
+PROCESSES = "processes that share 256 chains of 16 steps"
 
 
 def step_of(scheme: str, sizes: Mapping[str, int], ranks: Ranks = ALONE) -> Callable[[], object]:
@@ -111,25 +117,46 @@ def grown(axis: Axis) -> dict[tuple[str, int], Array]:
     return {(scheme, size): seconds[f"{scheme} {size}"] for scheme in SCHEMES for size in axis.sizes}
 
 
-def exponent(sizes: Sequence[int], seconds: Sequence[Array]) -> tuple[float, float, float]:
-    """The p of time ~ size^p: the slope in each round, their median and its interval; rounds are paired."""
-    slopes = np.polyfit(np.log(sizes), np.log(np.array(seconds)), 1)[0]
-    return float(np.median(slopes)), *bootstrap_interval(slopes, statistic=np.median)
+def exponent(sizes: Sequence[int], seconds: Array, floor: Array) -> tuple[float, float, float]:
+    """The slope of log (time - floor) over log size, and the ends of its interval.
+
+    Args:
+        sizes: n of them.
+        seconds: in R rounds, shape [n, R].
+        floor: what is taken off in each round, shape [R].
+    """
+
+    def slope(rounds: NDArray[np.int64]) -> float:
+        times = np.median(seconds[:, rounds], 1) - np.median(floor[rounds])
+        return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+
+    R = len(floor)
+    slopes = [slope(rounds) for rounds in np.random.default_rng(0).integers(R, size=(RESAMPLES, R))]
+    low, high = np.quantile(slopes, (0.025, 0.975))
+    return slope(np.arange(R)), float(low), float(high)
 
 
 def rows_of(
     name: str, sizes: Sequence[int], seconds: Mapping[tuple[str, int], Array]
 ) -> list[dict[str, Any]]:
-    """What the table holds of an axis."""
+    """What the table holds of an axis; two sizes have no q."""
     rows, last = [], sizes[-FITTED:]
     for scheme in dict.fromkeys(scheme for scheme, _ in seconds):
-        p, low, high = exponent(last, [seconds[scheme, size] for size in last])
+        largest, smallest = np.array([seconds[scheme, n] for n in last]), seconds[scheme, sizes[0]]
+        slopes = {"p": exponent(last, largest, 0 * smallest)}
+        if sizes[0] not in last:
+            slopes["q"] = exponent(last, largest, smallest)
         for size in sizes:
             times = 1e3 * seconds[scheme, size]
-            ends = bootstrap_interval(times, statistic=np.median)
-            figures = (float(np.median(times)), *ends, p, low, high)
-            columns = ("milliseconds", "low", "high", "exponent", "exponent_low", "exponent_high")
-            told = {c: float(f"{v:.4g}") for c, v in zip(columns, figures, strict=True)}
+            found = {
+                "ms": (float(np.median(times)), *bootstrap_interval(times, statistic=np.median)),
+                **slopes,
+            }
+            told = {
+                f"{k}{end}": float(f"{v:.4g}")
+                for k, x in found.items()
+                for end, v in zip(ENDS, x, strict=True)
+            }
             rows.append({"axis": name, "scheme": scheme, "size": size, "fitted": size in last, **told})
     return rows
 
@@ -139,7 +166,7 @@ def share_a_batch(folder: Path) -> None:
     torch.set_num_threads(1)
     with joined("cpu", timeout=300) as ranks:
         steps = {scheme: step_of(scheme, SHARED, ranks) for scheme in SCHEMES}
-        seconds = interleave(steps, rounds=4 * ROUNDS, repeats=4)
+        seconds = interleave(steps, rounds=2 * ROUNDS, repeats=2)
         told = {scheme: times.tolist() for scheme, times in seconds.items()}
         (folder / f"{ranks.size}_{ranks.rank}.json").write_text(json.dumps(told), encoding="utf-8")
 
@@ -166,41 +193,48 @@ def shared() -> dict[tuple[str, int], Array]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The figure: a panel for each axis, time over size, with the fitted slopes."""
+    """The figure: a panel for each axis, time over size, with what the slopes say."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
-    with drawing(figsize=(3.0 * len(names), 3.3)) as figure:
+    with drawing(figsize=(3.1 * len(names), 3.6)) as figure:
         for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
             for scheme, (colour, marker) in zip(SCHEMES, PALETTE, strict=False):
                 line = [row for row in rows if (row["axis"], row["scheme"]) == (name, scheme)]
                 x, y, low, high = (
-                    np.array([r[c] for r in line]) for c in ("size", "milliseconds", "low", "high")
+                    np.array([row[c] for row in line]) for c in ("size", "ms", "ms_low", "ms_high")
                 )
-                p = [line[0][key] for key in ("exponent", "exponent_low", "exponent_high")]
-                label = f"{scheme}: p = {p[0]:.2f} [{p[1]:.2f}, {p[2]:.2f}]"
-                errors = np.abs([y - low, high - y])
+                label = f"{scheme}: " + ",  ".join(
+                    f"{k} = {line[0][k]:.2f}" for k in ("p", "q") if k in line[0]
+                )
                 axes.errorbar(
-                    x, y, errors, color=colour, marker=marker, ms=4, lw=0, elinewidth=1, label=label
+                    x, y, np.abs([y - low, high - y]), color=colour, fmt=marker, ms=4, lw=1, label=label
                 )
-                fitted = np.array([r["fitted"] for r in line])
-                middle = np.exp(np.log(y[fitted]).mean() - p[0] * np.log(x[fitted]).mean())
-                axes.plot(x[fitted], middle * x[fitted] ** p[0], color=colour, lw=1.2)
+                axes.plot(x, _curve(x, y, line[0]), color=colour, lw=1)
             axes.set(
-                xscale="log",
-                yscale="log",
-                xlabel=name,
-                title="one process" if name == PROCESSES else "a step",
+                xscale="log", yscale="log", xlabel=name, title="of one process" if name == PROCESSES else ""
             )
-            axes.set_ylabel("milliseconds" if name == names[0] else "", color=GREY)
+            axes.set_ylabel("milliseconds a step" if name == names[0] else "", color=GREY)
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(bottom, top * (top / bottom) ** 0.25)  # room for the legend
             plain_ticks(axes.xaxis, most=5)
             plain_ticks(axes.yaxis, most=6)
-            axes.legend(loc="upper left" if name != PROCESSES else "upper right", fontsize=7, frameon=False)
+            axes.legend(loc="upper left", fontsize=7, frameon=False)
         write_note(
             figure,
-            "Processor time of a training step of an MLP, medians of interleaved rounds with 95 % intervals, on a "
-            "machine that other jobs used too. Lines: slopes p of the largest four sizes. Processes: the time of one "
-            "of them, for one batch of all.",
+            "Processor time of a training step of an MLP: medians of interleaved rounds with 95 % intervals, on a "
+            "machine that other jobs used too. In the largest four sizes time grows as size^p, and what is beyond the "
+            "smallest size as size^q: the lines. Intervals of p and q are in the table beside this file.",
         )
         figure.savefig(OUT.with_suffix(".png"), dpi=150)
+
+
+def _curve(x: Array, y: Array, row: Mapping[str, Any]) -> Array:
+    """Time as the slopes have it: that of the smallest size, and c size^q; without q it is c size^p."""
+    floor, slope, fitted = (
+        (y[0], row["q"], slice(-FITTED, None)) if "q" in row else (0.0, row["p"], slice(None))
+    )
+    log_c = np.mean(np.log(y[fitted] - floor) - slope * np.log(x[fitted]))
+    curve: Array = floor + np.exp(log_c) * x**slope
+    return curve
 
 
 def main() -> None:
@@ -221,10 +255,12 @@ def main() -> None:
     rows += rows_of(PROCESSES, (1, 2), shared())
     for row in rows:
         if row["size"] == max(r["size"] for r in rows if r["axis"] == row["axis"]):
-            p = "{exponent:.2f} [{exponent_low:.2f}, {exponent_high:.2f}]".format(**row)
-            print(
-                f"{row['axis']:<18} {row['scheme']:<11} p = {p}, {row['milliseconds']:.3g} ms at {row['size']}"
-            )
+            slopes = [
+                f"{k} = {row[k]:.2f} [{row[k + '_low']:.2f}, {row[k + '_high']:.2f}]"
+                for k in "pq"
+                if k in row
+            ]
+            print(f"{row['axis']}, {row['scheme']}: {row['ms']:.3g} ms at {row['size']}, {', '.join(slopes)}")
     write_csv(OUT.with_suffix(".csv"), list(rows[0]), rows)
     draw(rows)
 
