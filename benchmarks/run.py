@@ -1,6 +1,6 @@
 """What diffrl costs: one table of ratios, also written to benchmarks/results.json.
 
-python benchmarks/run.py            # about five minutes
+python benchmarks/run.py            # about six minutes
 python benchmarks/run.py --quick    # below a minute: fewer rounds and wider intervals; writes nothing
 
 A ratio of processor times is the median over rounds in which all variants run in turn, with its 95 % bootstrap
@@ -54,13 +54,13 @@ def main() -> None:
 
     for size, rounds in zip(SIZES, (30, 7) if quick else (400, 60), strict=True):
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
-    show("step over EDM's: UNet on 1x16x16, 64 states", "time over", scheme_steps(rounds=7 if quick else 60))
+    show("step over EDM's: UNet on 1x16x16, 64 states", "time over", scheme_steps(rounds=7 if quick else 24))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
     show("chains drawn in 2-D", "times as fast as", rows)
     show(
         "step of a Gymnasium environment of one chain, 2-D",
         "time over",
-        env_steps(rounds=30 if quick else 200),
+        env_steps(rounds=30 if quick else 100),
     )
     title = "fine-tuning iteration: UNet on 1x16x16, 32 chains of 8 steps"
     show(title, "time over", finetune_cost(rounds=5 if quick else 40))

@@ -44,6 +44,19 @@ def test_a_ratio_is_taken_within_rounds(benchmark_module: ModuleType) -> None:
     assert benchmark_module.Row("", 1.0, {"other": ratio}).verdict == ""
 
 
+def test_exponents_are_those_of_powers(benchmark_module: ModuleType) -> None:
+    import cost_growth
+
+    sizes, disturbed = [1, 2, 4, 8, 16, 32], np.array([1.0, 5.0, 1.0, 9.0, 1.0, 2.0])
+    for floor, name in ((0.0, "p"), (3.0, "q")):
+        seconds = {("own", n): 1e-3 * disturbed * (floor + (n > 1) * n**1.5 + (n == 1) * 1e-9) for n in sizes}
+        rows = cost_growth.rows_of("size", sizes, seconds)
+        assert [row["fitted"] for row in rows] == [False, False, True, True, True, True]
+        for row in rows:
+            assert [row[f"{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx([1.5] * 3)
+    assert rows[-1]["p"] < 1.49 and rows[-1]["ms"] == pytest.approx(1.5 * (3 + 32**1.5), rel=1e-3)
+
+
 def test_environments_by_hand_step_as_those_of_diffrl(benchmark_module: ModuleType) -> None:
     import env_steps
 
