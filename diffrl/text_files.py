@@ -12,7 +12,10 @@ from typing import Any
 
 from diffrl.errors import FileError, InputError
 
-__all__ = ["file_errors", "new_folder", "read_json", "read_text", "remedy", "write_atomically", "write_csv"]
+__all__ = [
+    *("file_errors", "new_folder", "read_json", "read_text", "remedy"),
+    *("sync_folder", "write_atomically", "write_csv"),
+]
 
 REMEDIES = {
     errno.ENOSPC: "make room on the disk",
@@ -116,6 +119,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             content = content.encode("utf-8", errors="surrogateescape")
         temporary.write_bytes(content)
         os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the system can (Windows cannot open folders)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -6,19 +6,18 @@ A checkpoint is a folder, and a training keeps its last few:
     step_000500/
         model.safetensors     one file for each set of weights: model, ema, target, ...
         training.pt           optimiser, schedules, random generators: read with weights_only=True
+        part_00001.safetensors   where processes cut tensors among them, the parts of one of them
         manifest.json         step, format, versions, what it belongs to, size and SHA-256 of every other file
 
 It is written under a temporary name, forced to the disk, then renamed: a crash at any moment leaves what was there.
 """
 
-import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +28,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from diffrl.errors import DiffrlError, InputError, InputTypeError
+from diffrl.errors import DiffrlError, InputError
+from diffrl.text_files import sync_folder
 from diffrl.training.identity import Facts, surroundings
+from diffrl.training.packed import entry as _entry
+from diffrl.training.packed import joined, pack_training, pack_weights, with_parts
 
 __all__ = [
     "Checkpoint",
@@ -46,14 +48,12 @@ __all__ = [
     "weight_sets",
 ]
 
-_FORMAT = 1
+_FORMAT = 2  # 1: without parts
 _NAME = re.compile(r"step_(\d{6,})(\.old)?")  # .old: moved aside while the same step was written again
 _TRAINING = "training.pt"
 _MANIFEST = "manifest.json"
 _WEIGHTS = ".safetensors"
-_STORABLE = (
-    "give dicts, lists and tuples of tensors, numbers and strings (of a NumPy array, torch.from_numpy)"
-)
+_PART = re.compile(r"part_\d{5}\.safetensors")
 
 
 class CheckpointError(DiffrlError, RuntimeError):
@@ -89,6 +89,7 @@ def save_checkpoint(
     identity: Facts | None = None,
     device: torch.device | str = "cpu",
     ranks: int = 1,
+    parts: Callable[[Path], set[str]] | None = None,
 ) -> Path:
     """Writes `folder/step_<step>/`, then removes all but the newest `keep` checkpoints up to this step.
 
@@ -103,6 +104,8 @@ def save_checkpoint(
         identity: what it belongs to, see `diffrl.training.identity`.
         device: where it was computed.
         ranks: by how many processes.
+        parts: has all of them write their parts of further tensors as `part_00001.safetensors`, ... to the folder that
+            it is given, by names that begin with that of a set and a dot; gives the names of these sets.
 
     Returns:
         The checkpoint's path.
@@ -123,23 +126,24 @@ def save_checkpoint(
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
         temporary.mkdir()
-        files = {_TRAINING: _write(temporary / _TRAINING, _pack_training(training))}
-        for name, tensors in weights.items():
-            file = name + _WEIGHTS
-            files[file] = _write(temporary / file, _pack_weights(tensors))
+        files = {_TRAINING: _write(temporary / _TRAINING, pack_training(training))}
+        for file, tensors in ((name + _WEIGHTS, tensors) for name, tensors in weights.items()):
+            files[file] = _write(temporary / file, pack_weights(tensors))
+        cut = [] if parts is None else sorted(parts(temporary))
+        files |= {p.name: _entry(p.read_bytes()) for p in sorted(temporary.glob("part_[0-9]*" + _WEIGHTS))}
         manifest = {
-            "format": _FORMAT,
+            **({"format": _FORMAT, "parts": cut} if cut else {"format": 1}),
             "step": step,
             "versions": surroundings(device, ranks),
             "identity": dict(identity or {}),
             "files": files,
         }
         _write(temporary / _MANIFEST, json.dumps(manifest, indent=2).encode())
-        _sync(temporary)
+        sync_folder(temporary)
         if path.exists():
             path.rename(path.with_name(path.name + ".old"))
         temporary.rename(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
         tidy(path.parent, keep, step)
     except OSError as error:
         raise CheckpointError(
@@ -207,19 +211,26 @@ def load_weights(path: Path, name: str) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        manifest = _read_manifest(path)
-        file = name + _WEIGHTS
-        if file not in manifest["files"]:
+        manifest, file = _read_manifest(path), name + _WEIGHTS
+        if name not in _sets(manifest):
             raise _Damage(f"{_MANIFEST} lists no {file}")
-        return _unpack_weights(file, _read_file(path / file, manifest["files"][file]))
+        files, cut = manifest["files"], name in manifest["parts"]
+        named = [k for k in files if k == file or (cut and _PART.fullmatch(k))]
+        contents = {k: _read_file(path / k, files[k]) for k in named}
+        return _weights_of(contents)[0][name]
     except _Damage as damage:
         raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(path)}") from damage
 
 
 def weight_sets(path: Path) -> list[str]:
     """Names of the sets of weights of a checkpoint; a `CheckpointError` if its manifest is damaged."""
-    files = _sound_manifest(path)["files"]
-    return [name.removesuffix(_WEIGHTS) for name in files if name.endswith(_WEIGHTS)]
+    return _sets(_sound_manifest(path))
+
+
+def _sets(manifest: dict[str, Any]) -> list[str]:
+    files = (name for name in manifest["files"] if name.endswith(_WEIGHTS) and not _PART.fullmatch(name))
+    whole = [name.removesuffix(_WEIGHTS) for name in files]
+    return [*whole, *(name for name in manifest["parts"] if name not in (*whole, "training"))]
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -246,11 +257,7 @@ class _Damage(Exception):
 def _read(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     contents = {name: _read_file(path / name, entry) for name, entry in manifest["files"].items()}
-    weights = {
-        name.removesuffix(_WEIGHTS): _unpack_weights(name, data)
-        for name, data in contents.items()
-        if name.endswith(_WEIGHTS)
-    }
+    weights, cut = _weights_of(contents)
     try:
         training = torch.load(io.BytesIO(contents[_TRAINING]), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has a dozen types for a file that it cannot or will not read
@@ -260,7 +267,28 @@ def _read(path: Path) -> Checkpoint:
         ) from error
     if not isinstance(training, dict):
         raise _Damage(f"{_TRAINING} holds a {type(training).__name__} and no dict")
+    try:
+        training = with_parts(training, cut)
+    except KeyError as error:
+        raise _Damage(f"{_TRAINING} lacks the parts of a tensor, {error}") from error
     return Checkpoint(manifest["step"], weights, training, manifest["versions"], manifest["identity"])
+
+
+def _weights_of(contents: Mapping[str, bytes]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sets of weights out of the bytes of files, and tensors of the training state that are in parts."""
+    parts = [data for name, data in contents.items() if _PART.fullmatch(name)]
+    weights = {
+        name.removesuffix(_WEIGHTS): _unpack_weights(name, data)
+        for name, data in contents.items()
+        if name.endswith(_WEIGHTS) and not _PART.fullmatch(name)
+    }
+    try:
+        found = joined(parts)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise _Damage(f"its parts do not make whole tensors ({error})") from error
+    for name, tensors in found.items():
+        weights[name] = {**weights.get(name, {}), **tensors}
+    return weights, weights.pop("training", {})
 
 
 def _unpack_weights(name: str, data: bytes) -> dict[str, Tensor]:
@@ -284,10 +312,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         sound = (
-            written_as == _FORMAT
+            written_as in (1, _FORMAT)
             and isinstance(manifest["step"], int)
             and isinstance(manifest["versions"], dict)
             and isinstance(manifest.setdefault("identity", {}), dict)
+            and all(isinstance(name, str) for name in manifest.setdefault("parts", []))
             and _TRAINING in manifest["files"]
             and all({"bytes", "sha256"} == entry.keys() for entry in manifest["files"].values())
             and all(
@@ -341,30 +370,6 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _pack_weights(tensors: Mapping[str, Tensor]) -> bytes:
-    # a copy of each: safetensors refuses tensors that share memory, such as tied weights
-    options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
-    return safetensors.torch.save({name: x.detach().to("cpu", **options) for name, x in tensors.items()})
-
-
-def _pack_training(training: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        torch.save(dict(training), buffer)
-        refused = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(buffer.getbuffer()))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise InputTypeError(f"the training state cannot be stored ({error}): {_STORABLE}") from error
-    if refused:
-        raise InputTypeError(
-            f"the training state holds {', '.join(refused)}, which loading refuses: {_STORABLE}"
-        )
-    return buffer.getvalue()
-
-
-def _entry(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Writes a file down to the disk; its manifest entry."""
     with path.open("wb") as file:
@@ -372,16 +377,6 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return _entry(data)
-
-
-def _sync(folder: Path) -> None:
-    """Forces the names in a folder to the disk, where the system can (Windows cannot open folders)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _discard(path: Path) -> None:

@@ -228,8 +228,10 @@ class Loop(ABC):
         """
         if self.folder is None:
             raise InputError("this run has no folder for checkpoints")
-        weights, training = self._state()
+        weights, training, parts = self._stored()
         if not self.ranks.first:
+            if parts is not None:
+                parts(None)
             return self.folder
         return save_checkpoint(
             self.folder,
@@ -240,7 +242,16 @@ class Loop(ABC):
             identity={**self.facts, **self.identity},
             device=self.device,
             ranks=self.ranks.size,
+            parts=parts,
         )
+
+    def _stored(
+        self,
+    ) -> tuple[
+        Mapping[str, Mapping[str, Tensor]], Mapping[str, Any], Callable[[Path | None], set[str]] | None
+    ]:
+        """What `_state` gives, and what has all processes write their parts of further tensors."""
+        return *self._state(), None
 
     def compare(self, *, extend: bool = False, accept_changes: bool = False) -> Path | None:
         """The newest checkpoint, if it belongs to this run; None if there is none.

@@ -1,11 +1,16 @@
 """Weights, gradients, moments and averages cut among processes by PyTorch's FSDP2, and how they become whole again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -20,13 +25,12 @@ from diffrl.training.distributed import Ranks
 from diffrl.training.ema import EMA
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optimiser
+from diffrl.training.packed import MARK
 
-__all__ = ["Sharding", "part_of", "require_shardable", "whole"]
+__all__ = ["Sharding", "part_of", "require_shardable"]
 
 
-def whole(state: Any) -> Any:
-    """Nested dicts, lists and tuples with whole tensors, where processes have parts of them; all must ask."""
-    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
+WriteParts = Callable[[Path | None], set[str]]
 
 
 def part_of(x: Tensor) -> Tensor:
@@ -65,8 +69,8 @@ class Sharding:
     """A denoiser in training that is cut among processes, along the first dim of each tensor.
 
     Between steps each process holds its part of the weights, of the moments of the optimiser and of every average. For
-    a step the network is put together, and its gradient is summed and cut again. For evaluations and checkpoints all of
-    it is whole.
+    a step the network is put together, and its gradient is summed and cut again. For evaluations weights and
+    averages are whole; to a checkpoint each writes its part.
 
     Args:
         denoiser: in training; its network becomes FSDP2's in place.
@@ -133,6 +137,46 @@ class Sharding:
         self.gather()
         yield
         self.scatter()
+
+    def named(self, average: EMA) -> dict[str, DTensor]:
+        """The parts of an average, by name."""
+        names = (name for name, _ in average.module.named_parameters())
+        return dict(zip(names, self._shards[self.averages.index(average)], strict=True))
+
+    def apart(
+        self, weights: Mapping[str, Mapping[str, Tensor]], training: Mapping[str, Any]
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], WriteParts]:
+        """What one process writes of sets of weights and a training state, and what has all of them write their parts.
+
+        That takes a folder, which the first process gives, and tells the names of the sets that it wrote parts of.
+        """
+        parts: dict[str, DTensor] = {}
+        rest: dict[str, dict[str, Tensor]] = {}
+        for name, tensors in weights.items():
+            parts |= {f"{name}.{key}": x for key, x in tensors.items() if isinstance(x, DTensor)}
+            rest[name] = {key: x for key, x in tensors.items() if not isinstance(x, DTensor)}
+
+        def marked(x: Any) -> Any:
+            if not isinstance(x, DTensor):
+                return x
+            parts[f"training.{len(parts)}"] = x
+            return f"{MARK}{len(parts) - 1}"
+
+        left: dict[str, Any] = tree_map(marked, dict(training))
+        return rest, left, partial(self._write, parts)
+
+    def _write(self, parts: Mapping[str, DTensor], folder: Path | None) -> set[str]:
+        place = self.ranks.from_first(lambda: str(folder))
+        writer = HuggingFaceStorageWriter(place, save_distributed=True)  # safetensors: the other one pickles
+        try:
+            with self.ranks.answered():
+                dcp.save(dict(parts), storage_writer=writer)
+        except CheckpointException as error:
+            reason = " ".join(str(error).split())
+            raise OSError(f"a process could not write its part: {reason[:300]}") from error
+        for number, path in enumerate(sorted(Path(place).glob("shard-*.safetensors")) if folder else (), 1):
+            path.rename(path.with_name(f"part_{number:05d}.safetensors"))
+        return {name.partition(".")[0] for name in parts}
 
     def syncing(self, last: bool) -> None:
         """Whether the next gradient is summed over the processes: that of the last part of a batch."""

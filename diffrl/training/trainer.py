@@ -31,7 +31,7 @@ from diffrl.training.identity import Facts, flat
 from diffrl.training.loop import Loop, at_least_one, step_generator
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optim, Optimiser
-from diffrl.training.sharding import Sharding, part_of, require_shardable, whole
+from diffrl.training.sharding import Sharding, part_of, require_shardable
 from diffrl.training.shares import Gradients
 from diffrl.training.target import Target, target_updater
 from diffrl.training.trials import Trials, held_out
@@ -145,8 +145,7 @@ class Trainer(Loop):
         factor = self.arithmetic.factor(data.event_shape, length.batch_size)
         self.gradients = Gradients(self.loss, self.optimiser, self.arithmetic, ranks, factor=factor)
         self.trials = None
-        self.sharding: Sharding | None = None
-        """What the processes cut among them, from the first step on."""
+        self.sharding: Sharding | None = None  # what the processes cut among them, from the first step on
         if self.arithmetic.sharded and ranks.size > 1:
             require_shardable(self.loss, self.arithmetic, scale)
         if isinstance(self.loss, AdaptiveLoss):
@@ -269,6 +268,14 @@ class Trainer(Loop):
         self.optimiser = self.gradients.optimiser = self.sharding.optimiser
         self.gradients.sharding = self.sharding
 
+    def _stored(self) -> Any:
+        weights, training = self._state()
+        if self.sharding is None:
+            return weights, training, None
+        for name, average in self.averages.items():
+            weights[name] = {**weights[name], **self.sharding.named(average)}
+        return self.sharding.apart(weights, training)
+
     def _steps(self) -> Iterator[dict[str, float]]:
         yield from super()._steps()
         if self.sharding is not None:
@@ -319,12 +326,6 @@ class Trainer(Loop):
         return super().save()
 
     def _state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
-        if self.sharding is None:
-            return self._held_state()
-        with self.sharding.gathered():
-            return whole(self._held_state())
-
-    def _held_state(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         weights: dict[str, Mapping[str, Tensor]] = {
             "model": self.denoiser.state_dict(),
             **{name: average.module.state_dict() for name, average in self.averages.items()},

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from diffrl.errors import InputError
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import run_experiment
-from diffrl.training.checkpoints import list_checkpoints
+from diffrl.training.checkpoints import list_checkpoints, load_weights
 from diffrl.training.distributed import RankLost, joined
 from diffrl.training.runs import load
 from diffrl.training.sharding import Sharding, part_of
@@ -219,6 +221,24 @@ def test_a_signal_to_one_stops_both_and_saves_once(pair: Pair, one: dict[str, An
     assert_close(state(path), one["sharded"])
 
 
+def read_by_torch(checkpoint: Path, place: Path) -> None:
+    """What torch.distributed.checkpoint reads of the parts, in one process, is what diffrl reads."""
+    parts = sorted(checkpoint.glob("part_*"))
+    assert len(parts) == 2
+    place.mkdir()
+    for part in parts:
+        shutil.copy(part, place / part.name)
+    for weights in ("model", "ema", "ema_50"):
+        expected = {f"{weights}.{k}": v for k, v in load_weights(checkpoint, weights).items()}
+        told = HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata
+        cut = {key: x for key, x in expected.items() if key in told}
+        found = {key: torch.zeros_like(x) for key, x in cut.items()}
+        dcp.load(found, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)
+        assert len(found) >= 5
+        assert_close(found, cut)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_two_have_cut_goes_on_cut_and_is_loaded_whole(pair: Pair, one: dict[str, Any]) -> None:
     folder, _, said = pair
     assert {found["again"] for found in said} == {f"{folder}/stopped"}
@@ -226,6 +246,7 @@ def test_what_two_have_cut_goes_on_cut_and_is_loaded_whole(pair: Pair, one: dict
     for weights in ("ema", "ema_50", "model"):
         loaded = load(folder / "stopped", weights=weights).denoiser.state_dict()
         assert_close(loaded, one["sharded"]["td"][weights])
+    read_by_torch(folder / "left" / "checkpoints" / "td" / "step_000004", folder / "parts")
     (first, all_of_it, moments), (second, *_) = (found["held"] for found in said)
     assert moments > 0 and 0.4 * all_of_it < second <= first < 0.6 * all_of_it
     assert first + second == all_of_it

@@ -91,8 +91,8 @@ def test_files_of_another_checkpoint(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_not_for_deletion(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    rewrite(path, format=2)
-    with pytest.raises(CheckpointError, match="format 2 and diffrl .* reads up to 1: upgrade diffrl$"):
+    rewrite(path, format=3)
+    with pytest.raises(CheckpointError, match="format 3 and diffrl .* reads up to 2: upgrade diffrl$"):
         load_checkpoint(path)
 
 
