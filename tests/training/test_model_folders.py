@@ -151,10 +151,10 @@ def test_the_card_of_a_run_has_its_figures_with_their_numbers(trained: Path, tmp
     for sigma, error in found["value_error"].items():
         assert rows[f"value error, σ = {sigma}"] == f"{error:#.3g}"
     for nfe, distance in found["sample_distance"]["by_nfe"].items():
-        assert rows[f"sliced W2 distance, NFE {nfe}"] == f"{distance:#.3g}"
+        assert rows[f"sliced W2 distance, 40 samples, seed 2718281, NFE {nfe}"] == f"{distance:#.3g}"
     assert rows["data"] == "points.npz" and rows["seed"] == "0" and rows["labels"] == "0 to 1"
     assert rows["length"] == "6 gradient steps of 8 data"
-    assert "n = 1" in text and "between 40 samples" in text and "up to 32 data" in text
+    assert "n = 1" in text and "distances between the data and 40 samples" in text and "up to 32 data" in text
     assert "## Licence" in text and str(trained.parent) not in card
 
 
