@@ -102,13 +102,13 @@ def test_small_images_are_resized_and_gray_ones_have_three_channels() -> None:
 
 def test_weights_come_from_a_folder_and_what_they_lack_is_named(tmp_path: Path) -> None:
     found = weights(network(nn.AvgPool2d))
-    lins = {name: x for name, x in found.items() if name.startswith("lin")}
-    torch.save({name: x for name, x in found.items() if name not in lins}, tmp_path / "vgg16.pth")
+    linear = {name: x for name, x in found.items() if name.startswith("lin")}
+    torch.save({name: x for name, x in found.items() if name not in linear}, tmp_path / "vgg16.pth")
     with pytest.raises(
         FileError, match=r"LPIPS lacks lin0.model.1.weight: give the weights of torchvision's"
     ):
         distance("lpips", str(tmp_path))
-    safetensors.torch.save_file(lins, tmp_path / "vgg.safetensors")
+    safetensors.torch.save_file(linear, tmp_path / "vgg.safetensors")
     x = torch.rand(2, 1, 1, 3, 8, 8, generator=G)
     assert torch.equal(distance("lpips", str(tmp_path))(*x), LPIPS(found)(*x))
     (tmp_path / "vgg.safetensors").write_bytes(b"torn")
