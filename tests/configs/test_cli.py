@@ -97,7 +97,13 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 @no_updater
 @pytest.mark.parametrize("name", DATASETS)
-def test_every_data_set_builds(name: str, files: dict[str, str]) -> None:
+def test_every_data_set_builds(name: str, files: dict[str, str], tmp_path: Path) -> None:
+    if name == "hf":
+        library = pytest.importorskip("datasets")
+        cells = [{"bytes": file.read_bytes(), "path": None} for file in Path(files["folder"]).rglob("*.png")]
+        features = library.Features({"image": library.Image()})
+        files["hf"] = str(tmp_path / "hf")
+        library.Dataset.from_dict({"image": cells}, features=features).save_to_disk(files["hf"])
     built(small(f"data={name}", *([f"data.path={files[name]}"] if name in files else [])))
 
 
