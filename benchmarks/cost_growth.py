@@ -1,6 +1,6 @@
 """How the cost of a training step grows: with the batch, the length of chains, the dimension, and the processes.
 
-python benchmarks/cost_growth.py    # a minute and a half of processor time; writes cost_growth.csv and .png beside it
+python benchmarks/cost_growth.py    # some 40 s of processor time; writes cost_growth.csv and .png beside it
 
 Steps of the trainer with an MLP of 3 layers of 128 on Gaussian data: TD(λ) with own predictions on chains, and EDM
 on as many single states. All sizes of an axis run in turn in every round, and what counts is processor time, which
@@ -74,7 +74,7 @@ AXES = (
         {"batch": 8, "num_steps": 16},
     ),
 )
-PROCESSES = "processes that share 256 chains of 16 steps"
+PROCESSES = "processes that share 256 chains"
 
 
 def step_of(scheme: str, sizes: Mapping[str, int], ranks: Ranks = ALONE) -> Callable[[], object]:
@@ -210,7 +210,10 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
                 )
                 axes.plot(x, _curve(x, y, line[0]), color=colour, lw=1)
             axes.set(
-                xscale="log", yscale="log", xlabel=name, title="of one process" if name == PROCESSES else ""
+                xscale="log",
+                yscale="log",
+                xlabel=name,
+                title="time of one of them" if name == PROCESSES else "",
             )
             axes.set_ylabel("milliseconds a step" if name == names[0] else "", color=GREY)
             bottom, top = axes.get_ylim()
