@@ -120,7 +120,7 @@ def draw(panel: Panel, folder: Path) -> Path:
         for axes in (samples, errors):
             axes.legend(fontsize=7)
         _names(samples, rows, heights)
-        samples.set_ylim(min(heights) - 0.8, 2.6)  # room for the legends above the first row
+        samples.set_ylim(min(heights) - 0.8, max(heights) + 2.6)  # room for the legends above the first row
         about = panel.study.title
         write_title(figure, f"{about[:1].upper()}{about[1:]} ({panel.case})")
         seeds = " to ".join(map(str, sorted({row["seeds"] for row in rows})))
