@@ -88,3 +88,17 @@ def test_network_evaluations_are_equal_where_the_plan_says_so(scheme: str) -> No
         made.train_on((2 * k + 1) * total // (2 * places))
     spent = (made.loss.network_evaluations - before) / places * total
     assert spent == pytest.approx(448 * 2000, rel=0.02)
+
+
+def test_other_data_have_three_quarters_of_the_steps() -> None:
+    """As many states a step as on the mixture, and 1,500 steps for 2,000, whatever the scheme."""
+    whole = cell("evaluations", "gmm16", "EDM").config["trainer"]["grad_steps"]
+    part = cell("others_evaluations", "rings", "EDM").config["trainer"]["grad_steps"]
+    assert (whole, part) == (2000, 1500)
+    for scheme, words in PLAN["studies"]["evaluations"]["schemes"].items():
+        mine = PLAN["studies"]["others_evaluations"]["schemes"][scheme]
+        own = [{word.partition("=")[0]: word.partition("=")[2] for word in w} for w in (words, mine)]
+        steps = [
+            int(options.pop("trainer.grad_steps", n)) for options, n in zip(own, (2000, 1500), strict=True)
+        ]
+        assert own[0] == own[1] and steps[1] == pytest.approx(0.75 * steps[0], abs=1)
