@@ -15,15 +15,15 @@ train: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_td_lambda.py $(ARGS)
 
 test: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # what takes longer; nothing is checked twice
 test-slow: $(VENV)/.installed-dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "slow and not soak" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not soak" $(ARGS)
 
 # both in one go
 test-all: lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not soak" $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not soak" $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
