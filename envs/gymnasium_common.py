@@ -116,6 +116,7 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._chains = self.template.chains(num_envs)
+        self._chains.plain = False  # a vector of one steps in tensors, as any vector does
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None

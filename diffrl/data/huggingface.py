@@ -20,7 +20,7 @@ from diffrl.ranges import require_int
 
 __all__ = ["hf"]
 
-SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 IMAGE = {"bytes": "binary", "path": "string"}  # an image as it is stored
 
@@ -120,11 +120,21 @@ def _tables(path: Path) -> Mapping[str, Any]:
         for file in (file for file in files if file.suffix in (".parquet", ".arrow")):
             shard = SHARD.fullmatch(file.stem)
             splits.setdefault(shard[1] if shard else "", []).append(str(file))
+            if shard and path.is_dir():
+                _require_shards(path, shard[1], shard[2], file.suffix)
         if not splits:
             raise DataError(
                 f"{path}: neither a folder of `save_to_disk` nor parquet or arrow files; save the data set anew"
             )
         return {name: _read_files(datasets, files) for name, files in splits.items()}
+
+
+def _require_shards(path: Path, name: str, total: str, suffix: str) -> None:
+    """Refuse a split of which some of its numbered files are not there."""
+    for number in range(int(total)):
+        file = f"{name}-{number:05}-of-{total}{suffix}"
+        if not (path / file).exists():
+            raise DataError(f"{path}: {file} is missing, and would be left out of the set; copy it again")
 
 
 def _read_files(datasets: Any, files: list[str]) -> Any:

@@ -13,7 +13,7 @@ from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
-from diffrl.metrics.measures import Reference, require_measure
+from diffrl.metrics.measures import Reference, features_of
 
 __all__ = [
     "check_distance",
@@ -215,7 +215,7 @@ def check_distance(name: str, n: int, m: int, dims: int, max_gib: float) -> None
     Raises:
         ValueError: an unknown name, or too many points.
     """
-    require_measure(name)
+    features_of(name)
     gib = (PAIR_BYTES.get(name, 0) * n * m + 16 * (n + m) * dims) / 2**30
     if not gib <= max_gib:
         raise InputError(

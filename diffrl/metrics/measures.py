@@ -24,7 +24,6 @@ __all__ = [
     "Reference",
     "features_of",
     "measure_names",
-    "require_measure",
 ]
 
 SAMPLE_DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
@@ -69,19 +68,6 @@ def features_of(name: str) -> str | None:
             f"{', '.join(f'{m}_' for m in FEATURE_MEASURES)} before one of {', '.join(FEATURES)}"
         )
     return features
-
-
-def require_measure(name: str, *, weights: str | Path | None = None) -> None:
-    """Refuse a name that no measure has, or features whose weights are missing.
-
-    Raises:
-        ValueError: see `features_of` and `diffrl.metrics.features`.
-        FileError: there is no file of weights.
-        MissingExtra: the features need a package that is not installed.
-    """
-    features = features_of(name)
-    if features is not None and takes_weights(features):
-        named_features(features, weights=weights)
 
 
 class FigureName(NamedTuple):

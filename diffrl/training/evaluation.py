@@ -162,7 +162,8 @@ class Evaluation:
                     "statistics is given, but no measure keeps them: take a distance such as fd_digits_cnn"
                 )
             kept = few if self.statistics is None else y
-            Reference(kept, self.statistics, self.weights).measured(self.measures, few)
+            # as few samples as there will be: some measures need more than one
+            Reference(kept, self.statistics, self.weights).measured(self.measures, few[: self.samples])
 
     @contextmanager
     def _in_memory(self) -> Iterator[None]:

@@ -96,3 +96,14 @@ def _refuse_another_form(denoiser: Denoiser, trained: Denoiser, source: str) -> 
             raise InputError(
                 f"init is {source}, trained with denoiser.{name}={then}: give that too, not {now}"
             )
+    heads, others = _heads(denoiser), _heads(trained)
+    if len(heads) == len(others) and heads != others:  # else the weights do not fit
+        raise InputError(
+            f"init is {source}, whose attention has heads {others}, and this run's {heads}: give its network options"
+        )
+
+
+def _heads(denoiser: Denoiser) -> list[int]:
+    """Heads of each attention, here and in diffusers: no weight has a shape that tells them."""
+    heads = (getattr(module, "heads", None) for module in denoiser.network.modules())
+    return [n for n in heads if isinstance(n, int)]

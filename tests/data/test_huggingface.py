@@ -74,6 +74,14 @@ def test_every_form_on_the_disk_gives_the_images_of_the_set(datasets: Any, tmp_p
     assert torch.equal(rows(hf(str(file), mapped=True, test_fraction=0.2), 16), X[~held])
 
 
+def test_a_split_that_lacks_one_of_its_files_is_refused(datasets: Any, tmp_path: Path) -> None:
+    table(datasets).to_parquet(str(tmp_path / "train-00000-of-00002.parquet"))
+    with pytest.raises(DataError, match="train-00001-of-00002.parquet is missing, and would be left out"):
+        hf(str(tmp_path))
+    table(datasets).to_parquet(str(tmp_path / "train-00001-of-00002.parquet"))
+    assert len(hf(str(tmp_path), test_fraction=0.2).test) == 8
+
+
 def test_what_cannot_be_meant_is_told_with_what_there_is(datasets: Any, tmp_path: Path) -> None:
     path, several = str(tmp_path / "one"), str(tmp_path / "several")
     made = table(datasets, n=list(range(20)))

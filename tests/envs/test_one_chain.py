@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -122,3 +123,21 @@ def test_a_source_of_noise_may_change_what_it_gets() -> None:
         action: Any = 0 if kind is DiffusionMRPEnv else np.zeros(2, np.float32)
         for _ in range(3):
             same(careless.step(action)[0], careful.step(action)[0], 0)
+
+
+@pytest.mark.parametrize("name", ["DiffusionMDP-v0", "DiffusionMRP-v0"])
+def test_a_vector_of_one_chain_steps_as_a_single_chain_does(name: str) -> None:
+    one: Any = gymnasium.make(name).unwrapped
+    vector: Any = gymnasium.make_vec(name, num_envs=1)
+    one.action_space.seed(0)
+    (first, _), (start, _) = one.reset(seed=5), vector.reset(seed=5)
+    np.testing.assert_array_equal(start["x_t"][0], first["x_t"])
+    over = False
+    while not over:
+        action = one.action_space.sample()
+        seen, reward, over, _, _ = one.step(action)
+        seen_by_many, rewards, ended, _, _ = vector.step(np.asarray([action]))
+        for key in ("x_t", "t"):
+            np.testing.assert_allclose(seen_by_many[key][0], seen[key], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(rewards[0], reward, rtol=1e-4, atol=1e-4)
+        assert ended.tolist() == [over]

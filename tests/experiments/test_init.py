@@ -9,11 +9,16 @@ import torch
 
 import diffrl
 from diffrl.data.synthetic import rings
+from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks.unet import UNet
+from diffrl.diffusion.schedules.edm import EDM
+from diffrl.errors import InputError
 from diffrl.experiments.train import TrainingJob, run_experiment
 from diffrl.training.build import build_data
 from diffrl.training.checkpoints import latest_checkpoint, load_weights
 from diffrl.training.identity import RunChanged
 from diffrl.training.runs import RunFolder
+from diffrl.training.starting import start_from
 from tests.kit.configs import small
 
 
@@ -118,6 +123,17 @@ def test_what_does_not_fit_is_named(trained: Path, words: list[str], message: st
     with pytest.raises(diffrl.errors.DiffrlError, match=message) as error:
         run_experiment(small(f"init={trained}", *words), progress=False)
     assert "\n" not in str(error.value)
+
+
+def test_heads_of_attention_are_compared_as_no_weight_has_their_number(tmp_path: Path) -> None:
+    def denoiser(head_channels: int | None) -> Denoiser:
+        network = UNet((1, 8, 8), channels=8, attention_resolutions=(4,), head_channels=head_channels)
+        return Denoiser(network, EDM())
+
+    file = diffrl.save(denoiser(None), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"attention has heads \[1, 1\], and this run.s \[2, 2\]"):
+        start_from(denoiser(8), str(file))
+    start_from(denoiser(16), str(file))  # one head of the whole width
 
 
 def test_a_consistency_model_starts_from_a_denoiser(trained: Path) -> None:

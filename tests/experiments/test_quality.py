@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffrl.errors import InputError
+from diffrl.errors import DiffrlError
 from diffrl.experiments.evaluate import evaluate_run
 from diffrl.experiments.reports.quality_figure import draw_quality
 from diffrl.experiments.reports.run_table import figure_rows, summary_table
@@ -98,6 +98,12 @@ def test_the_picture_shows_the_figures(measured: RunFolder, unrendered: None) ->
             ["eval.quality=[fd_inception]"],
             "features inception need a file of weights.* `?eval.weights`?, of wei",
         ),
+        (["eval.quality=[fd_inception]", "eval.weights=x.pth"], "x.pth is missing: features inception need"),
+        (
+            ["eval.quality=[recall_identity]", "eval.samples=3"],
+            "3 neighbours need more points than that, not 3",
+        ),
+        (["eval.quality=[kid_identity]", "eval.samples=1"], "kid needs at least 2 samples of each, not 1"),
         (["eval.weights=x.pth"], "eval.weights is given, but no measure has features that take them"),
         (["eval.statistics=x"], "eval.statistics is given, but no measure keeps them"),
         (["eval.quality_every=3"], "eval.quality_every is 3: give a multiple of trainer.eval_every, 5"),
@@ -107,5 +113,5 @@ def test_the_picture_shows_the_figures(measured: RunFolder, unrendered: None) ->
 )
 def test_what_cannot_be_measured_is_refused_at_the_start(words: list[str], message: str) -> None:
     config = small(*SHORT, *words)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DiffrlError, match=message):
         TrainingJob(config, build_data(config), "td").check()

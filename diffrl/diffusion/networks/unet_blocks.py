@@ -89,6 +89,7 @@ class Attention(nn.Module):
                 f"head_channels is {head_channels}, but a width with attention is {channels}: give a divisor of it"
             )
         self.head_channels = head_channels
+        self.heads = 1 if head_channels is None else channels // head_channels
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
