@@ -105,6 +105,8 @@ class Trainer(Loop):
     step_name: ClassVar[str] = "gradient step"
     total_key: ClassVar[str] = "trainer.grad_steps"
     length: Length
+    sharding: Sharding | None = None
+    """What the processes cut among them, from the first step on."""
 
     def __init__(
         self,
@@ -145,7 +147,6 @@ class Trainer(Loop):
         factor = self.arithmetic.factor(data.event_shape, length.batch_size)
         self.gradients = Gradients(self.loss, self.optimiser, self.arithmetic, ranks, factor=factor)
         self.trials = None
-        self.sharding: Sharding | None = None  # what the processes cut among them, from the first step on
         if self.arithmetic.sharded and ranks.size > 1:
             require_shardable(self.loss, self.arithmetic, scale)
         if isinstance(self.loss, AdaptiveLoss):

@@ -240,13 +240,10 @@ def summary_table(results: Mapping[str, Any]) -> str:
         elif error == "value_error":
             add(f"{label}, mean", [mean_error(f[error]) if f[error] else None for f in found])
         rows.append([])
-    maps = [f.get("map_error", {}) for f in found]
-    for key in dict.fromkeys(key for errors in maps for key in errors):
-        add(f"map error, {key.replace('->', ' → ')}", [errors.get(key) for errors in maps])
-    rows += [[]] * any(maps)
-    for label, figures in _of_samples(found):
-        add(label, figures)
-    rows.append([])
+    for of in (_of_maps, _of_samples):
+        for label, figures in of(found):
+            add(label, figures)
+        rows += [[]] if rows[-1] else []
     if any(sources := [_bootstrap_label(name, results["config"]) for name in names]):
         rows.append(["bootstraps from", *sources, *[""] * (len(names) == 2)])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
@@ -256,6 +253,13 @@ def summary_table(results: Mapping[str, Any]) -> str:
         add("a gradient step, in forward passes", [f.get("forward_equivalents") for f in found], ".1f")
     count = count_label(found[0]["sample_distance"]["metric"])
     return f"{title(results)}\n\n{text_table(rows)}\n\nMeasures of samples are of {count}."
+
+
+def _of_maps(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[float | None]]]:
+    """The error of the map at each pair of times, by its row's name, as `_of_samples`."""
+    maps = [f.get("map_error", {}) for f in found]
+    for key in dict.fromkeys(key for errors in maps for key in errors):
+        yield f"map error, {key.replace('->', ' → ')}", [errors.get(key) for errors in maps]
 
 
 def _of_samples(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[float | None]]]:
