@@ -186,7 +186,9 @@ def shared() -> dict[tuple[str, int], Array]:
             subprocess.run(
                 [*torchrun, __file__, "--share", place], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
             )
-            parts = [json.loads(path.read_text("utf-8")) for path in Path(place).glob(f"{size}_*.json")]
+            parts = [
+                json.loads(path.read_text(encoding="utf-8")) for path in Path(place).glob(f"{size}_*.json")
+            ]
             for scheme in SCHEMES:
                 found[scheme, size] = np.mean([part[scheme] for part in parts], 0)
     return found

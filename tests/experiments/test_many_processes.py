@@ -150,7 +150,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int | Non
     configs["resumed"] |= {"run_dir": None, "resume": str(begun)}
     (folder / "configs.json").write_text(json.dumps(configs), encoding="utf-8")
     codes = in_pair(work, folder, meetings=len(KINDS) + 5)
-    return folder, codes, [json.loads((folder / f"said{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    return (
+        folder,
+        codes,
+        [json.loads((folder / f"said{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)],
+    )
 
 
 def _begun_by_one(config: dict[str, Any]) -> Path:
@@ -198,7 +202,9 @@ def test_a_run_of_two_processes_is_that_of_one(pair: Pair, one: dict[str, Any], 
     folder, _, said = pair
     assert {found[kind] for found in said} == {f"{folder}/{kind}"}
     assert_close(state(folder / kind), one[kind])
-    assert (folder / kind / "command.txt").read_text("utf-8").startswith("torchrun --nproc-per-node=")
+    assert (
+        (folder / kind / "command.txt").read_text(encoding="utf-8").startswith("torchrun --nproc-per-node=")
+    )
 
 
 def test_more_processes_go_on_with_a_run_of_one(pair: Pair, one: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ def _attentions(
     widths: list[int], heights: list[int], wanted: tuple[int, ...], head_channels: int | None
 ) -> nn.ModuleList:
     """What follows each block: attention at the heights that are wanted."""
+    if head_channels is not None:
+        require_int("head_channels", head_channels)  # where there is no attention too
     if unknown := [height for height in wanted if height not in heights]:
         raise InputError(
             f"attention_resolutions has {unknown[0]}, but images in this UNet have heights of "
