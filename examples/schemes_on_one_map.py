@@ -108,10 +108,9 @@ def draw(panel: Panel, folder: Path) -> Path:
             if name in rows[0]:
                 _dots(errors, rows, heights, name, color=color, marker=marker, label=name)
         _dots(cost, rows, heights, COST, color=GREY, marker="s", label=None)
-        middles = [row[name] for row in rows for name in counts if row[name] is not None]
-        samples.set_xlim(
-            0.7 * min(middles), 2 * max(middles)
-        )  # a scheme that diverged at a seed hides no other
+        for axes, names in ((samples, counts), (errors, [name for name in ERRORS if name in rows[0]])):
+            if middles := [row[name] for row in rows for name in names if row[name] is not None]:
+                axes.set_xlim(0.7 * min(middles), 2 * max(middles))  # one that diverged hides no other
         distance = f"samples: {distance_label(panel.metric)}"
         for axes, title in ((samples, distance), (errors, "error of the network"), (cost, COST)):
             axes.set(xscale="log", title=title)
