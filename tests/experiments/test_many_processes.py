@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from diffrl.training.runs import load
 from diffrl.training.sharding import Sharding, part_of
 from diffrl.training.trainer import Trainer
 from tests.kit.configs import small
-from tests.kit.pairs import in_pair
+from tests.kit.pairs import in_pair, lose_the_other, stopped
 from tests.kit.run_states import state
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
@@ -65,18 +64,6 @@ def configs_of(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def stopped(step: int, how: Callable[[], object]) -> None:
-    """Let something happen in the middle of the training."""
-    advance = Trainer._advance
-
-    def advance_and_stop(self: Trainer) -> Any:
-        if self.step == step:
-            how()
-        return advance(self)
-
-    Trainer._advance = advance_and_stop  # type: ignore[method-assign]
-
-
 def watched(said: dict[str, Any]) -> None:
     """Let what a process holds of weights, moments and averages between steps be said, and how much there is in all."""
     scatter = Sharding.scatter
@@ -105,7 +92,7 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
         said[kind] = str(run_experiment(configs[kind], progress=False).path)
     meet()
     if rank == 1:
-        stopped(3, lambda: signal.raise_signal(signal.SIGTERM))
+        stopped(Trainer, 3, lambda: signal.raise_signal(signal.SIGTERM))
     try:
         run_experiment(configs["stopped"], progress=False)
     except Interrupted as stop:
@@ -127,15 +114,10 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
             except (ZeroDivisionError, RankLost, InputError) as error:
                 said[name] = f"{type(error).__name__}: {error}"
     meet()
-    stopped(2, lambda: rank == 1 and os._exit(9))
-    begun = time.monotonic()
-    (folder / f"said{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-    try:
-        run_experiment(configs["dying"], progress=False)
-    except RankLost as lost:
-        said |= {"lost": str(lost), "seconds": time.monotonic() - begun}
-        (folder / f"said{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-        os._exit(3)
+    stopped(Trainer, 2, lambda: rank == 1 and os._exit(9))
+    lose_the_other(
+        lambda: run_experiment(configs["dying"], progress=False), said, folder / f"said{rank}.json"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +143,7 @@ def _begun_by_one(config: dict[str, Any]) -> Path:
     """A run that was stopped after four steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_advance", Trainer._advance)  # to be put back
-        stopped(3, lambda: signal.raise_signal(signal.SIGTERM))
+        stopped(Trainer, 3, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             run_experiment(config, progress=False)
     return Path(config["run_dir"])

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,11 @@ from diffrl.finetuning.updates.steps import Updates
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.checkpoints import list_checkpoints
-from diffrl.training.distributed import ALONE, RankLost, Ranks, joined
+from diffrl.training.distributed import ALONE, Ranks, joined
 from diffrl.training.optim import Optim
 from tests.experiments.test_many_processes import assert_close
 from tests.kit.configs import composed, small
-from tests.kit.pairs import in_pair
+from tests.kit.pairs import in_pair, lose_the_other, stopped
 from tests.kit.policies import make_policy, right
 from tests.kit.run_states import state
 
@@ -110,18 +109,6 @@ def quick(folder: Path, name: str) -> dict[str, Any]:
     return settings(composed(*words, name="finetune"), [])
 
 
-def stopped(step: int, how: Callable[[], object]) -> None:
-    """Let something happen in the middle of the tuning."""
-    advance = Finetuner._advance
-
-    def advance_and_stop(self: Finetuner) -> Any:
-        if self.step == step:
-            how()
-        return advance(self)
-
-    Finetuner._advance = advance_and_stop  # type: ignore[method-assign]
-
-
 def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     """What each of the two does."""
     configs = json.loads((folder / "configs.json").read_text(encoding="utf-8"))
@@ -136,22 +123,17 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     said["run"] = str(run_finetuning(configs["run"], progress=False).path)
     meet()
     if rank == 1:
-        stopped(1, lambda: signal.raise_signal(signal.SIGTERM))
+        stopped(Finetuner, 1, lambda: signal.raise_signal(signal.SIGTERM))
     try:
         run_finetuning(configs["stopped"], progress=False)
     except Interrupted as stop:
         said["stopped"] = str(stop)
     Finetuner._advance = advance  # type: ignore[method-assign]
     meet()
-    stopped(1, lambda: rank == 1 and os._exit(9))
-    begun = time.monotonic()
-    (folder / f"said{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-    try:
-        run_finetuning(configs["dying"], progress=False)
-    except RankLost as lost:
-        said |= {"lost": str(lost), "seconds": time.monotonic() - begun}
-        (folder / f"said{rank}.json").write_text(json.dumps(said), encoding="utf-8")
-        os._exit(3)
+    stopped(Finetuner, 1, lambda: rank == 1 and os._exit(9))
+    lose_the_other(
+        lambda: run_finetuning(configs["dying"], progress=False), said, folder / f"said{rank}.json"
+    )
 
 
 Pair = tuple[Path, list[int | None], list[dict[str, Any]]]

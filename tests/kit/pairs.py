@@ -1,12 +1,18 @@
 """Two processes that share a run, started as torchrun starts them, from one server that has imported all of it once."""
 
+import json
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from diffrl.training.distributed import RankLost
+from diffrl.training.loop import Loop
 
 Work = Callable[[int, Path, Callable[[], None]], None]
 """Takes the rank, a folder, and what is to be called before each meeting."""
@@ -57,3 +63,27 @@ def _member(work: Work, rank: int, folder: Path, ports: Sequence[int]) -> None:
         os.environ["MASTER_PORT"] = str(next(left))
 
     work(rank, folder, meet)
+
+
+def stopped(loop: type[Loop], step: int, how: Callable[[], object]) -> None:
+    """Let something happen in the middle of a training or a tuning."""
+    advance = loop._advance
+
+    def advance_and_stop(self: Loop) -> Any:
+        if self.step == step:
+            how()
+        return advance(self)
+
+    loop._advance = advance_and_stop  # type: ignore[method-assign]
+
+
+def lose_the_other(run: Callable[[], object], said: dict[str, Any], path: Path) -> None:
+    """Write what was said; where the other process dies in this run, write that too, and end with status 3."""
+    begun = time.monotonic()
+    path.write_text(json.dumps(said), encoding="utf-8")
+    try:
+        run()
+    except RankLost as lost:
+        said |= {"lost": str(lost), "seconds": time.monotonic() - begun}
+        path.write_text(json.dumps(said), encoding="utf-8")
+        os._exit(3)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.networks.diffusers_options import built, further_options, options_of
+from diffrl.diffusion.networks.diffusers_options import built, further_options, told_options
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
@@ -114,8 +114,6 @@ class DiffusersDiT(nn.Module):
                 "variance beside what it predicts"
             )
         own = ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "dropout")
-        defaults = options_of(MODEL)
-        more = {k: told[k] for k in defaults if k not in {*own, *BY_US} and told[k] != defaults[k]}
         shape, num_classes = (C, *[told["sample_size"]] * 2), told["num_embeds_ada_norm"]
         with torch.device("meta"):  # the place of its transformer is taken
             found = cls(
@@ -123,7 +121,7 @@ class DiffusersDiT(nn.Module):
                 num_classes,
                 **{k: told[k] for k in own},
                 variance=C_out > C,
-                more=more or None,
+                more=told_options(told, MODEL, {*own, *BY_US}),
             )
         _ours(transformer)
         found.transformer = transformer

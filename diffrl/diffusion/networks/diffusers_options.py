@@ -7,7 +7,7 @@ from typing import Any
 from diffrl.errors import InputError
 from diffrl.extras import require
 
-__all__ = ["built", "further_options", "options_of"]
+__all__ = ["built", "further_options", "options_of", "told_options"]
 
 
 def options_of(model: str) -> dict[str, Any]:
@@ -39,6 +39,18 @@ def further_options(more: Mapping[str, Any] | None, model: str, taken: Collectio
             f"more is {more!r}: give options of diffusers' {model} by name, of {', '.join(known)}"
         )
     return dict(more)
+
+
+def told_options(told: Mapping[str, Any], model: str, taken: Collection[str]) -> dict[str, Any] | None:
+    """The `more` of a model that was made elsewhere: what its config tells but the defaults; None if that is nothing.
+
+    Args:
+        told: its config.
+        model: of diffusers.
+        taken: options that have their place elsewhere.
+    """
+    defaults = options_of(model)
+    return {k: told[k] for k in defaults if k not in taken and told[k] != defaults[k]} or None
 
 
 def built(model: str, advice: str, **options: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrl.diffusion.networks.diffusers_options import built, further_options, options_of
+from diffrl.diffusion.networks.diffusers_options import built, further_options, told_options
 from diffrl.diffusion.networks.inputs import MAX_SIZE, check_event_shape, check_inputs
 from diffrl.diffusion.networks.registry import NETWORKS, options_among
 from diffrl.errors import InputError
@@ -118,10 +118,9 @@ class DiffusersUNet(nn.Module):
             raise InputError("this UNet tells no sample_size: set it in its config")
         sizes = (size, size) if isinstance(size, int) else tuple(size)
         named = {name: told[name] for name in inspect.signature(cls).parameters if name in told}
-        defaults = options_of("UNet2DModel")
-        more = {k: told[k] for k in defaults if k not in {*named, *BY_US} and told[k] != defaults[k]}
+        more = told_options(told, "UNet2DModel", {*named, *BY_US})
         with torch.device("meta"):  # the place of its UNet is taken
-            found = cls((unet.config.in_channels, *sizes), **named, more=more or None)
+            found = cls((unet.config.in_channels, *sizes), **named, more=more)
         found.unet = unet
         return found
 
