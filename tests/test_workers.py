@@ -134,15 +134,19 @@ def test_without_workers_a_task_cannot_end_the_program_but_the_user_can() -> Non
 def test_abandoned_threads_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where too many of them still run, the pool says so; those that have ended do not count."""
     monkeypatch.setattr(workers, "MOST_ABANDONED", 3)
-    release = threading.Event()
-    pool = WorkerPool(lambda task: release.wait(30), workers=2, backend="thread", timeout=0.05)
-    before = threading.active_count()
+    release, begun = threading.Event(), list[threading.Thread]()
+
+    def wait_for_release(task: int) -> None:
+        begun.append(threading.current_thread())
+        release.wait(30)
+
+    pool = WorkerPool(wait_for_release, workers=2, backend="thread", timeout=0.05)
     found = outcomes(pool, [1, 2, 3, 4])
     assert [failure.hopeless for failure in found] == [False, False, True, True]
     assert "3 threads that did so still run: backend='process' is killed instead" in found[2].message
-    assert threading.active_count() == before + 4
+    assert len({*begun}) == 4 and all(thread.is_alive() for thread in begun)
     release.set()
-    wait_until(lambda: threading.active_count() == before)
+    wait_until(lambda: not any(thread.is_alive() for thread in begun))
     pool = WorkerPool(lambda task: time.sleep(0.3), workers=1, backend="thread", timeout=0.25)
     for _ in range(5):
         assert not outcomes(pool, [1])[0].hopeless

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffrl.experiments.run import Job
 from diffrl.registry import Config
 from diffrl.workers import Failure, run_tasks
 
-__all__ = ["Kind", "Pace", "estimate", "measure"]
+__all__ = ["Kind", "Pace", "estimate", "measure", "peak_memory"]
 
 STEPS = 3  # that are timed, after one that is not
 LONGEST = 20.0  # seconds of trying, all kinds together
@@ -59,7 +60,7 @@ def measure(task: tuple[Callable[[Config], Job], Config]) -> Pace:
     begun = time.perf_counter()
     done = sum(1 for _ in islice(steps, STEPS))
     step = (time.perf_counter() - begun) / max(done, 1)
-    return Pace(step, evaluation, job.loop.length.eval_every, _peak())
+    return Pace(step, evaluation, job.loop.length.eval_every, peak_memory())
 
 
 def estimate(
@@ -124,8 +125,12 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Most bytes that this process has held so far; 0 on systems that do not tell."""
+    status = Path("/proc/self/status")  # Linux, whose getrusage starts with what the parent held
+    if status.exists():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     if sys.platform == "win32":
         return 0
     import resource

@@ -32,6 +32,8 @@ def work(task: Any) -> Any:
             import torch
 
             return os.getpid(), torch.get_num_threads()
+        case ("peak", size):
+            return peaks(size)
         case ("wait", folder):
             return wait_for_sigterm(Path(folder))
     return None
@@ -50,6 +52,15 @@ def wait_for_sigterm(folder: Path) -> None:
     while not stopped:
         time.sleep(0.01)
     (folder / "saved").write_text(f"{len(stopped)}", encoding="utf-8")
+
+
+def peaks(size: int) -> tuple[int, int]:
+    """Most bytes that this process has held, before and after it holds `size` more."""
+    from diffrl.experiments.estimates import peak_memory
+
+    before = peak_memory()
+    held = b"\1" * size
+    return before, peak_memory() if held else 0
 
 
 def unsendable(task: Any) -> Any:
