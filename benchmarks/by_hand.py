@@ -1,7 +1,7 @@
 """Training steps in plain torch, as a loop of one's own would have them: what diffrl is measured against.
 
-The arithmetic is diffrl's: EDM process, Markov chains on a fixed grid, weight "edm". Whatever is the same in
-all steps is computed once.
+The arithmetic is diffrl's: EDM process, Markov chains, weight "edm". Whatever is the same in all steps is computed
+once: on a fixed grid all that follows from its levels.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ __all__ = [
     "denoise",
     "draw_pairs",
     "follow",
+    "levels",
     "monte_carlo",
     "td_edm",
     "td_lambda",
@@ -46,8 +47,8 @@ def grid(i: Tensor, num_steps: int) -> Tensor:
 class Chains:
     """Markov chains x_i = x0 + σ_i² Σ_{j≤i} c_j z_j, where c_j² = 1/σ_j² - 1/σ_{j-1}² and 1/σ_{-1} = 0."""
 
-    def __init__(self, batch: int, num_steps: int, event_dims: int) -> None:
-        sigma = grid(torch.arange(num_steps, dtype=torch.float64), num_steps)
+    def __init__(self, batch: int, sigma: Tensor, event_dims: int) -> None:
+        """On levels sigma [N], float64, for that many data of so many dims."""
         c = (sigma**-2).diff(prepend=sigma.new_zeros(1)).sqrt()
         A = 1 - (torch.cat([sigma[1:], sigma.new_zeros(1)]) / sigma) ** 2
         c_out2 = (sigma * SIGMA_DATA) ** 2 / (sigma**2 + SIGMA_DATA**2)
@@ -55,7 +56,7 @@ class Chains:
         def row(a: Tensor) -> Tensor:
             return a.float().view(1, -1, *[1] * event_dims)
 
-        self.num_steps = num_steps
+        self.num_steps = len(sigma)
         self.c, self.variance, self.A = row(c), row(sigma**2), row(A)
         self.weight_td, self.weight_denoising = row(1 / (A**2 * c_out2)), row(1 / c_out2)
         self.sigma = sigma.float().repeat(batch, 1)
@@ -64,6 +65,11 @@ class Chains:
         """States [B, N, *E]."""
         z = torch.randn(len(x0), self.num_steps, *x0.shape[1:], generator=generator)
         return x0.unsqueeze(1) + self.variance * (self.c * z).cumsum(1)
+
+
+def levels(num_steps: int, offset: float = 0.0) -> Tensor:
+    """σ of a grid that is shifted by a share of a step; a positive one makes the last level clean."""
+    return grid(torch.arange(num_steps - (offset > 0), dtype=torch.float64) + offset, num_steps)
 
 
 def monte_carlo(network: nn.Module, denoise: Denoise, chains: Chains, x: Tensor, x0: Tensor) -> Tensor:

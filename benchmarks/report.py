@@ -59,7 +59,7 @@ def table(title: str, direction: str, rows: Sequence[Row]) -> str:
 
 
 def _line(name: str, *cells: str) -> str:
-    widths = (9, 33, 8, 6, 18, 18)
+    widths = (9, 33, 8, 6, 18, 18, 18)
     return f"{name:<36}" + "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=False)).rstrip()
 
 

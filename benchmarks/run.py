@@ -7,10 +7,10 @@ A ratio of processor times is the median over rounds in which all variants run i
 interval. A training step draws its states, goes forward and backward, and updates weights, target network and
 average.
 
-same parts     a loop by hand with diffrl's denoiser and chains, so with the same draw and forward: what loss
-               modules, targets and averages cost. The promises are about this one.
-plain torch    the step by hand from the first line to the last (`by_hand.py`): chains without TensorDicts, no
-               checks, nothing but EDM
+plain torch    the step by hand from the first line to the last (`by_hand.py`): no checks, nothing but EDM, what stays
+               is computed once. The promises are about this one.
+same parts     a loop by hand with diffrl's denoiser and chains in TensorDicts
+by TensorDict  diffrl's own loss(draw(x0)), which `diffrl.objectives.fused` takes the place of
 bare           the network evaluations alone, forward and backward
 """
 

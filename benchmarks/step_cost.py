@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from timing import Ratio, interleave
 from torch import Generator, Tensor, nn
 
-from diffrl import keys
+from diffrl import keys, objectives
 from diffrl.data.dataset import Data
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.denoisers import Denoiser
@@ -48,9 +48,12 @@ class Size:
 
 
 SIZES = (
-    Size("MLP 3x128 on 2-D", lambda: MLP((2,)), (2,), 256, promise="≤ 1.25", repeats=4),
-    Size("UNet on 1x16x16", lambda: UNet((1, 16, 16)), (1, 16, 16), 64, promise="≤ 1.05", repeats=1),
+    Size("MLP 3x128 on 2-D", lambda: MLP((2,)), (2,), 256, promise="≤ 1.15", repeats=4),
+    Size("UNet on 1x16x16", lambda: UNet((1, 16, 16)), (1, 16, 16), 64, promise="≤ 1.02", repeats=1),
 )
+
+
+_Drawn = tuple[by_hand.Chains, Tensor]
 
 
 @dataclass(frozen=True)
@@ -77,26 +80,53 @@ class Method:
 
 
 def _methods(size: Size) -> tuple[Method, ...]:
-    batch = size.states // NUM_STEPS
-    draw = ChainSampler(Chain(PROCESS, num_steps=NUM_STEPS, coupling="markov"), jitter=False)
-    chains = by_hand.Chains(batch, NUM_STEPS, len(size.event_shape))
+    batch, dims = size.states // NUM_STEPS, len(size.event_shape)
+    chain = Chain(PROCESS, num_steps=NUM_STEPS, coupling="markov")
+    fixed = by_hand.Chains(batch, by_hand.levels(NUM_STEPS), dims)
+
+    def draw_shifted(x0: Tensor, generator: Generator) -> _Drawn:
+        offset = float(torch.rand((), generator=generator)) - 0.5
+        chains = by_hand.Chains(batch, by_hand.levels(NUM_STEPS, offset), dims)
+        return chains, chains.draw(x0, generator)
+
+    def unpack_shifted(states: TensorDict) -> _Drawn:
+        return by_hand.Chains(batch, states[keys.T][0, :, 0].double(), dims), states[keys.X_T]
 
     def on_chains(
-        name: str, loss: Callable[[Denoiser], ValueLoss], hand: Callable[..., Tensor], n: int = 0
+        name: str,
+        loss: Callable[[Denoiser], ValueLoss],
+        hand: Callable[..., Tensor],
+        n: int = 0,
+        *,
+        shifted: bool = False,
     ) -> Method:
-        return Method(name, batch, loss, draw, chains.draw, lambda states: states[keys.X_T], hand, n)
+        draw = ChainSampler(chain, jitter=shifted)
+        if shifted:
+            return Method(name, batch, loss, draw, draw_shifted, unpack_shifted, hand, n)
+        return Method(
+            name,
+            batch,
+            loss,
+            draw,
+            lambda x0, generator: (fixed, fixed.draw(x0, generator)),
+            lambda states: (fixed, states[keys.X_T]),
+            hand,
+            n,
+        )
 
     def monte_carlo(
-        network: nn.Module, _: nn.Module, denoise: by_hand.Denoise, x: Tensor, x0: Tensor
+        network: nn.Module, _: nn.Module, denoise: by_hand.Denoise, drawn: _Drawn, x0: Tensor
     ) -> Tensor:
-        return by_hand.monte_carlo(network, denoise, chains, x, x0)
+        return by_hand.monte_carlo(network, denoise, *drawn, x0)
 
-    def own(network: nn.Module, _: nn.Module, denoise: by_hand.Denoise, x: Tensor, x0: Tensor) -> Tensor:
+    def own(network: nn.Module, _: nn.Module, denoise: by_hand.Denoise, drawn: _Drawn, x0: Tensor) -> Tensor:
+        chains, x = drawn
         return by_hand.td_lambda(network, None, denoise, chains, LMBDA, x, x0)
 
     def target(
-        network: nn.Module, target: nn.Module, denoise: by_hand.Denoise, x: Tensor, x0: Tensor
+        network: nn.Module, target: nn.Module, denoise: by_hand.Denoise, drawn: _Drawn, x0: Tensor
     ) -> Tensor:
+        chains, x = drawn
         return by_hand.td_lambda(network, target, denoise, chains, LMBDA, x, x0)
 
     td = partial(ValueLoss, lmbda=LMBDA)
@@ -114,6 +144,7 @@ def _methods(size: Size) -> tuple[Method, ...]:
             by_hand.td_edm,
             size.states,
         ),
+        on_chains("TD(λ), own, on shifted grids", td, own, shifted=True),
     )
 
 
@@ -125,29 +156,31 @@ def _pairs(states: TensorDict) -> by_hand.Pairs:
 
 
 def step_cost(size: Size, *, rounds: int) -> list[Row]:
-    """A row for each method at this size, and one for the trainer."""
+    """A row for each method at this size, and two for the trainer."""
     methods, rows = _methods(size), []
     for method in methods:
         x0 = 0.5 * torch.randn(method.batch, *size.event_shape)
         _require_agreement(size, method, x0)
-        rows.append(_row(size, method.name, _variants(size, method, x0, _step(size, method, x0)), rounds))
+        rows.append(_row(size, method.name, _variants(size, method, x0, _step), rounds))
     data = Data(
         "noise", test=torch.randn(64, *size.event_shape), train=torch.randn(4096, *size.event_shape) / 2
     )
-    own = methods[1]
-    variants = _variants(size, own, data, _step_of_trainer(size, own, data))
-    return [*rows, _row(size, f"{own.name}, by Trainer", variants, rounds)]
+    for method in (methods[1], methods[-1]):
+        variants = _variants(size, method, data, _step_of_trainer)
+        rows.append(_row(size, f"{method.name}, by Trainer", variants, rounds))
+    return rows
 
 
-def _variants(size: Size, method: Method, data: Tensor | Data, step: Step) -> dict[str, Step]:
+def _variants(size: Size, method: Method, data: Tensor | Data, step: Callable[..., Step]) -> dict[str, Step]:
     def draw_parts(x0: Tensor, generator: Generator) -> object:
         return method.unpack(method.draw(x0, cond=None, generator=generator))
 
     parts = Denoiser(_network(size), PROCESS)
     return {
-        "diffrl": step,
-        "same parts": _step_by_hand(method, parts, draw_parts, lambda D, x, t: D(x, t), data),
+        "diffrl": step(size, method, data),
         "plain torch": _step_by_hand(method, _network(size), method.plain_draw, by_hand.denoise, data),
+        "same parts": _step_by_hand(method, parts, draw_parts, lambda D, x, t: D(x, t), data),
+        "by TensorDict": step(size, method, data, fuse=False),
         "bare": _evaluations(size, method),
     }
 
@@ -173,13 +206,19 @@ def _loss(size: Size, method: Method) -> tuple[ValueLoss, SoftUpdate | None]:
     return loss, SoftUpdate(loss, eps=TARGET_DECAY) if loss.bootstrap == "target" else None
 
 
-def _step(size: Size, method: Method, x0: Tensor) -> Step:
+def _step(size: Size, method: Method, x0: Tensor, *, fuse: bool = True) -> Step:
     loss, target = _loss(size, method)
     optimiser = torch.optim.AdamW(loss.denoiser.parameters(), lr=LR, fused=True)
     ema, generator = EMA(loss.denoiser, EMA_HALFLIFE), Generator().manual_seed(0)
+    fused = objectives.fused(loss, method.draw)
+    assert fused is not None
 
     def step() -> None:
-        loss(method.draw(x0, cond=None, generator=generator))["loss_value"].backward()
+        if fuse:
+            value, _ = fused(x0, cond=None, generator=generator)
+        else:
+            value = loss(method.draw(x0, cond=None, generator=generator))["loss_value"]
+        value.backward()
         optimiser.step()
         optimiser.zero_grad()
         if target is not None:
@@ -230,10 +269,14 @@ def _step_by_hand(
     return step if isinstance(data, Tensor) else step_on_data
 
 
-def _step_of_trainer(size: Size, method: Method, data: Data) -> Step:
+def _step_of_trainer(size: Size, method: Method, data: Data, *, fuse: bool = True) -> Step:
     loss = method.loss(Denoiser(_network(size), PROCESS))
+
+    def hidden(x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
+        return method.draw(x0, cond=cond, generator=generator)  # a draw that is not known is not fused
+
     trainer = Trainer(
-        Objective(method.name, loss, method.draw),
+        Objective(method.name, loss, method.draw if fuse else hidden),
         data,
         seed=0,
         folder=None,

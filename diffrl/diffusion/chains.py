@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from diffrl.diffusion.posterior import Posterior, coupling_eta, posterior
+from diffrl.diffusion.posterior import Posterior, coupling_eta, posterior, posterior_of_scales
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
 from diffrl.ranges import MAX_STEPS, require_int, require_number
@@ -81,11 +82,16 @@ class Chain:
     @cached_property
     def indices(self) -> Tensor:
         """Real-valued grid index of each state, the clean one last: float64, shape [K+1]."""
-        i = torch.arange(0, self.num_steps, self.span, dtype=torch.float64) + self.offset
-        i = i[i <= self.num_steps - 1]
+        N, k = self.num_steps, self.span
+        last = k * ((N - 1) // k)
+        if last + self.offset > N - 1:
+            last -= k
+        i = torch.arange(0, last + k + 1, k, dtype=torch.float64) + self.offset
+        i[-1] = N
         if self.t_max is not None:
-            i = i[self.process.time(i, self.num_steps) <= self.t_max]
-        return torch.cat([i, torch.full((1,), float(self.num_steps), dtype=torch.float64)])
+            kept = self.process.time(i, N) <= self.t_max
+            i = i[kept]  # clean data are never above
+        return i
 
     @cached_property
     def t(self) -> Tensor:
@@ -106,8 +112,8 @@ class Chain:
         else:
             s = self.process.time(self.indices[:-1] + stride, self.num_steps)
             A, kappa, _ = posterior(self.process, self.t[:-1], s, self.eta)
-        zero = torch.zeros(1, dtype=torch.float64)
-        return torch.cat([A, zero]), torch.cat([kappa, zero])
+        A, kappa = pad(torch.stack([A, kappa]), (0, 1)).unbind()
+        return A, kappa
 
     @cached_property
     def scales(self) -> tuple[Tensor, Tensor]:
@@ -124,8 +130,9 @@ class Chain:
         """
         _, kappa, std = (c[:-1] for c in self.step_coefficients)
         sigma_t, sigma_s = self.scales[1][:-2], self.scales[1][1:-1]
-        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        return torch.cat([zero, kappa * sigma_t / sigma_s, zero]), torch.cat([one, std / sigma_s, zero])
+        kept, fresh = pad(torch.stack([kappa * sigma_t, std]) / sigma_s, (1, 1)).unbind()
+        fresh[0] = 1
+        return kept, fresh
 
     @cached_property
     def table(self) -> Tensor:
@@ -149,4 +156,5 @@ class Chain:
     @cached_property
     def step_coefficients(self) -> Posterior:
         """A, κ and std of each transition i → i+k: float64, shape [K] each."""
-        return posterior(self.process, self.t[:-1], self.t[1:], self.eta)
+        alpha, sigma = self.scales
+        return posterior_of_scales(alpha[:-1], sigma[:-1], alpha[1:], sigma[1:], self.eta)

@@ -7,7 +7,7 @@ D(x, t, r) is the average clean estimate on the way from t to r, see `diffrl.dif
 
 import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,37 @@ from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like, require_floating
 
-__all__ = ["Denoiser", "DenoiserFn", "require_second_time", "require_states"]
+__all__ = ["Conditioning", "Denoiser", "DenoiserFn", "require_second_time", "require_states"]
 
 DenoiserFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Conditioning(NamedTuple):
+    """What the times of N states come to in D = c_skip x_t + c_out F(c_in x_t, c_noise, cond, c_noise_r)."""
+
+    c_skip: Tensor
+    """[N, *1], as the next two."""
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+    """[N]."""
+    c_noise_r: Tensor | None = None
+    """[N], where the network is told a second time."""
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:
+        """How the network is told the times."""
+        return (self.c_noise,) if self.c_noise_r is None else (self.c_noise, self.c_noise_r)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """The same of other states: f of each tensor, whose first dim is that of the states."""
+        return Conditioning(*(f(c) for c in self if c is not None))
+
+    def halves(self) -> "list[Conditioning]":
+        """The same of the first N/2 states, and of the others."""
+        return [
+            Conditioning(*half) for half in zip(*(c.chunk(2) for c in self if c is not None), strict=True)
+        ]
 
 
 class Denoiser(nn.Module):
@@ -181,16 +209,24 @@ class Denoiser(nn.Module):
         self, x_t: Tensor, t: Tensor, cond: Tensor | None, r: Tensor | None
     ) -> list[Tensor]:
         """As `_outputs`, of states whose noise is N(0, I)."""
-        c_skip, c_out, c_in = (expand_like(c.to(x_t.dtype), x_t) for c in self.scalings(t))
-        codes = [self._code(self.process.c_noise, t, x_t.dtype)]
         if r is not None:
             require_second_time(self)
             require_states(x_t, r, "r")
+        return self.conditioned(x_t, self.conditioning(x_t, t, r), cond)
+
+    def conditioning(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Conditioning:
+        """What follows from the times t [N], and r, alone, for states of x's dtype and event dims."""
+        c_skip, c_out, c_in = (expand_like(c.to(x.dtype), x) for c in self.scalings(t))
+        codes = [self._code(self.process.c_noise, t, x.dtype)]
         if self.second_time:
-            codes.append(self._code(self.process.c_noise_end, t if r is None else r, x_t.dtype))
-        F_x = self._predict(c_in * x_t, cond, *codes)
-        F_x, *v = F_x.to(x_t.dtype).chunk(2 if self.predicts_variance else 1, dim=1)
-        return [c_skip * x_t + c_out * F_x, *v]
+            codes.append(self._code(self.process.c_noise_end, t if r is None else r, x.dtype))
+        return Conditioning(c_skip, c_out, c_in, *codes)
+
+    def conditioned(self, x_t: Tensor, by: Conditioning, cond: Tensor | None) -> list[Tensor]:
+        """D of states [N, *E] by the `conditioning` of their times, and v where the network has one."""
+        F_x = self._predict(by.c_in * x_t, cond, *by.codes).to(x_t.dtype)
+        F_x, *v = F_x.chunk(2, dim=1) if self.predicts_variance else (F_x,)
+        return [by.c_skip * x_t + by.c_out * F_x, *v]
 
     def _code(self, c_noise: Callable[[Tensor], Tensor], t: Tensor, dtype: torch.dtype) -> Tensor:
         """How the network is told a time."""

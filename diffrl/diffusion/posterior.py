@@ -15,7 +15,15 @@ from diffrl.errors import InputError
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
 
-__all__ = ["Posterior", "coupling_eta", "marginal", "posterior", "transition"]
+__all__ = [
+    "Posterior",
+    "coupling_eta",
+    "marginal",
+    "mean_coefficients",
+    "posterior",
+    "posterior_of_scales",
+    "transition",
+]
 
 
 class Posterior(NamedTuple):
@@ -62,18 +70,30 @@ def posterior(process: Schedule, t: Tensor, s: Tensor, eta: float) -> Posterior:
         A, κ and std, float64.
     """
     t, s = t.double(), s.double()
-    alpha_t, alpha_s, sigma_t, sigma_s = (
-        process.alpha(t),
-        process.alpha(s),
-        process.sigma(t),
-        process.sigma(s),
-    )
-    alpha_ts = _alpha_ratio(alpha_t, alpha_s)
-    ratio = sigma_s / sigma_t
-    kappa = ratio * ((1 - eta**2) + eta**2 * (alpha_ts * ratio) ** 2).sqrt()
+    return posterior_of_scales(process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s), eta)
+
+
+def posterior_of_scales(
+    alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, eta: float
+) -> Posterior:
+    """As `posterior`, by the scales of both states, float64."""
+    alpha_ts, ratio = _alpha_ratio(alpha_t, alpha_s), sigma_s / sigma_t
+    kappa = _kappa(alpha_ts, ratio, eta)
     A = alpha_s - alpha_t * kappa
     std = eta * ratio * (sigma_t**2 - (alpha_ts * sigma_s) ** 2).clamp(min=0).sqrt()
     return Posterior(A, kappa, std)
+
+
+def mean_coefficients(
+    alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """A and κ of `posterior_of_scales` alone."""
+    kappa = _kappa(_alpha_ratio(alpha_t, alpha_s), sigma_s / sigma_t, eta)
+    return alpha_s - alpha_t * kappa, kappa
+
+
+def _kappa(alpha_ts: Tensor, ratio: Tensor, eta: float) -> Tensor:
+    return ratio * ((1 - eta**2) + eta**2 * (alpha_ts * ratio) ** 2).sqrt()
 
 
 def _alpha_ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:

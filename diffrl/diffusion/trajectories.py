@@ -15,7 +15,7 @@ from diffrl.errors import InputError, InputKeyError
 from diffrl.ranges import require_int
 from diffrl.shapes import require_data, require_finite
 
-__all__ = ["ChainSampler", "add_coefficients", "draw_chain", "sample_chain"]
+__all__ = ["ChainSampler", "add_coefficients", "by_time", "draw_chain", "draw_states", "sample_chain"]
 
 
 def sample_chain(
@@ -117,27 +117,31 @@ def draw_chain(
         noise = torch.randn(B, num_noise, *E, generator=generator, device=x0.device, dtype=x0.dtype)
     elif noise.shape != (B, num_noise, *E):
         raise InputError(f"noise has shape {tuple(noise.shape)}, the chain needs {(B, num_noise, *E)}")
-    x, reward = _states_and_rewards(table, x0, noise)
-    return _transitions(chain, table, index, x, reward, x0, cond)
+    columns = by_time(table, x0)
+    x = draw_states(columns, x0, noise)
+    reward = _rewards(columns, x0, x)
+    return _transitions(chain, table, index, x.transpose(0, 1), reward.transpose(0, 1), x0, cond)
 
 
-def _states_and_rewards(table: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The states of a window and the rewards between them.
+def by_time(table: Tensor, x0: Tensor) -> Tensor:
+    """The columns of `Chain.table` at states of rows, [7, B or 1, W+1, 1], ready for `draw_states` of x0 [B, *E]."""
+    return table.transpose(1, 2).reshape(len(table), table.shape[2], -1, *[1] * (x0.ndim - 1))
+
+
+def draw_states(table: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """The states of a window.
 
     Args:
-        table: the columns of `Chain.table` at its states, shape [7, B or 1, W+1, 1].
+        table: the columns of `Chain.table` at its states, `by_time`: [7, W+1, B or 1, *1].
         x0: clean data, shape [B, *E].
         noise: shape [B, W, *E] for a whole chain, whose last state is x0, else [B, W+1, *E].
 
     Returns:
-        States [B, W+1, *E] and rewards [B, W, *E].
+        [W+1, B, *E]: in memory, the states of one time lie side by side, so that a step runs over the whole batch in
+        one piece.
     """
-    B, num_noise, *E = noise.shape
-    W = table.shape[2] - 1
-    # In memory, the states of one time lie side by side, so that a step runs over the whole batch in one piece.
-    by_time = table.transpose(1, 2).reshape(len(table), W + 1, -1, *[1] * len(E))
-    _, A, kappa, alpha, sigma, kept, fresh = by_time.unbind()
-    x, z = x0.new_empty(W + 1, B, *E), noise.transpose(0, 1)
+    num_noise, (alpha, sigma, kept, fresh) = noise.shape[1], table[3:].unbind()
+    x, z = x0.new_empty(table.shape[1], *x0.shape), noise.transpose(0, 1)
     n = x[:num_noise]
     torch.mul(z, fresh[:num_noise], out=n)
     n[0] = z[0]  # wherever a window starts, its first state is a marginal draw
@@ -145,10 +149,16 @@ def _states_and_rewards(table: Tensor, x0: Tensor, noise: Tensor) -> tuple[Tenso
     for k in range(1, num_noise):  # n_s = c n_t + √(1-c²) z
         states[k].addcmul_(mixing[k], states[k - 1])
     n.mul_(sigma[:num_noise]).addcmul_(alpha[:num_noise], x0)
-    if num_noise == W:
-        x[W] = x0
+    if num_noise < len(x):
+        x[-1] = x0
+    return x
+
+
+def _rewards(table: Tensor, x0: Tensor, x: Tensor) -> Tensor:
+    """What is paid between the states x [W+1, B, *E] of `draw_states`: [W, B, *E]."""
+    _, A, kappa, *_ = table.unbind()
     mu = (A * x0).addcmul(kappa, x)  # μ_i = A_i x0 + κ_i x_i; 0 at the clean state
-    return x.transpose(0, 1), (mu[:-1] - mu[1:]).transpose(0, 1)
+    return mu[:-1] - mu[1:]
 
 
 def _transitions(
@@ -256,8 +266,7 @@ class ChainSampler:
     def __post_init__(self) -> None:
         if self.window is not None:
             require_int("window", self.window)
-        whole = self.window is None or self.window >= self.chain.num_transitions
-        if whole and not isinstance(self.starts, UniformStarts):
+        if self.whole and not isinstance(self.starts, UniformStarts):
             raise InputError(
                 "starts say where windows of a chain begin, but chains are whole: set chain.window, e.g. to 1"
             )
@@ -272,15 +281,24 @@ class ChainSampler:
                 ) from error
 
     @property
+    def whole(self) -> bool:
+        """Whether chains are whole, whatever the shift of their grid."""
+        return self.window is None or self.window >= self.chain.num_transitions
+
+    @property
     def _shifts(self) -> bool:
         return self.chain.process.continuous if self.jitter is None else self.jitter
 
+    def next_chain(self, generator: torch.Generator) -> Chain:
+        """The levels of the next batch: the first thing that is drawn for it."""
+        if not self._shifts:
+            return self.chain
+        offset = float(torch.rand((), generator=generator, device=generator.device)) - 0.5
+        return replace(self.chain, offset=offset)
+
     def __call__(self, x0: Tensor, *, cond: Tensor | None, generator: torch.Generator) -> TensorDict:
         """A batch of chains, see `sample_chain`."""
-        chain = self.chain
-        if self._shifts:
-            offset = float(torch.rand((), generator=generator, device=generator.device)) - 0.5
-            chain = replace(chain, offset=offset)
+        chain = self.next_chain(generator)
         W, K = self.window, chain.num_transitions
         if W is None or W >= K:
             return draw_chain(chain, x0, window=W, cond=cond, generator=generator)

@@ -13,6 +13,8 @@ from .distillation import DistillationPairs as DistillationPairs
 from .double_sampling import DoubleSamplingLoss as DoubleSamplingLoss
 from .ect import ECTLoss as ECTLoss
 from .ect_pairs import ECTPairs as ECTPairs
+from .fused import FusedStep as FusedStep
+from .fused import fused as fused
 from .hybrid import HybridLoss as HybridLoss
 from .lambda_schedule import LambdaSchedule as LambdaSchedule
 from .maps.alpha_flow import AlphaFlowLoss as AlphaFlowLoss

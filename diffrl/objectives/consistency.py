@@ -13,12 +13,12 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.consistency_metrics import METRICS, Distance, distance, l2
 from diffrl.objectives.consistency_pairs import ConsistencyPairs
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, WeightTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.registry import options_of

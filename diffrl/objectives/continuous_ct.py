@@ -12,11 +12,11 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.denoising import sample_log_normal_states
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like
 

@@ -13,11 +13,11 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.annealing import Ranges
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.ect_pairs import ECTPairs
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.ranges import require_number
 from diffrl.shapes import expand_like
 

@@ -11,10 +11,10 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.learned_variance import learned_log_variance, step_kl
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like

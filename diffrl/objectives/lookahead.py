@@ -1,5 +1,6 @@
 """λ by the length of the chain: TD(λ) that looks the same share of every chain ahead."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tensordict import TensorDictBase
@@ -45,7 +46,6 @@ class Lookahead:
         h, K = self.share, num_steps
         return max(0.0, 1 - 1 / (h * K))
 
-    def __call__(self, states: TensorDictBase) -> Tensor:
-        """λ of the states of rows of time, K of them in each: from a TensorDict [B, K] to [1, K, 1]."""
-        K = states.batch_size[1]
-        return states[keys.T].new_full((1, K, 1), self.lmbda(K))
+    def __call__(self, states: Mapping[str, Tensor] | TensorDictBase) -> float:
+        """λ of the states of rows of time, K of them in each: of steps [B, K] with their times [B or 1, K, 1]."""
+        return self.lmbda(states[keys.T].shape[1])

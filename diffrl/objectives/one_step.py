@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
-from diffrl.objectives.value import state_value
+from diffrl.objectives.chain_value import state_value
 
 __all__ = ["cut_pairs", "one_step_chains"]
 

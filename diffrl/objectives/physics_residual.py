@@ -14,10 +14,10 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.learned_variance import learned_log_variance
 from diffrl.diffusion.posterior import posterior
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, named_function, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, expand_like

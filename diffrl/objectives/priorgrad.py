@@ -13,11 +13,11 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.priors import Prior
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.denoising import sample_log_normal_states
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.ranges import require_number
 from diffrl.shapes import event_mean, require_data

@@ -15,11 +15,11 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.posterior import marginal, posterior
 from diffrl.diffusion.schedules.base import Schedule
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.one_step import cut_pairs
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_int
 from diffrl.shapes import event_mean, expand_like, require_data, require_finite

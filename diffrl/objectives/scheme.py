@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from inspect import isclass, signature
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,7 @@ from diffrl.diffusion.starts import STARTS, Starts, UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError, of_group
 from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.fused import FusedStep, fused
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import OverChains, StandIn, StandInChains
 from diffrl.objectives.transitions import Transition
@@ -71,9 +72,22 @@ class Objective:
 
     def set_progress(self, step: int, grad_steps: int) -> None:
         """Tell draw and loss, where they are `Progressive`, where the training stands; before every step."""
-        for part in (self.draw, self.loss):
-            if isinstance(part, Progressive):
-                part.set_progress(step, grad_steps)
+        for part in self._progressive:
+            part.set_progress(step, grad_steps)
+
+    @cached_property
+    def _progressive(self) -> list[Progressive]:
+        return [part for part in (self.draw, self.loss) if isinstance(part, Progressive)]
+
+    @cached_property
+    def _fused(self) -> FusedStep | None:
+        return fused(self.loss, self.draw)
+
+    @property
+    def fused(self) -> FusedStep | None:
+        """What takes the place of draw and loss in a step, to the same numbers; None: nothing does."""
+        step = self._fused
+        return step if step is not None and step.fits else None
 
     @property
     def target_decay(self) -> float | None:

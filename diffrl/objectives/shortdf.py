@@ -12,11 +12,11 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.schedules.base import Schedule
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.one_step import one_step_chains
 from diffrl.objectives.place import Place
 from diffrl.objectives.registry import OBJECTIVES
-from diffrl.objectives.value import value_module
 from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.shapes import event_mean, expand_like, require_data, require_finite

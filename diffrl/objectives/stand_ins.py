@@ -15,9 +15,9 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.starts import UniformStarts
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import state_value
 from diffrl.objectives.one_step import one_step_chains
 from diffrl.objectives.posteriors import ReferenceBatch, X0Law, exact_x0_law
-from diffrl.objectives.value import state_value
 from diffrl.ranges import require_int
 from diffrl.shapes import expand_like
 

@@ -1,7 +1,7 @@
 """TD-EDM, as published: pairs of noise levels, a target network, and plain denoising where no pair fits the grid."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.posterior import coupling_eta, posterior
+from diffrl.diffusion.posterior import coupling_eta, mean_coefficients
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
@@ -20,7 +20,7 @@ from diffrl.ranges import MAX_STEPS, require_int, require_number
 from diffrl.registry import options_of
 from diffrl.shapes import expand_like, require_data, require_finite
 
-__all__ = ["sample_td_edm_pairs", "td_edm_loss"]
+__all__ = ["Pairs", "draw_pairs", "sample_td_edm_pairs", "td_edm_loss"]
 
 
 def sample_td_edm_pairs(
@@ -89,6 +89,53 @@ def sample_td_edm_pairs(
     require_number("stride", stride, 0, ends="()")
     require_number("P_mean", P_mean, -15, 15)
     require_number("P_std", P_std, 0, 5)
+    x_t, t, A, x_next, t_next, A_next, valid = draw_pairs(
+        process,
+        x0,
+        coupling=coupling,
+        num_steps=num_steps,
+        span=span,
+        stride=stride,
+        P_mean=P_mean,
+        P_std=P_std,
+        sigma=sigma,
+        noise=noise,
+        fresh_noise=fresh_noise,
+        generator=generator,
+    )
+    left = {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: 1 - A}
+    reached = {keys.X_T: x_next, keys.T: t_next, keys.A: A_next, keys.KAPPA: 1 - A_next}
+    return cut_pairs(x0.unsqueeze(1), left, reached, valid=valid, cond=cond)
+
+
+class Pairs(NamedTuple):
+    """Pairs of states x [B, 1, *E] and x_next, of one datum each; the rest is [B, 1, 1]."""
+
+    x: Tensor
+    t: Tensor
+    A: Tensor
+    x_next: Tensor
+    t_next: Tensor
+    A_next: Tensor
+    valid: Tensor
+
+
+def draw_pairs(
+    process: EDM,
+    x0: Tensor,
+    *,
+    coupling: float | str,
+    num_steps: int,
+    span: float,
+    stride: float,
+    P_mean: float,
+    P_std: float,
+    sigma: Tensor | None,
+    noise: Tensor | None,
+    fresh_noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> Pairs:
+    """As `sample_td_edm_pairs`, without its checks, and in no TensorDict."""
     eta = coupling_eta(coupling)
 
     def randn(*shape: int) -> Tensor:
@@ -97,7 +144,7 @@ def sample_td_edm_pairs(
     if sigma is None:
         sigma = (P_mean + P_std * randn(len(x0))).exp()
     levels, valid = _levels(process, sigma.double(), num_steps, eta, span, stride)
-    t, t_next, added, A, A_next = (level.to(x0.dtype).view(-1, 1, 1) for level in levels)
+    t, t_next, added, A, A_next = levels.to(x0.dtype).view(5, -1, 1, 1).unbind()
     noise = randn(*x0.shape) if noise is None else noise
     datum, noise = x0.unsqueeze(1), noise.unsqueeze(1)
     x_next = datum + expand_like(t_next, datum) * noise
@@ -106,9 +153,7 @@ def sample_td_edm_pairs(
         x_t = x_next + expand_like(added, datum) * fresh_noise.unsqueeze(1)
     else:
         x_t = datum + expand_like(t, datum) * noise
-    left = {keys.X_T: x_t, keys.T: t, keys.A: A, keys.KAPPA: 1 - A}
-    reached = {keys.X_T: x_next, keys.T: t_next, keys.A: A_next, keys.KAPPA: 1 - A_next}
-    return cut_pairs(datum, left, reached, valid=valid, cond=cond)
+    return Pairs(x_t, t, A, x_next, t_next, A_next, valid)
 
 
 @OBJECTIVES.register(
@@ -165,18 +210,16 @@ def _check(
 
 def _levels(
     process: EDM, sigma_t: Tensor, num_steps: int, eta: float, span: float, stride: float
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """σ_t, σ_t', √max(σ_t² - σ_t'², 0), A_t and A_t', float64 [B]; validity [B, 1, 1]."""
+) -> tuple[Tensor, Tensor]:
+    """σ_t, σ_t', √max(σ_t² - σ_t'², 0), A_t and A_t', float64 [5, B]; validity [B, 1, 1]."""
     low, high, last = process.sigma_min, process.sigma_max, num_steps - 1
     i = process.index(sigma_t.clamp(low, high), num_steps)
-
-    def level(index: Tensor) -> Tensor:
-        return process.time(index, num_steps).clamp(low, high)
-
+    i_next = i + span
+    levels = process.time(torch.stack([i_next, i + stride, i_next + stride]), num_steps).clamp(low, high)
+    sigma_next = levels[0]
     valid = (sigma_t >= low) & (sigma_t <= high) & (i <= last - (span + stride))
-    sigma_next = level(i + span)
     added = (sigma_t**2 - sigma_next**2).clamp(min=0).sqrt()
-    A = posterior(process, sigma_t, level(i + stride), eta).A
-    A_next = posterior(process, sigma_next, level(i + span + stride), eta).A
-    A, A_next = (torch.where(valid, a, 1.0) for a in (A, A_next))  # not used elsewhere, but must be finite
-    return (sigma_t, sigma_next, added, A, A_next), valid.view(-1, 1, 1)
+    alpha = torch.ones_like(levels[1:])
+    A, _ = mean_coefficients(alpha, torch.stack([sigma_t, sigma_next]), alpha, levels[1:], eta)
+    A = torch.where(valid, A, 1.0)  # not used elsewhere, but must be finite
+    return torch.stack([sigma_t, sigma_next, added, *A]), valid.view(-1, 1, 1)

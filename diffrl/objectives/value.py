@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
@@ -17,6 +17,7 @@ from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError, InputKeyError, InputTypeError
 from diffrl.objectives.annealing import Ranges, begun
+from diffrl.objectives.chain_value import state_value, value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.lookahead import Lookahead
@@ -25,33 +26,9 @@ from diffrl.objectives.weights import MAX_COEF, ChainTerms, weight_function
 from diffrl.ranges import MAX_STEPS, require_number
 from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated, mixed_returns
-from diffrl.shapes import event_mean, expand_like, require_floating
+from diffrl.shapes import expand_like, require_floating
 
-__all__ = ["ChainValue", "ValueLoss", "state_value", "value_module"]
-
-
-class ChainValue(nn.Module):
-    """V(x_t) = A D(x_t, t) + κ x_t on chains of any batch shape: the denoiser as a value function.
-
-    Args:
-        denoiser: D.
-    """
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor | None, *r: Tensor) -> Tensor:
-        """D for states [*b, *E], times [*b, 1], conditions [*b, ...] and, of a denoiser of two times, r [*b, 1]."""
-        b = t.ndim - 1
-        cond = None if cond is None else cond.flatten(0, b - 1)
-        ends = (end.flatten() for end in r)
-        return self.denoiser(x_t.flatten(0, b - 1), t.flatten(), cond, *ends).view_as(x_t)
-
-    def forward(self, x_t: Tensor, t: Tensor, A: Tensor, kappa: Tensor, cond: Tensor | None = None) -> Tensor:
-        """V, shape [*b, *E]; the arguments are the chain's entries of the same names."""
-        states = {keys.X_T: x_t, keys.A: A, keys.KAPPA: kappa}
-        return state_value(states, self.denoise(x_t, t, cond))
+__all__ = ["ValueLoss"]
 
 
 class ValueLoss(DenoiserLoss):
@@ -165,6 +142,11 @@ class ValueLoss(DenoiserLoss):
         setattr(estimator, name, round(value) if name == "n_steps" else value)
 
     @property
+    def is_monte_carlo(self) -> bool:
+        """Whether nothing is bootstrapped, by the choice of the estimator."""
+        return isinstance(self.value_estimator, MonteCarlo)
+
+    @property
     def in_keys(self) -> list[NestedKey]:
         """Entries of the chain that the loss reads; x0, x0_mean, cond and valid are read where present."""
         k = self.tensor_keys
@@ -238,31 +220,45 @@ class ValueLoss(DenoiserLoss):
 
     def _loss(self, tensordict: TensorDictBase) -> TensorDictBase:
         chain = rows(tensordict)
-        x_t, x0 = chain[keys.X_T], chain.get(keys.X0, None)
-        require_floating([(keys.X_T, x_t)])
-        if x_t.dtype == torch.float16:
-            raise InputTypeError("x_t has dtype float16, in which squares overflow: give x0.float()")
-        self._first_look(x0, chain.get(keys.COND, None))
+        self.look_at(chain[keys.X_T], chain.get(keys.X0, None), chain.get(keys.COND, None))
         drawn = chain.get(keys.EVALUATIONS, None)
         self.network_evaluations += chain[keys.T].numel() + (0 if drawn is None else int(drawn.sum()))
         D_x, δ = self._errors(chain)
-        square = _square_mean(δ)
-
         terms = ChainTerms(chain, self.denoiser)
-        loss = self._weight(terms) * square
-        valid = chain.get(keys.VALID, None)
-        if self.denoising_coef > 0 or valid is not None:
-            if x0 is None:
-                raise InputKeyError(
-                    "the denoising loss needs x0, which this chain has lost: set denoising_coef=0"
-                )
-            c = self.denoising_coef
-            L_den = _square_mean(D_x - chain.get(keys.X0_MEAN, x0)) / terms.c_out**2
-            loss = loss + c * L_den
-            if valid is not None:
-                loss = torch.where(valid, loss, (1 + c) * L_den)
+        loss, square = self._of_states(chain, D_x, δ, terms, self._weight(terms))
         loss = self._by_importance(tensordict, chain, loss)
         return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
+
+    def look_at(self, x_t: Tensor, x0: Tensor | None, cond: Tensor | None) -> None:
+        """Check what a step is about to train on.
+
+        Raises:
+            TypeError: x_t holds integers, or is of float16.
+            ValueError: the network takes labels, and there are none.
+        """
+        require_floating([(keys.X_T, x_t)])
+        if x_t.dtype == torch.float16:
+            raise InputTypeError("x_t has dtype float16, in which squares overflow: give x0.float()")
+        self._first_look(x0, cond)
+
+    def _of_states(
+        self, chain: TensorDictBase | Mapping[str, Any], D_x: Tensor, δ: Tensor, terms: ChainTerms, w: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each state and ‖δ‖²/dim(E), both [B, K, 1]."""
+        square, c, valid = _square_mean(δ), self.denoising_coef, chain.get(keys.VALID, None)
+        if c == 0 and valid is None:
+            return w * square, square
+        x0 = chain.get(keys.X0, None)
+        if x0 is None:
+            raise InputKeyError(
+                "the denoising loss needs x0, which this chain has lost: set denoising_coef=0"
+            )
+        L_den = _square_mean(D_x - chain.get(keys.X0_MEAN, x0)) / terms.c_out**2
+        if valid is None:
+            return w * square + c * L_den, square
+        alone = ~valid
+        c_den = torch.full_like(L_den, c).masked_fill(alone, 1 + c)
+        return w.masked_fill(alone, 0.0) * square + c_den * L_den, square
 
     @torch.no_grad()
     def target(self, states: TensorDictBase) -> Tensor:
@@ -279,7 +275,7 @@ class ValueLoss(DenoiserLoss):
 
     def _errors(self, chain: TensorDictBase) -> tuple[Tensor, Tensor]:
         """D(x_t) and δ."""
-        bootstraps = self.bootstrap_share > 0 and not isinstance(self.value_estimator, MonteCarlo)
+        bootstraps = self.bootstrap_share > 0 and not self.is_monte_carlo
         if bootstraps:
             self._require_order(chain)
         # a target network comes first: what is kept for the backward pass then takes the memory that it frees
@@ -291,10 +287,10 @@ class ValueLoss(DenoiserLoss):
         """δ, in error coordinates where x0 is known: value -e, reward (γ-1) Φ of the state reached."""
         estimator, reached, k = self.value_estimator, chain[keys.NEXT], self.tensor_keys
         done, terminated = reached[k.done], reached[k.terminated]
-        if isinstance(estimator, MonteCarlo) or self.bootstrap_share < 1:
+        if self.is_monte_carlo or self.bootstrap_share < 1:
             datum = chain.get(keys.X0_MEAN, x0)
             if datum is not None and estimator.gamma == 1:
-                if isinstance(estimator, MonteCarlo) or self.bootstrap_share == 0:
+                if self.is_monte_carlo or self.bootstrap_share == 0:
                     return expand_like(chain[keys.A], D_x) * (
                         datum - D_x
                     )  # the tail beyond a cut is known too
@@ -382,18 +378,6 @@ class ValueLoss(DenoiserLoss):
         return G if self.bootstrap == "residual" else G.detach()
 
 
-def value_module(denoiser: nn.Module) -> TensorDictModule:
-    """V of a denoiser, as losses are given it: it reads the state and writes its value."""
-    inputs = [keys.X_T, keys.T, keys.A, keys.KAPPA]
-    return TensorDictModule(ChainValue(denoiser), inputs, [keys.STATE_VALUE])
-
-
-def state_value(states: TensorDictBase | Mapping[str, Tensor], D_x: Tensor) -> Tensor:
-    """V = A D + κ x, for predictions D_x of the shape of x; with the datum for D it is the potential Φ."""
-    A, kappa, x_t = states[keys.A], states[keys.KAPPA], states[keys.X_T]
-    return expand_like(A, x_t) * D_x + expand_like(kappa, x_t) * x_t
-
-
 def _square_mean(x: Tensor) -> Tensor:
     """‖x‖²/dim(E), [B, K, *E] → [B, K, 1]."""
-    return event_mean(x.square(), 2).unsqueeze(-1)
+    return x.square().flatten(2).mean(-1, keepdim=True)

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -36,16 +36,18 @@ class WeightTerms(NamedTuple):
 
 
 class ChainTerms:
-    """`WeightTerms` of the states of a chain, computed as far as a weight asks for them."""
+    """`WeightTerms` of the states of a chain, computed as far as a weight asks for them; c_out may be known already."""
 
-    def __init__(self, chain: TensorDictBase, denoiser: Denoiser) -> None:
+    def __init__(
+        self, chain: TensorDictBase | Mapping[str, Any], denoiser: Denoiser, c_out: Tensor | None = None
+    ) -> None:
         reached = chain[keys.NEXT]
         self._t, self._t_next, self._denoiser = chain[keys.T], reached[keys.T], denoiser
-        self.A, self.A_next = chain[keys.A], reached[keys.A]
+        self.A, self.A_next, self._c_out = chain[keys.A], reached[keys.A], c_out
 
     @cached_property
     def c_out(self) -> Tensor:
-        return self._denoiser.scalings(self._t).c_out
+        return self._denoiser.scalings(self._t).c_out if self._c_out is None else self._c_out
 
     @property
     def c_out_next(self) -> Tensor:

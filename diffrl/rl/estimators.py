@@ -195,11 +195,11 @@ class TDLambda(VectorEstimator):
 
     Args:
         lmbda: λ in [0, 1]; or one for each step, a tensor of shape [1, K, 1] or [B, K, 1]; or a function that makes
-            such a tensor from the states that the steps reach, a TensorDict [B, K].
+            either from the states that the steps reach, a TensorDict [B, K].
         **options: those of `VectorEstimator`.
     """
 
-    def __init__(self, *, lmbda: float | Tensor | Callable[[TensorDictBase], Tensor], **options: Any) -> None:
+    def __init__(self, *, lmbda: float | Tensor | Callable[[Any], float | Tensor], **options: Any) -> None:
         super().__init__(**options)
         if not (isinstance(lmbda, Tensor) or callable(lmbda)):
             require_number("lmbda", lmbda, 0, 1)

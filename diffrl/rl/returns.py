@@ -69,10 +69,12 @@ def lambda_returns(
     r, V, cut = _steps(reward, next_value, terminated, done, gamma)
     lmbdas = _lambdas(lmbda, next_value)
     out, G = _slots(next_value, reward, lmbda)
-    X = V[-1]
+    X, unpaid = V[-1], reward is None and gamma == 1
     for k in reversed(range(len(r))):
-        X = torch.lerp(V[k], _restart(X, V[k], cut[k]), lmbdas[k], out=G[k])  # (1 - λ) V + λ G
-        X = G[k] = X if reward is None and gamma == 1 else _paid(r[k], gamma, X, G[k])
+        if cut[k] is not None:
+            X = _restart(X, V[k], cut[k])
+        X = torch.lerp(V[k], X, lmbdas[k], out=G[k])  # (1 - λ) V + λ G
+        X = G[k] = X if unpaid else _paid(r[k], gamma, X, G[k])
     return torch.stack(G, 1) if out is None else out
 
 
@@ -115,13 +117,13 @@ def n_step_returns(
     tensor([[0.5000, 1.0000]])
     """
     require_int("n_steps", n_steps)
-    if next_value.ndim >= 2 and n_steps >= next_value.shape[1]:
-        return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
     if n_steps == 1:  # no recursion
         require_number("gamma", gamma, 0, 1)
         _check_chain(reward, next_value, terminated, done)
         V_next = next_value.masked_fill(expand_like(terminated.squeeze(-1), next_value), 0.0)
-        return _paid(reward, gamma, V_next)
+        return V_next if reward is None and gamma == 1 else _paid(reward, gamma, V_next)
+    if next_value.ndim >= 2 and n_steps >= next_value.shape[1]:
+        return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
     r, V, cut = _steps(reward, next_value, terminated, done, gamma)
     out, G = _slots(next_value, reward)
     for k in range(len(r)):
@@ -237,7 +239,7 @@ def _steps(
     """For each step the reward, the value (0 where terminated), and where chains stop (None: nowhere)."""
     require_number("gamma", gamma, 0, 1)
     _check_chain(reward, next_value, terminated, done)
-    ended = terminated if done is None else terminated | done
+    ended = terminated if done is None or done is terminated else terminated | done
     K = ended.shape[1]
     # Most steps end no chain. Reading the flags once saves a mask over [B, *E] at each of those steps.
     somewhere = [True] * K if torch.compiler.is_compiling() else ended.squeeze(-1).any(0).tolist()
@@ -247,7 +249,8 @@ def _steps(
     for k, v in enumerate(V):
         if somewhere[k]:
             V[k] = v.masked_fill(expand_like(terminated[:, k, 0], v), 0.0)  # not multiplied: 0 · NaN is NaN
-            cut[k] = expand_like(ended[:, k, 0], v)
+            if k < K - 1:  # after the last step all chains stop
+                cut[k] = expand_like(ended[:, k, 0], v)
     return r, V, cut
 
 

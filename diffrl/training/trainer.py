@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from diffrl.data.dataset import Data
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.fused import FusedStep
 from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.stand_ins import StandIn, StandInChains
@@ -241,8 +242,12 @@ class Trainer(Loop):
         """
         self.objective.set_progress(step, self.length.grad_steps)
         x0, labels, generator = self.batch(step)
-        chain = self.objective.draw(x0, cond=labels, generator=generator)
-        figures = self._descend(chain, generator)
+        fused = self.objective.fused if self.arithmetic.accumulate == 1 and self.ranks.size == 1 else None
+        if fused is not None:
+            figures, states = self._descend_fused(fused, x0, labels, generator), None
+        else:
+            states = self.objective.draw(x0, cond=labels, generator=generator)
+            figures = self._descend(states, generator)
         with self.ranks.answered():  # of parts, processes compute the norm together
             figures |= self.optimiser.step(figures["loss_value"])
         if self.target is not None:
@@ -251,8 +256,8 @@ class Trainer(Loop):
             self.target.step()
         for average in self.averages.values():
             average.update(self.length.batch_size)
-        if self.adaptive is not None:
-            self.adaptive.update(chain)
+        if self.adaptive is not None and states is not None:
+            self.adaptive.update(states)
         return figures
 
     @property
@@ -294,6 +299,16 @@ class Trainer(Loop):
             self.adaptive.state_dict()
         )  # uniform starts have no state
         return self.gradients(states, partial(self._around, generator), learning=learning)
+
+    def _descend_fused(
+        self, step: FusedStep, x0: Tensor, labels: Tensor | None, generator: Generator
+    ) -> dict[str, float]:
+        """The same by a fused step, of the whole batch at once."""
+        loss_value, td_error = step(
+            x0, cond=labels, generator=generator, around=partial(self._around, generator)
+        )
+        self.optimiser.backward(loss_value, self.gradients.factor)
+        return {"loss_value": loss_value.item(), "td_error": td_error.item()}
 
     @contextmanager
     def _around(self, generator: Generator) -> Iterator[None]:

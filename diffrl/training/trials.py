@@ -12,10 +12,10 @@ from torch import Tensor
 from diffrl import keys
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.objectives.chain_value import ChainValue
 from diffrl.objectives.scheme import Objective
 from diffrl.objectives.stand_ins import OverChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss
-from diffrl.objectives.value import ChainValue
 from diffrl.objectives.weights import ChainTerms
 from diffrl.shapes import event_mean
 from diffrl.training.ema import EMA

@@ -11,7 +11,7 @@ import torch
 
 from tests.kit.paths import ROOT
 
-METHODS = ("Monte Carlo", "TD(λ), own", "TD(λ), target", "TD-EDM")
+METHODS = ("Monte Carlo", "TD(λ), own", "TD(λ), target", "TD-EDM", "TD(λ), own, on shifted grids")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The training loop: reproducible, resumable, stopped by what is not finite, and each part as documented."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffrl.data.dataset import Data
 from diffrl.data.image_files import DataError
 from diffrl.diffusion.trajectories import ChainSampler
 from diffrl.objectives.scheme import Objective
+from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffrl.training.loop import step_generator
 from diffrl.training.optim import NonFiniteLoss, Optim
@@ -26,6 +28,29 @@ BOOTSTRAPS = [
     ({"bootstrap": "target"}, Target(decay=0.9)),
     ({"bootstrap": "target"}, Target(every=4)),
 ]
+
+
+class Unknown:
+    """Draws what it is given to draw by, under a name that nothing is fused with."""
+
+    def __init__(self, draw: ChainSampler) -> None:
+        self._draw = draw
+
+    def __call__(self, x0: Tensor, **options: Any) -> TensorDict:
+        return self._draw(x0, **options)
+
+
+@pytest.mark.parametrize(("loss", "target"), BOOTSTRAPS)
+@pytest.mark.parametrize("jitter", [False, True])
+def test_fused_steps_train_the_same_weights(loss: dict[str, Any], target: Target, jitter: bool) -> None:
+    runs = [make(loss=loss, target=target, arithmetic=Arithmetic(reduction="sum")) for _ in range(2)]
+    draw = replace(runs[0].objective.draw, jitter=jitter)  # type: ignore[type-var]
+    runs[0].objective = Objective("td", runs[0].loss, draw)
+    runs[1].objective = Objective("td", runs[1].loss, Unknown(draw))
+    assert (runs[0].objective.fused is None) == (loss.get("bootstrap") == "residual")
+    assert runs[1].objective.fused is None
+    assert take(runs[0], 12) == take(runs[1], 12)
+    assert differing(state(runs[0]), state(runs[1])) == []
 
 
 # Same seed, same result; stop at any moment, resume, same result

@@ -16,8 +16,8 @@ from diffrl.diffusion.schedules.base import Schedule
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.diffusion.schedules.flow import Flow
 from diffrl.errors import InputError
+from diffrl.objectives.chain_value import value_module
 from diffrl.objectives.denoiser_loss import DenoiserLoss, rows
-from diffrl.objectives.value import value_module
 from diffrl.shapes import event_mean, expand_like
 
 __all__ = [
