@@ -25,12 +25,12 @@ from diffrl.training.distributed import Ranks
 from diffrl.training.ema import EMA
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optimiser
-from diffrl.training.packed import MARK
+from diffrl.training.packed import MARK, Shapes
 
 __all__ = ["Sharding", "part_of", "require_shardable"]
 
 
-WriteParts = Callable[[Path | None], set[str]]
+WriteParts = Callable[[Path | None], Shapes]
 
 
 def part_of(x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Sharding:
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], WriteParts]:
         """What one process writes of sets of weights and a training state, and what has all of them write their parts.
 
-        That takes a folder, which the first process gives, and tells the names of the sets that it wrote parts of.
+        That takes a folder, which the first process gives, and tells the shapes of the whole tensors.
         """
         parts: dict[str, DTensor] = {}
         rest: dict[str, dict[str, Tensor]] = {}
@@ -165,7 +165,7 @@ class Sharding:
         left: dict[str, Any] = tree_map(marked, dict(training))
         return rest, left, partial(self._write, parts)
 
-    def _write(self, parts: Mapping[str, DTensor], folder: Path | None) -> set[str]:
+    def _write(self, parts: Mapping[str, DTensor], folder: Path | None) -> Shapes:
         place = self.ranks.from_first(lambda: str(folder))
         writer = HuggingFaceStorageWriter(place, save_distributed=True)  # safetensors: the other one pickles
         try:
@@ -176,7 +176,7 @@ class Sharding:
             raise OSError(f"a process could not write its part: {reason[:300]}") from error
         for number, path in enumerate(sorted(Path(place).glob("shard-*.safetensors")) if folder else (), 1):
             path.rename(path.with_name(f"part_{number:05d}.safetensors"))
-        return {name.partition(".")[0] for name in parts}
+        return {name: x.shape for name, x in parts.items()}
 
     def syncing(self, last: bool) -> None:
         """Whether the next gradient is summed over the processes: that of the last part of a batch."""
