@@ -305,8 +305,12 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     ranks = Ranks(own_rank(), size, timeout)
     ranks.device(device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    limit = timedelta(seconds=timeout)
     with ranks.answered():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        # where torchrun starts its processes again, the store still has the addresses of the dead ones
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield ranks
     finally:

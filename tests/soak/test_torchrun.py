@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from diffrl.experiments.train import run_experiment
+from diffrl.ranks import RANK_TIMEOUT
 from tests.experiments.test_many_processes import assert_close
 from tests.kit.configs import SMALL, small
 from tests.kit.processes import Running, ended, members, send, start, wait_until
@@ -56,13 +57,18 @@ def undisturbed(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-def begun(kind: str, base: str, folder: Path, rows: int = 22) -> Running:
-    """A run that has written so many rows, and so at least two checkpoints."""
+def begun(kind: str, base: str, folder: Path, *more: str, launcher: tuple[str, ...] = TORCHRUN) -> Running:
+    """A run that has written 22 rows, and so two checkpoints."""
     words = [*KINDS[kind], *([base] if kind == "tuned" else [])]
-    running = start(*words, f"run_dir={folder}", launcher=TORCHRUN)
+    running = start(*words, *more, f"run_dir={folder}", launcher=launcher)
+    taken(folder, running, 22)
+    return running
+
+
+def taken(folder: Path, running: Running, rows: int) -> None:
+    """Wait until a run has written so many rows."""
     table = folder / "metrics.csv"
     wait_until(lambda: table.exists() and len(table.read_bytes().splitlines()) > rows, running, 300)
-    return running
 
 
 def gone_on(kind: str, folder: Path) -> dict[str, Any]:
@@ -93,6 +99,33 @@ def test_what_is_killed_ends_soon_and_goes_on_to_the_same(
         assert code == 1 and said.count("lost another one") == 1
     assert not (folder / "results.json").exists()
     assert_equal(gone_on(kind, folder), undisturbed[kind])
+
+
+def test_one_that_hangs_is_waited_for_no_longer_than_was_said(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    running = begun("plain", "", tmp_path / "run", "rank_timeout=8")
+    send(signal.SIGSTOP, [p for p in _workers(running) if _rank(p) == 1])
+    code, said = ended(running, 8 + SECONDS)
+    assert code == 1 and said.count("within 8 s (rank_timeout)") == 1
+    found = gone_on("plain", tmp_path / "run")
+    assert found["results"]["config"].pop("rank_timeout") == 8
+    found["results"]["config"]["rank_timeout"] = RANK_TIMEOUT
+    assert_equal(found, undisturbed["plain"])
+
+
+def test_torchrun_starts_a_run_that_goes_on_again(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    folder = tmp_path / "run"
+    running = begun("plain", "", folder)
+    running.send_signal(signal.SIGTERM)
+    ended(running)
+    known = len((folder / "metrics.csv").read_bytes().splitlines())
+    running = start("train", f"resume={folder}", launcher=(*TORCHRUN, "--max-restarts=1"))
+    taken(folder, running, known + 12)
+    send(signal.SIGKILL, _workers(running)[:1])
+    code, said = ended(running)
+    assert code == 0, said
+    assert_equal(state(folder), undisturbed["plain"])
 
 
 def test_two_commands_into_one_folder_at_once(tmp_path: Path, undisturbed: dict[str, Any], base: str) -> None:
