@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,6 +65,11 @@ def require_shardable(loss: DenoiserLoss, arithmetic: Arithmetic, scale: LossSca
             )
 
 
+def _no_view(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
+    """FSDP2 warns of an output that is a view of another tensor: changed in place, it would not be waited for."""
+    return out.clone() if out._is_view() else out
+
+
 class Sharding:
     """A denoiser in training that is cut among processes, along the first dim of each tensor.
 
@@ -97,6 +102,7 @@ class Sharding:
         state = optimiser.state_dict()
         with ranks.answered():
             self._mesh = init_device_mesh(device.type, (ranks.size,))
+            denoiser.network.register_forward_hook(_no_view)
             self.network = fully_shard(denoiser.network, mesh=self._mesh, reshard_after_forward=False)
             for p in known:
                 p.data = p.new_empty(0)  # a loss registers them too

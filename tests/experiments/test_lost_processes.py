@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     def patch(late: Any, parent_now: Callable[[], int]) -> None:
         TrainingJob.evaluate, os.getppid = late, parent_now  # type: ignore[method-assign]
 
+    warnings.filterwarnings("error", message="FSDP2")
     meet()
     patch(evaluate_late, parent)
     said["late"] = str(run_experiment(configs["late"], progress=False).path)
