@@ -27,6 +27,9 @@ Made = TypeVar("Made")
 OF_PEERS = re.compile(r"gloo|nccl|process ?group|connection|timed? ?out|heartbeat|broken pipe", re.IGNORECASE)
 """What errors of torch say that are about another process."""
 
+LAUNCHER_TIMEOUT = 30.0
+"""Seconds that a process waits for torchrun, which is there before it, to answer."""
+
 
 class RankLost(DiffrlError, RuntimeError):
     """Another process of the run has ended, or did not answer in time."""
@@ -305,9 +308,11 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     ranks = Ranks(own_rank(), size, timeout)
     ranks.device(device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    limit = timedelta(seconds=timeout)
+    limit, launched = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     with ranks.answered():
-        store, rank, _ = next(dist.rendezvous("env://", timeout=limit))
+        soon = timedelta(seconds=min(timeout, LAUNCHER_TIMEOUT)) if launched else limit
+        store, rank, _ = next(dist.rendezvous("env://", timeout=soon))
+        store.set_timeout(limit)
         # where torchrun starts its processes again, the store still has the addresses of the dead ones
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)

@@ -16,13 +16,15 @@ import torch.distributed as dist
 from diffrl.errors import DiffrlError
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import TrainingJob, run_experiment
+from diffrl.training import distributed
 from diffrl.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
+from diffrl.training.distributed import RankLost
 from diffrl.training.lock import folder_lock
 from diffrl.training.runs import load
 from diffrl.training.trainer import Trainer
 from tests.experiments.test_many_processes import WORDS, assert_close
 from tests.kit.configs import small
-from tests.kit.pairs import in_pair, lose_the_other, stopped
+from tests.kit.pairs import free_ports, in_pair, lose_the_other, stopped
 from tests.kit.run_states import state
 
 pytestmark = [
@@ -206,3 +208,15 @@ def test_what_is_damaged_of_a_checkpoint_in_parts_is_named_with_the_older_one(
     cut_short(newest), lost(older)
     with pytest.raises(CheckpointError, match=r"there is no older sound one: delete it to start again$"):
         load_checkpoint(newest)
+
+
+def test_processes_whose_launcher_is_gone_before_they_meet_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not after the time that they would wait for each other."""
+    monkeypatch.setattr(distributed, "LAUNCHER_TIMEOUT", 0.2)
+    told = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    for name, value in (told | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    begun = time.monotonic()
+    with pytest.raises(RankLost, match="process 1 of 2 lost another one"), distributed.joined("cpu", 600):
+        pass
+    assert time.monotonic() - begun < 60
