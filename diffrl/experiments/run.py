@@ -148,8 +148,9 @@ class Job(ABC):
         )
         if not ended:
             place = " of ".join([f"{self.loop.step_name} {self.loop.step}", *self.tag.values()])
+            why = "what started the processes has ended: " if self.loop.ranks.abandoned else ""
             raise Interrupted(
-                f"stopped after {place}, and saved; continue with {setting('resume', folder.path)}"
+                f"{why}stopped after {place}, and saved; continue with {setting('resume', folder.path)}"
             )
 
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from diffrl.errors import DiffrlError, InputError
 from diffrl.text_files import sync_folder
 from diffrl.training.identity import Facts, surroundings
+from diffrl.training.packed import Shapes, entries, joined, pack_training, pack_weights, sets_of, with_parts
 from diffrl.training.packed import entry as _entry
-from diffrl.training.packed import joined, pack_training, pack_weights, with_parts
 
 __all__ = [
     "Checkpoint",
@@ -89,7 +89,7 @@ def save_checkpoint(
     identity: Facts | None = None,
     device: torch.device | str = "cpu",
     ranks: int = 1,
-    parts: Callable[[Path], set[str]] | None = None,
+    parts: Callable[[Path], Shapes] | None = None,
 ) -> Path:
     """Writes `folder/step_<step>/`, then removes all but the newest `keep` checkpoints up to this step.
 
@@ -105,7 +105,7 @@ def save_checkpoint(
         device: where it was computed.
         ranks: by how many processes.
         parts: has all of them write their parts of further tensors as `part_00001.safetensors`, ... to the folder that
-            it is given, by names that begin with that of a set and a dot; gives the names of these sets.
+            it is given; tells the shapes of the whole tensors.
 
     Returns:
         The checkpoint's path.
@@ -129,10 +129,10 @@ def save_checkpoint(
         files = {_TRAINING: _write(temporary / _TRAINING, pack_training(training))}
         for file, tensors in ((name + _WEIGHTS, tensors) for name, tensors in weights.items()):
             files[file] = _write(temporary / file, pack_weights(tensors))
-        cut = [] if parts is None else sorted(parts(temporary))
-        files |= {p.name: _entry(p.read_bytes()) for p in sorted(temporary.glob("part_[0-9]*" + _WEIGHTS))}
+        shapes = {} if parts is None else {name: [*shape] for name, shape in parts(temporary).items()}
+        files |= entries(temporary, shapes)
         manifest = {
-            **({"format": _FORMAT, "parts": cut} if cut else {"format": 1}),
+            **({"format": _FORMAT, "parts": sets_of(shapes), "shapes": shapes} if shapes else {"format": 1}),
             "step": step,
             "versions": surroundings(device, ranks),
             "identity": dict(identity or {}),
@@ -217,7 +217,7 @@ def load_weights(path: Path, name: str) -> dict[str, Tensor]:
         files, cut = manifest["files"], name in manifest["parts"]
         named = [k for k in files if k == file or (cut and _PART.fullmatch(k))]
         contents = {k: _read_file(path / k, files[k]) for k in named}
-        return _weights_of(contents)[0][name]
+        return _weights_of(contents, manifest["shapes"] if cut else {})[0][name]
     except _Damage as damage:
         raise CheckpointError(f"checkpoint {path}: {damage}; {_remedy(path)}") from damage
 
@@ -257,7 +257,7 @@ class _Damage(Exception):
 def _read(path: Path) -> Checkpoint:
     manifest = _read_manifest(path)
     contents = {name: _read_file(path / name, entry) for name, entry in manifest["files"].items()}
-    weights, cut = _weights_of(contents)
+    weights, cut = _weights_of(contents, manifest["shapes"])
     try:
         training = torch.load(io.BytesIO(contents[_TRAINING]), map_location="cpu", weights_only=True)
     except Exception as error:  # torch has a dozen types for a file that it cannot or will not read
@@ -274,7 +274,9 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(manifest["step"], weights, training, manifest["versions"], manifest["identity"])
 
 
-def _weights_of(contents: Mapping[str, bytes]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _weights_of(
+    contents: Mapping[str, bytes], shapes: Shapes
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Sets of weights out of the bytes of files, and tensors of the training state that are in parts."""
     parts = [data for name, data in contents.items() if _PART.fullmatch(name)]
     weights = {
@@ -283,7 +285,7 @@ def _weights_of(contents: Mapping[str, bytes]) -> tuple[dict[str, dict[str, Tens
         if name.endswith(_WEIGHTS) and not _PART.fullmatch(name)
     }
     try:
-        found = joined(parts)
+        found = joined(parts, shapes)
     except (ValueError, safetensors.SafetensorError) as error:
         raise _Damage(f"its parts do not make whole tensors ({error})") from error
     for name, tensors in found.items():
@@ -317,6 +319,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             and isinstance(manifest["versions"], dict)
             and isinstance(manifest.setdefault("identity", {}), dict)
             and all(isinstance(name, str) for name in manifest.setdefault("parts", []))
+            and all(isinstance(n, int) for shape in manifest.setdefault("shapes", {}).values() for n in shape)
             and _TRAINING in manifest["files"]
             and all({"bytes", "sha256"} == entry.keys() for entry in manifest["files"].values())
             and all(

@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ __all__ = ["ALONE", "RankLost", "Ranks", "Share", "bounds_of_units", "joined"]
 Made = TypeVar("Made")
 OF_PEERS = re.compile(r"gloo|nccl|process ?group|connection|timed? ?out|heartbeat|broken pipe", re.IGNORECASE)
 """What errors of torch say that are about another process."""
+
+LAUNCHER_TIMEOUT = 30.0
+"""Seconds that a process waits for torchrun, which is there before it, to answer."""
 
 
 class RankLost(DiffrlError, RuntimeError):
@@ -51,12 +55,18 @@ class Ranks:
     rank: int = 0
     size: int = 1
     timeout: float = RANK_TIMEOUT
+    _parent: int = field(default_factory=os.getppid, repr=False, compare=False)
     _parallel: list[DistributedDataParallel] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes, evaluates and speaks."""
         return self.rank == 0
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether what started this process with the others, such as torchrun, has ended before it."""
+        return self.size > 1 and os.getppid() != self._parent
 
     def share(self, states: TensorDictBase) -> Share:
         """The rows that this process takes of a batch [B, K]: as many as others have, or one more; whole groups.
@@ -115,27 +125,57 @@ class Ranks:
         return found
 
     def from_first(self, make: Callable[[], Made]) -> Made:
-        """What the first process makes, in all of them.
+        """What the first process makes, in all of them; however long that takes, the others wait while it lives.
 
         Raises:
             RankLost: in the others, where it could not be made; in the first one the error itself.
         """
         if self.size == 1:
             return make()
-        made: list[Any] = [None, None]
-        if self.first:
-            try:
-                made = ["made", make()]
-            except Exception:
-                with self.answered():
-                    dist.broadcast_object_list(["failed", None])
-                raise
+        if not self.first:
+            return cast(Made, self._heard())
+        try:
+            with self._heartbeat():
+                made = make()
+        except Exception:
+            self._tell("failed")
+            raise
+        self._tell("made", made)
+        return made
+
+    def _tell(self, word: str, what: object = None) -> None:
         with self.answered():
-            dist.broadcast_object_list(made)
-        if made[0] == "failed":
+            dist.broadcast_object_list([word, what])
+
+    def _heard(self) -> object:
+        """What the first process tells at last."""
+        told: list[Any] = ["at it", None]
+        while told[0] == "at it":
+            with self.answered():
+                dist.broadcast_object_list(told)
+        if told[0] == "failed":
             raise RankLost("the first process could not go on: see what it says")
-        found: Made = made[1]
-        return found
+        return told[1]
+
+    @contextmanager
+    def _heartbeat(self) -> Iterator[None]:
+        """Within, a thread tells the others from time to time that this process is still at it."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self.timeout / 4):
+                try:
+                    self._tell("at it")
+                except RankLost:  # the next that is told raises it, in the main thread
+                    return
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse processes that were given different things.
@@ -268,8 +308,14 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
     ranks = Ranks(own_rank(), size, timeout)
     ranks.device(device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    limit, launched = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     with ranks.answered():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        soon = timedelta(seconds=min(timeout, LAUNCHER_TIMEOUT)) if launched else limit
+        store, rank, _ = next(dist.rendezvous("env://", timeout=soon))
+        store.set_timeout(limit)
+        # where torchrun starts its processes again, the store still has the addresses of the dead ones
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield ranks
     finally:

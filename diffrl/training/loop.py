@@ -38,6 +38,7 @@ from diffrl.training.identity import (
 )
 from diffrl.training.lock import folder_lock
 from diffrl.training.optim import NonFiniteLoss
+from diffrl.training.packed import Shapes
 
 __all__ = ["Cadence", "Loop", "at_least_one", "step_generator"]
 
@@ -201,9 +202,13 @@ class Loop(ABC):
         return False
 
     def _keep(self) -> None:
-        """Save, where there is a folder; of several processes one does."""
-        if self.folder is not None and (self.ranks.first or self.together):
+        """Save, where there is a folder; of several processes one does, and the others wait for it."""
+        if self.folder is None:
+            return
+        if self.together:
             self.save()
+        else:
+            self.ranks.from_first(self.save)
 
     def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row:
         try:
@@ -247,9 +252,7 @@ class Loop(ABC):
 
     def _stored(
         self,
-    ) -> tuple[
-        Mapping[str, Mapping[str, Tensor]], Mapping[str, Any], Callable[[Path | None], set[str]] | None
-    ]:
+    ) -> tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any], Callable[[Path | None], Shapes] | None]:
         """What `_state` gives, and what has all processes write their parts of further tensors."""
         return *self._state(), None
 
@@ -334,7 +337,8 @@ class Loop(ABC):
         Args:
             report: takes a row of figures; a loss in it is that of its step.
             evaluate: figures every `eval_every` steps and at both ends.
-            stop: asked after every step; if true, a checkpoint is written and the loop ends.
+            stop: asked after every step; if true, a checkpoint is written and the loop ends, as it does where what
+                started several processes has ended.
             finished: looks at every row with an evaluation; a reason ends the loop for good (early stop).
             progress: whether to show the bar.
 
@@ -371,7 +375,7 @@ class Loop(ABC):
                 bar.update()
                 if reason is not None and not last:
                     bar.write(f"stopped early after {self.step_name} {self.step}: {reason}")
-                stopping = reason is not None or (ranks.any(stop()) and not last)
+                stopping = reason is not None or (ranks.any(stop() or ranks.abandoned) and not last)
                 if stopping:
                     self._keep()
                     return reason is not None

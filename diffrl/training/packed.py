@@ -5,7 +5,8 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -15,7 +16,13 @@ from torch.utils._pytree import tree_map
 
 from diffrl.errors import InputTypeError
 
-__all__ = ["MARK", "entry", "joined", "pack_training", "pack_weights", "with_parts"]
+__all__ = [
+    *("MARK", "Shapes", "entries", "entry", "joined", "pack_training", "pack_weights", "sets_of"),
+    "with_parts",
+]
+
+Shapes = Mapping[str, Sequence[int]]
+"""Of whole tensors that are in parts, by name, which begins with that of a set and a dot."""
 
 MARK = "a tensor in parts: "
 """Before the name of a tensor that stands among the parts, in its place in the training state."""
@@ -56,11 +63,34 @@ def entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def joined(files: Iterable[bytes]) -> dict[str, dict[str, Tensor]]:
+def sets_of(shapes: Shapes) -> list[str]:
+    """The sets that the tensors belong to."""
+    return sorted({name.partition(".")[0] for name in shapes})
+
+
+def entries(folder: Path, shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files with parts in a folder.
+
+    Raises:
+        OSError: they do not hold all of the tensors of these shapes.
+    """
+    told, found = {}, dict.fromkeys(shapes, 0)
+    for path in sorted(folder.glob("part_[0-9]*.safetensors")):
+        data = path.read_bytes()
+        told[path.name], header = entry(data), _header(data)
+        for name in found.keys() & header.keys():
+            found[name] += math.prod(header[name]["shape"])
+    if lost := [name for name, shape in shapes.items() if found[name] != math.prod(shape)]:
+        raise OSError(f"a process has written its part of {lost[0]} elsewhere: all have to see the folder")
+    return told
+
+
+def joined(files: Iterable[bytes], shapes: Shapes) -> dict[str, dict[str, Tensor]]:
     """Whole tensors out of safetensors files with their parts, as torch.distributed.checkpoint writes them.
 
     Args:
-        files: their bytes; the name of a tensor begins with that of its set and a dot.
+        files: their bytes.
+        shapes: of the tensors, as far as they are known.
 
     Returns:
         Set → name → tensor.
@@ -70,25 +100,38 @@ def joined(files: Iterable[bytes]) -> dict[str, dict[str, Tensor]]:
     """
     parts: dict[str, list[tuple[list[int], Tensor]]] = {}
     for data in files:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = _header(data)
         try:
             offsets = json.loads(header["__metadata__"][OFFSETS])
             for name, part in safetensors.torch.load(data).items():
                 parts.setdefault(name, []).append((offsets[name]["saved_offsets"], part))
         except (KeyError, TypeError) as error:
             raise ValueError("it does not say of which tensors its parts are") from error
+    if lost := shapes.keys() - parts.keys():
+        raise ValueError(f"parts of {min(lost)} are missing")
     sets: dict[str, dict[str, Tensor]] = {}
     for name, found in parts.items():
         of, _, own = name.partition(".")
-        sets.setdefault(of, {})[own] = _put_together(name, found)
+        sets.setdefault(of, {})[own] = _put_together(name, found, shapes.get(name))
     return sets
 
 
-def _put_together(name: str, parts: list[tuple[list[int], Tensor]]) -> Tensor:
+def _header(data: bytes) -> dict[str, Any]:
+    """What a safetensors file says of its tensors."""
+    found: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return found
+
+
+def _put_together(
+    name: str, parts: list[tuple[list[int], Tensor]], whole_shape: Sequence[int] | None
+) -> Tensor:
     shape = [
         max(sizes) for sizes in zip(*(map(sum, zip(o, x.shape, strict=True)) for o, x in parts), strict=True)
     ]
-    if sum(x.numel() for _, x in parts) != math.prod(shape):
+    distinct = {tuple(o) for o, x in parts if x.numel() > 0}
+    once = len(distinct) == sum(x.numel() > 0 for _, x in parts)
+    complete = once and sum(x.numel() for _, x in parts) == math.prod(shape)
+    if not complete or shape != [*(whole_shape or shape)]:
         raise ValueError(f"parts of {name} are missing")
     whole = parts[0][1].new_empty(shape)
     for offsets, x in parts:

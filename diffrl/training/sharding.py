@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,12 +25,12 @@ from diffrl.training.distributed import Ranks
 from diffrl.training.ema import EMA
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optimiser
-from diffrl.training.packed import MARK
+from diffrl.training.packed import MARK, Shapes
 
 __all__ = ["Sharding", "part_of", "require_shardable"]
 
 
-WriteParts = Callable[[Path | None], set[str]]
+WriteParts = Callable[[Path | None], Shapes]
 
 
 def part_of(x: Tensor) -> Tensor:
@@ -65,6 +65,11 @@ def require_shardable(loss: DenoiserLoss, arithmetic: Arithmetic, scale: LossSca
             )
 
 
+def _no_view(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
+    """FSDP2 warns of an output that is a view of another tensor: changed in place, it would not be waited for."""
+    return out.clone() if out._is_view() else out
+
+
 class Sharding:
     """A denoiser in training that is cut among processes, along the first dim of each tensor.
 
@@ -97,6 +102,7 @@ class Sharding:
         state = optimiser.state_dict()
         with ranks.answered():
             self._mesh = init_device_mesh(device.type, (ranks.size,))
+            denoiser.network.register_forward_hook(_no_view)
             self.network = fully_shard(denoiser.network, mesh=self._mesh, reshard_after_forward=False)
             for p in known:
                 p.data = p.new_empty(0)  # a loss registers them too
@@ -148,7 +154,7 @@ class Sharding:
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], WriteParts]:
         """What one process writes of sets of weights and a training state, and what has all of them write their parts.
 
-        That takes a folder, which the first process gives, and tells the names of the sets that it wrote parts of.
+        That takes a folder, which the first process gives, and tells the shapes of the whole tensors.
         """
         parts: dict[str, DTensor] = {}
         rest: dict[str, dict[str, Tensor]] = {}
@@ -165,7 +171,7 @@ class Sharding:
         left: dict[str, Any] = tree_map(marked, dict(training))
         return rest, left, partial(self._write, parts)
 
-    def _write(self, parts: Mapping[str, DTensor], folder: Path | None) -> set[str]:
+    def _write(self, parts: Mapping[str, DTensor], folder: Path | None) -> Shapes:
         place = self.ranks.from_first(lambda: str(folder))
         writer = HuggingFaceStorageWriter(place, save_distributed=True)  # safetensors: the other one pickles
         try:
@@ -176,7 +182,7 @@ class Sharding:
             raise OSError(f"a process could not write its part: {reason[:300]}") from error
         for number, path in enumerate(sorted(Path(place).glob("shard-*.safetensors")) if folder else (), 1):
             path.rename(path.with_name(f"part_{number:05d}.safetensors"))
-        return {name.partition(".")[0] for name in parts}
+        return {name: x.shape for name, x in parts.items()}
 
     def syncing(self, last: bool) -> None:
         """Whether the next gradient is summed over the processes: that of the last part of a batch."""
