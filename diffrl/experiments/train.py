@@ -145,6 +145,9 @@ def _of_trainer(config: Mapping[str, Any]) -> tuple[Length, Arithmetic]:
     )
 
 
+_Look = tuple[dict[str, dict[str, float]], dict[str, Tensor]]
+
+
 class TrainingJob(Job):
     """One objective of an experiment: its trainer, and how it is evaluated.
 
@@ -192,6 +195,7 @@ class TrainingJob(Job):
             raise InputError(
                 f"eval.quality_every is {every}: give a multiple of trainer.eval_every, {look}, or 0 for no looks"
             )
+        self._look: tuple[int, _Look] | None = None
         self.oracle = build_oracle(data, denoiser.process)
         if self.oracle is not None:
             self.oracle.to(config["device"])
@@ -256,7 +260,7 @@ class TrainingJob(Job):
         row = {f"{name}_{sigma}": error for name, found in errors for sigma, error in found.items()}
         step, every = self.trainer.step, self.evaluation.quality_every
         if every and (step % every == 0 or step == self.trainer.length.total):
-            row |= by_columns(self.evaluation, self._quality(self.average))
+            row |= by_columns(self.evaluation, self._quality(self.average)[0])
         return row
 
     def run(self, folder: RunFolder, interrupted: Callable[[], bool], progress: bool) -> dict[str, Any]:
@@ -291,21 +295,28 @@ class TrainingJob(Job):
 
     def _measured(self, denoiser: Denoiser) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Errors and distances of samples, for results.json, and samples to show, by network evaluations."""
-        samples: dict[str, Tensor] = {}
-        found = self._quality(denoiser, lambda nfe, x: samples.update({nfe: shown(x)}))
+        found, samples = self._quality(denoiser)
         return {**self.errors(denoiser), **for_results(self.evaluation, found)}, samples
 
-    def _quality(
-        self, denoiser: Denoiser, each: Callable[[str, Tensor], None] = lambda nfe, x: None
-    ) -> dict[str, dict[str, float]]:
-        """All measures of a denoiser's samples, by measure and network evaluations."""
-        return measure_samples(
+    def _quality(self, denoiser: Denoiser) -> _Look:
+        """All measures of a denoiser's samples, by measure and network evaluations, and those to show.
+
+        The last look while training is that of the results too.
+        """
+        step = self.trainer.step
+        if denoiser is self.average and self._look is not None and self._look[0] == step:
+            return self._look[1]
+        samples: dict[str, Tensor] = {}
+        found = measure_samples(
             self.evaluation,
             self.reference,
             lambda num_steps: self._draw(num_steps, self.evaluation.samples, denoiser),
             broken=lambda num_steps: self.trainer.not_finite("samples that hold NaN or infinity"),
-            each=each,
+            each=lambda nfe, x: samples.update({nfe: shown(x)}),
         )
+        if denoiser is self.average:
+            self._look = step, (found, samples)
+        return found, samples
 
     def _warn_of_divergence(self, folder: RunFolder) -> None:
         """Say so if the network is far worse at the end than it was before its first step."""

@@ -148,6 +148,12 @@ class Evaluation:
             FileError: a file of weights or of statistics cannot be read.
             MissingExtra: a measure needs a package that is not installed.
         """
+        for key, names in (("distance", [self.distance]), ("quality", self.quality)):
+            for name in names:
+                try:
+                    features_of(name)
+                except InputError as error:
+                    raise InputError(f"eval.{key}: {error}") from error
         y = _reference(data)
         few = y[:64]
         with of_group("eval", ("max_gib", "statistics", "weights")):

@@ -2,8 +2,10 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from diffrl.errors import DiffrlError
 from diffrl.experiments.evaluate import evaluate_run
@@ -22,10 +24,24 @@ LOOKS = (f"eval.quality=[{','.join(MEASURES)}]", "eval.quality_every=10", "eval.
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def drawn() -> list[int]:
+    """Levels of all samples that were drawn."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, drawn: list[int]) -> RunFolder:
     folder = tmp_path_factory.mktemp("quality") / "run"
     words = (f"run_dir={folder}", *SHORT, *LOOKS)
-    return run_experiment(small(*words), progress=False)
+    draw = TrainingJob._draw
+
+    def noted(job: TrainingJob, num_steps: int, samples: int, *which: Any) -> tuple[Tensor, int]:
+        drawn.extend([num_steps] * (samples == 40))
+        return draw(job, num_steps, samples, *which)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingJob, "_draw", noted)
+        return run_experiment(small(*words), progress=False)
 
 
 def rows(folder: RunFolder) -> list[dict[str, str]]:
@@ -44,12 +60,13 @@ def test_figures_at_the_end_carry_features_number_and_seed(measured: RunFolder) 
     assert "precision (identity), NFE 3" in table and "40 samples, key 7" in table
 
 
-def test_training_is_looked_at_at_its_own_interval(measured: RunFolder) -> None:
+def test_training_is_looked_at_at_its_own_interval(measured: RunFolder, drawn: list[int]) -> None:
     table, found = rows(measured), measured.results()["objectives"]["td"]
     columns = [f"{m}@40_key7_nfe{n}" for m in ("sliced_w2", *MEASURES) for n in (3, 7)]
     assert [*table[0]][-10:] == columns
     looked = {row["grad_steps"]: [bool(row[name]) for name in columns] for row in table}
     assert looked == {str(step): 10 * [step % 10 == 0] for step in (0, 5, 10, 15, 20)}
+    assert drawn == [1, *3 * [2, 4]]  # once to try it; the last look is that of the results
     last = table[-1]
     assert float(last["sliced_w2@40_key7_nfe7"]) == found["sample_distance"]["by_nfe"]["7"]
     assert float(last["kid_identity@40_key7_nfe3"]) == found["quality"]["kid_identity@40_key7"]["3"]
@@ -92,7 +109,11 @@ def test_the_picture_shows_the_figures(measured: RunFolder, unrendered: None) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["eval.quality=[fid]"], "no distance is called 'fid'; there are w2"),
+        (["eval.quality=[fid]"], "^eval.quality: no distance is called 'fid'; there are w2"),
+        (
+            ["eval.distance=fd_nope"],
+            "^eval.distance: no distance is called 'fd_nope'; .* before one of digits_cnn",
+        ),
         (["eval.quality=[fd_digits_cnn]"], r"takes images \[N, 1, 8, 8\]"),
         (
             ["eval.quality=[fd_inception]"],
