@@ -209,7 +209,13 @@ class _Columns:
         """Samples, and the class of each."""
         labels = None
         if self.label is not None:
-            labels = np.asarray(table.with_format("arrow")[self.label].to_pylist())
+            given = table.with_format("arrow")[self.label].to_pylist()
+            if None in given:
+                raise DataError(
+                    f"{path}: column {self.label!r} has no label in row {given.index(None)}: take out such rows, or "
+                    "give conditional=false"
+                )
+            labels = np.asarray(given)
             if labels.dtype.kind not in "U":
                 labels = check_labels(labels, len(table), f"{path}: column {self.label!r}")
                 if self.classes is not None and labels.max() >= len(self.classes):

@@ -117,6 +117,12 @@ def test_what_cannot_be_meant_is_told_with_what_there_is(datasets: Any, tmp_path
                 hf(str(tmp_path / "bad"), mapped=mapped, test_fraction=0.5).batch(1)
 
 
+def test_a_row_without_a_label_is_named(datasets: Any, tmp_path: Path) -> None:
+    table(datasets, tag=["cat", None, *("dog",) * 18]).save_to_disk(str(tmp_path / "gap"))
+    with pytest.raises(DataError, match="column 'tag' has no label in row 1: take out such rows, or"):
+        hf(str(tmp_path / "gap"), conditional=True, label_column="tag")
+
+
 def test_a_name_of_a_hub_or_a_missing_library_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
