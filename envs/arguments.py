@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrl.data.dataset import Data, pieces
-from diffrl.data.image_files import check_finite
+from diffrl.data.image_files import DataError, check_finite
 from diffrl.diffusion.laws import NoiseFn
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
@@ -77,9 +77,8 @@ def as_tensor(name: str, given: Any) -> Tensor:
     try:
         return torch.tensor(np.asarray(given))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputTypeError(
-            f"{name} is a {type(given).__name__}: give an array or a tensor of numbers"
-        ) from error
+        what = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
+        raise InputTypeError(f"{name} is {what}: give an array or a tensor of numbers") from error
 
 
 def as_data(given: Any) -> Data | Tensor:
@@ -180,10 +179,15 @@ def require_states(name: str, x: Tensor, batch: Sequence[int], event: Sequence[i
         ValueError: they have another shape, which could broadcast in silence.
         DataError: they hold NaN or infinity.
     """
-    require_floating([(name, x)])
-    if x.shape != (*batch, *event):
-        raise InputError(f"{name} has shape {tuple(x.shape)}, but {(*batch, *event)} is needed")
-    check_finite(x.reshape(-1, *event), name)
+    shape = (*batch, *event)
+    if not x.is_floating_point():
+        raise InputTypeError(f"{name} has dtype {x.dtype}: give numbers of a floating dtype, shape {shape}")
+    if x.shape != shape:
+        raise InputError(f"{name} has shape {tuple(x.shape)}, but {shape} is needed")
+    wrong = (~x.isfinite()).reshape(-1, math.prod(event)).any(1)
+    if bool(wrong.any()):
+        which = f": sample {int(wrong.nonzero()[0])}" if batch else ""
+        raise DataError(f"{name}{which} holds NaN or infinity")
 
 
 def fresh_noise(source: NoiseFn, x: Tensor) -> Tensor:

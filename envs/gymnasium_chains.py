@@ -86,12 +86,13 @@ class Chains(ABC):
         noise: standard normal numbers for a tensor, in place of the streams'.
         device: where states live.
         picture: draws the chains; None: no rendering.
+        plain: whether there is one, on the CPU, and `step_one` is to step it.
     """
 
-    plain: bool
-    """Whether there is one chain, and `step_one` can step it."""
-
-    def __init__(self, n: int, noise: NoiseFn | None, device: torch.device, picture: Picture | None) -> None:
+    def __init__(
+        self, n: int, noise: NoiseFn | None, device: torch.device, picture: Picture | None, *, plain: bool
+    ) -> None:
+        self.plain = plain and device.type == "cpu"
         self.streams, self.rows, self.picture = Streams(n, noise), torch.arange(n, device=device), picture
         self.over = np.ones(n, bool)
         """Which chains have ended, or have not started yet: bool [n]."""

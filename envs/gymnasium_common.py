@@ -29,15 +29,15 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
     _chains: Chains
 
     @abstractmethod
-    def chains(self, n: int) -> Chains:
-        """N such chains, with streams of their own."""
+    def chains(self, n: int, *, plain: bool) -> Chains:
+        """N such chains, with streams of their own; one may be stepped in plain numbers where that is possible."""
 
     def _start_up(self, render_mode: str | None) -> None:
         """What the subclass does last in its constructor."""
         if render_mode not in (None, "rgb_array"):
             raise InputError(f"render_mode is {render_mode!r}: give 'rgb_array' or None")
         self.render_mode = render_mode
-        self._chains = self.chains(1)
+        self._chains = self.chains(1, plain=True)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -115,8 +115,7 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
         self.single_action_space = self.template.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._chains = self.template.chains(num_envs)
-        self._chains.plain = False  # a vector of one steps in tensors, as any vector does
+        self._chains = self.template.chains(num_envs, plain=False)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None

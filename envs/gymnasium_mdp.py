@@ -159,9 +159,9 @@ class DiffusionMDPEnv(SingleChainEnv[Array]):
         self.action_space = spaces.Box(-1, 1, d.event_shape, np.float32)
         self._start_up(render_mode)
 
-    def chains(self, n: int) -> "_Chains":
-        """N such chains, with streams of their own."""
-        return _Chains(self, n)
+    def chains(self, n: int, *, plain: bool) -> "_Chains":
+        """N such chains, with streams of their own; one may be stepped in plain numbers where that is possible."""
+        return _Chains(self, n, plain=plain)
 
     def pretrained_action(self) -> Array:
         """The action of the pretrained sampler at the present latent, drawn anew at each call.
@@ -220,18 +220,17 @@ class DiffusionMDPVectorEnv(VectorChainEnv):
 class _Chains(Chains):
     """Chains of one environment."""
 
-    def __init__(self, env: DiffusionMDPEnv, n: int) -> None:
+    def __init__(self, env: DiffusionMDPEnv, n: int, *, plain: bool) -> None:
         self.env, self.decision_process = env, env.decision_process
         d, device = self.decision_process, env.device
         alpha, sigma = d.process.alpha(d.grid), d.process.sigma(d.grid)
         picture = None
         if env.render_mode is not None:
             picture = Picture(env.data.test, alpha, sigma, largest_number(env.data), n)
-        super().__init__(n, env.noise, device, picture)
+        super().__init__(n, env.noise, device, picture, plain=plain and OneDecisionChain.serves(d))
         start = torch.zeros(n, *d.event_shape, dtype=d.dtype, device=device)
         self._latents = d.latents(torch.zeros_like(self.rows), start)
         self.cond = None if d.conditions is None else d.conditions[[0] * n].to(device)
-        self.plain = n == 1 and device.type == "cpu" and OneDecisionChain.serves(d)
         self._one = OneDecisionChain(d, env.normalise)
 
     @property

@@ -121,9 +121,9 @@ class DiffusionMRPEnv(SingleChainEnv[int]):
             self.reward_dim = event.numel()
         self._start_up(render_mode)
 
-    def chains(self, n: int) -> "_Chains":
-        """N such chains, with streams of their own."""
-        return _Chains(self, n)
+    def chains(self, n: int, *, plain: bool) -> "_Chains":
+        """N such chains, with streams of their own; one may be stepped in plain numbers where that is possible."""
+        return _Chains(self, n, plain=plain)
 
 
 class DiffusionMRPVectorEnv(VectorChainEnv):
@@ -182,18 +182,18 @@ class DiffusionMRPVectorEnv(VectorChainEnv):
 class _Chains(Chains):
     """Chains of one environment."""
 
-    def __init__(self, env: DiffusionMRPEnv, n: int) -> None:
+    def __init__(self, env: DiffusionMRPEnv, n: int, *, plain: bool) -> None:
         r, self.env, picture = env.reward_process, env, None
         if env.render_mode is not None:
             points = r.data if isinstance(r.data, Tensor) else r.data.test
             picture = Picture(points, *r.chain.scales, largest_number(r.data), n)
-        super().__init__(n, env.noise, env.device, picture)
+        super().__init__(n, env.noise, env.device, picture, plain=plain)
         self.reward_process = r
         self.x0 = torch.zeros(n, *r.event_shape, dtype=r.dtype, device=env.device)
         self.reward = self.x0
         self.cond = torch.zeros_like(self.rows) if r.num_classes else None
         self._states = r.states(torch.zeros_like(self.rows), self.x0)
-        self.plain, self._one = n == 1 and env.device.type == "cpu", OneRewardChain(r)
+        self._one = OneRewardChain(r)
 
     @property
     def states(self) -> States:
@@ -281,7 +281,11 @@ class _Chains(Chains):
 
 
 def _require_waiting(action: Array, shape: tuple[int, ...]) -> None:
-    """Refuse another action than 0 for each chain."""
+    """Refuse another action than 0, of one chain (shape ()) or of each of many."""
     if action.shape != shape or (action != 0).any():
-        what = action[0] if action.shape == (1,) else action
-        raise InputError(f"action is {what.tolist()}: the only one is 0, to wait, one for each chain")
+        needed = (
+            "the only one is 0, to wait"
+            if shape == ()
+            else f"give {shape[0]} zeros, one for each chain, to wait"
+        )
+        raise InputError(f"action is {action.tolist()!r}: {needed}")

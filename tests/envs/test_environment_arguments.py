@@ -117,11 +117,29 @@ def test_actions_are_refused_at_their_step_by_name() -> None:
         dense.step(td.set(keys.X0_HAT, torch.zeros(8, 1)))
 
 
+@pytest.mark.parametrize(
+    ("form", "action", "says"),
+    [
+        (MRP, "x", "action is 'x': the only one is 0, to wait$"),
+        (MRP, [0], r"action is \[0\]: the only one is 0"),
+        (MDP, "x", "action is an array of <U1: give an array or a tensor of numbers"),
+        (MDP, [1, 2], r"action has dtype torch.int64: give numbers of a floating dtype, shape \(2,\)"),
+        (MDP, [1.0, float("nan")], "action holds NaN or infinity$"),
+        (MDP, [[1.0, 2.0]], r"action has shape \(1, 2\), but \(2,\) is needed"),
+    ],
+)
+def test_the_action_of_one_chain_is_refused_in_its_own_words(form: str, action: Any, says: str) -> None:
+    env = gymnasium.make(form).unwrapped
+    env.reset(seed=0)
+    with pytest.raises(DiffrlError, match=says):
+        env.step(action)
+
+
 def test_the_vector_reward_process_takes_exactly_its_actions() -> None:
     env = gymnasium.make_vec(MRP, num_envs=3, num_steps=2)
     env.reset(seed=0)
     for action in (np.zeros(7, int), np.zeros((3, 1), int), np.zeros(1, int), 0, np.ones(3, int)):
-        with pytest.raises(ValueError, match="action is .*: the only one is 0, to wait, one for each chain"):
+        with pytest.raises(ValueError, match="action is .*: give 3 zeros, one for each chain, to wait"):
             env.step(action)
     assert env.step(np.zeros(3, int))[1].shape == (3, 2)
 
@@ -151,7 +169,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("gym", {"data": torch.zeros(4, 2, dtype=torch.int64)}, "data has dtype torch.int64"),
     ("gym", {"data": np.zeros(4)}, r"data has shape \(4,\)"),
     ("gym", {"data": np.full((4, 2), np.nan)}, "data: sample 0"),
-    ("gym", {"data": np.array([["a"]])}, "data is a ndarray"),
+    ("gym", {"data": np.array([["a"]])}, "data is an array of <U1: give an array or a tensor of numbers"),
     ("gym", {"process": 3}, "process is 3"),
     ("gym", {"process_kwargs": 3}, "process_kwargs is 3"),
     ("gym", {"process_kwargs": {"sigma": 3}}, "process_kwargs has no 'sigma'"),
@@ -206,16 +224,16 @@ def test_options_of_a_reset_that_are_refused() -> None:
     x = np.zeros(2, np.float32)
     for options, says in (
         (3, "options is 3"),
-        ({"x_t": "a"}, "x_t is a ndarray"),
-        ({"x_t": np.full(2, np.inf)}, "x_t: sample 0"),
+        ({"x_t": "a"}, "x_t is an array of <U1"),
+        ({"x_t": np.full(2, np.inf)}, "x_t holds NaN or infinity"),
         ({"x_t": x, "index": 0.5}, "index is"),
         ({"x_t": x, "index": True}, "index is"),
-        ({"cond": None}, "cond is a ndarray"),
+        ({"cond": None}, "cond is an array of object"),
     ):
         with pytest.raises(DiffrlError, match=says):
             env.reset(options=options)
     for make in (DiffusionMDPEnv, DiffusionMRPEnv):
         with pytest.raises(DiffrlError, match="render_mode is 'human': give 'rgb_array'"):
             make(render_mode="human")
-    with pytest.raises(DiffrlError, match="x0 is a ndarray"):
+    with pytest.raises(DiffrlError, match="x0 is an array of <U1"):
         DiffusionMRPEnv().reset(options={"x0": "a"})
