@@ -1,7 +1,7 @@
 """Temporal-difference learning in a training loop of your own: plain PyTorch, only the loss is another.
 
 python examples/plain_loop.py            # TD(0): ends at a value error of about 0.53
-python examples/plain_loop.py 1          # λ = 1, standard denoising, on the same data and noise: about 0.86
+python examples/plain_loop.py 1          # λ = 1, Monte Carlo, on the same data and noise: about 0.86
 """
 
 import sys

@@ -22,7 +22,7 @@ __all__ = ["is_monte_carlo", "monte_carlo_loss"]
     ),
 )
 def monte_carlo_loss(denoiser: Denoiser, **options: Any) -> ValueLoss:
-    """Standard denoising: the target of every state is the datum, so nothing is bootstrapped.
+    """The loss of standard denoising: the target of every state is the datum, so nothing is bootstrapped.
 
         loss = mean_i w_i ‖δ_i‖²/dim(E),    δ_i = A_i (x0 - D(x_i))
 

@@ -39,7 +39,7 @@ class ValueLoss(DenoiserLoss):
 
     | target | is |
     |---|---|
-    | λ = 1, `monte_carlo` | standard denoising: δ_i = A_i (x0 - D(x_i)) |
+    | λ = 1, `monte_carlo` | the loss of standard denoising: δ_i = A_i (x0 - D(x_i)) |
     | λ < 1, n-step, Markov coupling | TD for diffusion: the same fixed point, less target variance |
     | TD(0) on the 'clean' value, shared noise | consistency training |
 
