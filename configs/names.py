@@ -5,7 +5,8 @@ What the user's own modules or other packages register can only be known by impo
 
 import ast
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import diffrl
 from diffrl.configs.words import Words
 from diffrl.errors import InputError
-from diffrl.registry import ENTRY_POINTS, IMPORT, import_named, registries, user_modules
+from diffrl.registry import ENTRY_POINTS, IMPORT, first_line, import_named, registries, user_modules
 
 __all__ = ["known_names", "list_names", "names_in_source"]
 
@@ -61,7 +62,7 @@ def known_names(modules: list[str]) -> Names:
     for registry in groups.GROUPS:
         list(registry)  # imports what registers
     return {
-        kind: {entry.name: entry.summary for entry in registry.entries()}
+        kind: _told([(entry.name, *map(first_line, entry.functions)) for entry in registry.entries()])
         for kind, registry in registries().items()
     }
 
@@ -76,11 +77,19 @@ def names_in_source() -> Names:
         tree = _parsed(module)
         kinds |= _made(tree)
         calls += [(module, *found) for found in _registered(tree)]
-    names: Names = {kind: {} for kind in kinds.values()}
+    names: dict[str, list[tuple[str, ...]]] = {kind: [] for kind in kinds.values()}
     for module, call, variable, function in calls:
         if variable in kinds:
-            names[kinds[variable]][ast.literal_eval(call.args[0])] = _summary(module, function)
-    return {kind: dict(sorted(found.items())) for kind, found in names.items()}
+            also = [ast.unparse(word.value) for word in call.keywords if word.arg == "also"]
+            said = (_summary(module, name) for name in (function, *also))
+            names[kinds[variable]].append((ast.literal_eval(call.args[0]), *said))
+    return {kind: _told(sorted(found)) for kind, found in names.items()}
+
+
+def _told(found: Sequence[tuple[str, ...]]) -> dict[str, str]:
+    """What is said of each name: of what several share, what each has besides, such as the states of a loss."""
+    shared = Counter(said for _, said, *_ in found)
+    return {name: also[0] if also and shared[said] > 1 else said for name, said, *also in found}
 
 
 def _sources() -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ __all__ = [
     "Registry",
     "accepted",
     "as_tuples",
+    "first_line",
     "import_named",
     "option_sources",
     "options_of",
@@ -62,7 +63,7 @@ class Entry:
     @property
     def summary(self) -> str:
         """First line of the docstring."""
-        return (inspect.getdoc(self.make) or "").partition("\n")[0]
+        return first_line(self.make)
 
     @property
     def module(self) -> str:
@@ -72,6 +73,11 @@ class Entry:
     def label_for(self, options: Config) -> str:
         """Name for people, such as "TD(λ=0.5)"."""
         return self.label(options) if callable(self.label) else self.label or self.name
+
+
+def first_line(function: Callable[..., Any]) -> str:
+    """Of its docstring."""
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 class Registry(Mapping[str, Callable[..., Any]]):

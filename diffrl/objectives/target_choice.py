@@ -10,7 +10,7 @@ from diffrl.objectives.lookahead import Lookahead
 
 __all__ = ["DEFAULT_LOOKAHEAD", "chosen_bootstrap", "chosen_lmbda", "lmbda_of_chain", "target_label"]
 
-DEFAULT_LOOKAHEAD = 0.125  # with a target network it hurt on none of the grounds of results/grounds
+DEFAULT_LOOKAHEAD = 0.125  # with a target network it hurt on no ground of results/grounds at equal steps
 
 Lmbda = float | LambdaSchedule | Lookahead
 

@@ -64,7 +64,7 @@ class ValueLoss(DenoiserLoss):
             average, as a share of the chain, see `diffrl.objectives.lookahead.Lookahead`.
         gamma: discount γ ∈ [0, 1].
         bootstrap: what the target's values come from: "own", the network's own prediction on the chain, gradient
-            stopped, at no further evaluation, which stalls from 32 dimensions on unless Adam's β1 is near 0.5;
+            stopped, at no further evaluation, which stalls from 32 dimensions on (at small rates not with β1 = 0.5);
             "target", a target network in evaluation mode, to be moved by TorchRL's `SoftUpdate` or `HardUpdate`;
             "residual", own predictions with gradient through both ends: the biased form, whose minimum is no denoiser
             where the next state is random (`DoubleSamplingLoss` is the unbiased one).
