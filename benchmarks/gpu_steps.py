@@ -24,8 +24,10 @@ __all__ = ["Bench", "Variant", "plain_loss", "require_agreement"]
 Step = Callable[[], object]
 SMALL = (
     *("network.channels=8", "network.blocks=1", "network.head_channels=16", "network.noise_features=8"),
-    *("trainer.batch_size=8", "chain.num_steps=4"),
+    "trainer.batch_size=8",
 )
+LEVELS = {False: 16, True: 4}
+"""Noise levels of a chain, at full size and small."""
 CLASSES, SHAPE = 10, (3, 32, 32)
 P_MEAN, P_STD = -1.2, 1.2  # of ln σ, as in EDM
 EMA_DECAY = 0.999  # what it is makes no difference to time
@@ -63,11 +65,13 @@ class Bench:
         device: where they run.
         small: a tiny network and batch, to try the checks.
         images: of random numbers, that they train on.
+        batch: states of a step, a multiple of `LEVELS`; None: those of the recipe.
     """
 
     device: torch.device
     small: bool
     images: int
+    batch: int | None = None
 
     @property
     def data(self) -> Data:
@@ -101,7 +105,8 @@ class Bench:
 
     def _config(self, variant: Variant) -> dict[str, Any]:
         words = [f"experiment={variant.experiment}", "data.path=none", f"device={self.device}"]
-        words += [*(SMALL if self.small else ("chain.num_steps=16",)), *variant.words]
+        words += [f"chain.num_steps={LEVELS[self.small]}", *(SMALL if self.small else ())]
+        words += [*([] if self.batch is None else [f"trainer.batch_size={self.batch}"]), *variant.words]
         config = _configuration(*words)
         if variant.chains:
             rows = config["trainer"]["batch_size"] // config["chain"]["num_steps"]

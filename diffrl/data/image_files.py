@@ -317,8 +317,9 @@ def events_from(array: NDArray[Any], where: str, channels: str = "auto") -> Tens
             for `channels`, or channels that may lie at both ends.
     """
     if array.ndim < 2 or array.size == 0:
+        labels = "; one number each looks like labels: give the samples" if array.ndim == 1 else ""
         raise DataError(
-            f"{where}: samples must be [N, ...] with at least one value each, not shape {array.shape}"
+            f"{where}: samples must be [N, ...] with at least one value each, not shape {array.shape}{labels}"
         )
     if channels not in ("auto", "first", "last"):
         raise DataError(f"`channels` is {channels!r}; give auto, first or last")

@@ -255,7 +255,8 @@ class Ranks:
         local, found = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if local >= found:
             raise InputError(
-                f"device is 'cuda', and process {local} of this machine has none: {found} are here"
+                f"device is 'cuda', and process {local} of this machine has none: {found} are here; start as many "
+                "processes as there are (--nproc-per-node), or give cpu"
             )
         torch.cuda.set_device(local)
         return f"cuda:{local}"

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,7 +42,10 @@ def test_one_call_runs_every_check_and_writes_one_file(
     assert found["ratios"].keys() == {f"{one} over {other}" for one, other in checks.OVER}
     assert all(0 < ratio["median"] < math.inf for ratio in found["ratios"].values())
     samples = found["samples"]
-    assert samples["finite"] and samples["largest_difference_from_cpu"] == 0 and samples["evaluations"] == 35
+    assert samples["finite"] and samples["evaluations"] == 35
+    for name in ("largest_difference_from_cpu", "largest_difference_from_cpu_without_tf32"):
+        assert samples[name] == 0
+    assert torch.backends.cudnn.allow_tf32 == found["tf32"]["convolutions"]  # is as it was
 
 
 def test_a_check_that_fails_is_told_and_the_others_go_on(
@@ -57,13 +61,59 @@ def test_a_check_that_fails_is_told_and_the_others_go_on(
     assert "channels that are a multiple of 4" in found["errors"]["EDM"] and found["samples"]["finite"]
 
 
-def test_without_a_gpu_it_says_so_in_one_line(checks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_fault_of_the_gpu_leaves_behind_does_not_end_the_others(
+    checks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access every call fails, also that which frees memory."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(checks, "_free", broken)
+    out = tmp_path / "checks.json"
+    with pytest.raises(SystemExit, match="error: 18 checks failed"):
+        checks.main(["--device", "cpu", "--small", "--out", str(out)])
+    errors = json.loads(out.read_text(encoding="utf-8"))["errors"]
+    assert len(errors) == 18 and all("illegal memory access" in error for error in errors.values())
+
+
+def test_a_batch_of_another_size(checks: ModuleType) -> None:
+    """As many states in chains as one by one."""
+    import gpu_steps
+
+    bench = gpu_steps.Bench(torch.device("cpu"), small=True, images=64, batch=12)
+    assert {bench.states(variant) for variant in checks.VARIANTS.values()} == {12}
+    assert bench.trainer(checks.VARIANTS["TD"]).length.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "there is no GPU here: give --device cpu --small"),
+        (["--device", "cpu", "--small", "--rounds", "1"], "--rounds is 1: an interval needs at least 2"),
+        (["--device", "mps"], "--device is 'mps': give cuda, cuda:1, ... or cpu"),
+        (["--device", "cpu:x", "--small"], "--device is 'cpu:x', which cannot be used"),
+        (["--device", "cpu"], "the checks at full size are for a GPU: give --small too"),
+        (["--device", "cpu", "--small", "--batch", "6"], "--batch is 6: give a multiple of 4"),
+        (["--device", "cpu", "--small", "--batch", "0"], "--batch is 0: give a multiple of 4"),
+        (
+            ["--device", "cpu", "--small", "--out", "nowhere/x.json"],
+            "--out: nowhere/x.json cannot be written",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(
+    checks: ModuleType,
+    words: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="^error: there is no GPU here: give --device cpu --small") as error:
-        checks.main([])
-    assert "\n" not in str(error.value)
-    with pytest.raises(SystemExit, match="^error: --rounds is 1: an interval needs at least 2"):
-        checks.main(["--device", "cpu", "--rounds", "1"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(line)}") as error:
+        checks.main(words)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_a_loss_by_hand_that_is_another_is_refused(

@@ -68,8 +68,8 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
     if not isinstance(network, DiffusersUNet):
         raise InputError(
             f"{type(network).__name__} is no network of diffusers and cannot be exported: train "
-            "network=diffusers_unet, as experiment=diffusers_ddpm and diffusers_edm do; diffrl.save_pretrained hands "
-            "over any network"
+            "network=diffusers_unet, as experiment=diffusers_ddpm and diffusers_edm do; diffrl.save_pretrained, and "
+            "the command's --to diffrl, hand over any network"
         )
     _require_form_of_diffusers(denoiser, network)
     edm = isinstance(denoiser.process, EDM)
