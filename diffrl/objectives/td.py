@@ -38,9 +38,9 @@ def td_loss(
 ) -> ValueLoss:
     """TD(λ) on chains. Without a word it looks an eighth of the chain ahead, and bootstraps from a target network.
 
-    At equal gradient steps that default hurt on none of eight grounds, `results/grounds`. It costs a second evaluation of
-    each state: at equal evaluations it was behind Monte Carlo on five of them. Those who choose λ or n choose a scheme of
-    their own: it bootstraps from the network's own predictions unless told otherwise.
+    At equal gradient steps that default hurt on none of eight grounds, `results/grounds`. It costs a second evaluation
+    of each state: at equal evaluations it was behind Monte Carlo on five of them. Those who choose λ or n choose a
+    scheme of their own: it bootstraps from the network's own predictions unless told otherwise.
 
     Args:
         denoiser: D, trained in place.
