@@ -50,8 +50,8 @@ class DenoiserLoss(LossModule):
     """Whose predictions are in a target: "own", "target", a target network's, "residual", own with a gradient."""
 
     target_decay: float = 0.97
-    """What a target network keeps of itself a step, unless `Target` says; it hurt no ground of `results/grounds`, at equal
-    steps."""
+    """What a target network keeps of itself a step, unless `Target` says; it hurt no ground of `results/grounds`
+    at equal steps."""
 
     value_network: TensorDictModule
     value_network_params: TensorDictParams
