@@ -32,6 +32,12 @@ def is_drawn(png: Path) -> bool:
     return ink.shape[0] > 600 and all(float(part.mean()) > 0.003 for part in parts)
 
 
+def numbers(picture: Path) -> list[dict[str, str]]:
+    """Those that a picture shows."""
+    with picture.with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_summary(rings: RunFolder, fonts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STYLE, "pdf.fonttype", fonts)
     figure = draw_summary(rings.path)
@@ -43,8 +49,7 @@ def test_summary(rings: RunFolder, fonts: int, monkeypatch: pytest.MonkeyPatch) 
 def test_the_numbers_beside_the_figure_are_the_run_s(rings: RunFolder) -> None:
     if not (rings.path / "plots" / "summary.csv").exists():
         draw_summary(rings.path)
-    with (rings.path / "plots" / "summary.csv").open(newline="", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
+    table = numbers(rings.path / "plots" / "summary.png")
     for name, figures in rings.results()["objectives"].items():
         own = [row for row in table if row["objective"] == name]
         errors = {row["sigma"]: float(row["y"]) for row in own if row["panel"] == "value_error"}
@@ -77,7 +82,13 @@ def test_nothing_but_result_files_is_read(rings: RunFolder, tmp_path: Path) -> N
     ],
 )
 def test_every_kind_of_run_is_drawn(overrides: list[str], tmp_path: Path) -> None:
-    assert is_drawn(draw_summary(run(tmp_path / "run", "trainer.grad_steps=4", *overrides).path))
+    folder = run(tmp_path / "run", "trainer.grad_steps=4", *overrides)
+    picture = draw_summary(folder.path)
+    assert is_drawn(picture)
+    held = {row["y"] for row in numbers(picture) if row["panel"] == "denoising_error"}
+    errors = [figures["denoising_error"].values() for figures in folder.results()["objectives"].values()]
+    real = "data=digits" in overrides  # whose value error rewards what knows the training set by heart
+    assert held == ({str(error) for of in errors for error in of} if real else set())
 
 
 def test_figures_that_are_not_positive_are_drawn(rings: RunFolder, tmp_path: Path) -> None:

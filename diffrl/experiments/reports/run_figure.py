@@ -157,11 +157,18 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
                     add("learning_curve", name, "score", step, mean_ratio(errors, baseline))
             if not known and row["loss_value"]:
                 add("loss", name, "", step, float(row["loss_value"]))
-        for sigma, error in result["value_error"].items() if known else ():
-            add("value_error", name, sigma, float(sigma), error)
+        for panel in ("value_error", *(["denoising_error"] if _held_out(results) else [])) if known else ():
+            for sigma, error in result[panel].items():
+                add(panel, name, sigma, float(sigma), error)
         for nfe, distance in result["sample_distance"]["by_nfe"].items():
             add("sample_distance", name, "", int(nfe), distance)
     return found
+
+
+def _held_out(results: Mapping[str, Any]) -> bool:
+    """Whether the error on data that no training saw belongs beside the value error, which then rewards memory."""
+    measured = all(result.get("denoising_error") for result in results["objectives"].values())
+    return "split" in results and measured
 
 
 def _known(results: Mapping[str, Any]) -> bool:
@@ -209,11 +216,15 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
             kind = "score" if any(row["sigma"] == "score" for row in figures) else "mean"
             panels[0].plot(*_line(figures, "learning_curve", name, kind), **mean)
             panels[1].plot(*_line(figures, "value_error", name), **mark)
+            if _held_out(results):
+                panels[1].plot(*_line(figures, "denoising_error", name), "--", color=colour, linewidth=width)
         else:
             panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
         panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
     _name_panels(panels, names, first, known=known)
+    if known and _held_out(results):
+        panels[1].set(title="b  Error by noise level", ylabel="value error; dashed: on held-out data")
     for axes in panels:
         _log_scale(axes)
     if known:
