@@ -75,6 +75,7 @@ AXES = (
     ),
 )
 PROCESSES = "processes that share 256 chains"
+TITLES = ("a  Batch", "b  Length of chains", "c  Dimension", "d  Processes: each one's time")
 
 
 def step_of(scheme: str, sizes: Mapping[str, int], ranks: Ranks = ALONE) -> Callable[[], object]:
@@ -198,7 +199,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
     """The figure: a panel for each axis, time over size, with what the slopes say."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
     with drawing(figsize=(3.1 * len(names), 3.6)) as figure:
-        for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        for axes, name, title in zip(figure.subplots(1, len(names)), names, TITLES, strict=True):
             for scheme, (colour, marker) in zip(SCHEMES, PALETTE, strict=False):
                 line = [row for row in rows if (row["axis"], row["scheme"]) == (name, scheme)]
                 x, y, low, high = (
@@ -215,7 +216,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
                 xscale="log",
                 yscale="log",
                 xlabel=name,
-                title="time of one of them" if name == PROCESSES else "",
+                title=title,
             )
             axes.set_ylabel("milliseconds a step" if name == names[0] else "", color=GREY)
             bottom, top = axes.get_ylim()

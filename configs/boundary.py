@@ -90,7 +90,7 @@ def _other_option(group: str, given: str, options: str) -> str:
         return f"; did you mean {', '.join(f'{group}={name}' for name in near)}?"
     if group == "experiment":
         return "; one of your own is found by --config-dir FOLDER"
-    return f"; a {group} of your own is known after --import MODULE" if options.strip() else ""
+    return "; one of your own is known after --import MODULE" if options.strip() else ""
 
 
 def _about_a_key(error: OmegaConfBaseException) -> str:

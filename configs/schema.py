@@ -10,6 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
+from diffrl.errors import InputTypeError
+
 __all__ = ["schema"]
 
 
@@ -31,6 +33,12 @@ def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()
         for parameter in inspect.signature(function).parameters.values():
             if parameter.name in omit or parameter.name in fields:
                 continue
+            if parameter.name not in hints:
+                given = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+                raise InputTypeError(
+                    f"{name}: its option {parameter.name!r} has no type, so that no configuration can check it: write "
+                    f"{parameter.name}: float{given}, or whichever type it has"
+                )
             default = MISSING if parameter.default is parameter.empty else parameter.default
             value = (
                 field(default_factory=partial(list, default))

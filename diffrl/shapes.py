@@ -44,7 +44,7 @@ def require_floating(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, x in tensors:
         if not isinstance(x, Tensor):
             raise InputTypeError(
-                f"{name} is a {type(x).__name__}: give a tensor, torch.as_tensor({name}, dtype=torch.float32)"
+                f"{name} is a {type(x).__name__}: give a tensor, such as torch.as_tensor(..., dtype=torch.float32)"
             )
         if not torch.is_floating_point(x):
             raise InputTypeError(

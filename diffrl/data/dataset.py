@@ -42,7 +42,7 @@ class Rows(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Data:
     """A data set: points to evaluate on, and batches to train on.
 
@@ -123,6 +123,12 @@ class Data:
             raise DataError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
         if self.sigma_data < 1e-9:
             raise DataError(f"{self.name}: every value is the same; there is nothing to learn")
+
+    def __repr__(self) -> str:
+        """Its name and sizes; the points themselves would fill pages."""
+        train = "fresh draws" if self.num_train is None else f"{self.num_train} to train on"
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        return f"Data({self.name!r}, samples {tuple(self.event_shape)}, {train}, {len(self.test)} held out{classes})"
 
     def _check_labels(self, labels: Tensor | None, n: int, where: str) -> None:
         if (labels is None) != (self.num_classes == 0):

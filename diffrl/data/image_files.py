@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from diffrl.errors import DiffrlError, InputError
+from diffrl.errors import DiffrlError, InputError, InputTypeError
 from diffrl.ranges import require_int
 
 __all__ = [
@@ -98,6 +98,10 @@ def existing(path: str | Path, folder: bool = False) -> Path:
     Raises:
         DataError: it is not there, or is something else, such as a pipe.
     """
+    if not isinstance(path, str | Path):
+        raise InputTypeError(
+            f"path is a {type(path).__name__}: give that of a file; of a tensor make Data(...)"
+        )
     try:
         path = Path(path).expanduser()
         mode = path.stat().st_mode

@@ -67,7 +67,7 @@ def check_run(config: Mapping[str, Any]) -> Report:
     x0, labels, generator = trainer.batch(0)
     drawn = draw_chain(chain, x0, cond=labels, generator=generator)
     checks = [
-        _data(x0, sigma_data),
+        _data(data.sigma_data, sigma_data),
         _first_level(chain, x0),
         _grid(chain),
         _flags(drawn),
@@ -84,11 +84,11 @@ def _check(name: str, value: float, limit: float, cause: str) -> Check:
     return Check(name, passed, value, limit, "" if passed else cause)
 
 
-def _data(x0: Tensor, sigma_data: float) -> Check:
-    ratio = float(x0.double().std()) / sigma_data
+def _data(std: float, sigma_data: float) -> Check:
+    ratio = std / sigma_data
     off = max(ratio, 1 / ratio) if ratio > 0 else math.inf
     cause = f"the data's std is {ratio * sigma_data:.3g} and denoiser.sigma_data {sigma_data:g}: change one of them"
-    return _check("data: std against sigma_data", off, 3.0, cause)
+    return _check("data: std against sigma_data", off, 2.0, cause)
 
 
 def _first_level(chain: Chain, x0: Tensor) -> Check:

@@ -12,7 +12,7 @@ from diffrl.diffusion.denoisers import DenoiserFn
 from diffrl.diffusion.posterior import marginal
 from diffrl.diffusion.predictions import scalings
 from diffrl.diffusion.schedules.base import Schedule
-from diffrl.errors import InputError
+from diffrl.errors import InputError, InputTypeError
 from diffrl.metrics.measures import Reference, features_of
 
 __all__ = [
@@ -151,6 +151,8 @@ def _errors(
     batch_size: int,
 ) -> dict[str, float]:
     """Mean of ‖D - truth(x0, x_t, t, cond)‖²/c_out² by σ."""
+    if isinstance(sigmas, int | float):
+        raise InputTypeError(f"sigmas is {sigmas!r}: give a list, [{sigmas!r}]")
     times = {f"{sigma:g}": time_at(process, sigma).to(x0.device) for sigma in sigmas}
     totals = dict.fromkeys(times, 0.0)
     for first in range(0, len(x0), batch_size):

@@ -224,7 +224,7 @@ def mistake(*words: str, name: str = "train") -> str:
         (["data=digits", "data.dim=3"], "unknown config key 'data.dim'"),
         (["data=nope"], "Could not find 'data/nope' Available options in 'data': checkerboard digits"),
         (["data=digit"], "spirals; did you mean data=digits?"),
-        (["process=mine"], "; a process of your own is known after --import MODULE"),
+        (["process=mine"], "; one of your own is known after --import MODULE"),
         (
             ["seeds=1,2"],
             "seeds=1,2 holds several values: write 'seeds=[1,2]' for a list, or add --multirun for one run",

@@ -1,5 +1,7 @@
 """Checks of what a network is built for, and of the arguments of its `forward`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ def check_event_shape(event_shape: tuple[int, ...], num_classes: int) -> tuple[i
     Raises:
         ValueError: an empty shape, a size below 1, or `num_classes` outside 0 (no labels) to 1,000,000.
     """
+    if not isinstance(event_shape, Sequence):
+        raise InputTypeError(f"event_shape is {event_shape!r}: give a tuple, such as ({event_shape!r},)")
     shape = tuple(require_int("a size in event_shape", size) for size in event_shape)
     if not shape:
         raise InputError("event_shape must hold one or more sizes of at least 1, such as (2,), not ()")
