@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timing import interleave
+from trainer_step import trainer_step
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.chains import Chain
@@ -43,8 +44,6 @@ from diffrl.objectives.scheme import Objective
 from diffrl.text_files import write_csv
 from diffrl.training import joined
 from diffrl.training.distributed import ALONE, Ranks
-from diffrl.training.optim import Optim
-from diffrl.training.trainer import Average, Length, Target, Trainer
 
 OUT = Path(__file__).with_name("cost_growth")
 SCHEMES, PROCESS = ("TD(λ), own", "EDM"), EDM()
@@ -93,18 +92,7 @@ def step_of(scheme: str, sizes: Mapping[str, int], ranks: Ranks = ALONE) -> Call
         loss, rows = ValueLoss(denoiser, lmbda=0.5), batch
         draw = ChainSampler(Chain(PROCESS, num_steps, "markov"), jitter=False)  # type: ignore[assignment]
     x = torch.randn(4096, dim)
-    trainer = Trainer(
-        Objective(scheme, loss, draw),
-        Data("noise", test=x[:64], train=x / 2),
-        seed=0,
-        folder=None,
-        length=Length(grad_steps=10**6, batch_size=rows),
-        optim=Optim(lr=1e-4, warmup_steps=0, clip_norm=1.0),
-        average=Average(2000.0, None),
-        target=Target(),
-        ranks=ranks,
-    )
-    return partial(next, trainer.steps())
+    return trainer_step(Objective(scheme, loss, draw), Data("noise", test=x[:64], train=x / 2), rows, ranks)
 
 
 def grown(axis: Axis) -> dict[tuple[str, int], Array]:

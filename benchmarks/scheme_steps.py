@@ -9,6 +9,7 @@ from report import Row
 from tensordict import TensorDict
 from timing import Ratio, Seconds, interleave
 from torch import nn
+from trainer_step import trainer_step
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.chains import Chain
@@ -20,8 +21,6 @@ from diffrl.objectives import ValueLoss, sample_td_edm_pairs, td_edm_loss
 from diffrl.objectives.denoising import sample_log_normal_states
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.scheme import Objective
-from diffrl.training.optim import Optim
-from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = ["scheme_steps"]
 
@@ -92,17 +91,7 @@ def _network() -> nn.Module:
 def _step(scheme: Scheme) -> Callable[[], object]:
     data = Data("noise", test=torch.randn(64, *EVENT_SHAPE), train=torch.randn(4096, *EVENT_SHAPE) / 2)
     loss = scheme.loss(Denoiser(_network(), PROCESS))
-    trainer = Trainer(
-        Objective(scheme.name, loss, scheme.draw),
-        data,
-        seed=0,
-        folder=None,
-        length=Length(grad_steps=10**6, batch_size=scheme.batch),
-        optim=Optim(lr=1e-4, warmup_steps=0, clip_norm=1.0),
-        average=Average(2000.0, None),
-        target=Target(),
-    )
-    return partial(next, trainer.steps())
+    return trainer_step(Objective(scheme.name, loss, scheme.draw), data, scheme.batch)
 
 
 def _evaluations(target_states: int) -> Callable[[], object]:

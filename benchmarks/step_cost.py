@@ -11,6 +11,7 @@ from report import Row
 from tensordict import TensorDict
 from timing import Ratio, interleave
 from torch import Generator, Tensor, nn
+from trainer_step import CLIP, EMA_HALFLIFE, LR, trainer_step
 
 from diffrl import keys, objectives
 from diffrl.data.dataset import Data
@@ -24,12 +25,10 @@ from diffrl.objectives import SoftUpdate, ValueLoss, sample_td_edm_pairs, td_edm
 from diffrl.objectives.monte_carlo import monte_carlo_loss
 from diffrl.objectives.scheme import Objective
 from diffrl.training.ema import EMA
-from diffrl.training.optim import Optim
-from diffrl.training.trainer import Average, Length, Target, Trainer
 
 __all__ = ["SIZES", "Size", "step_cost"]
 
-NUM_STEPS, LMBDA, LR, CLIP, TARGET_DECAY, EMA_HALFLIFE = 16, 0.5, 1e-4, 1.0, 0.999, 2000.0
+NUM_STEPS, LMBDA, TARGET_DECAY = 16, 0.5, 0.999
 EMA_DECAY = 0.99
 PROCESS = EDM()
 Step = Callable[[], object]
@@ -275,17 +274,7 @@ def _step_of_trainer(size: Size, method: Method, data: Data, *, fuse: bool = Tru
     def hidden(x0: Tensor, *, cond: Tensor | None, generator: Generator) -> TensorDict:
         return method.draw(x0, cond=cond, generator=generator)  # a draw that is not known is not fused
 
-    trainer = Trainer(
-        Objective(method.name, loss, method.draw if fuse else hidden),
-        data,
-        seed=0,
-        folder=None,
-        length=Length(grad_steps=10**6, batch_size=method.batch),
-        optim=Optim(lr=LR, warmup_steps=0, clip_norm=CLIP),
-        average=Average(EMA_HALFLIFE, None),
-        target=Target(),
-    )
-    return partial(next, trainer.steps())
+    return trainer_step(Objective(method.name, loss, method.draw if fuse else hidden), data, method.batch)
 
 
 def _evaluations(size: Size, method: Method) -> Step:

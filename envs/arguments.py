@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from diffrl.data.dataset import Data, pieces
@@ -18,6 +19,7 @@ from diffrl.ranges import require_int
 from diffrl.shapes import require_floating
 
 __all__ = [
+    "as_action",
     "as_conditions",
     "as_data",
     "as_dtype",
@@ -66,8 +68,28 @@ def named(
     return registry[choice](**(kwargs or {}))
 
 
-def as_tensor(name: str, given: Any) -> Tensor:
+def as_action(given: Any, space: spaces.Space[Any]) -> np.ndarray[Any, Any]:
+    """An action as an array, of whatever shape and dtype.
+
+    Raises:
+        TypeError: it makes none, such as rows of unequal length or a tensor with a gradient.
+    """
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = "a tensor with a gradient" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise InputTypeError(
+            f"action is {what} that makes no array: give numbers of shape {space.shape}, {space.dtype}"
+        ) from error
+
+
+def as_tensor(name: str, given: Any, needed: str = "an array or a tensor of numbers") -> Tensor:
     """Numbers as a tensor: a tensor is returned as it is, arrays and sequences are copied.
+
+    Args:
+        name: what to call it in an error.
+        given: it.
+        needed: what to give instead, in an error.
 
     Raises:
         TypeError: it holds something else.
@@ -77,8 +99,10 @@ def as_tensor(name: str, given: Any) -> Tensor:
     try:
         return torch.tensor(np.asarray(given))
     except (TypeError, ValueError, RuntimeError) as error:
-        what = f"an array of {given.dtype}" if isinstance(given, np.ndarray) else f"a {type(given).__name__}"
-        raise InputTypeError(f"{name} is {what}: give an array or a tensor of numbers") from error
+        what = f"a {type(given).__name__}"
+        if isinstance(given, np.ndarray):
+            what = "text" if given.dtype.kind in "US" else f"an array of {given.dtype}"
+        raise InputTypeError(f"{name} is {what}: give {needed}") from error
 
 
 def as_data(given: Any) -> Data | Tensor:

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from diffrl.envs.arguments import as_action
 from diffrl.envs.gymnasium_chains import Array, Chains, Info, Mask, Observation, Outcome
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
@@ -66,7 +67,7 @@ class SingleChainEnv(gymnasium.Env[Observation, Action]):
             ValueError: it has another shape, holds NaN or infinity, or is none of the choices.
             ResetNeeded: the chain has ended.
         """
-        chains, chosen = self._chains, np.asarray(action)
+        chains, chosen = self._chains, as_action(action, self.action_space)
         if chains.plain:
             return chains.advance_one(chosen)
         reward, terminated, truncated = chains.advance(chosen[None], np.ones(1, bool))
@@ -153,7 +154,7 @@ class VectorChainEnv(VectorEnv[Observation, Array, Array]):
         """
         chains, every = self._chains, np.ones(self.num_envs, bool)
         anew = self._anew()
-        reward, terminated, truncated = chains.advance(np.asarray(actions), ~anew)
+        reward, terminated, truncated = chains.advance(as_action(actions, self.action_space), ~anew)
         chains.begin(anew, {})
         observation, info = chains.seen()
         info = _masked(info, every)

@@ -326,8 +326,10 @@ class _Chains(Chains):
         return expand_like(b if self.env.normalise else torch.ones_like(b), x)
 
     def _checked(self, given: Array, what: str) -> Tensor:
-        x, shape = as_tensor(what, given), self.latents.x.shape
-        alone = len(self.rows) == 1 and x.ndim > 0 and len(x) == 1  # errors then leave out the leading dim
+        shape = self.latents.x.shape
+        alone = len(self.rows) == 1 and given.ndim > 0 and len(given) == 1  # errors leave out the leading dim
+        needed = f"numbers of a floating dtype, shape {tuple(shape[1:] if alone else shape)}"
+        x = as_tensor(what, given, needed)
         require_states(what, x[0] if alone else x, () if alone else shape[:1], shape[1:])
         return x.to(self.latents.x)
 

@@ -21,6 +21,7 @@ from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.arithmetic import Arithmetic
+from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.distributed import Ranks
 from diffrl.training.ema import EMA
 from diffrl.training.loss_scale import LossScale
@@ -178,8 +179,7 @@ class Sharding:
             with self.ranks.answered():
                 dcp.save(dict(parts), storage_writer=writer)
         except CheckpointException as error:
-            reason = " ".join(str(error).split())
-            raise OSError(f"a process could not write its part: {reason[:300]}") from error
+            raise _unwritten(error, place) from error
         for number, path in enumerate(sorted(Path(place).glob("shard-*.safetensors")) if folder else (), 1):
             path.rename(path.with_name(f"part_{number:05d}.safetensors"))
         return {name: x.shape for name, x in parts.items()}
@@ -187,3 +187,14 @@ class Sharding:
     def syncing(self, last: bool) -> None:
         """Whether the next gradient is summed over the processes: that of the last part of a batch."""
         self.network.set_requires_gradient_sync(last)
+
+
+def _unwritten(error: CheckpointException, place: str) -> CheckpointError:
+    """The same in all processes: whose part is not written, to which file, and why."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    file = getattr(cause, "filename", None) or f"{place}/part_{rank + 1:05d}.safetensors"
+    reason = " ".join((getattr(cause, "strerror", None) or f"{type(cause).__name__}: {cause}").split())
+    return CheckpointError(
+        f"process {rank} could not write its part of a checkpoint, {file} ({reason[:300]}): make room there, or let "
+        "it write to that folder; earlier checkpoints are as they were"
+    )

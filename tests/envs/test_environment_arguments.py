@@ -122,7 +122,15 @@ def test_actions_are_refused_at_their_step_by_name() -> None:
     [
         (MRP, "x", "action is 'x': the only one is 0, to wait$"),
         (MRP, [0], r"action is \[0\]: the only one is 0"),
-        (MDP, "x", "action is an array of <U1: give an array or a tensor of numbers"),
+        (MRP, [[0], [0, 0]], r"action is a list that makes no array: give numbers of shape \(\), int64$"),
+        (MDP, "x", r"action is text: give numbers of a floating dtype, shape \(2,\)$"),
+        (MDP, None, r"action is an array of object: give numbers of a floating dtype, shape \(2,\)$"),
+        (MDP, [[1.0], [1.0, 2.0]], r"action is a list that makes no array: .* shape \(2,\), float32$"),
+        (
+            MDP,
+            torch.zeros(2, requires_grad=True),
+            r"action is a tensor with a gradient that makes .*float32$",
+        ),
         (MDP, [1, 2], r"action has dtype torch.int64: give numbers of a floating dtype, shape \(2,\)"),
         (MDP, [1.0, float("nan")], "action holds NaN or infinity$"),
         (MDP, [[1.0, 2.0]], r"action has shape \(1, 2\), but \(2,\) is needed"),
@@ -169,7 +177,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("gym", {"data": torch.zeros(4, 2, dtype=torch.int64)}, "data has dtype torch.int64"),
     ("gym", {"data": np.zeros(4)}, r"data has shape \(4,\)"),
     ("gym", {"data": np.full((4, 2), np.nan)}, "data: sample 0"),
-    ("gym", {"data": np.array([["a"]])}, "data is an array of <U1: give an array or a tensor of numbers"),
+    ("gym", {"data": np.array([["a"]])}, "data is text: give an array or a tensor of numbers"),
     ("gym", {"process": 3}, "process is 3"),
     ("gym", {"process_kwargs": 3}, "process_kwargs is 3"),
     ("gym", {"process_kwargs": {"sigma": 3}}, "process_kwargs has no 'sigma'"),
@@ -224,7 +232,7 @@ def test_options_of_a_reset_that_are_refused() -> None:
     x = np.zeros(2, np.float32)
     for options, says in (
         (3, "options is 3"),
-        ({"x_t": "a"}, "x_t is an array of <U1"),
+        ({"x_t": "a"}, "x_t is text"),
         ({"x_t": np.full(2, np.inf)}, "x_t holds NaN or infinity"),
         ({"x_t": x, "index": 0.5}, "index is"),
         ({"x_t": x, "index": True}, "index is"),
@@ -235,5 +243,5 @@ def test_options_of_a_reset_that_are_refused() -> None:
     for make in (DiffusionMDPEnv, DiffusionMRPEnv):
         with pytest.raises(DiffrlError, match="render_mode is 'human': give 'rgb_array'"):
             make(render_mode="human")
-    with pytest.raises(DiffrlError, match="x0 is an array of <U1"):
+    with pytest.raises(DiffrlError, match="x0 is text"):
         DiffusionMRPEnv().reset(options={"x0": "a"})

@@ -1,7 +1,9 @@
 """Two processes of which one is killed, late or abandoned, or which come too late; what is left goes on to the same."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from diffrl.errors import DiffrlError
 from diffrl.experiments.run import Interrupted
@@ -39,7 +42,7 @@ CUT = (
     "trainer.checkpoint_every=2",
 )
 TIMEOUT = 3.0  # seconds that one waits for another; an evaluation takes longer
-RUNS = ("late", "abandoned", "taken", "dying")
+RUNS = ("late", "abandoned", "taken", "full", "dying")
 
 
 def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
@@ -71,11 +74,23 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
         patch(evaluate, parent)
         Trainer._advance = advance  # type: ignore[method-assign]
         meet()
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1:
+            patched.setattr(FileSystem, "create_stream", no_room)
+        try:
+            run_experiment(configs["full"], progress=False)
+        except DiffrlError as error:
+            said["full"] = f"{type(error).__name__}: {error}"
+    meet()
     if rank == 1:
         stopped(Trainer, 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
     lose_the_other(
         lambda: run_experiment(configs["dying"], progress=False), said, folder / f"said{rank}.json"
     )
+
+
+def no_room(self: FileSystem, path: Any, mode: str) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 Pair = tuple[Path, list[int | None], list[dict[str, Any]]]
@@ -95,7 +110,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         json.dumps({run: config_of(folder, run) for run in RUNS}), encoding="utf-8"
     )
     with folder_lock(folder / "taken"):
-        codes = in_pair(work, folder, meetings=4)
+        codes = in_pair(work, folder, meetings=5)
     shutil.copytree(folder / "dying", folder / "damaged")
     said = [json.loads((folder / f"said{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     return folder, codes, said
@@ -134,6 +149,18 @@ def test_two_that_come_to_a_folder_in_use_are_refused_and_write_nothing(pair: Pa
     )
     assert second["taken"] == "RankLost: the first process could not go on: see what it says"
     assert [path.name for path in (folder / "taken").iterdir()] == [".lock"]
+
+
+def test_all_are_told_whose_part_of_a_checkpoint_could_not_be_written(pair: Pair) -> None:
+    folder, _, (first, second) = pair
+    assert first["full"] == second["full"]
+    assert re.fullmatch(
+        rf"CheckpointError: process 1 could not write its part of a checkpoint, {folder}/full/checkpoints/td/"
+        r"step_000002\.tmp-\d+/shard-00002\S+\.safetensors \(No space left on device\): make room there, or let it "
+        r"write to that folder; earlier checkpoints are as they were",
+        first["full"],
+    )
+    assert not [*(folder / "full" / "checkpoints" / "td").glob("step_*")]
 
 
 def saved(folder: Path, run: str) -> list[Path]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffrl.data.dataset import Data
 from tests.kit.paths import ROOT
 
 METHODS = ("Monte Carlo", "TD(λ), own", "TD(λ), target", "TD-EDM", "TD(λ), own, on shifted grids")
@@ -33,6 +34,21 @@ def test_steps_by_hand_have_the_losses_of_diffrl(benchmark_module: ModuleType, m
     with pytest.raises(RuntimeError, match="one is wrong"):
         wrong = {**vars(chosen), "by_hand": lambda *a: 1.01 * chosen.by_hand(*a)}
         benchmark_module._require_agreement(size, benchmark_module.Method(**wrong), x0)
+
+
+def test_one_step_of_the_trainer_is_timed_by_all(benchmark_module: ModuleType) -> None:
+    """Figures of several benchmarks compare only if their trainings are set up alike."""
+    import cost_growth
+    import scheme_steps
+
+    for module in (benchmark_module, cost_growth, scheme_steps):
+        assert module.trainer_step is benchmark_module.trainer_step and not hasattr(module, "Trainer")
+    size = benchmark_module.SIZES[0]
+    method, data = benchmark_module._methods(size)[0], torch.randn(64, 2)
+    noise = Data("noise", test=data, train=data)
+    one, other = (benchmark_module._step_of_trainer(size, method, noise) for _ in range(2))
+    first = one()["loss_value"]
+    assert other()["loss_value"] == first != one()["loss_value"]
 
 
 def test_a_ratio_is_taken_within_rounds(benchmark_module: ModuleType) -> None:
