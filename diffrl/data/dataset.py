@@ -47,7 +47,7 @@ class Data:
     """A data set: points to evaluate on, and batches to train on.
 
     Batches come from `train` or `rows`, whose rows are drawn uniformly with replacement. If both are None, they are
-    fresh points of `mixture`, or of `draw`. All tensors are float32 on the CPU.
+    fresh points of `mixture`, or of `draw`. All tensors are on the CPU, and those of files float32, as training is.
 
     Args:
         name: name of the set in results.

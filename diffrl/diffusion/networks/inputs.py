@@ -66,7 +66,10 @@ def check_inputs(
         ValueError: naming the argument, the shape wanted and the shape given.
     """
     if x.shape[1:] != event_shape:
-        raise InputError(f"x must have shape [N, {str(event_shape)[1:-1].rstrip(',')}], not {list(x.shape)}")
+        raise InputError(
+            f"x must have shape [N, {str(event_shape)[1:-1].rstrip(',')}], not {list(x.shape)}: the network was built "
+            f"for event_shape={event_shape}"
+        )
     if c_noise.shape != x.shape[:1]:
         raise InputError(f"c_noise must have shape [{len(x)}], one per row of x, not {list(c_noise.shape)}")
     if cond is None:
