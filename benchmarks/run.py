@@ -52,7 +52,7 @@ def main() -> None:
         print(table(title, direction, rows), flush=True)
         parts[title] = as_json(rows)
 
-    for size, rounds in zip(SIZES, (30, 7) if quick else (400, 60), strict=True):
+    for size, rounds in zip(SIZES, (30, 7) if quick else (120, 24), strict=True):
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
     show("step over EDM's: UNet on 1x16x16, 64 states", "time over", scheme_steps(rounds=7 if quick else 24))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
