@@ -97,4 +97,4 @@ def test_the_picture_of_the_readme_is_the_present_one() -> None:
             "python docs/map_page.py --picture docs/images/map.png draws it anew"
         )
     assert "(docs/images/map.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "(map/index.md)" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert "<map/index>" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
