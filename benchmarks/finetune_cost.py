@@ -20,6 +20,7 @@ from diffrl.finetuning.updates.steps import Updates
 
 __all__ = ["finetune_cost"]
 
+COMPARED = ("ddpo_sf", "ddpo_is", "sdpo")
 NUM_STEPS, TRAJECTORIES, STATES, EVENT_SHAPE = 8, 32, 64, (1, 16, 16)
 
 
@@ -30,7 +31,7 @@ def brightness(x0: Tensor, cond: Tensor | None) -> Tensor:
 
 def finetune_cost(*, rounds: int) -> list[Row]:
     """Time of one iteration of each method with a UNet over its bare evaluations, in the same batches."""
-    return [_cost(name, rounds) for name in METHODS]
+    return [_cost(name, rounds) for name in COMPARED]
 
 
 def _cost(name: str, rounds: int) -> Row:
@@ -38,11 +39,7 @@ def _cost(name: str, rounds: int) -> Row:
     denoiser = Denoiser(UNet(EVENT_SHAPE), EDM())
     options = {"num_steps": NUM_STEPS, "reduction": "mean", "std_floor": 0.1}
     policy = DenoisingPolicy(denoiser, Ancestral(), **options)  # type: ignore[arg-type]
-    plan = Rollouts(TRAJECTORIES, pairs=name == "sdpo")
-    # one update a rollout, and a pass by steps for SDPO, so that all evaluate alike
-    order = "step" if name == "sdpo" else "trajectory"
-    updates = Updates(order, minibatches=1, micro_batch=STATES)  # type: ignore[arg-type]
-    recipe: Recipe = METHODS[name](rollouts=plan, updates=updates)
+    recipe = recipe_of(name)
     tuner = Finetuner(
         policy, brightness, recipe, event_shape=EVENT_SHAPE, length=Iterations(iterations=10**9)
     )
@@ -52,6 +49,15 @@ def _cost(name: str, rounds: int) -> Row:
     ratios = {"bare evaluations": Ratio.of(seconds, "diffrl", "bare")}
     promise = "≤ 1.10" if name != "sdpo" else ""
     return Row(name, Row.milliseconds_of(seconds["diffrl"]), ratios, promise)
+
+
+def recipe_of(name: str) -> Recipe:
+    """One update a rollout, and a pass by steps for SDPO, so that all evaluate alike."""
+    plan = Rollouts(TRAJECTORIES, pairs=name == "sdpo")
+    order = "step" if name == "sdpo" else "trajectory"
+    updates = Updates(order, minibatches=1, micro_batch=STATES)  # type: ignore[arg-type]
+    recipe: Recipe = METHODS[name](rollouts=plan, updates=updates)
+    return recipe
 
 
 def _bare(denoiser: Denoiser, states: int) -> None:

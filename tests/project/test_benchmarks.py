@@ -51,6 +51,13 @@ def test_one_step_of_the_trainer_is_timed_by_all(benchmark_module: ModuleType) -
     assert other()["loss_value"] == first != one()["loss_value"]
 
 
+def test_the_methods_whose_cost_is_measured_can_be_made(benchmark_module: ModuleType) -> None:
+    import finetune_cost
+
+    recipes = [finetune_cost.recipe_of(name) for name in finetune_cost.COMPARED]
+    assert all(recipe.rollouts.trajectories == finetune_cost.TRAJECTORIES for recipe in recipes)
+
+
 def test_a_ratio_is_taken_within_rounds(benchmark_module: ModuleType) -> None:
     disturbed = np.array([1.0, 5.0, 1.0, 9.0, 1.0, 2.0])
     ratio = benchmark_module.Ratio.of({"slow": 3 * disturbed, "fast": disturbed}, "slow", "fast")
