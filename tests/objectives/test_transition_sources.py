@@ -43,7 +43,8 @@ def build(config: dict[str, Any], name: str, x0: str = "datum", **options: Any) 
     """An objective with a denoiser that suits it."""
     of_two_times = OBJECTIVES.entry(name).place.learns == "map"
     network = MLP((2,), hidden=4, depth=1, second_time=of_two_times, variance=name == "hybrid")
-    options |= {"progressive": {"start": 4}, "td": {"bootstrap": "own"}}.get(name, {})
+    own: dict[str, dict[str, Any]] = {"progressive": {"start": 4}, "td": {"bootstrap": "own"}}
+    options |= own.get(name, {})
     parametrisation = {"prediction_type": "consistency"} if name in ("ct", "td_ct", "cd") else {}
     given = {**config, "objective": {"name": name, **options}, "chain": {**config["chain"], "x0": x0}}
     return build_objective(given, Denoiser(network, EDM(), **parametrisation), data=DATA)
