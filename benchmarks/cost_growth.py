@@ -1,6 +1,7 @@
 """How the cost of a training step grows: with the batch, the length of chains, the dimension, and the processes.
 
 python benchmarks/cost_growth.py    # some 40 s of processor time; writes cost_growth.csv and .png beside it
+python benchmarks/cost_growth.py --redraw    # the picture anew, from the table beside it
 
 Steps of the trainer with an MLP of 3 layers of 128 on Gaussian data: TD(λ) with own predictions on chains, and EDM
 on as many single states. All sizes of an axis run in turn in every round, and what counts is processor time, which
@@ -10,6 +11,7 @@ size, so time ~ time_0 + c size^q. Processes are one and two of torchrun on gloo
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -183,6 +185,17 @@ def shared() -> dict[tuple[str, int], Array]:
     return found
 
 
+def kept(table: Path) -> list[dict[str, Any]]:
+    """The rows of the table that was written, numbers as numbers; what a row lacks is left out."""
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    words = ("axis", "scheme", "fitted")
+    return [
+        {k: v == "True" if k == "fitted" else v if k in words else float(v) for k, v in row.items()}
+        for row in rows
+    ]
+
+
 def draw(rows: Sequence[Mapping[str, Any]]) -> None:
     """The figure: a panel for each axis, time over size, with what the slopes say."""
     names = list(dict.fromkeys(row["axis"] for row in rows))
@@ -239,9 +252,12 @@ def main() -> None:
     parser.add_argument(
         "--share", type=Path, help="what torchrun calls: a folder for the times of this process"
     )
+    parser.add_argument("--redraw", action="store_true", help="measure nothing, draw the table that is there")
     words = parser.parse_args()
     if words.share is not None:
         return share_a_batch(words.share)
+    if words.redraw:
+        return draw(kept(OUT.with_suffix(".csv")))
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for axis in AXES:

@@ -14,6 +14,7 @@ import diffrl  # noqa: E402
 from docs.api_pages import plain_rst, write_api  # noqa: E402
 from docs.map_page import write_map  # noqa: E402
 from docs.method_pages import write_pages  # noqa: E402
+from docs.result_pages import link_included, link_sources, write_results  # noqa: E402
 
 project = "diffrl"
 author = "diffrl contributors"
@@ -63,6 +64,9 @@ def setup(app: Any) -> None:
     write_pages(FOLDER / "methods")
     write_map(FOLDER / "map")
     write_api(FOLDER / "api")
+    write_results(FOLDER / "measured")
+    app.connect("source-read", link_sources)
+    app.connect("include-read", link_included)
     app.connect(
         "autodoc-process-docstring", lambda app, what, name, thing, options, lines: plain_rst(lines), 400
     )

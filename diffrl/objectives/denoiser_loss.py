@@ -45,6 +45,8 @@ class DenoiserLoss(LossModule):
     """What makes the states that the loss takes, for its errors."""
     annealable: ClassVar[Ranges] = {}
     """Options that can change along the training."""
+    takes_x0_mean: ClassVar[bool] = False
+    """Whether an estimate of E[x0 | x_t] may stand in for the datum, see `diffrl.objectives.stand_ins.with_x0_mean`."""
 
     bootstrap: str = "nothing"
     """Whose predictions are in a target: "own", "target", a target network's, "residual", own with a gradient."""

@@ -128,20 +128,28 @@ def build_objective(
     if entry.also is None:
         draw: Draw = _chains(config, denoiser, data, stand_in)
     else:
-        if stand_in.x0 != "datum":
-            raise InputError(f"objective {entry.name} knows no stand-in for x0: set chain.x0=datum")
+        _require_datum(entry, stand_in)
         draw = _own_states(entry, options, config, denoiser, data)
     if baseline:
         draw = _as_drawn(draw)
         entry = OBJECTIVES.entry("monte_carlo")
     with of_group("objective", options):
         loss = entry.make(denoiser, **accepted(entry.make, options))
+    if not getattr(loss, "takes_x0_mean", False):
+        _require_datum(entry, stand_in)
     if stand_in.single and not baseline and not _looks_one_step_ahead(loss):
         raise InputError(
-            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set "
+            f"chain.x0={stand_in.x0} makes steps of their own, along which there are no returns: set objective=td "
             "objective.lmbda=0, and anneal neither that nor n_steps"
         )
     return Objective(entry.name, loss, draw)
+
+
+def _require_datum(entry: Entry, stand_in: StandIn) -> None:
+    if stand_in.x0 != "datum":
+        raise InputError(
+            f"objective {entry.name} knows no stand-in for x0: set chain.x0=datum; docs/transition_sources.md says why"
+        )
 
 
 def _as_drawn(draw: Draw) -> Draw:

@@ -141,6 +141,10 @@ def td_adaptive_loss(
     held out for them. A search along one training goes back to Population Based Training of Neural Networks (Jaderberg
     et al., 2017), https://arxiv.org/abs/1711.09846; that the held-out denoising error decides is ours.
 
+    One λ for all noise levels: the λ of a state is in the targets of all noisier ones, and all levels share a network,
+    so that a trial cannot tell what the λ of each has done; every level would need trials of its own, which cost steps.
+    `td_lambda_schedule` has a λ by noise level that is set beforehand.
+
     Args:
         denoiser: D, trained in place.
         candidates: λ ∈ [0, 1] to try, the first of them 1.

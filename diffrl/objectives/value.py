@@ -96,6 +96,7 @@ class ValueLoss(DenoiserLoss):
         **{"lmbda": (0, 1), "n_steps": (1, MAX_STEPS)},
         **{"bootstrap_share": (0, 1), "denoising_coef": (0, MAX_COEF)},
     }
+    takes_x0_mean = True
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     out_keys = ["loss_value", "td_error"]

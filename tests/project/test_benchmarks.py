@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_a_ratio_is_taken_within_rounds(benchmark_module: ModuleType) -> None:
     assert benchmark_module.Row("", 1.0, {"other": ratio}).verdict == ""
 
 
-def test_exponents_are_those_of_powers(benchmark_module: ModuleType) -> None:
+def test_exponents_are_those_of_powers(benchmark_module: ModuleType, tmp_path: Path) -> None:
     import cost_growth
 
     sizes, disturbed = [1, 2, 4, 8, 16, 32], np.array([1.0, 5.0, 1.0, 9.0, 1.0, 2.0])
@@ -78,6 +79,9 @@ def test_exponents_are_those_of_powers(benchmark_module: ModuleType) -> None:
         for row in rows:
             assert [row[f"{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx([1.5] * 3)
     assert rows[-1]["p"] < 1.49 and rows[-1]["ms"] == pytest.approx(1.5 * (3 + 32**1.5), rel=1e-3)
+    rows += cost_growth.rows_of("two sizes", sizes[:2], seconds)  # which have no q
+    cost_growth.write_csv(tmp_path / "kept.csv", list(rows[0]), rows)
+    assert cost_growth.kept(tmp_path / "kept.csv") == rows
 
 
 def test_environments_by_hand_step_as_those_of_diffrl(benchmark_module: ModuleType) -> None:

@@ -16,7 +16,7 @@ from tests.kit.shell import Shell
 DOCS = ROOT / "docs"
 EVIDENCE = yaml.safe_load((DOCS / "evidence.yaml").read_text(encoding="utf-8"))
 METHODS = [(kind, name) for kind, registry in all_registries().items() for name in registry]
-MADE = re.compile(r"(\.\./)?(methods|api|map)/")
+MADE = re.compile(r"(\.\./)?(methods|api|map|measured)/")
 MUST_HAVE_EVIDENCE = ("objective", "sampler", "recipe", "credit", "placement")
 
 MINE = '''

@@ -16,7 +16,7 @@ from diffrl.experiments.reports.style import (
     write_note,
     write_title,
 )
-from diffrl.experiments.study_findings import SCORE, Panel, Quantity
+from diffrl.experiments.study_findings import HELD_OUT, SCORE, Panel, Quantity
 
 __all__ = ["draw_overview", "draw_table", "table_row"]
 
@@ -25,6 +25,9 @@ MOST = 2.0  # log2 at the ends of the scale: a quarter and four times
 
 def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | None:
     """Draw the panels of one study side by side: a row for each case, a column for each scheme.
+
+    A case of real data has a second row, of the error on held-out data: its value error rewards what knows the training
+    rows by heart.
 
     Args:
         panels: of one study, on different cases.
@@ -43,10 +46,12 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
         return None
     asked = f"{study.title[:1].upper()}{study.title[1:] or study.name}"
     title = f"{asked}{'' if asked.endswith('?') else ':'} value error over {study.baseline}'s"
-    rows = [table_row(panel, scheme) for panel in scored for scheme in schemes]
-    with drawing(figsize=(2.2 + 0.95 * len(schemes), 1.7 + 0.42 * len(scored))) as figure:
+    shown = {panel.case: (panel, SCORE) for panel in scored}
+    shown |= {f"{p.case}, held out": (p, HELD_OUT) for p in scored if HELD_OUT in p.quantities}
+    rows = [{**table_row(p, s, what), "case": case} for case, (p, what) in shown.items() for s in schemes]
+    with drawing(figsize=(2.2 + 0.95 * len(schemes), 1.7 + 0.42 * len(shown))) as figure:
         names = [scheme.replace(", ", ",\n") for scheme in schemes]
-        draw_table(figure.subplots(), [panel.case for panel in scored], names, rows)
+        draw_table(figure.subplots(), list(shown), names, rows)
         write_title(figure, title)
         sigmas = ", ".join(scored[0].score_sigmas)
         seeds = {
@@ -56,6 +61,7 @@ def draw_overview(panels: Sequence[Panel], folder: Path) -> tuple[str, Path] | N
             f"Mean over σ = {sigmas}; less is better; interquartile mean over {min(seeds)}"
             f"{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds, small: 95 % interval. Matched: "
             f"{study.matched.replace('_', ' ')}. Bold: the interval lies below 1."
+            f"{' Held out: denoising error on data that no training saw.' * (len(shown) > len(scored))}"
         )
         write_note(figure, note)
         path = save_figure(figure, folder / f"{study.name}_overview.png", rows=rows)
