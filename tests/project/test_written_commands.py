@@ -26,7 +26,9 @@ from tests.kit.paths import ROOT
 from tests.kit.runs import run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-PAGES += [page for page in (ROOT / "docs").rglob("*.md") if not {"methods", "api"} & set(page.parts)]
+PAGES += [
+    page for page in (ROOT / "docs").rglob("*.md") if not {"methods", "api", "measured"} & set(page.parts)
+]
 PAGES += (ROOT / "results").rglob("README.md")
 SCRIPTS = {"train_td_lambda": "train", "finetune_reward": "finetune", "compare_bootstrapping": "compare"}
 NAMED_ONLY = ("sample", "")  # in prose: it needs a folder
@@ -53,7 +55,9 @@ def lines() -> list[str]:
     """What stands in code blocks and between backquotes and begins with a program; comments are cut off."""
     found: set[str] = set()
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = re.sub(
+            r" \\\n\s*", " ", page.read_text(encoding="utf-8")
+        )  # a command goes on in the next line
         blocks = re.findall(r"^```(\S*).*?\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
         prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
         code = [line for kind, block in blocks if kind != "python" for line in block.splitlines()]
