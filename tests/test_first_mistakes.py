@@ -27,7 +27,7 @@ def value_error() -> Any:
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: diffrl.networks.MLP(2), "event_shape is 2: give a tuple, such as (2,)"),
     (value_error, "sigmas is 1.0: give a list, [1.0]"),
-    (lambda: Data("mine", test=np.zeros((3, 2)), train=POINTS), "give a tensor, such as torch.as_tensor("),
+    (lambda: Data("mine", test=np.zeros((3, 2)), train=POINTS), "give a tensor, torch.as_tensor(..., "),
     (
         lambda: diffrl.data.npz(POINTS.numpy()),
         "path is a ndarray: give that of a file; of a tensor make Data",
