@@ -43,9 +43,9 @@ def require_floating(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """
     for name, x in tensors:
         if not isinstance(x, Tensor):
-            given = name if name.isidentifier() else "..."
             raise InputTypeError(
-                f"{name} is a {type(x).__name__}: give a tensor, torch.as_tensor({given}, dtype=torch.float32)"
+                f"{name} is a {type(x).__name__}: give a tensor, "
+                f"torch.as_tensor({name if name.isidentifier() else '...'}, dtype=torch.float32)"
             )
         if not torch.is_floating_point(x):
             raise InputTypeError(
