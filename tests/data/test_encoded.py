@@ -130,7 +130,7 @@ def test_batches_by_workers_are_the_same_and_what_befalls_them_is_one_line(root:
         for worker in workers:
             os.kill(worker.pid, signal.SIGTERM)  # as a batch system sends to all: it is not for them
         time.sleep(0.2)
-        assert all(worker.is_alive() for worker in workers)
+        assert [worker.exitcode for worker in workers] == [None, None]
         workers[0].kill()
         begun = time.monotonic()
         with pytest.raises(RuntimeError, match=r"data.workers has died.*lower data.workers") as error:
