@@ -83,6 +83,12 @@ def _methods(size: Size) -> tuple[Method, ...]:
     chain = Chain(PROCESS, num_steps=NUM_STEPS, coupling="markov")
     fixed = by_hand.Chains(batch, by_hand.levels(NUM_STEPS), dims)
 
+    def draw_fixed(x0: Tensor, generator: Generator) -> _Drawn:
+        return fixed, fixed.draw(x0, generator)
+
+    def unpack_fixed(states: TensorDict) -> _Drawn:
+        return fixed, states[keys.X_T]
+
     def draw_shifted(x0: Tensor, generator: Generator) -> _Drawn:
         offset = float(torch.rand((), generator=generator)) - 0.5
         chains = by_hand.Chains(batch, by_hand.levels(NUM_STEPS, offset), dims)
@@ -99,19 +105,8 @@ def _methods(size: Size) -> tuple[Method, ...]:
         *,
         shifted: bool = False,
     ) -> Method:
-        draw = ChainSampler(chain, jitter=shifted)
-        if shifted:
-            return Method(name, batch, loss, draw, draw_shifted, unpack_shifted, hand, n)
-        return Method(
-            name,
-            batch,
-            loss,
-            draw,
-            lambda x0, generator: (fixed, fixed.draw(x0, generator)),
-            lambda states: (fixed, states[keys.X_T]),
-            hand,
-            n,
-        )
+        by_hand_too = (draw_shifted, unpack_shifted) if shifted else (draw_fixed, unpack_fixed)
+        return Method(name, batch, loss, ChainSampler(chain, jitter=shifted), *by_hand_too, hand, n)
 
     def monte_carlo(
         network: nn.Module, _: nn.Module, denoise: by_hand.Denoise, drawn: _Drawn, x0: Tensor

@@ -208,10 +208,10 @@ def require_states(name: str, x: Tensor, batch: Sequence[int], event: Sequence[i
         raise InputTypeError(f"{name} has dtype {x.dtype}: give numbers of a floating dtype, shape {shape}")
     if x.shape != shape:
         raise InputError(f"{name} has shape {tuple(x.shape)}, but {shape} is needed")
-    wrong = (~x.isfinite()).reshape(-1, math.prod(event)).any(1)
-    if bool(wrong.any()):
-        which = f": sample {int(wrong.nonzero()[0])}" if batch else ""
-        raise DataError(f"{name}{which} holds NaN or infinity")
+    if batch:
+        check_finite(x.reshape(-1, *event), name)
+    elif not bool(x.isfinite().all()):
+        raise DataError(f"{name} holds NaN or infinity")
 
 
 def fresh_noise(source: NoiseFn, x: Tensor) -> Tensor:

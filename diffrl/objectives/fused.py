@@ -21,7 +21,7 @@ from diffrl.diffusion.denoisers import Conditioning, Denoiser
 from diffrl.diffusion.trajectories import ChainSampler, by_time, draw_states
 from diffrl.objectives.lookahead import Lookahead
 from diffrl.objectives.td_edm import Pairs, draw_pairs, sample_td_edm_pairs
-from diffrl.objectives.value import ValueLoss
+from diffrl.objectives.value import ValueLoss, figures_of
 from diffrl.objectives.weights import ChainTerms
 from diffrl.rl.estimators import ESTIMATORS
 from diffrl.rl.returns import mixed_returns
@@ -110,14 +110,18 @@ class FusedStep(ABC):
             TypeError, ValueError: as draw and loss.
         """
         if not self._begun:
-            for (
-                hook
-            ) in self.of._forward_pre_hooks.values():  # TorchRL warns of a target network that nothing moves
-                hook(self.of, ())
+            self._begin(x0)
             self._begun = True
         drawn = self.draw(x0, cond=cond, generator=generator)
         with around():
             return self.loss(drawn)
+
+    def _begin(self, x0: Tensor) -> None:
+        """What is done once, before the first step."""
+        for (
+            hook
+        ) in self.of._forward_pre_hooks.values():  # TorchRL warns of a target network that nothing moves
+            hook(self.of, ())
 
     def _denoise(self, denoiser: Denoiser, x: Tensor, by: Conditioning, cond: Tensor | None) -> Tensor:
         """D of a network at states [B, K, *E], whose conditions are [B, K, ...]."""
@@ -168,7 +172,6 @@ class FusedChains(FusedStep):
 
     def __init__(self, loss: Any, draw: Any) -> None:  # noqa: ANN401
         super().__init__(loss, draw)
-        self._sampler: ChainSampler = draw
         self._kept: tuple[tuple[Any, ...], _Levels] | None = None
 
     @staticmethod
@@ -180,7 +183,7 @@ class FusedChains(FusedStep):
 
     def draw(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> _Chains:
         require_data(x0, cond)
-        levels = self._levels(self._sampler.next_chain(generator), x0)
+        levels = self._levels(self._draw.next_chain(generator), x0)
         B, K, *E = len(x0), levels.w.shape[1], *x0.shape[1:]
         noise = torch.randn(B, K, *E, generator=generator, device=x0.device, dtype=x0.dtype)
         x = draw_states(levels.table, x0, noise)[:-1].transpose(0, 1)
@@ -201,7 +204,7 @@ class FusedChains(FusedStep):
                 e_next = e.detach().roll(-1, 1)
             G = loss.value_estimator.returns(None, e_next, levels.ended, levels.ended, steps[keys.NEXT])
             δ = e - mixed_returns(G, loss.bootstrap_share, None, levels.ended, levels.ended)
-        return _figures(*loss._of_states(steps, D_x, δ, levels.terms, levels.w))
+        return figures_of(*loss._of_states(steps, D_x, δ, levels.terms, levels.w))
 
     def _errors_next(self, x0: Tensor, x: Tensor, cond: Tensor | None, levels: _Levels) -> Tensor | None:
         """Errors e of the states reached, by the target network if there is one; 0 where they are clean."""
@@ -234,7 +237,7 @@ class FusedChains(FusedStep):
             reached = by.map(lambda c: c[1:].expand(B, K - 1, *c.shape[1:]).flatten(0, 1))
         columns, ended = by_time(table[:, None, :, None], x0), _ended(B, K, x0.device)
         levels = _Levels(columns, left, reached, steps, ended, terms, weight(terms))
-        stays = chain is self._sampler.chain and not torch.is_inference_mode_enabled()
+        stays = chain is self._draw.chain and not torch.is_inference_mode_enabled()
         self._kept = (key, levels) if stays else None
         return levels
 
@@ -258,7 +261,6 @@ class FusedPairs(FusedStep):
 
     def __init__(self, loss: Any, draw: Any) -> None:  # noqa: ANN401
         super().__init__(loss, draw)
-        self._checked = False
         given = signature(draw.func).bind_partial(*draw.args, **draw.keywords)
         given.apply_defaults()
         names = signature(draw_pairs).parameters.keys() - {"x0", "generator"}
@@ -274,12 +276,13 @@ class FusedPairs(FusedStep):
             and getattr(loss.value_estimator, "n_steps", 0) == 1
         )
 
+    def _begin(self, x0: Tensor) -> None:
+        super()._begin(x0)
+        self._draw(x0[:1], generator=Generator(x0.device))  # refuses options
+
     def draw(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> _Drawn:
         require_data(x0, cond)
         require_finite("x0", x0)
-        if not self._checked:
-            self._draw(x0[:1], generator=Generator(x0.device))  # refuses options
-            self._checked = True
         pairs = draw_pairs(x0=x0, generator=generator, **self._options)
         return _Drawn(x0.unsqueeze(1), pairs, None if cond is None else cond.unsqueeze(1))
 
@@ -300,11 +303,7 @@ class FusedPairs(FusedStep):
         steps[keys.NEXT] = {keys.T: pairs.t_next, keys.A: pairs.A_next}
         terms = ChainTerms(steps, loss.denoiser, c_out=left.c_out.view(B, 1, 1))
         δ = e if e_next is None else e - e_next
-        return _figures(*loss._of_states(steps, D_x, δ, terms, loss._weight(terms)))
-
-
-def _figures(loss: Tensor, square: Tensor) -> Figures:
-    return loss.mean(), square.detach().mean().sqrt()
+        return figures_of(*loss._of_states(steps, D_x, δ, terms, loss._weight(terms)))
 
 
 def _is_plain(loss: Any) -> bool:

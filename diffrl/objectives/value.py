@@ -28,7 +28,7 @@ from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated, mixed_returns
 from diffrl.shapes import expand_like, require_floating
 
-__all__ = ["ValueLoss"]
+__all__ = ["ValueLoss", "figures_of"]
 
 
 class ValueLoss(DenoiserLoss):
@@ -227,8 +227,8 @@ class ValueLoss(DenoiserLoss):
         D_x, δ = self._errors(chain)
         terms = ChainTerms(chain, self.denoiser)
         loss, square = self._of_states(chain, D_x, δ, terms, self._weight(terms))
-        loss = self._by_importance(tensordict, chain, loss)
-        return TensorDict({"loss_value": loss.mean(), "td_error": square.detach().mean().sqrt()})
+        loss_value, td_error = figures_of(self._by_importance(tensordict, chain, loss), square)
+        return TensorDict({"loss_value": loss_value, "td_error": td_error})
 
     def look_at(self, x_t: Tensor, x0: Tensor | None, cond: Tensor | None) -> None:
         """Check what a step is about to train on.
@@ -377,6 +377,11 @@ class ValueLoss(DenoiserLoss):
         steps = TensorDict({keys.NEXT: {k.reward: reward, **flags}}, reached.batch_size)
         G = self.value_estimator.value_estimate(steps, next_value=V_next)
         return G if self.bootstrap == "residual" else G.detach()
+
+
+def figures_of(loss: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the root mean square of δ, scalars, from what each state has, both [B, K, 1]."""
+    return loss.mean(), square.detach().mean().sqrt()
 
 
 def _square_mean(x: Tensor) -> Tensor:

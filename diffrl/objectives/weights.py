@@ -43,11 +43,13 @@ class ChainTerms:
     ) -> None:
         reached = chain[keys.NEXT]
         self._t, self._t_next, self._denoiser = chain[keys.T], reached[keys.T], denoiser
-        self.A, self.A_next, self._c_out = chain[keys.A], reached[keys.A], c_out
+        self.A, self.A_next = chain[keys.A], reached[keys.A]
+        if c_out is not None:
+            self.c_out = c_out
 
     @cached_property
     def c_out(self) -> Tensor:
-        return self._denoiser.scalings(self._t).c_out if self._c_out is None else self._c_out
+        return self._denoiser.scalings(self._t).c_out
 
     @property
     def c_out_next(self) -> Tensor:

@@ -71,9 +71,7 @@ def lambda_returns(
     out, G = _slots(next_value, reward, lmbda)
     X, unpaid = V[-1], reward is None and gamma == 1
     for k in reversed(range(len(r))):
-        if cut[k] is not None:
-            X = _restart(X, V[k], cut[k])
-        X = torch.lerp(V[k], X, lmbdas[k], out=G[k])  # (1 - λ) V + λ G
+        X = torch.lerp(V[k], _restart(X, V[k], cut[k]), lmbdas[k], out=G[k])  # (1 - λ) V + λ G
         X = G[k] = X if unpaid else _paid(r[k], gamma, X, G[k])
     return torch.stack(G, 1) if out is None else out
 

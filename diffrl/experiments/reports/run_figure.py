@@ -137,6 +137,7 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
     """Every number that the curves show, a row each."""
     found: Figures = []
     baseline, known = _last_errors(results), _known(results)
+    panels = ("value_error", *(["denoising_error"] if _held_out(results) else [])) if known else ()
     rows = Table(metrics, ()).rows()
 
     def add(panel: str, objective: str, sigma: str, x: float, y: float) -> None:
@@ -157,7 +158,7 @@ def _figures(metrics: Path, results: Mapping[str, Any]) -> Figures:
                     add("learning_curve", name, "score", step, mean_ratio(errors, baseline))
             if not known and row["loss_value"]:
                 add("loss", name, "", step, float(row["loss_value"]))
-        for panel in ("value_error", *(["denoising_error"] if _held_out(results) else [])) if known else ():
+        for panel in panels:
             for sigma, error in result[panel].items():
                 add(panel, name, sigma, float(sigma), error)
         for nfe, distance in result["sample_distance"]["by_nfe"].items():
@@ -198,6 +199,7 @@ def _line(
 def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results: Mapping[str, Any]) -> None:
     """The upper row of panels: learning curves, value error by σ where it is known, sample distance."""
     first, known = next(iter(results["objectives"].values())), _known(results)
+    held_out = any(row["panel"] == "denoising_error" for row in figures)
     panels = part.subplots(1, 3, width_ratios=(1.3, 1, 1)) if known else part.subplots(1, 2)
     for name, (colour, marker, width) in _styles(names).items():
         label = names[name]
@@ -216,15 +218,13 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
             kind = "score" if any(row["sigma"] == "score" for row in figures) else "mean"
             panels[0].plot(*_line(figures, "learning_curve", name, kind), **mean)
             panels[1].plot(*_line(figures, "value_error", name), **mark)
-            if _held_out(results):
+            if held_out:
                 panels[1].plot(*_line(figures, "denoising_error", name), "--", color=colour, linewidth=width)
         else:
             panels[0].plot(*_line(figures, "loss", name), color=colour, linewidth=1.2)
         panels[-1].plot(*_line(figures, "sample_distance", name), **mark)
 
-    _name_panels(panels, names, first, known=known)
-    if known and _held_out(results):
-        panels[1].set(title="b  Error by noise level", ylabel="value error; dashed: on held-out data")
+    _name_panels(panels, names, first, known=known, held_out=held_out)
     for axes in panels:
         _log_scale(axes)
     if known:
@@ -240,15 +240,17 @@ def _draw_curves(part: Any, figures: Figures, names: Mapping[str, str], results:
 
 
 def _name_panels(
-    panels: Sequence[Any], names: Mapping[str, str], first: Mapping[str, Any], *, known: bool
+    panels: Sequence[Any], names: Mapping[str, str], first: Mapping[str, Any], *, known: bool, held_out: bool
 ) -> None:
     """Titles, names of axes and ticks; `first` are the figures of one objective."""
     baseline = baseline_of(names)
     panels[0].set_xlabel("gradient steps")
     if known:
         panels[0].set(title="a  Learning curves", ylabel="value error  ‖D - D*‖²/c_out²")
-        panels[1].set(title="b  Value error by noise level", xscale="log")
-        panels[1].set(xlabel="noise level σ (units of the data)", ylabel="value error at the end")
+        title, error = "b  Value error by noise level", "value error at the end"
+        if held_out:
+            title, error = "b  Error by noise level", "value error; dashed: on held-out data"
+        panels[1].set(title=title, xscale="log", xlabel="noise level σ (units of the data)", ylabel=error)
         name_ticks(panels[1], list(first["value_error"]))
         if baseline is not None and len(names) > 2:
             panels[0].set(title="a  Distance to the exact denoiser, while training")
