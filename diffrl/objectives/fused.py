@@ -118,9 +118,7 @@ class FusedStep(ABC):
 
     def _begin(self, x0: Tensor) -> None:
         """What is done once, before the first step."""
-        for (
-            hook
-        ) in self.of._forward_pre_hooks.values():  # TorchRL warns of a target network that nothing moves
+        for hook in self.of._forward_pre_hooks.values():  # TorchRL's looks for a forgotten updater
             hook(self.of, ())
 
     def _denoise(self, denoiser: Denoiser, x: Tensor, by: Conditioning, cond: Tensor | None) -> Tensor:
