@@ -107,7 +107,7 @@ def test_words_are_understood(command: str, words: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands speak of: pictures, pairs of them, a run as `runs/...`, and models."""
+    """A folder with what the commands speak of: pictures, pairs of them, runs on digits and rings, and models."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "my_pictures").mkdir()
     rng = np.random.default_rng(0)
@@ -117,7 +117,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     pairs = rng.integers(0, 256, (2, 8, 1, 8, 8), dtype=np.uint8)
     np.savez(folder / "pairs.npz", preferred=pairs[0], rejected=pairs[1])
-    run(folder / "runs" / "a", "data=digits", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16")
+    for name, data in (("a", "digits"), ("a_rings", "rings")):
+        run(
+            folder / "runs" / name, f"data={data}", "trainer.grad_steps=4", "eval.points=8", "eval.samples=16"
+        )
     diffrl.save_pretrained(diffrl.load(folder / "runs" / "a"), folder / "digits_model")
     stock_pipeline(folder / "my_ddpm", unet={"in_channels": 1, "out_channels": 1})
     return folder
@@ -145,7 +148,8 @@ def test_commands_run(command: str, words: str, place: Path, monkeypatch: pytest
         config = None if resumed else composed(*given, name="finetune")
         if config is not None and config.model.name == "pipeline":
             pytest.skip("needs a pipeline: tests of adapters run these experiments on tiny ones")
-        given = [re.sub(r"^model\.path=runs/[^a].*", "model.path=runs/a", word) for word in given]
+        kind = "a_rings" if "experiment=finetune_rings" in given else "a"
+        given = [re.sub(r"^model\.path=runs/.*", f"model.path=runs/{kind}", word) for word in given]
         if config is None or config.model.name == "tuned":
             tuned = settings(composed("model.path=runs/a", *SMALL["finetune"], name="finetune"), [])
             run_finetuning({**tuned, "run_dir": "runs/a_tuned"}, progress=False)
