@@ -128,16 +128,33 @@ class Chain:
 
         The noise of the first state is all fresh: (0, 1). The clean state has none: (0, 0).
         """
-        _, kappa, std = (c[:-1] for c in self.step_coefficients)
-        sigma_t, sigma_s = self.scales[1][:-2], self.scales[1][1:-1]
-        kept, fresh = pad(torch.stack([kappa * sigma_t, std]) / sigma_s, (1, 1)).unbind()
+        _, kappa, std = self.step_coefficients
+        sigma = self.scales[1]
+        mixing = torch.stack([kappa * sigma[:-1], std]) / sigma[1:]  # not of the last step, onto clean data
+        kept, fresh = pad(mixing[:, :-1], (1, 1)).unbind()
         fresh[0] = 1
         return kept, fresh
 
     @cached_property
+    def noise_sums(self) -> tuple[Tensor, Tensor]:
+        """The same mixing as running sums, n_i = P_i Σ_{j≤i} g_j z_j: P and g, float64, shape [K+1] each.
+
+            P_i = Π_{1≤j≤i} c_j,    g_j = √(1-c_j²)/P_j
+
+        A step that keeps no noise keeps 1e-20 of it here, which leaves no trace and can be divided by.
+        """
+        kept, fresh = self.noise_mixing
+        P = kept.clamp(min=1e-20)
+        P[0] = 1
+        P = P.cumprod(0)
+        return P, fresh / P
+
+    @cached_property
     def table(self) -> Tensor:
-        """Rows t, A, κ, α, σ, c and √(1-c²) of `noise_mixing`, one column for each state: float64, shape [7, K+1]."""
-        return torch.stack([self.t, *self.value_coefficients, *self.scales, *self.noise_mixing])
+        """Rows t, A, κ, α, σ, `noise_mixing` and `noise_sums`, one column for each state: float64, shape [9, K+1]."""
+        return torch.stack(
+            [self.t, *self.value_coefficients, *self.scales, *self.noise_mixing, *self.noise_sums]
+        )
 
     def step(self, index: Tensor, x0: Tensor, x: Tensor, noise: Tensor) -> Tensor:
         """The state reached from state `index`: x_s = A x0 + κ x_t + std z of the step i → i+k.

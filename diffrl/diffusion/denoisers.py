@@ -31,25 +31,13 @@ class Conditioning(NamedTuple):
     """[N, *1], as the next two."""
     c_out: Tensor
     c_in: Tensor
-    c_noise: Tensor
-    """[N]."""
-    c_noise_r: Tensor | None = None
-    """[N], where the network is told a second time."""
+    codes: tuple[Tensor, ...]
+    """c_noise [N], and c_noise_r [N] where the network is told a second time."""
 
-    @property
-    def codes(self) -> tuple[Tensor, ...]:
-        """How the network is told the times."""
-        return (self.c_noise,) if self.c_noise_r is None else (self.c_noise, self.c_noise_r)
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> "Conditioning":
-        """The same of other states: f of each tensor, whose first dim is that of the states."""
-        return Conditioning(*(f(c) for c in self if c is not None))
-
-    def halves(self) -> "list[Conditioning]":
-        """The same of the first N/2 states, and of the others."""
-        return [
-            Conditioning(*half) for half in zip(*(c.chunk(2) for c in self if c is not None), strict=True)
-        ]
+    def rows(self, rows: slice) -> "Conditioning":
+        """The same of some of the states."""
+        c_skip, c_out, c_in, codes = self
+        return Conditioning(c_skip[rows], c_out[rows], c_in[rows], tuple(c[rows] for c in codes))
 
 
 class Denoiser(nn.Module):
@@ -212,7 +200,9 @@ class Denoiser(nn.Module):
         if r is not None:
             require_second_time(self)
             require_states(x_t, r, "r")
-        return self.conditioned(x_t, self.conditioning(x_t, t, r), cond)
+        c_skip, c_out, c_in, codes = self.conditioning(x_t, t, r)
+        F_x, *v = self.predicted(c_in * x_t, codes, cond)
+        return [c_skip * x_t + c_out * F_x, *v]
 
     def conditioning(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Conditioning:
         """What follows from the times t [N], and r, alone, for states of x's dtype and event dims."""
@@ -220,13 +210,12 @@ class Denoiser(nn.Module):
         codes = [self._code(self.process.c_noise, t, x.dtype)]
         if self.second_time:
             codes.append(self._code(self.process.c_noise_end, t if r is None else r, x.dtype))
-        return Conditioning(c_skip, c_out, c_in, *codes)
+        return Conditioning(c_skip, c_out, c_in, tuple(codes))
 
-    def conditioned(self, x_t: Tensor, by: Conditioning, cond: Tensor | None) -> list[Tensor]:
-        """D of states [N, *E] by the `conditioning` of their times, and v where the network has one."""
-        F_x = self._predict(by.c_in * x_t, cond, *by.codes).to(x_t.dtype)
-        F_x, *v = F_x.chunk(2, dim=1) if self.predicts_variance else (F_x,)
-        return [by.c_skip * x_t + by.c_out * F_x, *v]
+    def predicted(self, x_in: Tensor, codes: tuple[Tensor, ...], cond: Tensor | None) -> tuple[Tensor, ...]:
+        """F of scaled states [N, *E], by the codes of their times, and v where the network has one."""
+        F_x = self._predict(x_in, cond, *codes).to(x_in.dtype)
+        return F_x.chunk(2, dim=1) if self.predicts_variance else (F_x,)
 
     def _code(self, c_noise: Callable[[Tensor], Tensor], t: Tensor, dtype: torch.dtype) -> Tensor:
         """How the network is told a time."""

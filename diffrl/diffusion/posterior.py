@@ -19,7 +19,6 @@ __all__ = [
     "Posterior",
     "coupling_eta",
     "marginal",
-    "mean_coefficients",
     "posterior",
     "posterior_of_scales",
     "transition",
@@ -78,22 +77,10 @@ def posterior_of_scales(
 ) -> Posterior:
     """As `posterior`, by the scales of both states, float64."""
     alpha_ts, ratio = _alpha_ratio(alpha_t, alpha_s), sigma_s / sigma_t
-    kappa = _kappa(alpha_ts, ratio, eta)
+    kappa = ratio * ((1 - eta**2) + eta**2 * (alpha_ts * ratio) ** 2).sqrt()
     A = alpha_s - alpha_t * kappa
     std = eta * ratio * (sigma_t**2 - (alpha_ts * sigma_s) ** 2).clamp(min=0).sqrt()
     return Posterior(A, kappa, std)
-
-
-def mean_coefficients(
-    alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor, eta: float
-) -> tuple[Tensor, Tensor]:
-    """A and κ of `posterior_of_scales` alone."""
-    kappa = _kappa(_alpha_ratio(alpha_t, alpha_s), sigma_s / sigma_t, eta)
-    return alpha_s - alpha_t * kappa, kappa
-
-
-def _kappa(alpha_ts: Tensor, ratio: Tensor, eta: float) -> Tensor:
-    return ratio * ((1 - eta**2) + eta**2 * (alpha_ts * ratio) ** 2).sqrt()
 
 
 def _alpha_ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:

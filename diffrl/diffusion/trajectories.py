@@ -124,7 +124,7 @@ def draw_chain(
 
 
 def by_time(table: Tensor, x0: Tensor) -> Tensor:
-    """The columns of `Chain.table` at states of rows, [7, B or 1, W+1, 1], ready for `draw_states` of x0 [B, *E]."""
+    """The columns of `Chain.table` at states of rows, [9, B or 1, W+1, 1], ready for `draw_states` of x0 [B, *E]."""
     return table.transpose(1, 2).reshape(len(table), table.shape[2], -1, *[1] * (x0.ndim - 1))
 
 
@@ -132,7 +132,7 @@ def draw_states(table: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     """The states of a window.
 
     Args:
-        table: the columns of `Chain.table` at its states, `by_time`: [7, W+1, B or 1, *1].
+        table: the columns of `Chain.table` at its states, `by_time`: [9, W+1, B or 1, *1].
         x0: clean data, shape [B, *E].
         noise: shape [B, W, *E] for a whole chain, whose last state is x0, else [B, W+1, *E].
 
@@ -140,18 +140,26 @@ def draw_states(table: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
         [W+1, B, *E]: in memory, the states of one time lie side by side, so that a step runs over the whole batch in
         one piece.
     """
-    num_noise, (alpha, sigma, kept, fresh) = noise.shape[1], table[3:].unbind()
+    num_noise, (alpha, sigma, kept, fresh, P, g) = noise.shape[1], table[3:].unbind()
     x, z = x0.new_empty(table.shape[1], *x0.shape), noise.transpose(0, 1)
     n = x[:num_noise]
-    torch.mul(z, fresh[:num_noise], out=n)
-    n[0] = z[0]  # wherever a window starts, its first state is a marginal draw
-    states, mixing = n.unbind(), kept.unbind()
-    for k in range(1, num_noise):  # n_s = c n_t + √(1-c²) z
-        states[k].addcmul_(mixing[k], states[k - 1])
+    if num_noise < len(x) and _is_small(noise):
+        n.copy_(z * g[:num_noise]).cumsum_(0).mul_(P[:num_noise])
+    else:
+        torch.mul(z, fresh[:num_noise], out=n)
+        n[0] = z[0]  # wherever a window starts, its first state is a marginal draw
+        states, mixing = n.unbind(), kept.unbind()
+        for k in range(1, num_noise):  # n_s = c n_t + √(1-c²) z
+            states[k].addcmul_(mixing[k], states[k - 1])
     n.mul_(sigma[:num_noise]).addcmul_(alpha[:num_noise], x0)
     if num_noise < len(x):
         x[-1] = x0
     return x
+
+
+def _is_small(noise: Tensor) -> bool:
+    """Whether the steps of a chain cost more one by one, each over the whole batch, than its running sums."""
+    return noise.device.type == "cpu" and noise.numel() <= 2**14 and noise.dtype.itemsize >= 4
 
 
 def _rewards(table: Tensor, x0: Tensor, x: Tensor) -> Tensor:

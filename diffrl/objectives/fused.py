@@ -6,14 +6,16 @@ computed once for the batch, and on a grid that stays once and for all.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from diffrl import keys
 from diffrl.diffusion.chains import Chain
@@ -21,7 +23,7 @@ from diffrl.diffusion.denoisers import Conditioning, Denoiser
 from diffrl.diffusion.trajectories import ChainSampler, by_time, draw_states
 from diffrl.objectives.lookahead import Lookahead
 from diffrl.objectives.td_edm import Pairs, draw_pairs, sample_td_edm_pairs
-from diffrl.objectives.value import ValueLoss, figures_of
+from diffrl.objectives.value import ValueLoss
 from diffrl.objectives.weights import ChainTerms
 from diffrl.rl.estimators import ESTIMATORS
 from diffrl.rl.returns import mixed_returns
@@ -121,20 +123,68 @@ class FusedStep(ABC):
         for hook in self.of._forward_pre_hooks.values():  # TorchRL's looks for a forgotten updater
             hook(self.of, ())
 
-    def _denoise(self, denoiser: Denoiser, x: Tensor, by: Conditioning, cond: Tensor | None) -> Tensor:
-        """D of a network at states [B, K, *E], whose conditions are [B, K, ...]."""
-        self.of.network_evaluations += len(by.c_noise)
-        cond = None if cond is None else cond.flatten(0, 1)
-        return denoiser.conditioned(x.flatten(0, 1), by, cond)[0].view_as(x)
+    def _denoise(
+        self, denoiser: Denoiser, x: Tensor, by: Conditioning, cond: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """F [B K, *E] of a network, and D [B, K, *E] without gradient, at states x whose conditions are [B, K, ...]."""
+        (code, *_), cond = by.codes, None if cond is None else cond.flatten(0, 1)
+        self.of.network_evaluations += len(code)
+        F_x = denoiser.predicted((by.c_in * x).flatten(0, 1), by.codes, cond)[0]
+        return F_x, by.c_skip * x + by.c_out * F_x.detach().view_as(x)
 
     @torch.no_grad()
     def _denoise_next(self, x: Tensor, by: Conditioning, cond: Tensor | None) -> Tensor:
         """D⁻ of the target network."""
-        return self._denoise(self.of.bootstrap_network.module.denoiser, x, by, cond)
+        return self._denoise(self.of.bootstrap_network.module.denoiser, x, by, cond)[1]
+
+    def _terms(self, x: Tensor, steps: Mapping[str, Any], c_out: Tensor) -> "_Terms":
+        """Of states x [B, K, *E], whose c_out is [B or 1, K, *1]."""
+        terms = ChainTerms(steps, self.of.denoiser, c_out=c_out.view(*steps[keys.T].shape))
+        w, q = self.of.coefficients(steps, terms)
+        A, w, slope = expand_like(terms.A, x), expand_like(w, x), 2 / x.numel() * c_out
+        q = None if q is None else expand_like(q, x)
+        return _Terms(A, w, q, -slope * (w * A), None if q is None else slope * q)
 
     @property
     def _bootstraps(self) -> bool:
         return self.of.bootstrap_share > 0 and not self.of.is_monte_carlo
+
+
+class _Terms(NamedTuple):
+    """Numbers of states [B, K], ready to multiply states [B, K, *E]."""
+
+    A: Tensor
+    w: Tensor
+    """The weights of ‖δ‖² and of ‖x0 - D‖², see `ValueLoss.coefficients`."""
+    q: Tensor | None
+    by_δ: Tensor
+    """The slope of the loss in F is by_δ δ + by_error (D - x0):  by_δ = -2 w A c_out/(B K dim(E))."""
+    by_error: Tensor | None
+    """2 q c_out/(B K dim(E))."""
+
+    def figures(self, F_x: Tensor, δ: Tensor, error: Tensor) -> Figures:
+        """The loss, as a function of F [B K, *E], and the root mean square of δ; the error is D - x0."""
+        square = δ.square()
+        loss, slope = self.w * square, self.by_δ * δ
+        if self.q is not None and self.by_error is not None:
+            loss.addcmul_(self.q, error.square())
+            slope.addcmul_(self.by_error, error)
+        return _WithSlope.apply(F_x, loss.mean(), slope.reshape(F_x.shape)), square.mean().sqrt()
+
+
+class _WithSlope(Function):
+    """A loss whose gradient in x is known, in place of the nodes of its formula."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, slope: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(slope)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None
 
 
 class _Levels(NamedTuple):
@@ -143,16 +193,14 @@ class _Levels(NamedTuple):
     table: Tensor
     """As `draw_states` wants it."""
     left: Conditioning
-    """Of the states left, [B K]."""
+    """Of the states left: [K, *1], and the codes [B K]."""
     reached: Conditioning | None
-    """Of the states reached, without the clean one, [B (K-1)], where a target network looks at them."""
+    """Of the states reached, without the clean one, where a target network looks at them: [K-1, *1] and [B (K-1)]."""
+    A_next: Tensor
+    """Of the states reached, [1, K, *1]."""
     steps: dict[str, Any]
     """t and A, and those of "next"."""
-    ended: Tensor
-    """Whether a step is the last one, bool [B, K, 1]."""
-    terms: ChainTerms
-    w: Tensor
-    """The weight of each state, [1, K, 1]."""
+    terms: _Terms
 
 
 class _Chains(NamedTuple):
@@ -182,7 +230,7 @@ class FusedChains(FusedStep):
     def draw(self, x0: Tensor, *, cond: Tensor | None, generator: Generator) -> _Chains:
         require_data(x0, cond)
         levels = self._levels(self._draw.next_chain(generator), x0)
-        B, K, *E = len(x0), levels.w.shape[1], *x0.shape[1:]
+        B, K, *E = len(x0), levels.table.shape[1] - 1, *x0.shape[1:]
         noise = torch.randn(B, K, *E, generator=generator, device=x0.device, dtype=x0.dtype)
         x = draw_states(levels.table, x0, noise)[:-1].transpose(0, 1)
         if cond is not None:
@@ -192,17 +240,17 @@ class FusedChains(FusedStep):
     def loss(self, drawn: _Chains) -> Figures:
         """The loss of the chains, and the root mean square of their δ_i = e_i - G_i, with G of the e that follow."""
         x0, x, cond, levels = drawn[0].unsqueeze(1), *drawn[1:]
-        loss, steps = self.of, {**drawn.levels.steps, keys.X0: x0}
-        loss.look_at(x, x0, cond)
+        self.of.look_at(x, x0, cond)
         e_next = self._errors_next(x0, x, cond, levels) if self._bootstraps else None
-        D_x = self._denoise(loss.denoiser, x, levels.left, cond)
-        δ = e = expand_like(steps[keys.A], x) * (x0 - D_x)
+        F_x, D_x = self._denoise(self.of.denoiser, x, levels.left, cond)
+        error = D_x - x0
+        δ = e = levels.terms.A * -error
         if self._bootstraps:
             if e_next is None:  # the state reached is the one left by the next step
-                e_next = e.detach().roll(-1, 1)
-            G = loss.value_estimator.returns(None, e_next, levels.ended, levels.ended, steps[keys.NEXT])
-            δ = e - mixed_returns(G, loss.bootstrap_share, None, levels.ended, levels.ended)
-        return figures_of(*loss._of_states(steps, D_x, δ, levels.terms, levels.w))
+                e_next = e.roll(-1, 1)
+            G = self.of.value_estimator.returns(None, e_next, None, None, levels.steps[keys.NEXT])
+            δ = e - mixed_returns(G, self.of.bootstrap_share, None, None)
+        return levels.terms.figures(F_x, δ, error)
 
     def _errors_next(self, x0: Tensor, x: Tensor, cond: Tensor | None, levels: _Levels) -> Tensor | None:
         """Errors e of the states reached, by the target network if there is one; 0 where they are clean."""
@@ -213,11 +261,11 @@ class FusedChains(FusedStep):
         if K > 1 and not self.of.value_estimator.is_monte_carlo(K):
             later = None if cond is None else cond[:, 1:]
             D_next[:, :-1] = self._denoise_next(x[:, 1:], levels.reached, later)
-        return expand_like(levels.steps[keys.NEXT][keys.A], x) * (x0 - D_next)
+        return levels.A_next * (x0 - D_next)
 
     def _levels(self, chain: Chain, x0: Tensor) -> _Levels:
-        denoiser, weight = self.of.denoiser, self.of._weight
-        key = (chain, weight, x0.shape, x0.dtype, x0.device, *_settings(denoiser))
+        loss, denoiser = self.of, self.of.denoiser
+        key = (chain, loss._weight, loss.denoising_coef, x0.shape, x0.dtype, x0.device, *_settings(denoiser))
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         B, K, table = len(x0), chain.num_transitions, chain.table.to(x0)
@@ -226,24 +274,26 @@ class FusedChains(FusedStep):
         def row(k: slice) -> dict[str, Any]:
             return {keys.T: t[k].view(1, K, 1), keys.A: A[k].view(1, K, 1)}
 
-        steps = {**row(slice(-1)), keys.NEXT: row(slice(1, None))}
+        steps = {**row(slice(-1)), keys.NEXT: row(slice(1, None)), keys.X0: x0}
         by = denoiser.conditioning(x0, t[:-1])
-        terms = ChainTerms(steps, denoiser, c_out=by.c_out.view(1, K, 1))
-        left = by.map(lambda c: c.expand(B, *c.shape).flatten(0, 1))
-        reached = None
-        if self.of.bootstrap == "target":
-            reached = by.map(lambda c: c[1:].expand(B, K - 1, *c.shape[1:]).flatten(0, 1))
-        columns, ended = by_time(table[:, None, :, None], x0), _ended(B, K, x0.device)
-        levels = _Levels(columns, left, reached, steps, ended, terms, weight(terms))
+        reached = by.rows(slice(1, None)) if loss.bootstrap == "target" else None
+        states = x0.unsqueeze(1).expand(B, K, *x0.shape[1:])
+        levels = _Levels(
+            by_time(table[:, None, :, None], x0),
+            _repeated(by, B),
+            None if reached is None else _repeated(reached, B),
+            expand_like(A[1:].view(1, K, 1), states),
+            steps,
+            self._terms(states, steps, by.c_out[None]),
+        )
         stays = chain is self._draw.chain and not torch.is_inference_mode_enabled()
         self._kept = (key, levels) if stays else None
         return levels
 
 
-@lru_cache(maxsize=8)
-def _ended(B: int, K: int, device: torch.device) -> Tensor:
-    """Whether a step of whole chains is the last one, bool [B, K, 1]."""
-    return (torch.arange(1, K + 1, device=device) == K).view(1, K, 1).expand(B, K, 1)
+def _repeated(by: Conditioning, B: int) -> Conditioning:
+    """Of B times as many states: the numbers broadcast, the codes do not."""
+    return by._replace(codes=tuple(c.repeat(B) for c in by.codes))
 
 
 class _Drawn(NamedTuple):
@@ -287,21 +337,21 @@ class FusedPairs(FusedStep):
     def loss(self, drawn: _Drawn) -> Figures:
         """The loss of the pairs, and the root mean square of their δ = e - e'."""
         x0, pairs, cond = drawn
-        loss, B = self.of, len(x0)
+        B, loss = len(x0), self.of
         loss.look_at(pairs.x, x0, cond)
-        by = loss.denoiser.conditioning(x0[:, 0], torch.cat([pairs.t, pairs.t_next]).flatten())
-        left, reached = by.halves()
+        by = loss.denoiser.conditioning(x0, torch.cat([pairs.t, pairs.t_next]).flatten())
+        left, reached = by.rows(slice(B)), by.rows(slice(B, None))
+        steps: dict[str, Any] = {keys.T: pairs.t, keys.A: pairs.A, keys.X0: x0, keys.VALID: pairs.valid}
+        steps[keys.NEXT] = {keys.T: pairs.t_next, keys.A: pairs.A_next}
+        terms = self._terms(pairs.x, steps, left.c_out)
         e_next = None
         if self._bootstraps:
             D_next = self._denoise_next(pairs.x_next, reached, cond)
-            e_next = self.of.bootstrap_share * (expand_like(pairs.A_next, x0) * (x0 - D_next))
-        D_x = self._denoise(loss.denoiser, pairs.x, left, cond)
-        e = expand_like(pairs.A, x0) * (x0 - D_x)
-        steps: dict[str, Any] = {keys.T: pairs.t, keys.A: pairs.A, keys.X0: x0, keys.VALID: pairs.valid}
-        steps[keys.NEXT] = {keys.T: pairs.t_next, keys.A: pairs.A_next}
-        terms = ChainTerms(steps, loss.denoiser, c_out=left.c_out.view(B, 1, 1))
-        δ = e if e_next is None else e - e_next
-        return figures_of(*loss._of_states(steps, D_x, δ, terms, loss._weight(terms)))
+            e_next = loss.bootstrap_share * (expand_like(pairs.A_next, x0) * (x0 - D_next))
+        F_x, D_x = self._denoise(loss.denoiser, pairs.x, left, cond)
+        error = D_x - x0
+        e = terms.A * -error
+        return terms.figures(F_x, e if e_next is None else e - e_next, error)
 
 
 def _is_plain(loss: Any) -> bool:

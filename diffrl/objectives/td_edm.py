@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffrl import keys
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.posterior import coupling_eta, mean_coefficients
+from diffrl.diffusion.posterior import coupling_eta
 from diffrl.diffusion.schedules.edm import EDM
 from diffrl.errors import InputError
 from diffrl.objectives.one_step import cut_pairs
@@ -211,7 +211,10 @@ def _check(
 def _levels(
     process: EDM, sigma_t: Tensor, num_steps: int, eta: float, span: float, stride: float
 ) -> tuple[Tensor, Tensor]:
-    """σ_t, σ_t', √max(σ_t² - σ_t'², 0), A_t and A_t', float64 [5, B]; validity [B, 1, 1]."""
+    """σ_t, σ_t', √max(σ_t² - σ_t'², 0), A_t and A_t', float64 [5, B]; validity [B, 1, 1].
+
+    A of a step from σ to σ_s is 1 - (σ_s/σ)², and 1 - σ_s/σ under shared noise: `posterior`'s, where α = 1.
+    """
     low, high, last = process.sigma_min, process.sigma_max, num_steps - 1
     i = process.index(sigma_t.clamp(low, high), num_steps)
     i_next = i + span
@@ -219,7 +222,6 @@ def _levels(
     sigma_next = levels[0]
     valid = (sigma_t >= low) & (sigma_t <= high) & (i <= last - (span + stride))
     added = (sigma_t**2 - sigma_next**2).clamp(min=0).sqrt()
-    alpha = torch.ones_like(levels[1:])
-    A, _ = mean_coefficients(alpha, torch.stack([sigma_t, sigma_next]), alpha, levels[1:], eta)
-    A = torch.where(valid, A, 1.0)  # not used elsewhere, but must be finite
+    A = 1 - (levels[1:] / torch.stack([sigma_t, sigma_next])) ** (1 + eta)
+    A.masked_fill_(~valid, 1.0)  # not used elsewhere, but must be finite
     return torch.stack([sigma_t, sigma_next, added, *A]), valid.view(-1, 1, 1)

@@ -226,7 +226,7 @@ class ValueLoss(DenoiserLoss):
         self.network_evaluations += chain[keys.T].numel() + (0 if drawn is None else int(drawn.sum()))
         D_x, δ = self._errors(chain)
         terms = ChainTerms(chain, self.denoiser)
-        loss, square = self._of_states(chain, D_x, δ, terms, self._weight(terms))
+        loss, square = self._of_states(chain, D_x, δ, *self.coefficients(chain, terms))
         loss_value, td_error = figures_of(self._by_importance(tensordict, chain, loss), square)
         return TensorDict({"loss_value": loss_value, "td_error": td_error})
 
@@ -243,35 +243,46 @@ class ValueLoss(DenoiserLoss):
         self._first_look(x0, cond)
 
     def _of_states(
-        self, chain: TensorDictBase | Mapping[str, Any], D_x: Tensor, δ: Tensor, terms: ChainTerms, w: Tensor
+        self, chain: TensorDictBase | Mapping[str, Any], D_x: Tensor, δ: Tensor, w: Tensor, q: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of each state and ‖δ‖²/dim(E), both [B, K, 1]."""
-        square, c, valid = _square_mean(δ), self.denoising_coef, chain.get(keys.VALID, None)
+        """The loss of each state and ‖δ‖²/dim(E), both [B, K, 1], by the numbers of `coefficients`."""
+        square = _square_mean(δ)
+        return (w * square if q is None else w * square + q * _square_mean(D_x - _datum(chain))), square
+
+    def coefficients(
+        self, chain: TensorDictBase | Mapping[str, Any], terms: ChainTerms
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each state's weights w of ‖δ‖² and q of ‖x0 - D‖², [B or 1, K, 1]; q is None without denoising.
+
+            q = c/c_out²,    and w = 0, q = (1 + c)/c_out² where a pair is not valid
+
+        Raises:
+            KeyError: the denoising loss is asked for of chains that have lost x0.
+        """
+        w, c, valid = self._weight(terms), self.denoising_coef, chain.get(keys.VALID, None)
         if c == 0 and valid is None:
-            return w * square, square
-        x0 = chain.get(keys.X0, None)
-        if x0 is None:
+            return w, None
+        if chain.get(keys.X0, None) is None:
             raise InputKeyError(
                 "the denoising loss needs x0, which this chain has lost: set denoising_coef=0"
             )
-        L_den = _square_mean(D_x - chain.get(keys.X0_MEAN, x0)) / terms.c_out**2
+        per_error = terms.c_out**-2
         if valid is None:
-            return w * square + c * L_den, square
-        alone = ~valid
-        c_den = torch.full_like(L_den, c).masked_fill(alone, 1 + c)
-        return w.masked_fill(alone, 0.0) * square + c_den * L_den, square
+            return w, c * per_error
+        return w.masked_fill(~valid, 0.0), c * per_error + per_error.masked_fill(valid, 0.0)
 
     @torch.no_grad()
     def target(self, states: TensorDictBase) -> Tensor:
         """Where the loss of a state is least in D(x_t) alone: [B K, *E] of chains [B, K] with x0.
 
-        y = (p (D + δ/A) + q x0)/(p + q),    p = w A², q = c/c_out²;    x0 where a pair is not valid
+        y = (p (D + δ/A) + q x0)/(p + q),    p = w A², w and q of `coefficients`
         """
         chain = rows(states)
         D_x, δ = self._errors(chain)
-        x0, terms = chain.get(keys.X0_MEAN, chain[keys.X0]), ChainTerms(chain, self.denoiser)
-        p, q = self._weight(terms) * terms.A**2, self.denoising_coef / terms.c_out**2
-        share = torch.where(chain.get(keys.VALID, torch.ones_like(p)) > 0, p / (p + q), 0)
+        x0, terms = _datum(chain), ChainTerms(chain, self.denoiser)
+        w, q = self.coefficients(chain, terms)
+        p = w * terms.A**2
+        share = torch.ones_like(p) if q is None else p / (p + q)
         return torch.lerp(x0, D_x + δ / expand_like(terms.A, x0), expand_like(share, x0)).flatten(0, 1)
 
     def _errors(self, chain: TensorDictBase) -> tuple[Tensor, Tensor]:
@@ -377,6 +388,12 @@ class ValueLoss(DenoiserLoss):
         steps = TensorDict({keys.NEXT: {k.reward: reward, **flags}}, reached.batch_size)
         G = self.value_estimator.value_estimate(steps, next_value=V_next)
         return G if self.bootstrap == "residual" else G.detach()
+
+
+def _datum(chain: TensorDictBase | Mapping[str, Any]) -> Tensor:
+    """What denoising regresses on: x0, or an estimate of E[x0 | x_t] that stands in for it."""
+    found: Tensor | None = chain.get(keys.X0_MEAN, None)
+    return chain[keys.X0] if found is None else found
 
 
 def figures_of(loss: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

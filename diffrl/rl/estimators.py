@@ -88,8 +88,8 @@ class VectorEstimator(ValueEstimatorBase):
         self,
         reward: Tensor | None,
         next_value: Tensor,
-        terminated: Tensor,
-        done: Tensor,
+        terminated: Tensor | None,
+        done: Tensor | None,
         reached: TensorDictBase | None = None,
     ) -> Tensor:
         """Targets [B, K, *E].
@@ -97,7 +97,7 @@ class VectorEstimator(ValueEstimatorBase):
         Args:
             reward: as in `diffrl.returns`, and so are the next three.
             next_value: values of the states that the steps reach.
-            terminated: where chains end.
+            terminated: where chains end; None: with their last step.
             done: where chains end or are cut.
             reached: the states that the steps reach, a TensorDict [B, K].
         """
@@ -209,8 +209,8 @@ class TDLambda(VectorEstimator):
         self,
         reward: Tensor | None,
         next_value: Tensor,
-        terminated: Tensor,
-        done: Tensor,
+        terminated: Tensor | None,
+        done: Tensor | None,
         reached: TensorDictBase | None = None,
     ) -> Tensor:
         """λ-returns [B, K, *E].
@@ -249,8 +249,8 @@ class NStep(VectorEstimator):
         self,
         reward: Tensor | None,
         next_value: Tensor,
-        terminated: Tensor,
-        done: Tensor,
+        terminated: Tensor | None,
+        done: Tensor | None,
         reached: TensorDictBase | None = None,
     ) -> Tensor:
         """n-step returns [B, K, *E]."""
@@ -273,8 +273,8 @@ class MonteCarlo(VectorEstimator):
         self,
         reward: Tensor | None,
         next_value: Tensor,
-        terminated: Tensor,
-        done: Tensor,
+        terminated: Tensor | None,
+        done: Tensor | None,
         reached: TensorDictBase | None = None,
     ) -> Tensor:
         """Monte Carlo returns [B, K, *E]."""

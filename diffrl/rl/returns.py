@@ -6,7 +6,8 @@ The three returns share one recursion and differ in X, the estimate of what foll
 
     Gₖ = rₖ + γ Xₖ₊₁,    Xₖ₊₁ = 0 where terminatedₖ,    Xₖ₊₁ = Vₖ₊₁ where doneₖ or k = K-1
 
-A chain may thus be cut inside the window, and the end of the window cuts every chain.
+A chain may thus be cut inside the window, and the end of the window cuts every chain. Without flags, `terminated`
+None, every chain terminates with its last step, and not before.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ __all__ = ["is_truncated", "lambda_returns", "mixed_returns", "monte_carlo_retur
 def lambda_returns(
     reward: Tensor | None,
     next_value: Tensor,
-    terminated: Tensor,
+    terminated: Tensor | None,
     done: Tensor | None = None,
     *,
     lmbda: float | Tensor,
@@ -41,7 +42,8 @@ def lambda_returns(
     Args:
         reward: rₖ, shape [B, K, *E]; None if no step pays anything.
         next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`.
-        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
+        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1]; None: the
+            last one does.
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
             stands for it if it is not given.
         lmbda: λ in [0, 1], a number or a tensor of shape [B, K, 1] or [1, K, 1].
@@ -79,7 +81,7 @@ def lambda_returns(
 def n_step_returns(
     reward: Tensor | None,
     next_value: Tensor,
-    terminated: Tensor,
+    terminated: Tensor | None,
     done: Tensor | None = None,
     *,
     n_steps: int,
@@ -95,7 +97,8 @@ def n_step_returns(
     Args:
         reward: rₖ, shape [B, K, *E]; None if no step pays anything.
         next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`.
-        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
+        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1]; None: the
+            last one does.
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
             stands for it if it is not given.
         n_steps: n ≥ 1, the number of rewards in the sum.
@@ -118,7 +121,7 @@ def n_step_returns(
     if n_steps == 1:  # no recursion
         require_number("gamma", gamma, 0, 1)
         _check_chain(reward, next_value, terminated, done)
-        V_next = next_value.masked_fill(expand_like(terminated.squeeze(-1), next_value), 0.0)
+        V_next = _until_end(next_value, terminated)
         return V_next if reward is None and gamma == 1 else _paid(reward, gamma, V_next)
     if next_value.ndim >= 2 and n_steps >= next_value.shape[1]:
         return monte_carlo_returns(reward, next_value, terminated, done, gamma=gamma)
@@ -136,7 +139,7 @@ def n_step_returns(
 def monte_carlo_returns(
     reward: Tensor | None,
     next_value: Tensor | None,
-    terminated: Tensor,
+    terminated: Tensor | None,
     done: Tensor | None = None,
     *,
     gamma: float = 1.0,
@@ -151,7 +154,8 @@ def monte_carlo_returns(
         reward: rₖ, shape [B, K, *E]; None if no step pays anything.
         next_value: Vₖ₊₁, shape [B, K, *E]; anything, even NaN, where `terminated`; None if no chain is
             truncated (see `is_truncated`).
-        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1].
+        terminated: whether step k reaches the end of the chain (nothing follows), bool, shape [B, K, 1]; None: the
+            last one does.
         done: whether the chain is cut after step k, bool, shape [B, K, 1]; `terminated` implies it, and
             stands for it if it is not given.
         gamma: discount γ in [0, 1].
@@ -189,7 +193,7 @@ def mixed_returns(
     G: Tensor,
     share: float,
     reward: Tensor | None,
-    terminated: Tensor,
+    terminated: Tensor | None,
     done: Tensor | None = None,
     *,
     gamma: float = 1.0,
@@ -218,32 +222,44 @@ def mixed_returns(
     return torch.lerp(monte_carlo_returns(reward, None, terminated, done, gamma=gamma), G, share)
 
 
-def is_truncated(terminated: Tensor, done: Tensor | None = None) -> bool:
+def is_truncated(terminated: Tensor | None, done: Tensor | None = None) -> bool:
     """Whether a chain is cut before it has terminated, inside the window or at its end.
 
     If none is, Monte Carlo returns need no values.
 
     Args:
-        terminated: bool, shape [B, K, 1].
+        terminated: bool, shape [B, K, 1]; None: with the last step.
         done: bool, shape [B, K, 1]; `terminated` if it is not given.
     """
+    if terminated is None:
+        return False
     cut_inside = done is not None and bool((done & ~terminated).any())
     return cut_inside or not bool(terminated[:, -1].all())
 
 
+def _until_end(next_value: Tensor, terminated: Tensor | None) -> Tensor:
+    """V of the states that steps reach, 0 where nothing follows."""
+    if terminated is None:
+        return torch.cat([next_value[:, :-1], torch.zeros_like(next_value[:, -1:])], 1)
+    return next_value.masked_fill(expand_like(terminated.squeeze(-1), next_value), 0.0)
+
+
 def _steps(
-    reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None, gamma: float
+    reward: Tensor | None, next_value: Tensor, terminated: Tensor | None, done: Tensor | None, gamma: float
 ) -> tuple[Sequence[Tensor | None], list[Tensor], list[Tensor | None]]:
     """For each step the reward, the value (0 where terminated), and where chains stop (None: nowhere)."""
     require_number("gamma", gamma, 0, 1)
     _check_chain(reward, next_value, terminated, done)
+    V = list(next_value.unbind(1))
+    K = len(V)
+    cut: list[Tensor | None] = [None] * K
+    r: Sequence[Tensor | None] = [None] * K if reward is None else reward.unbind(1)
+    if terminated is None:
+        V[-1] = torch.zeros_like(V[-1])
+        return r, V, cut
     ended = terminated if done is None or done is terminated else terminated | done
-    K = ended.shape[1]
     # Most steps end no chain. Reading the flags once saves a mask over [B, *E] at each of those steps.
     somewhere = [True] * K if torch.compiler.is_compiling() else ended.squeeze(-1).any(0).tolist()
-    r: Sequence[Tensor | None] = [None] * K if reward is None else reward.unbind(1)
-    V = list(next_value.unbind(1))
-    cut: list[Tensor | None] = [None] * K
     for k, v in enumerate(V):
         if somewhere[k]:
             V[k] = v.masked_fill(expand_like(terminated[:, k, 0], v), 0.0)  # not multiplied: 0 · NaN is NaN
@@ -285,7 +301,9 @@ def _lambdas(lmbda: float | Tensor, V: Tensor) -> tuple[Any, ...]:
     return expand_like(lmbda.to(V).squeeze(-1), V).unbind(1)
 
 
-def _check_chain(reward: Tensor | None, next_value: Tensor, terminated: Tensor, done: Tensor | None) -> None:
+def _check_chain(
+    reward: Tensor | None, next_value: Tensor, terminated: Tensor | None, done: Tensor | None
+) -> None:
     name, x = ("next_value", next_value) if reward is None else ("reward", reward)
     if x.ndim < 2 or x.shape[1] < 1:
         raise InputError(f"{name} has shape {list(x.shape)}, expected [B, K, *E] with K of at least 1")
@@ -297,6 +315,8 @@ def _check_chain(reward: Tensor | None, next_value: Tensor, terminated: Tensor, 
         )
     if next_value.dtype != x.dtype:
         raise InputError(f"next_value has dtype {next_value.dtype}, expected that of reward, {x.dtype}")
+    if terminated is None and done is not None:
+        raise InputError("done is given without terminated: give both, or neither where chains are whole")
     for name, flag in (("terminated", terminated), ("done", done)):
         if flag is None:
             continue

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import keys
+from diffrl.diffusion import trajectories
 from diffrl.diffusion.chains import Chain
 from diffrl.diffusion.posterior import posterior
 from diffrl.diffusion.schedules.base import Schedule
@@ -89,6 +90,27 @@ def test_noise_mixing_has_unit_variance(process: Schedule, coupling: float | str
     assert (rho[0], fresh[0], rho[-1], fresh[-1]) == (0, 1, 0, 0)
     if coupling == "shared":
         close(rho[1:-1], 1.0)
+
+
+@every_process
+@couplings
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("K", [1, 12])
+def test_running_sums_are_the_steps(
+    process: Schedule, coupling: float | str, dtype: torch.dtype, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain, x0 = Chain(process, K, coupling), randn(3, 2).to(dtype)
+    drawn = []
+    for small in (True, False):
+        monkeypatch.setattr(trajectories, "_is_small", lambda noise, small=small: small)
+        drawn.append(draw_chain(chain, x0, generator=generator())[keys.X_T])
+    torch.testing.assert_close(*drawn, rtol=64 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps)
+
+
+def test_which_steps_are_summed() -> None:
+    small, large = torch.empty(4, 8, 2), torch.empty(64, 18, 3072)
+    assert trajectories._is_small(small)
+    assert not trajectories._is_small(large) and not trajectories._is_small(small.half())  # 1e-20 is 0 there
 
 
 def test_offset_and_t_max_choose_levels() -> None:

@@ -1,4 +1,4 @@
-"""Fused steps against the loss of the states that they do not write down: the same bits."""
+"""Fused steps against the loss of the states that they do not write down: the same numbers, and random numbers."""
 
 import copy
 from collections.abc import Callable
@@ -51,7 +51,15 @@ def sampler(
     return ChainSampler(chain, **options)
 
 
-def same_bits(loss: ValueLoss, draw: Draw, x0: Tensor, cond: Tensor | None = None, times: int = 2) -> None:
+def close(x: Tensor, y: Tensor) -> None:
+    """But for what rounding leaves: float64 to 1e-11, float32 to 1e-4, of the greatest of a tensor."""
+    assert x.dtype == y.dtype
+    x, y = x.detach(), y.detach()
+    tolerance = 1e-11 if x.dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * float(y.abs().max()))
+
+
+def same_numbers(loss: ValueLoss, draw: Draw, x0: Tensor, cond: Tensor | None = None, times: int = 2) -> None:
     """Loss, TD error, gradient, evaluations, and where the generator stands; again, when levels are kept."""
     step, ours, theirs = fused(loss, draw), Generator().manual_seed(5), Generator().manual_seed(5)
     assert step is not None
@@ -61,9 +69,10 @@ def same_bits(loss: ValueLoss, draw: Draw, x0: Tensor, cond: Tensor | None = Non
         spent = loss.network_evaluations - before
         out = loss(draw(x0, cond=cond, generator=theirs))
         assert spent == loss.network_evaluations - before - spent > 0
-        assert torch.equal(value, out["loss_value"]) and torch.equal(error, out["td_error"])
+        close(value, out["loss_value"])
+        close(error, out["td_error"])
         assert value > 0 and error > 0
-        assert torch.equal(gradient(value, loss.denoiser), gradient(out["loss_value"], loss.denoiser))
+        close(gradient(value, loss.denoiser), gradient(out["loss_value"], loss.denoiser))
         assert torch.equal(ours.get_state(), theirs.get_state())
 
 
@@ -72,7 +81,7 @@ def same_bits(loss: ValueLoss, draw: Draw, x0: Tensor, cond: Tensor | None = Non
 @pytest.mark.parametrize("jitter", [False, True])
 def test_targets(target: Any, bootstrap: Any, jitter: bool) -> None:
     loss = apart(ValueLoss(denoiser(EDM()), bootstrap=bootstrap, **target))
-    same_bits(loss, sampler(jitter=jitter), data())
+    same_numbers(loss, sampler(jitter=jitter), data())
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -97,13 +106,13 @@ def test_options_processes_and_couplings(case: str, coupling: float | str) -> No
     x0 = data(3, of.get("event_shape", (2,)), of.get("dtype", torch.float64))
     chosen = {} if {"n_steps", "lmbda"} & options.keys() else {"lmbda": 0.5}
     for loss in (td_loss(copy.deepcopy(D), **options), ValueLoss(D, **options, **chosen)):
-        same_bits(apart(loss), sampler(D.process, coupling), x0)
+        same_numbers(apart(loss), sampler(D.process, coupling), x0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_short_chains_and_one_datum(num_steps: int) -> None:
     for loss in (ValueLoss(denoiser(EDM()), lmbda=0.5), td_loss(denoiser(EDM()))):
-        same_bits(apart(loss), sampler(num_steps=num_steps, jitter=False), data(1))
+        same_numbers(apart(loss), sampler(num_steps=num_steps, jitter=False), data(1))
 
 
 @pytest.mark.parametrize("make", [monte_carlo_loss, td_loss])
@@ -112,7 +121,7 @@ def test_labels_and_second_times(make: Callable[[Denoiser], ValueLoss]) -> None:
     network = MLP((2,), num_classes=3, hidden=8, second_time=True)
     loss = apart(make(Denoiser(network, EDM(), time_input="c_noise_x1000")))
     labels = torch.tensor([0, 3, 2])
-    same_bits(loss, sampler(), data(dtype=torch.float32), labels)
+    same_numbers(loss, sampler(), data(dtype=torch.float32), labels)
     step = fused(apart(make(Denoiser(network, EDM()))), sampler())
     assert step is not None
     with pytest.raises(InputError, match="takes labels .*cond is missing"):
@@ -131,7 +140,7 @@ def test_labels_and_second_times(make: Callable[[Denoiser], ValueLoss]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pairs(options: dict[str, Any], drawn: dict[str, Any], dtype: torch.dtype) -> None:
     loss = apart(td_edm_loss(denoiser(EDM(), dtype=dtype), **options))
-    same_bits(loss, partial(sample_td_edm_pairs, EDM(), **drawn), data(40, dtype=dtype))
+    same_numbers(loss, partial(sample_td_edm_pairs, EDM(), **drawn), data(40, dtype=dtype))
 
 
 def test_pairs_with_labels_and_bad_ones() -> None:
@@ -139,7 +148,7 @@ def test_pairs_with_labels_and_bad_ones() -> None:
     network = MLP((2,), num_classes=3, hidden=8)
     loss, draw = td_edm_loss(Denoiser(network, EDM())), partial(sample_td_edm_pairs, EDM())
     x0 = data(4, dtype=torch.float32)
-    same_bits(apart(loss), draw, x0, torch.tensor([0, 3, 2, 1]))
+    same_numbers(apart(loss), draw, x0, torch.tensor([0, 3, 2, 1]))
     for options, x, message in (
         ({"span": -1.0}, x0, "span is -1"),
         ({}, x0 / 0, "x0 holds NaN or infinity, first in row 0"),
@@ -159,7 +168,7 @@ def test_levels_follow_what_they_were_made_of() -> None:
         x0 = x0.to(next(loss.denoiser.parameters()).dtype)
         value, _ = step(x0, cond=None, generator=Generator().manual_seed(5))
         out = loss(draw(x0, cond=None, generator=Generator().manual_seed(5)))
-        assert torch.equal(value, out["loss_value"])
+        close(value, out["loss_value"])
     with pytest.raises(InputTypeError, match="float16"):
         step(x0.half(), cond=None, generator=Generator())
 

@@ -87,6 +87,28 @@ def test_no_reward_is_a_reward_of_zero(returns: Callable[..., Tensor], gamma: fl
     torch.testing.assert_close(nothing, returns(torch.zeros_like(reward), *rest, gamma=gamma), **EXACT)
 
 
+@pytest.mark.parametrize("K", [1, 5])
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda *a, **k: lambda_returns(*a, lmbda=0.0, **k),
+        lambda *a, **k: lambda_returns(*a, lmbda=0.6, **k),
+        lambda *a, **k: lambda_returns(*a, lmbda=torch.full((1, len(a[1][0]), 1), 0.3), **k),
+        lambda *a, **k: n_step_returns(*a, n_steps=1, **k),
+        lambda *a, **k: n_step_returns(*a, n_steps=2, **k),
+        lambda *a, **k: monte_carlo_returns(*a, **k),
+    ],
+)
+def test_no_flags_are_those_of_whole_chains(returns: Callable[..., Tensor], gamma: float, K: int) -> None:
+    reward, next_value, terminated, done = chain(K, ending="terminal")
+    next_value[:, -1] = torch.nan  # never read
+    for r in (reward, None):
+        whole = returns(r, next_value, None, gamma=gamma)
+        assert torch.equal(whole, returns(r, next_value, terminated, done, gamma=gamma))
+        assert bool(whole.isfinite().all())
+
+
 def test_a_return_is_made_of_something() -> None:
     with pytest.raises(ValueError, match="reward and next_value are both None"):
         monte_carlo_returns(None, None, chain(3)[2])
@@ -316,6 +338,7 @@ R, END = torch.zeros(2, 4, 3), torch.zeros(2, 4, 1, dtype=torch.bool)
         (lambda: n_step_returns(R, R, END.squeeze(-1), n_steps=1), "terminated has shape"),
         (lambda: n_step_returns(R, R, END.float(), n_steps=1), "terminated has dtype torch.float32"),
         (lambda: n_step_returns(R, R, END, END[:1], n_steps=1), "done has shape"),
+        (lambda: lambda_returns(R, R, None, END, lmbda=0.5), "done is given without terminated"),
     ],
 )
 def test_refuses_what_does_not_fit(call: Callable[[], Tensor], message: str) -> None:
