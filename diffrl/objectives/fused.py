@@ -1,8 +1,9 @@
-"""Training steps without a TensorDict: the numbers of ``loss(draw(x0))``, sooner.
+"""Training steps without a TensorDict: the numbers of ``loss(draw(x0))``, sooner, but for what rounding leaves.
 
-Beside a small network, TensorDicts, their checks and rewards that no target reads take as long as the network. What
-runs here instead is `ValueLoss`'s own arithmetic on plain tensors; what all chains of a batch have in common is
-computed once for the batch, and on a grid that stays once and for all.
+Beside a small network, TensorDicts, their checks, rewards that no target reads and the graph of the loss take as long
+as the network. What runs here instead is `ValueLoss`'s arithmetic on plain tensors. The loss is quadratic in what the
+network predicts, so its gradient there is written down; what all chains of a batch have in common is computed once for
+the batch, and on a grid that stays once and for all.
 """
 
 from abc import ABC, abstractmethod
@@ -45,7 +46,7 @@ def fused(loss: object, draw: object) -> "FusedStep | None":
     >>> step, x0 = fused(loss, draw), 0.5 * torch.randn(8, 2)
     >>> loss_value, td_error = step(x0, cond=None, generator=torch.Generator().manual_seed(0))
     >>> out = loss(draw(x0, cond=None, generator=torch.Generator().manual_seed(0)))
-    >>> bool(loss_value == out["loss_value"]) and bool(td_error == out["td_error"])
+    >>> torch.allclose(loss_value, out["loss_value"]) and torch.allclose(td_error, out["td_error"])
     True
 
     Args:
@@ -72,7 +73,8 @@ class FusedStep(ABC):
 
     def __init__(self, loss: Any, draw: Any) -> None:  # noqa: ANN401 (what `takes` lets through)
         self.of: ValueLoss = loss
-        self._draw, self._begun = draw, False
+        self._draw, self._begun, self._estimator = draw, False, loss.value_estimator
+        self._left_out = _left_out(loss)
 
     @staticmethod
     @abstractmethod
@@ -90,7 +92,7 @@ class FusedStep(ABC):
     @property
     def fits(self) -> bool:
         """Whether it takes that place still: another estimator, or a hook, may have come."""
-        return self.takes(self.of, self._draw)
+        return self.of.value_estimator is self._estimator and not _are_watched(self._left_out)
 
     def __call__(
         self,
@@ -356,20 +358,26 @@ class FusedPairs(FusedStep):
 
 def _is_plain(loss: Any) -> bool:
     """Whether the arithmetic of a loss and of its denoiser is that of this library, at γ = 1."""
-    if type(loss) is not ValueLoss or type(loss.denoiser) is not Denoiser or _is_watched(loss):
+    if type(loss) is not ValueLoss or type(loss.denoiser) is not Denoiser or _are_watched(_left_out(loss)):
         return False
     estimator, denoiser = loss.value_estimator, loss.denoiser
     fixed = denoiser.prior is None and not isinstance(denoiser.process, nn.Module)
     return fixed and type(estimator) in ESTIMATORS.values() and estimator.gamma == 1
 
 
-def _is_watched(loss: ValueLoss) -> bool:
-    """Whether a call that is left out has been replaced, or is listened to (TorchRL itself looks for an updater)."""
+Calls = tuple[tuple[nn.Module, int], ...]
+"""Modules that are not called, and the hooks before the call that each has of itself."""
+
+
+def _left_out(loss: ValueLoss) -> Calls:
     network = loss.value_network
-    for m, hooks in ((loss, 1), (network, 0), (network.module, 0), (network.module.denoiser, 0)):
-        if "forward" in vars(m) or m._forward_hooks or len(m._forward_pre_hooks) > hooks:
-            return True
-    return False
+    of_itself = 1  # TorchRL itself looks for an updater
+    return (loss, of_itself), (network, 0), (network.module, 0), (network.module.denoiser, 0)
+
+
+def _are_watched(calls: Calls) -> bool:
+    """Whether a call that is left out has been replaced, or is listened to."""
+    return any("forward" in vars(m) or m._forward_hooks or len(m._forward_pre_hooks) > n for m, n in calls)
 
 
 def _settings(denoiser: Denoiser) -> tuple[Any, ...]:
