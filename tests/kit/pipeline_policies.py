@@ -1,5 +1,6 @@
 """Policies of small pipelines, and rollouts of them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from tests.kit.pipelines import PROMPTS, stable_diffusion
 P = len(PROMPTS)
 SHAPE = (4, 8, 8)
 EACH = torch.arange(P)
+
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 def denoiser_of(pipe: Any = None, *, w: float = 1.0, **options: Any) -> PipelineDenoiser:
