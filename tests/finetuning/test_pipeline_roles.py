@@ -27,7 +27,8 @@ from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.identity import RunChanged
 from diffrl.training.optim import Optim
 from tests.kit.oracles import generator
-from tests.kit.pipeline_policies import EACH, SHAPE, P, close, denoiser_of, differ, policy_of, rollout, same
+from tests.kit.pipeline_policies import EACH, SHAPE, close, denoiser_of, differ, policy_of, rollout, same
+from tests.kit.pipeline_policies import states as states_at
 from tests.kit.pipelines import PROMPTS, stable_diffusion, z_image
 from tests.kit.pipelines import stable_diffusion_3 as sd3
 from tests.kit.run_states import assert_equal
@@ -60,7 +61,7 @@ def scatter(parameters: Any, seed: int) -> None:
 
 
 def states(kind: str = "unet") -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), PIPES[kind][1]), EACH
+    return states_at(PIPES[kind][1])
 
 
 def assert_gradients(parameters: Any) -> None:

@@ -32,6 +32,11 @@ def policy_of(denoiser: nn.Module, sampler: GaussianSampler | None = None, K: in
     return DenoisingPolicy(denoiser, sampler or Ancestral(), num_steps=K, reduction="mean")
 
 
+def states(t: float = 500.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A state for each prompt, a time for all, and the prompts' numbers."""
+    return torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), t), EACH
+
+
 def rollout(policy: DenoisingPolicy, **options: Any) -> TensorDict:
     given = {"batch_size": P, "cond": EACH, "generator": generator(0)} | options
     return collect_rollout(policy, SHAPE, **given)
