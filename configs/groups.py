@@ -34,7 +34,7 @@ from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.finetuning.updates.registry import UPDATES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
-from diffrl.ranks import RANK_TIMEOUT
+from diffrl.ranks import FIRST_TIMEOUT, RANK_TIMEOUT
 from diffrl.registry import Registry
 from diffrl.rewards.black_box import BlackBox
 from diffrl.rewards.registry import REWARDS
@@ -115,7 +115,9 @@ class TrainConfig:
     workers: int = 2
     """Processes of several seeds, with one thread each."""
     rank_timeout: float = RANK_TIMEOUT
-    """Seconds that a process which torchrun started waits for another, longer than any evaluation."""
+    """Seconds that a process which torchrun started waits for a sign of life of another."""
+    first_timeout: float = FIRST_TIMEOUT
+    """Seconds that the others wait for what the first one does alone, longer than any evaluation."""
 
 
 @dataclass
@@ -162,7 +164,9 @@ class FinetuneConfig:
     pretrain: list[str] = field(default_factory=list)
     """What to train where model.path is null: words for the command line of `examples/train_td_lambda.py`."""
     rank_timeout: float = RANK_TIMEOUT
-    """Seconds that a process which torchrun started waits for another, longer than any evaluation."""
+    """Seconds that a process which torchrun started waits for a sign of life of another."""
+    first_timeout: float = FIRST_TIMEOUT
+    """Seconds that the others wait for what the first one does alone, longer than any evaluation."""
 
 
 COMMANDS = {"train": TrainConfig, "finetune": FinetuneConfig, "compare": CompareConfig}

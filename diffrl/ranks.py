@@ -4,10 +4,13 @@ import os
 
 from diffrl.errors import InputError
 
-__all__ = ["RANK_TIMEOUT", "own_rank", "ranks_started", "refuse_several_processes"]
+__all__ = ["FIRST_TIMEOUT", "RANK_TIMEOUT", "own_rank", "ranks_started", "refuse_several_processes"]
 
 RANK_TIMEOUT = 1800.0
 """Seconds that one waits for another, unless something else is said."""
+
+FIRST_TIMEOUT = 21600.0
+"""Seconds that the others wait for what the first one does alone, such as an evaluation: six hours."""
 
 
 def ranks_started() -> int:

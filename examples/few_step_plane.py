@@ -38,8 +38,8 @@ from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.updates.boundaries import BoundaryUpdates
 from diffrl.finetuning.updates.preferences import PreferenceUpdates
 from diffrl.finetuning.updates.steps import Updates
+from diffrl.metrics.intervals import Interval, interval
 from diffrl.metrics.point_clouds import sliced_w2
-from diffrl.metrics.seeds import bootstrap_interval, iqm
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import text_table
 from diffrl.training.optim import Optim
@@ -164,9 +164,8 @@ def samples(policy: diffrl.DenoisingPolicy, dims: int, n: int, seed: int) -> Ten
 def on_mode(x: Tensor, law: Mixture) -> tuple[Tensor, Tensor]:
     """The nearest mode of each sample, and whether it lies within three standard deviations in each direction."""
     distance, mode = torch.cdist(x.double(), law.means).min(1)
-    reach = (
-        WITHIN if x.shape[1] == 2 else math.sqrt(x.shape[1]) + 2
-    )  # the norm of noise grows with the dimension
+    # the norm of noise grows with the dimension
+    reach = WITHIN if x.shape[1] == 2 else math.sqrt(x.shape[1]) + 2
     return mode, distance < reach * law.stds[mode]
 
 
@@ -238,9 +237,9 @@ def tuner(
     return run
 
 
-def steady(lr: float, *betas: float) -> Optim:
+def steady(lr: float, betas: tuple[float, float]) -> Optim:
     """A constant learning rate."""
-    return Optim(lr, betas=(betas[0], betas[1]), warmup_steps=0, decay="none")
+    return Optim(lr, betas=betas, warmup_steps=0, decay="none")
 
 
 def distil(law: Mixture, process: Schedule, K: int, seed: int, n: int) -> Finetuner:
@@ -253,7 +252,7 @@ def distil(law: Mixture, process: Schedule, K: int, seed: int, n: int) -> Finetu
         "surrogate": matching,
     }
     policy = policy_of(Corrected(process, law), K)
-    return tuner(policy, law, recipes.tdm(**pieces), steady(1e-3, 0.9, 0.99), n, seed=seed)
+    return tuner(policy, law, recipes.tdm(**pieces), steady(1e-3, (0.9, 0.99)), n, seed=seed)
 
 
 def tune(distilled: Finetuner, law: Mixture, seed: int, n: int, way: Way) -> dict[str, float]:
@@ -267,7 +266,7 @@ def tune(distilled: Finetuner, law: Mixture, seed: int, n: int, way: Way) -> dic
     given: dict[str, Any] = {"seed": seed, "teacher": distilled.base.denoiser}
     if isinstance(way.surrogate, LearntReward):  # the fake score goes on from its distillation
         given["twins"] = {"fake": distilled.references.twin("fake").denoiser}
-    run = tuner(policy, law, recipe, steady(STUDENT_LR, 0.0, 0.999), n, **given)
+    run = tuner(policy, law, recipe, steady(STUDENT_LR, (0.0, 0.999)), n, **given)
     return told(policy, law, seed) | {"queries": float(run.figures["queries"])}
 
 
@@ -280,7 +279,7 @@ def many_steps(law: Mixture, process: Schedule, seed: int, n: int, lr: float = 1
         updates=Updates(minibatches=4, fraction=0.2),
         surrogate=PPOClip(clip_range=0.1),
     )
-    run = tuner(policy, law, recipe, steady(lr, 0.9, 0.999), n, seed=seed)
+    run = tuner(policy, law, recipe, steady(lr, (0.9, 0.999)), n, seed=seed)
     return told(policy, law, seed) | {"queries": float(run.figures["queries"])}
 
 
@@ -289,14 +288,14 @@ def told(policy: diffrl.DenoisingPolicy, law: Mixture, seed: int) -> dict[str, f
     return figures(samples(policy, law.means.shape[1], SAMPLES, seed), law, seed)
 
 
-def steps_cell(process: str, K: int, seed: int, n: int) -> dict[str, dict[str, float]]:
+def steps_cell(process: str, K: int, n: int, seed: int) -> dict[str, dict[str, float]]:
     """The first study: a student of K steps on four modes, and its teacher's own K steps."""
     law = law_of("four modes", seed)
     run = distil(law, PROCESSES[process](), K, seed, n)
     return {"teacher": told(run.base, law, seed), "student": told(run.policy, law, seed)}
 
 
-def claim_cell(data: str, seed: int, n: int, tuned: int, names: list[str]) -> dict[str, dict[str, float]]:
+def claim_cell(data: str, n: int, tuned: int, names: list[str], seed: int) -> dict[str, dict[str, float]]:
     """The second study: the base of many steps, its few, TDM, DDPO on many steps, and the named ways to tune few."""
     law, flow = law_of(data, seed), diffrl.Flow()
     run = distil(law, flow, 4, seed, n)
@@ -307,9 +306,7 @@ def claim_cell(data: str, seed: int, n: int, tuned: int, names: list[str]) -> di
         "TDM, 4 steps": told(run.policy, law, seed),
         f"DDPO, {MANY} steps": many_steps(law, flow, seed, tuned),
     }
-    for name in names:
-        found[name] = tune(run, law, seed, tuned, VARIANTS[name])
-    return found
+    return found | {name: tune(run, law, seed, tuned, VARIANTS[name]) for name in names}
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -324,28 +321,30 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return read
 
 
+def cells_of(
+    a: argparse.Namespace, seeds: range, name: str, make: Callable[[int], dict[str, Any]]
+) -> tuple[list[dict[str, Any]], float]:
+    """What a cell of this name has at each seed, and the seconds that it took at all of them."""
+    each = [kept(a.work / f"{name}_seed{seed}.json", partial(make, seed)) for seed in seeds]
+    return [cell["found"] for cell in each], sum(cell["seconds"] for cell in each)
+
+
 def summary(seeds: list[Any]) -> dict[str, Any]:
     """The tree of each seed, with the interquartile mean, its interval and the values at the leaves."""
-    first = seeds[0]
-    if not isinstance(first, dict):
-        interval = bootstrap_interval(seeds) if len(seeds) > 1 else None
-        return {"iqm": float(iqm(seeds)), "interval": interval, "seeds": seeds}
-    return {key: summary([seed[key] for seed in seeds]) for key in first}
+    if not isinstance(seeds[0], dict):
+        middle, *ends = interval(seeds)
+        return {"iqm": middle, "interval": ends if len(seeds) > 1 else None, "seeds": seeds}
+    return {key: summary([seed[key] for seed in seeds]) for key in seeds[0]}
 
 
-def written(cell: dict[str, Any], digits: int = 2) -> str:
+def shown(cell: dict[str, Any]) -> str:
     """The mean, and its interval in brackets."""
-    ends = (
-        ""
-        if cell["interval"] is None
-        else " [" + ", ".join(f"{v:.{digits}f}" for v in cell["interval"]) + "]"
-    )
-    return f"{cell['iqm']:.{digits}f}{ends}"
+    return f"{Interval(cell['iqm'], *(cell['interval'] or (None, None))):.2f}"
 
 
 def table(name: str, rows: dict[str, dict[str, Any]], columns: tuple[str, ...]) -> str:
     """A row for each variant, a column for each figure."""
-    body = [[row, *(written(of[c]) for c in columns)] for row, of in rows.items()]
+    body = [[row, *(shown(of[c]) for c in columns)] for row, of in rows.items()]
     return text_table([[name, *columns], *body])
 
 
@@ -400,15 +399,9 @@ def study_steps(a: argparse.Namespace, seeds: range) -> dict[str, Any]:
     """The first study: its cells, with their tables printed and its files written."""
     cells, seconds = {}, 0.0
     for process, K in itertools.product(PROCESSES, (1, 2, 4)):
-        each = [
-            kept(
-                a.work / f"steps_{process}_{K}_{a.distillation}_seed{seed}.json",
-                partial(steps_cell, process, K, seed, a.distillation),
-            )
-            for seed in seeds
-        ]
-        cells[f"{process}, K = {K}"] = summary([cell["found"] for cell in each])
-        seconds += sum(cell["seconds"] for cell in each)
+        name, make = f"steps_{process}_{K}_{a.distillation}", partial(steps_cell, process, K, a.distillation)
+        found, took = cells_of(a, seeds, name, make)
+        cells[f"{process}, K = {K}"], seconds = summary(found), seconds + took
     for who in ("teacher", "student"):
         print(table(who, {name: cell[who] for name, cell in cells.items()}, STEPS_COLUMNS), end="\n\n")
     draw_steps(cells, a.out / "plane_tdm.png")
@@ -419,18 +412,13 @@ def study_claim(a: argparse.Namespace, seeds: range) -> dict[str, Any]:
     """The second study, likewise; of rows that all seeds have."""
     tasks, seconds = {}, 0.0
     for data in a.data:
-        each = [
-            kept(
-                a.work / f"claim_{data}_{a.distillation}_{a.tuning}_seed{seed}.json",
-                partial(claim_cell, data, seed, a.distillation, a.tuning, a.variants),
-            )
-            for seed in seeds
-        ]
-        rows = [row for row in each[0]["found"] if all(row in cell["found"] for cell in each)]
+        make = partial(claim_cell, data, a.distillation, a.tuning, a.variants)
+        found, took = cells_of(a, seeds, f"claim_{data}_{a.distillation}_{a.tuning}", make)
+        rows = [row for row in found[0] if all(row in cell for cell in found)]
         tasks[data] = summary(
-            [{row: {c: cell["found"][row][c] for c in CLAIM_COLUMNS} for row in rows} for cell in each]
+            [{row: {c: cell[row][c] for c in CLAIM_COLUMNS} for row in rows} for cell in found]
         )
-        seconds += sum(cell["seconds"] for cell in each)
+        seconds += took
         print(table(data, tasks[data], CLAIM_COLUMNS), end="\n\n")
     draw_claim(tasks, a.out / "plane_tdm_r1.png")
     return {"seconds": round(seconds), "cells": tasks}
@@ -458,21 +446,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--seeds", type=int, default=5)
-    words.add_argument(
-        "--first-seed", type=int, default=10, help="numbers were chosen on seeds below and above"
-    )
+    words.add_argument("--first-seed", type=int, default=10, help="numbers were chosen on others")
     words.add_argument("--part", choices=("all", "steps", "claim"), default="all")
-    words.add_argument(
-        "--data",
-        nargs="*",
-        default=["scattered", "8-D", "rings"],
-        help="of the second study; or 'four modes'",
-    )
+    data = ["scattered", "8-D", "rings"]
+    words.add_argument("--data", nargs="*", default=data, help="of the second study; or 'four modes'")
     words.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     words.add_argument("--distillation", type=int, default=600, help="iterations of TDM")
-    words.add_argument(
-        "--tuning", type=int, default=100, help="iterations of TDM-R1 and DDPO, of 192 samples"
-    )
+    words.add_argument("--tuning", type=int, default=100, help="iterations of TDM-R1, DDPO, of 192 samples")
     words.add_argument("--work", type=Path, default=Path("runs/few_step_plane"), help="where cells are kept")
     words.add_argument("--out", type=Path, default=Path("results/few_step"))
     return words

@@ -73,7 +73,7 @@ def main(out: Path) -> Path:
     grounds = [*GROUNDS.values(), "digits, held-out error"]
     with drawing(figsize=(11.5, 5.8)) as figure:
         draw_table(figure.subplots(), grounds, list(SCHEMES.values()), rows + held_out)
-        write_title(figure, "Error of the denoiser over that of plain denoising on chains (Monte Carlo)")
+        write_title(figure, "Error of the denoiser over that of Monte Carlo on chains")
         seeds = sorted({int(row["seeds"]) for row in rows if row["seeds"]})
         note = (
             f"Below 1 (blue) is better than Monte Carlo. Squared distance to the exact denoiser, mean over σ = "

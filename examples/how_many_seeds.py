@@ -54,10 +54,7 @@ LAW = diffrl.data.rings(modes=8, radius=0.8, std=STD).mixture
 assert LAW is not None
 MEANS = LAW.means.float()
 CALLS, GROUP = 40, 8  # of the reward, an iteration; trajectories that are compared with each other
-KERNEL = {
-    "std_floor": 0.1,
-    "noise_steps": [0, 1, 2],
-}  # what DDPO and SDPO act with: the last step has no noise
+KERNEL = {"std_floor": 0.1, "noise_steps": [0, 1, 2]}  # of DDPO and SDPO: the last step has no noise
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNED_ON = (1000, 1001, 1002)
 LEARNING_RATES = {"DDPO": 1e-2, "SDPO": 1e-2, "AWM": 3e-2, "NFT": 1e-2, "TDM-R1": 3e-4}
@@ -65,10 +62,8 @@ LEARNING_RATES = {"DDPO": 1e-2, "SDPO": 1e-2, "AWM": 3e-2, "NFT": 1e-2, "TDM-R1"
 NS = (1, 3, 5, 10)
 CLOSE = 0.2  # a difference of rewards that is shown on its own
 RULES: dict[Any, str] = {
-    "mean": "the higher mean",
-    "bootstrap": "bootstrap interval",
-    "welch": "Welch's interval",
-}
+    "mean": "the higher mean", "bootstrap": "bootstrap interval", "welch": "Welch's interval",
+}  # fmt: skip
 
 
 class ExactAndMore(nn.Module):
@@ -158,14 +153,8 @@ METHODS = {
                 interval="trajectory", draws=1, passes=4, preference_t_min=0.0, reward_t_min=0.0
             ),
             surrogate=LearntReward(
-                beta=50.0,
-                clip_range=1e-2,
-                anchor_coef=0.3,
-                runaway=None,
-                surrogate_lr=5e-4,
-                fake_lr=2e-3,
-                fake_anchor_coef=0.0,
-                reward_weight=1.0,
+                beta=50.0, clip_range=1e-2, anchor_coef=0.3, runaway=None, surrogate_lr=5e-4,
+                fake_lr=2e-3, fake_anchor_coef=0.0, reward_weight=1.0,
             ),
         ),
         "5 groups of 8, 4 passes of one boundary, noise of KL and fake score on the interval the student was "
@@ -213,10 +202,8 @@ def figures(denoiser: nn.Module, n: int = 2000) -> dict[str, float]:
     All methods are judged as the generator without noise that they all began as.
     """
     policy = policy_of(denoiser)
-    x = (
-        torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
-        * policy.process.sigma(policy.grid[0]).float()
-    )
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
+    x = x * policy.process.sigma(policy.grid[0]).float()
     for k in range(STEPS):
         x = policy.law(x, torch.full((n,), k)).mean
     near = distances(x).amin(1)
@@ -385,19 +372,18 @@ def needed(x: list[float], y: list[float], order: int, rule: Any) -> dict[str, f
 
 def rates(pairs: list[dict[str, Any]], n: int, rule: str, paired: bool = False) -> dict[str, float]:
     """Mean shares over the settled pairs that are right, wrong, undecided, and over the others that claim any order."""
-    right, wrong, open_, claimed = [], [], [], []
+    shares: dict[str, list[float]] = {"right": [], "wrong": [], "undecided": [], "claimed": []}
     for pair in pairs:
-        cells = [c for c in pair["by_n"] if (c["n"], c["rule"], c["paired"]) == (n, rule, paired)]
-        for cell in cells:
+        ahead, behind = ("a", "b") if pair["higher"] == pair["pair"][0] else ("b", "a")
+        for cell in pair["by_n"]:
+            if (cell["n"], cell["rule"], cell["paired"]) != (n, rule, paired):
+                continue
             if pair["higher"] is None:
-                claimed.append(cell["a"] + cell["b"])
+                shares["claimed"].append(cell["a"] + cell["b"])
             else:
-                ahead, behind = ("a", "b") if pair["higher"] == pair["pair"][0] else ("b", "a")
-                right.append(cell[ahead])
-                wrong.append(cell[behind])
-                open_.append(cell["undecided"])
-    named = {"right": right, "wrong": wrong, "undecided": open_, "claimed": claimed}
-    return {key: float(np.mean(values)) for key, values in named.items() if values}
+                for name, key in (("right", ahead), ("wrong", behind), ("undecided", "undecided")):
+                    shares[name].append(cell[key])
+    return {name: float(np.mean(values)) for name, values in shares.items() if values}
 
 
 def seeds_text(found: dict[str, float]) -> str:
@@ -461,16 +447,9 @@ def draw(runs: dict[str, list[dict[str, Any]]], pairs: list[dict[str, Any]], out
         axes = figure.subplots(2, 2)
         draw_runs(axes[0, 0], runs, "reward", "final reward (share on mode 1)")
         draw_runs(axes[0, 1], runs, "near", "share within 3 std of any mode")
-        settled = [pair for pair in pairs if pair["higher"]]
-        draw_rates(
-            axes[1, 0],
-            pairs,
-            "wrong",
-            f"wrong: against the order of all seeds\n({len(settled)} settled pairs)",
-        )
-        draw_rates(
-            axes[1, 1], pairs, "right", f"right: the order of all seeds\n({len(settled)} settled pairs)"
-        )
+        settled = f"\n({sum(bool(pair['higher']) for pair in pairs)} settled pairs)"
+        draw_rates(axes[1, 0], pairs, "wrong", f"wrong: against the order of all seeds{settled}")
+        draw_rates(axes[1, 1], pairs, "right", f"right: the order of all seeds{settled}")
         axes[1, 1].legend(fontsize=8, loc="lower right")
         figure.savefig(out, dpi=150)
 
@@ -493,18 +472,17 @@ def draw_runs(axis: Any, runs: dict[str, list[dict[str, Any]]], key: str, label:
 
 def draw_rates(axis: Any, pairs: list[dict[str, Any]], key: str, label: str) -> None:
     """By n: the mean over settled pairs, a line for each rule, and each pair faintly for the first."""
+
+    def line(of: list[dict[str, Any]], rule: str, **style: Any) -> None:
+        found = {n: rates(of, n, rule).get(key) for n in NS}
+        known = {n: share for n, share in found.items() if share is not None}
+        axis.plot(list(known), list(known.values()), **style)
+
+    for pair in pairs:
+        label_once = "a pair, by the higher mean" if pair is pairs[0] else None
+        line([pair], "mean", color=GREY, linewidth=0.7, alpha=0.6, label=label_once)
     for rule, (colour, marker) in zip(RULES, PALETTE, strict=False):
-        if rule == "mean":
-            for pair in pairs:
-                one = {n: rates([pair], n, rule).get(key) for n in NS}
-                kept = {n: v for n, v in one.items() if v is not None}
-                label_once = "a pair, by the higher mean" if pair is pairs[0] else None
-                axis.plot(
-                    list(kept), list(kept.values()), color=GREY, linewidth=0.7, alpha=0.6, label=label_once
-                )
-        found = {n: rates(pairs, n, rule).get(key) for n in NS}
-        kept = {n: v for n, v in found.items() if v is not None}
-        axis.plot(list(kept), list(kept.values()), color=colour, marker=marker, label=RULES[rule])
+        line(pairs, rule, color=colour, marker=marker, label=RULES[rule])
     axis.set_title(label, fontsize=9)
     axis.set_xscale("log")
     axis.set_xticks(NS, [str(n) for n in NS])
@@ -567,14 +545,10 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     words = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     words.add_argument("--seeds", type=int, default=30)
-    words.add_argument(
-        "--iterations", type=int, default=ITERATIONS, help="of tuning, at 40 reward calls each"
-    )
+    words.add_argument("--iterations", type=int, default=ITERATIONS, help="of 40 reward calls each")
     words.add_argument("--tune", action="store_true", help="try the grid of learning rates too")
     words.add_argument("--workers", type=int, default=1, help="processes, one core each")
-    words.add_argument(
-        "--work", type=Path, default=Path("runs/how_many_seeds"), help="student, finished runs"
-    )
+    words.add_argument("--work", type=Path, default=Path("runs/how_many_seeds"), help="of finished runs")
     words.add_argument("--out", type=Path, default=Path("results/seeds"))
     return words
 

@@ -46,7 +46,7 @@ __all__ = [
     "run_in_folder",
 ]
 
-PLACE = ("run_dir", "rank_timeout", "resume", "extend", ACCEPT)
+PLACE = ("run_dir", "rank_timeout", "first_timeout", "resume", "extend", ACCEPT)
 """Settings that say where a run lies and how it goes on, and not what it is."""
 ASCII = str.maketrans({"λ": "lambda", "η": "eta", "γ": "gamma", "τ": "tau", "σ": "sigma", "δ": "delta"})
 

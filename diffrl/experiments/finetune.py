@@ -20,6 +20,7 @@ from diffrl.experiments.run import (
     check_settings,
     interruptible,
     made_of,
+    processes,
     shown,
     started_folder,
 )
@@ -33,13 +34,12 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.reference import load_policy_weights
 from diffrl.finetuning.rollouts.chains import collect_rollout
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.ranks import RANK_TIMEOUT
 from diffrl.registry import Config
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.registry import REWARDS
 from diffrl.rewards.weighted_sum import as_reward
 from diffrl.training.checkpoints import load_weights
-from diffrl.training.distributed import ALONE, Ranks, joined
+from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.identity import require_kind
 from diffrl.training.optim import Optim
 from diffrl.training.provenance import versions
@@ -142,10 +142,10 @@ class _Job(Job):
         """Tune to the end, or raise `Interrupted`; the figures for results.json, which one process makes."""
         ranks = self.tuner.ranks
         self.resume(folder)
-        self.judged = ranks.from_first(lambda: _judged(self.table(folder)))
+        self.judged = ranks.from_first(lambda: _judged(self.table(folder)), "the table so far")
         if not self.judged or self.stop.reason(self.judged) is None:
             self.run_loop(folder, interrupted, progress)
-        return ranks.from_first(lambda: self._results(folder))
+        return ranks.from_first(lambda: self._results(folder), "the results")
 
     def _results(self, folder: RunFolder) -> dict[str, Any]:
         table = self.table(folder)
@@ -228,7 +228,7 @@ def run_finetuning(
         if own is not None:  # so that nothing else is taken for it when the run is resumed without it
             config = {**config, group: {"name": f"{OWN}{as_reward(own).name}"}}
     config = continued(config, "loop", "iterations")
-    with joined(config["device"], config.get("rank_timeout", RANK_TIMEOUT)) as ranks:
+    with processes(config) as ranks:
         job = _Job({**config, "device": ranks.device(config["device"])}, reward, heldout, ranks)
         job.compare()
         report = check_tuner(job.tuner)
@@ -236,7 +236,7 @@ def run_finetuning(
         with started_folder(config, ranks, label) as folder, interruptible() as interrupted:
             if progress and ranks.first:
                 print(f"{job.tuner.recipe}\n\n{report}\n")
-            known = ranks.from_first(lambda: folder.results().get("finetuning", {}))
+            known = ranks.from_first(lambda: folder.results().get("finetuning", {}), "the results so far")
             if known.get("iteration") == job.tuner.length.total or known.get("stopped_early"):
                 job.tidy(folder)
                 return folder

@@ -11,7 +11,7 @@ from diffrl.training.runs import RunFolder
 
 __all__ = ["continued", "resumed"]
 
-WORDS = ("device", "extend", ACCEPT, "rank_timeout")
+WORDS = ("device", "extend", ACCEPT, "rank_timeout", "first_timeout")
 """Settings that can be given with ``resume``."""
 
 NO_GROUPS = ("twins",)

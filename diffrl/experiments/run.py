@@ -4,7 +4,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
@@ -15,10 +15,11 @@ from torch import Tensor
 from diffrl.devices import usable_device
 from diffrl.errors import InputError, of_group
 from diffrl.experiments.run_log import RunLog, check_log
+from diffrl.ranks import FIRST_TIMEOUT, RANK_TIMEOUT
 from diffrl.registry import as_tuples
 from diffrl.shell_words import setting
 from diffrl.training.checkpoints import tidy
-from diffrl.training.distributed import Ranks
+from diffrl.training.distributed import Ranks, joined
 from diffrl.training.identity import ACCEPT, identity_of
 from diffrl.training.loop import Loop
 from diffrl.training.runs import RunFolder, RunFolderError
@@ -31,6 +32,7 @@ __all__ = [
     "check_settings",
     "interruptible",
     "made_of",
+    "processes",
     "shown",
     "started_folder",
 ]
@@ -154,11 +156,17 @@ class Job(ABC):
             )
 
 
+def processes(config: Mapping[str, Any]) -> AbstractContextManager[Ranks]:
+    """The processes of the run, as `joined` has them meet; a configuration of Python may leave out their times."""
+    given = (config.get("rank_timeout", RANK_TIMEOUT), config.get("first_timeout", FIRST_TIMEOUT))
+    return joined(config["device"], *given)
+
+
 @contextmanager
 def started_folder(config: Mapping[str, Any], ranks: Ranks, label: str | None = None) -> Iterator[RunFolder]:
     """The run's folder, which the first process holds as its only writer; arguments as of `RunFolder.start`."""
     with ExitStack() as held:
-        yield ranks.from_first(lambda: held.enter_context(RunFolder.start(config, label)))
+        yield ranks.from_first(lambda: held.enter_context(RunFolder.start(config, label)), "the run's folder")
 
 
 def check_settings(config: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from diffrl.experiments.run import (
     check_settings,
     interruptible,
     made_of,
+    processes,
     shown,
     started_folder,
 )
@@ -27,11 +28,10 @@ from diffrl.experiments.schemes import planned_objectives, registered_name, sett
 from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.solutions import solution_of
-from diffrl.ranks import RANK_TIMEOUT
 from diffrl.registry import accepted
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
-from diffrl.training.distributed import ALONE, Ranks, joined
+from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.ema import Average
 from diffrl.training.evaluation import SAMPLE_SEED, Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
@@ -73,7 +73,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         RankLost: another of several processes has ended.
     """
     config = continued(config, "trainer", "grad_steps")
-    with joined(config["device"], config.get("rank_timeout", RANK_TIMEOUT)) as ranks:
+    with processes(config) as ranks:
         here = {**config, "device": ranks.device(config["device"])}
         check_settings(here)
         data = build_data(here)
@@ -86,7 +86,7 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
         with started_folder(config, ranks) as folder, interruptible() as interrupted:
             if ranks.first:
                 _keep_sources(folder, config, job.trainer.denoiser, teachers)
-            results = ranks.from_first(folder.results) or {"objectives": {}}
+            results = ranks.from_first(folder.results, "the results so far") or {"objectives": {}}
             for name in objectives:
                 known = results["objectives"].get(name, {})
                 job = TrainingJob(here, data, name, ranks)
@@ -267,7 +267,7 @@ class TrainingJob(Job):
         """Train to the end, or raise `Interrupted`; the figures for results.json, which one process makes."""
         self.resume(folder)
         self.run_loop(folder, interrupted, progress)
-        return self.trainer.ranks.from_first(lambda: self._results(folder))
+        return self.trainer.ranks.from_first(lambda: self._results(folder), f"the results of {self.name}")
 
     def _results(self, folder: RunFolder) -> dict[str, Any]:
         found, samples = self._measured(self.average)

@@ -53,7 +53,8 @@ def check_tuner(tuner: Finetuner) -> Report:
                 reference=tuner.base,
                 autocast=tuner.autocast,
                 centred=credit.centred_over(one_condition=tuner.conditions is None),
-            )
+            ),
+            "the self-checks",
         )
     finally:
         tuner.policy.nfe = nfe

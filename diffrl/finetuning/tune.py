@@ -14,7 +14,7 @@ from diffrl.finetuning.methods.registry import METHODS
 from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.recipe import Recipe
 from diffrl.finetuning.run_checks import check_tuner
-from diffrl.ranks import RANK_TIMEOUT
+from diffrl.ranks import FIRST_TIMEOUT, RANK_TIMEOUT
 from diffrl.rewards.calls import Reward
 from diffrl.training.distributed import joined
 from diffrl.training.optim import FinetuningOptim
@@ -40,6 +40,7 @@ def finetune(
     extend: bool = False,
     accept_changes: bool = False,
     rank_timeout: float = RANK_TIMEOUT,
+    first_timeout: float = FIRST_TIMEOUT,
 ) -> list[dict[str, float]]:
     """Check, then tune a policy for a reward, in place; returns the figures of every iteration.
 
@@ -72,6 +73,7 @@ def finetune(
         accept_changes: whether it may go on with another policy, reward, recipe, seed or learning rate than before.
         rank_timeout: seconds that a process which torchrun started waits for another. Several share each rollout and
             update, all tune alike, and the first one writes and prints; see docs/many_processes.md.
+        first_timeout: seconds that the others wait for what the first one does alone, such as a checkpoint.
 
     Returns:
         The counts before the first iteration, if it is the first, then one dict an iteration that was run now, in the
@@ -87,7 +89,7 @@ def finetune(
     """
     recipe = METHODS[recipe]() if isinstance(recipe, str) else copy.deepcopy(recipe)  # its credit remembers
     rows: list[dict[str, float]] = []
-    with joined(str(device), rank_timeout) as ranks:
+    with joined(str(device), rank_timeout, first_timeout) as ranks:
         tuner = Finetuner(
             policy,
             reward,

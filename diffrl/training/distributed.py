@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffrl import keys
 from diffrl.errors import DiffrlError, InputError
 from diffrl.ranges import require_number
-from diffrl.ranks import RANK_TIMEOUT, own_rank, ranks_started
+from diffrl.ranks import FIRST_TIMEOUT, RANK_TIMEOUT, own_rank, ranks_started
 
 __all__ = ["ALONE", "RankLost", "Ranks", "Share", "bounds_of_units", "joined"]
 
@@ -50,11 +51,13 @@ class Ranks:
         rank: of this process, counted from 0; the first one writes, evaluates and speaks for all.
         size: how many there are.
         timeout: seconds that one waits for another.
+        first_timeout: seconds that the others wait for what the first one does alone, while it gives signs of life.
     """
 
     rank: int = 0
     size: int = 1
     timeout: float = RANK_TIMEOUT
+    first_timeout: float = FIRST_TIMEOUT
     _parent: int = field(default_factory=os.getppid, repr=False, compare=False)
     _parallel: list[DistributedDataParallel] = field(default_factory=list, repr=False, compare=False)
 
@@ -124,48 +127,68 @@ class Ranks:
                 dist.all_reduce(found)
         return found
 
-    def from_first(self, make: Callable[[], Made]) -> Made:
-        """What the first process makes, in all of them; however long that takes, the others wait while it lives.
+    def from_first(self, make: Callable[[], Made], what: str) -> Made:
+        """What the first process makes, in all of them; the others wait for `first_timeout` while it lives.
+
+        Args:
+            make: called in the first process.
+            what: that is, for the error.
 
         Raises:
-            RankLost: in the others, where it could not be made; in the first one the error itself.
+            RankLost: it takes too long; in the others, where it could not be made; in the first one the error itself.
         """
         if self.size == 1:
             return make()
         if not self.first:
-            return cast(Made, self._heard())
+            return cast(Made, self._heard(what))
         try:
-            with self._heartbeat():
+            with self._heartbeat(what):
                 made = make()
+        except RankLost:  # the others know
+            raise
         except Exception:
             self._tell("failed")
             raise
         self._tell("made", made)
         return made
 
+    def _late(self, what: str) -> RankLost:
+        return RankLost(
+            f"the first process has been at {what} for {self.first_timeout:g} s (first_timeout), and is waited for no "
+            "longer: if it only needs more time, go on by resume=... with a longer first_timeout"
+        )
+
     def _tell(self, word: str, what: object = None) -> None:
         with self.answered():
             dist.broadcast_object_list([word, what])
 
-    def _heard(self) -> object:
+    def _heard(self, what: str) -> object:
         """What the first process tells at last."""
         told: list[Any] = ["at it", None]
         while told[0] == "at it":
             with self.answered():
                 dist.broadcast_object_list(told)
+        if told[0] == "late":
+            raise self._late(what)
         if told[0] == "failed":
             raise RankLost("the first process could not go on: see what it says")
         return told[1]
 
     @contextmanager
-    def _heartbeat(self) -> Iterator[None]:
-        """Within, a thread tells the others from time to time that this process is still at it."""
-        done = threading.Event()
+    def _heartbeat(self, what: str) -> Iterator[None]:
+        """Within, a thread tells the others from time to time that this process is still at it, but not for ever.
+
+        Raises:
+            RankLost: it took too long, and the others have ended.
+        """
+        done, late, end = threading.Event(), threading.Event(), time.monotonic() + self.first_timeout
 
         def beat() -> None:
-            while not done.wait(self.timeout / 4):
+            while not late.is_set() and not done.wait(min(self.timeout / 4, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    late.set()
                 try:
-                    self._tell("at it")
+                    self._tell("late" if late.is_set() else "at it")
                 except RankLost:  # the next that is told raises it, in the main thread
                     return
 
@@ -176,6 +199,8 @@ class Ranks:
         finally:
             done.set()
             thread.join()
+            if late.is_set():
+                raise self._late(what)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse processes that were given different things.
@@ -187,7 +212,7 @@ class Ranks:
             ValueError: in those where a fact is not that of the first one; it names them.
         """
         mine: dict[str, Any] = json.loads(json.dumps(dict(facts)))
-        first = self.from_first(lambda: mine)
+        first = self.from_first(lambda: mine, "what it was given")
         told = ", ".join(
             f"{key} {first.get(key)!r} → {mine.get(key)!r}"
             for key in sorted(first.keys() | mine.keys())
@@ -284,18 +309,20 @@ def bounds_of_units(states: TensorDictBase) -> list[int]:
 
 
 @contextmanager
-def joined(device: str, timeout: float) -> Iterator[Ranks]:
+def joined(device: str, timeout: float, first_timeout: float = FIRST_TIMEOUT) -> Iterator[Ranks]:
     """Meet the processes that torchrun started with this one, on gloo, and NCCL for what lies on GPUs.
 
     Args:
         device: where each will work, such as "cpu" or "cuda".
         timeout: seconds that one waits for another, in (0, 1e6].
+        first_timeout: seconds that the others wait for what the first one does alone, in (0, 1e6].
 
     Raises:
         ValueError: they were not started by torchrun, or have met already; see `Ranks.device`.
         RankLost: they do not meet.
     """
     require_number("rank_timeout", timeout, 0, 1e6, "(]")
+    require_number("first_timeout", first_timeout, 0, 1e6, "(]")
     size = ranks_started()
     if size == 1:
         yield ALONE
@@ -306,7 +333,7 @@ def joined(device: str, timeout: float) -> Iterator[Ranks]:
         )
     if dist.is_initialized():
         raise InputError("torch.distributed is set up already: leave that to the run")
-    ranks = Ranks(own_rank(), size, timeout)
+    ranks = Ranks(own_rank(), size, timeout, first_timeout)
     ranks.device(device)
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     limit, launched = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -36,7 +36,7 @@ ACCEPT = "accept_changes"
 KINDS = {"trainer": "train", "loop": "finetune"}
 """The group that says how long a run is, and the command whose runs have it."""
 
-MOVABLE = ("data.workers", "device", "rank_timeout", "resume", "run_dir", "extend", ACCEPT)
+MOVABLE = ("data.workers", "device", "rank_timeout", "first_timeout", "resume", "run_dir", "extend", ACCEPT)
 """Settings that say where and how far a run goes, and not what it is."""
 
 _ABSENT = "nothing"

@@ -208,11 +208,15 @@ class Loop(ABC):
         if self.together:
             self.save()
         else:
-            self.ranks.from_first(self.save)
+            self.ranks.from_first(self.save, self._doing("the checkpoint"))
+
+    def _doing(self, what: str) -> str:
+        """What one process does while the others wait, for an error of theirs."""
+        return f"{what} at {self.step_name} {self.step} of {self.name}"
 
     def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row:
         try:
-            return self.ranks.from_first(lambda: evaluate(self))
+            return self.ranks.from_first(lambda: evaluate(self), self._doing("the evaluation"))
         except NonFiniteLoss as error:
             raise self.not_finite(str(error)) from error
 
@@ -295,7 +299,7 @@ class Loop(ABC):
             CheckpointError: it is damaged, or of something else.
             InputError: another process is given other data or settings than the first one, or other first weights.
         """
-        found = self.ranks.from_first(lambda: self._newest(extend, accept_changes))
+        found = self.ranks.from_first(lambda: self._newest(extend, accept_changes), "the last checkpoint")
         if self.ranks.size > 1:
             weights = [x for tensors in self._state()[0].values() for x in tensors.values()]
             self.ranks.agree({**self.facts, **self.identity, "weights": fingerprint(weights)})
@@ -349,7 +353,7 @@ class Loop(ABC):
         if not ranks.first:
             report, progress = (lambda row: None), False
         if self.step == 0:
-            row = {**self.figures, **ranks.from_first(lambda: evaluate(self))}
+            row = {**self.figures, **ranks.from_first(lambda: evaluate(self), self._doing("the evaluation"))}
             report(row)
             finished(row)
         with tqdm(
@@ -369,7 +373,7 @@ class Loop(ABC):
                         evaluated = self._evaluated(evaluate)
                         self._set_mode()
                         row |= evaluated
-                        reason = ranks.from_first(partial(finished, row))
+                        reason = ranks.from_first(partial(finished, row), self._doing("the early stop"))
                     report(row)
                     bar.set_postfix_str(self._caption(row, evaluated), refresh=False)
                 bar.update()

@@ -173,7 +173,7 @@ class Sharding:
         return rest, left, partial(self._write, parts)
 
     def _write(self, parts: Mapping[str, DTensor], folder: Path | None) -> Shapes:
-        place = self.ranks.from_first(lambda: str(folder))
+        place = self.ranks.from_first(lambda: str(folder), "the folder of a checkpoint")
         writer = HuggingFaceStorageWriter(place, save_distributed=True)  # safetensors: the other one pickles
         try:
             with self.ranks.answered():

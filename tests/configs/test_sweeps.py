@@ -131,6 +131,7 @@ def test_several_processes_are_refused_in_one_line(
         ([], "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT is not set: start the processes by torchrun"),
         (["device=cuda:1"], "device is 'cuda:1', for each of 2 processes: give cuda"),
         (["rank_timeout=0"], "rank_timeout is 0"),
+        (["first_timeout=0"], "first_timeout is 0"),
     ],
 )
 def test_what_processes_cannot_share_is_one_line(

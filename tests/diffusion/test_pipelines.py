@@ -34,7 +34,7 @@ from diffrl.extras import MissingExtra
 from diffrl.finetuning.guidance import Teacher
 from diffrl.finetuning.policy import DenoisingPolicy
 from tests.kit.oracles import generator
-from tests.kit.pipeline_policies import EACH, SHAPE, P, denoiser_of, differ, policy_of, rollout
+from tests.kit.pipeline_policies import EACH, SHAPE, P, close, denoiser_of, differ, policy_of, rollout, states
 from tests.kit.pipelines import (
     PROMPTS,
     STABLE_DIFFUSION,
@@ -58,15 +58,8 @@ def chain_of(pipe: Any, policy: DenoisingPolicy, **options: Any) -> list[Tensor]
 
     noise = generator(0)
     first = torch.randn(P, *SHAPE, generator=noise) * policy.process.sigma(policy.grid[0]).float()
-    pipe(
-        PROMPTS,
-        num_inference_steps=policy.num_steps,
-        latents=first,
-        generator=noise,
-        output_type="latent",
-        callback_on_step_end=keep,
-        **options,
-    )
+    given = {"num_inference_steps": policy.num_steps, "latents": first, "generator": noise}
+    pipe(PROMPTS, output_type="latent", callback_on_step_end=keep, **given, **options)
     return states
 
 
@@ -140,13 +133,6 @@ def test_z_images_latents_are_of_1024_pixels_unless_said_otherwise() -> None:
     assert denoiser_of(z_image()).event_shape == (4, 128, 128)
 
 
-def test_a_caption_that_is_cut_off_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="prompts 0 are cut off: tokenizer reads 8 tokens.*up to 12"):
-        PipelineDenoiser.from_pipeline(
-            z_image(), ["abcdefghij", "b"], guidance_scale=1.0, max_sequence_length=8
-        )
-
-
 def test_even_levels_are_those_of_generators_of_four_steps() -> None:
     policy = policy_of(denoiser_of(sd3(), even_levels=True), DDIM(), 4)
     assert policy.grid.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
@@ -183,8 +169,8 @@ def test_the_estimate_is_affine_in_the_networks_output(kind: str, monkeypatch: p
     """D = c_skip x_t + c_out F, by outputs F of our own; c_in = 1, so that the network gets x_t itself."""
     make, t, options = MADE[kind]
     denoiser = denoiser_of(make(), **options)
-    x, F = torch.randn(2, P, *SHAPE, generator=generator())
-    times = torch.full((P,), t)
+    x, times, _ = states(t)
+    F = torch.randn(x.shape, generator=generator(1))
     monkeypatch.setattr(denoiser, "_predicted", lambda x_t, t, rows: F)
     c_skip, c_out, c_in = denoiser.scalings(times.double())
     assert bool((c_in == 1).all()) and float(c_out.abs().min()) > 0
@@ -199,16 +185,15 @@ def test_a_guided_teacher_is_the_guided_denoiser(kind: str) -> None:
     pipe = make()
     own = denoiser_of(pipe, w=4.5, negative_prompt="red")
     teacher = Teacher(policy_of(denoiser_of(pipe, negative_prompt="red"), DDIM()), 4.5)
-    x, times = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), t)
-    torch.testing.assert_close(teacher(x, times, EACH), own(x, times, EACH), rtol=1e-4, atol=1e-4)
+    close(teacher(*states(t)), own(*states(t)), rtol=1e-4, atol=1e-4)
     other = Teacher(policy_of(denoiser_of(pipe), DDIM()), 4.5)
-    assert differ(other(x, times, EACH), own(x, times, EACH))
+    assert differ(other(*states(t)), own(*states(t)))
 
 
 def test_no_denoiser_is_guided_twice() -> None:
     teacher = Teacher(policy_of(denoiser_of(w=2.0), DDIM()), 2.0)
     with pytest.raises(ValueError, match=r"guided by 2 itself.*guidance_scale=1"):
-        teacher(torch.zeros(P, *SHAPE), torch.full((P,), 500.0), EACH)
+        teacher(*states())
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0])
@@ -228,16 +213,15 @@ def test_guidance_is_one_batch_of_two_evaluations(w: float, monkeypatch: pytest.
 def test_the_unconditional_part_may_be_left_out_of_the_gradient() -> None:
     """F = F_∅ + w (F_c - F_∅): the same values, and with F_∅ fixed w times the gradient of F_c alone."""
     pipe, w, gradients, values = stable_diffusion(), 3.0, [], []
-    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 500.0)
     for options in ({"w": w, "train_unconditional": False}, {"w": w}, {}):
         denoiser = denoiser_of(pipe, **options)
         denoiser.zero_grad()
-        D_x = denoiser(x, t, EACH)
+        D_x = denoiser(*states())
         D_x.sum().backward()
         values.append(D_x.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]))
     one_sided, both, alone = gradients
-    torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+    close(values[0], values[1], rtol=0, atol=0)
     torch.testing.assert_close(one_sided, w * alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
     assert float((one_sided - both).norm() / both.norm()) > 0.1
 
@@ -246,18 +230,17 @@ def test_a_compiled_network_is_the_network() -> None:
     """The truth value of a compiled module is an error of its own, and its type is not the network's."""
     plain, pipe = stable_diffusion(), stable_diffusion()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 500.0)
     compiled, expected = denoiser_of(pipe, w=2.0), denoiser_of(plain, w=2.0)
-    torch.testing.assert_close(compiled(x, t, EACH), expected(x, t, EACH))
+    torch.testing.assert_close(compiled(*states()), expected(*states()))
     assert compiled.event_shape == SHAPE
-    add_lora(compiled, generator=generator(1))
-    add_lora(expected, generator=generator(1))
+    for denoiser in (compiled, expected):
+        add_lora(denoiser, generator=generator(1))
     state = compiled.trainable_state()
     assert state.keys() == expected.trainable_state().keys()
-    compiled.load_trainable_state({name: value + 0.1 for name, value in state.items()})
-    expected.load_trainable_state({name: value + 0.1 for name, value in state.items()})
-    torch.testing.assert_close(compiled(x, t, EACH), expected(x, t, EACH))
-    torch.testing.assert_close(compiled.reference()(x, t, EACH), expected.reference()(x, t, EACH))
+    for denoiser in (compiled, expected):
+        denoiser.load_trainable_state({name: value + 0.1 for name, value in state.items()})
+    torch.testing.assert_close(compiled(*states()), expected(*states()))
+    torch.testing.assert_close(compiled.reference()(*states()), expected.reference()(*states()))
 
 
 def test_samples_by_seed_do_not_depend_on_the_batch() -> None:
@@ -318,9 +301,8 @@ def test_a_shift_that_is_set_afterwards_is_refused() -> None:
     pipe = sd3()
     policy = policy_of(denoiser_of(pipe), Euler(), 3)
     pipe.scheduler.set_shift(6.0)
-    with pytest.raises(
-        ValueError, match=r"the scheduler's shift was 3\.0 and is 6\.0 now: make the denoiser anew"
-    ):
+    says = r"the scheduler's shift was 3\.0 and is 6\.0 now: make the denoiser anew"
+    with pytest.raises(ValueError, match=says):
         rollout(policy)
 
 
@@ -342,14 +324,11 @@ def test_a_flow_of_fewer_timesteps_tells_its_network_so() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (lambda: fewer_timesteps(), "other betas than the 100 scaled_linear"),
-        (lambda: stretched(), "has the levels .* a shift of 3 would give"),
+        (fewer_timesteps, "other betas than the 100 scaled_linear"),
+        (stretched, "has the levels .* a shift of 3 would give"),
         (lambda: DDIMScheduler(**STABLE_DIFFUSION), "clips samples"),
         (lambda: DDIMScheduler(clip_sample=False, thresholding=True), "clips samples"),
-        (
-            lambda: DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True),
-            "other betas.*zero terminal SNR",
-        ),
+        (lambda: DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True), "other betas.*terminal SNR"),
         (lambda: DDPMScheduler(beta_schedule="sigmoid"), "beta_schedule 'sigmoid': known are linear"),
         (lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "has use_dynamic_shifting"),
     ],
@@ -381,14 +360,17 @@ def test_many_prompts_are_encoded_in_parts() -> None:
     pipe = stable_diffusion()
     prompts = [PROMPTS[i % P] for i in range(40)]
     many = PipelineDenoiser.from_pipeline(pipe, prompts, guidance_scale=1.0)
-    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 300.0)
-    torch.testing.assert_close(many(x, t, EACH + 36), denoiser_of(pipe)(x, t, EACH), rtol=1e-4, atol=1e-4)
+    x, t, _ = states(300.0)
+    close(many(x, t, EACH + 36), denoiser_of(pipe)(x, t, EACH), rtol=1e-4, atol=1e-4)
 
 
 def test_a_prompt_that_is_cut_off_is_warned_of() -> None:
     long = "abcdefghijklmnopqrst"
     with pytest.warns(UserWarning, match=f"prompts 1 are cut off: tokenizer reads {TOKENS} tokens.*up to 22"):
         PipelineDenoiser.from_pipeline(stable_diffusion(), ["a", long], guidance_scale=1.0)
+    few = {"guidance_scale": 1.0, "max_sequence_length": 8}
+    with pytest.warns(UserWarning, match="prompts 0 are cut off: tokenizer reads 8 tokens.*up to 12"):
+        PipelineDenoiser.from_pipeline(z_image(), ["abcdefghij", "b"], **few)
 
 
 @pytest.mark.parametrize(
@@ -408,17 +390,8 @@ def test_bad_prompt_numbers_are_named(cond: Tensor | None, error: type[Exception
 
 
 def unconditional() -> Any:
-    return DDIMPipeline(
-        UNet2DModel(
-            sample_size=8,
-            block_out_channels=(8, 8),
-            attention_head_dim=4,
-            norm_num_groups=2,
-            down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2,
-        ),
-        DDIMScheduler(),
-    )
+    one = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return DDIMPipeline(UNet2DModel(norm_num_groups=2, attention_head_dim=4, **one), DDIMScheduler())
 
 
 SDXL = {
@@ -461,11 +434,7 @@ def test_a_pipeline_is_loaded_from_its_folder(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     loaded = load_pipeline(tmp_path, torch.bfloat16)
     assert loaded.unet.dtype == loaded.vae.dtype == loaded.text_encoder.dtype == torch.bfloat16
-    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 500.0)
-    expected = denoiser_of(pipe)(x, t, EACH)
-    torch.testing.assert_close(
-        denoiser_of(load_pipeline(tmp_path))(x, t, EACH), expected, rtol=1e-5, atol=1e-5
-    )
+    close(denoiser_of(load_pipeline(tmp_path))(*states()), denoiser_of(pipe)(*states()))
 
 
 @pytest.mark.parametrize("saved", [True, False])
@@ -479,8 +448,7 @@ def test_stable_diffusion_3_does_without_its_third_encoder(saved: bool, tmp_path
     left_out = () if saved else ("text_encoder_3", "tokenizer_3")
     loaded = load_pipeline(tmp_path, leave_out=left_out)
     assert loaded.text_encoder_3 is None and loaded.tokenizer_3 is None
-    x, t = torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), 0.5)
-    torch.testing.assert_close(denoiser_of(loaded)(x, t, EACH), expected(x, t, EACH), rtol=1e-5, atol=1e-5)
+    close(denoiser_of(loaded)(*states(0.5)), expected(*states(0.5)))
 
 
 def test_a_folder_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
@@ -523,7 +491,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingExtra, match=r"diffusers is missing: pip install 'diffrl\[diffusers\]'"):
         load_pipeline("somewhere")
-    denoiser = denoiser_of.__globals__["PipelineDenoiser"].__new__(PipelineDenoiser)
+    denoiser = PipelineDenoiser.__new__(PipelineDenoiser)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtra, match=r"peft is missing: pip install 'diffrl\[lora\]'"):
         add_lora(denoiser)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from diffrl.errors import DiffrlError
 from diffrl.experiments.run import Interrupted
 from diffrl.experiments.train import TrainingJob, run_experiment
+from diffrl.ranks import FIRST_TIMEOUT
 from diffrl.training import distributed
 from diffrl.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint
 from diffrl.training.distributed import RankLost
@@ -42,7 +43,7 @@ CUT = (
     "trainer.checkpoint_every=2",
 )
 TIMEOUT = 3.0  # seconds that one waits for another; an evaluation takes longer
-RUNS = ("late", "abandoned", "taken", "full", "dying")
+RUNS = ("late", "stuck", "abandoned", "taken", "full", "dying")
 
 
 def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
@@ -55,6 +56,12 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
             time.sleep(TIMEOUT + 1)
         return evaluate(self)
 
+    def evaluate_for_ever(self: TrainingJob) -> dict[str, float]:
+        """Until the other one has given up, which it says in a file."""
+        while self.trainer.step == 3 and not (folder / "gave_up").exists():
+            time.sleep(0.05)
+        return evaluate(self)
+
     def patch(late: Any, parent_now: Callable[[], int]) -> None:
         TrainingJob.evaluate, os.getppid = late, parent_now  # type: ignore[method-assign]
 
@@ -62,6 +69,13 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     meet()
     patch(evaluate_late, parent)
     said["late"] = str(run_experiment(configs["late"], progress=False).path)
+    meet()
+    patch(evaluate_for_ever, parent)
+    with pytest.raises(RankLost) as lost:
+        run_experiment(configs["stuck"], progress=False)
+    said["stuck"] = str(lost.value)
+    if rank == 1:
+        (folder / "gave_up").touch()
     meet()
     patch(evaluate, parent)
     if rank == 1:
@@ -97,9 +111,8 @@ Pair = tuple[Path, list[int | None], list[dict[str, Any]]]
 
 
 def config_of(folder: Path, run: str) -> dict[str, Any]:
-    return small(
-        *WORDS, *(CUT if run != "taken" else ()), f"run_dir={folder}/{run}", f"rank_timeout={TIMEOUT}"
-    )
+    times = (f"rank_timeout={TIMEOUT}", *(["first_timeout=2"] if run == "stuck" else []))
+    return small(*WORDS, *(CUT if run != "taken" else ()), f"run_dir={folder}/{run}", *times)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +123,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         json.dumps({run: config_of(folder, run) for run in RUNS}), encoding="utf-8"
     )
     with folder_lock(folder / "taken"):
-        codes = in_pair(work, folder, meetings=5)
+        codes = in_pair(work, folder, meetings=6)
     shutil.copytree(folder / "dying", folder / "damaged")
     said = [json.loads((folder / f"said{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     return folder, codes, said
@@ -131,6 +144,21 @@ def test_an_evaluation_may_take_longer_than_one_waits_for_another(pair: Pair, on
     folder, _, said = pair
     assert [found["late"] for found in said] == [f"{folder}/late"] * 2
     assert_close(state(folder / "late"), one)
+
+
+def test_an_evaluation_that_never_ends_is_waited_for_no_longer_than_was_said(
+    pair: Pair, one: dict[str, Any]
+) -> None:
+    """Though rank 0 gives signs of life; the run goes on."""
+    folder, _, said = pair
+    assert {found["stuck"] for found in said} == {
+        "the first process has been at the evaluation at gradient step 3 of td for 2 s (first_timeout), and is waited "
+        "for no longer: if it only needs more time, go on by resume=... with a longer first_timeout"
+    }
+    assert [path.name for path in saved(folder, "stuck")] == ["step_000002"]
+    found = goes_on(folder, "stuck")
+    found["results"]["config"]["first_timeout"] = FIRST_TIMEOUT
+    assert_close(found, one)
 
 
 def test_processes_whose_launcher_has_ended_save_and_stop(pair: Pair, one: dict[str, Any]) -> None:

@@ -106,7 +106,7 @@ def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
     meet()
     with joined("cpu", 60) as ranks:
         for name, call in (
-            ("failed", lambda: ranks.from_first(lambda: 1 // 0)),
+            ("failed", lambda: ranks.from_first(lambda: 1 // 0, "a division")),
             ("differ", lambda: ranks.agree({"seed": 0, "data.fingerprint": "ab"[rank]})),
         ):
             try:

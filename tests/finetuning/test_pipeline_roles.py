@@ -1,6 +1,7 @@
 """Student, fake score, surrogate as adapters of one pipeline's network: apart from each other, trained, resumed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from diffrl.training.checkpoints import CheckpointError
 from diffrl.training.identity import RunChanged
 from diffrl.training.optim import Optim
 from tests.kit.oracles import generator
-from tests.kit.pipeline_policies import EACH, SHAPE, P, denoiser_of, differ, policy_of, rollout
+from tests.kit.pipeline_policies import EACH, SHAPE, close, denoiser_of, differ, policy_of, rollout, same
+from tests.kit.pipeline_policies import states as states_at
 from tests.kit.pipelines import PROMPTS, stable_diffusion, z_image
 from tests.kit.pipelines import stable_diffusion_3 as sd3
+from tests.kit.run_states import assert_equal
 
 PIPES: dict[str, tuple[Callable[[], Any], float, dict[str, Any]]] = {
     "unet": (stable_diffusion, 500.0, {}),
@@ -38,10 +41,14 @@ PIPES: dict[str, tuple[Callable[[], Any], float, dict[str, Any]]] = {
 KINDS = pytest.mark.parametrize("kind", PIPES)
 
 
-def with_lora(kind: str = "unet", rank: int = 2, random: bool = False, **options: Any) -> PipelineDenoiser:
+def untuned(kind: str = "unet", dtype: torch.dtype = torch.float32) -> PipelineDenoiser:
     make, _, given = PIPES[kind]
-    denoiser = denoiser_of(make(), **given, **options)
-    add_lora(denoiser, rank, alpha=2.0 * rank, generator=generator(1))
+    return denoiser_of(make().to(dtype), **given)
+
+
+def with_lora(kind: str = "unet", rank: int = 2, random: bool = False, **options: Any) -> PipelineDenoiser:
+    denoiser = untuned(kind)
+    add_lora(denoiser, rank, generator=generator(1), **{"alpha": 2.0 * rank, **options})
     if random:
         scatter(denoiser.adapters.values(), 2)
     return denoiser
@@ -54,7 +61,17 @@ def scatter(parameters: Any, seed: int) -> None:
 
 
 def states(kind: str = "unet") -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), PIPES[kind][1]), EACH
+    return states_at(PIPES[kind][1])
+
+
+def assert_gradients(parameters: Any) -> None:
+    """All are there and finite, and one is not zero."""
+    found = [p.grad for p in parameters]
+    assert all(g is not None and g.isfinite().all() for g in found) and any(g.any() for g in found)
+
+
+def numbers(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def twin_of(denoiser: PipelineDenoiser, seed: int | None = None) -> AdapterDenoiser:
@@ -76,9 +93,9 @@ def test_a_twin_is_the_network_under_its_own_adapters(kind: str) -> None:
     alone = with_lora(kind)
     alone.load_trainable_state(twin.weights)
     value = twin(*states(kind))
-    torch.testing.assert_close(value, alone(*states(kind)), rtol=0, atol=0)
+    same(value, alone(*states(kind)))
     assert differ(value, before) and differ(value, denoiser.base()(*states(kind)))
-    torch.testing.assert_close(denoiser(*states(kind)), before, rtol=0, atol=0)
+    same(denoiser(*states(kind)), before)
     assert len(list(twin.parameters())) == len(denoiser.adapters) == len(twin.state_dict())
 
 
@@ -99,8 +116,7 @@ def test_no_gradient_reaches_another_role(kind: str) -> None:
     denoiser = with_lora(kind, random=True)
     fake, surrogate = twin_of(denoiser, 5), twin_of(denoiser, 6)
     fake(*states(kind)).square().mean().backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in fake.parameters())
-    assert sum(float(p.grad.abs().sum()) > 0 for p in fake.parameters() if p.grad is not None)
+    assert_gradients(fake.parameters())
     assert all(p.grad is None for p in (*denoiser.parameters(), *surrogate.parameters()))
     denoiser(*states(kind)).square().mean().backward()
     assert all(p.grad is not None for p in denoiser.adapters.values())
@@ -127,17 +143,13 @@ def test_a_reference_is_the_denoiser_as_it_is_now() -> None:
     assert isinstance(kept, AdapterDenoiser) and not any(p.requires_grad for p in kept.parameters())
     assert frozen_denoiser(kept) is not kept and frozen_denoiser(fresh.base()) is not None
     scatter(trained.adapters.values(), 9)
-    torch.testing.assert_close(kept(*states()), before, rtol=0, atol=0)
-    torch.testing.assert_close(frozen_denoiser(kept)(*states()), before, rtol=0, atol=0)
+    same(kept(*states()), before)
+    same(frozen_denoiser(kept)(*states()), before)
     assert differ(trained(*states()), before)
-    numbers = sum(p.numel() for p in trained.adapters.values())
-    assert (
-        sum(p.numel() for p in kept.parameters())
-        == numbers
-        < 0.2 * sum(p.numel() for p in trained.network.parameters())
-    )
+    adapters = numbers(trained.adapters.values())
+    assert numbers(kept.parameters()) == adapters < 0.2 * numbers(trained.network.parameters())
     with pytest.raises(ValueError, match="no adapters to switch off"):
-        denoiser_of().base()
+        untuned().base()
 
 
 def test_moving_copies_are_adapters_too() -> None:
@@ -151,7 +163,7 @@ def test_moving_copies_are_adapters_too() -> None:
     for p, q, r, s in zip(old.parameters(), ema.parameters(), denoiser.adapters.values(), first, strict=True):
         assert torch.equal(p, r) and not p.requires_grad and not q.requires_grad
         torch.testing.assert_close(q, 0.75 * s + 0.25 * r)
-    torch.testing.assert_close(old(*states()), denoiser(*states()), rtol=0, atol=0)
+    same(old(*states()), denoiser(*states()))
     torch.testing.assert_close(references("frozen").denoise(*states()), references.frozen.denoise(*states()))
 
 
@@ -187,8 +199,8 @@ def test_a_compiled_network_wears_adapters_too() -> None:
     for seed in (6, 7):
         scatter(plain.parameters(), seed)
         scatter(twin.parameters(), seed)
-        torch.testing.assert_close(twin(*states()), plain(*states()), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(compiled(*states()), before, rtol=1e-5, atol=1e-5)
+        close(twin(*states()), plain(*states()))
+        close(compiled(*states()), before)
 
 
 def test_checkpointing_by_other_means_is_refused_for_a_role() -> None:
@@ -206,8 +218,7 @@ def test_checkpointing_by_other_means_is_refused_for_a_role() -> None:
 @pytest.mark.parametrize("kind", ["unet", "transformer"])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_networks_keep_float32_adapters(kind: str, autocast: bool) -> None:
-    make, _, given = PIPES[kind]
-    denoiser = denoiser_of(make().to(torch.bfloat16), **given)
+    denoiser = untuned(kind, torch.bfloat16)
     add_lora(denoiser, 2, generator=generator(1))
     twin = twin_of(denoiser, 5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -216,8 +227,7 @@ def test_half_precision_networks_keep_float32_adapters(kind: str, autocast: bool
         value = twin(*states(kind))
     value.square().mean().backward()
     assert {p.dtype for p in twin.parameters()} == {torch.float32} and value.dtype == torch.float32
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in twin.parameters())
-    assert any(float(p.grad.abs().max()) > 0 for p in twin.parameters() if p.grad is not None)
+    assert_gradients(twin.parameters())
 
 
 # TDM and TDM-R1 on a pipeline
@@ -310,19 +320,21 @@ def test_only_adapters_change_and_each_roles_do(method: str, kind: str) -> None:
     assert asked == tuner.figures["queries"] == (0 if method == "tdm" else 3 * 8)
 
 
+def stopped_and_gone_on(make: Callable[[], Finetuner], step: int) -> Finetuner:
+    """Two tuners of one folder: the first is stopped after a step, the second goes on to the end."""
+    part, rest = make(), make()
+    assert not part.fit(stop=lambda: part.step == step, progress=False)
+    assert rest.resume()
+    rest.fit(progress=False)
+    return rest
+
+
 @pytest.mark.parametrize(("method", "kind"), [("tdm", "unet"), ("tdm_r1", "transformer"), ("tdm_r1", "unet")])
 def test_a_stopped_run_of_adapters_ends_as_one_that_was_not(method: str, kind: str, tmp_path: Path) -> None:
     whole = tuner_of(method, kind)
     whole.fit(progress=False)
-    part = tuner_of(method, kind, folder=tmp_path)
-    assert not part.fit(stop=lambda: part.step == 2, progress=False)
-    rest = tuner_of(method, kind, folder=tmp_path)
-    assert rest.resume()
-    rest.fit(progress=False)
-    ours, theirs = denoisers(whole), denoisers(rest)
-    assert ours.keys() == theirs.keys()
-    for role, found in ours.items():
-        assert all(torch.equal(tensor, theirs[role][n]) for n, tensor in found.items()), role
+    rest = stopped_and_gone_on(partial(tuner_of, method, kind, folder=tmp_path), 2)
+    assert_equal(denoisers(rest), denoisers(whole))
     assert whole.figures["network_evaluations"] == rest.figures["network_evaluations"]
     with pytest.raises(RunChanged):
         tuner_of(method, kind, with_lora(kind, rank=4), folder=tmp_path).resume()
@@ -334,18 +346,17 @@ def test_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
     """Four roles, and two moments of each that is trained; no file is as large as the network."""
     tuner = tuner_of("tdm_r1", "unet", folder=tmp_path, iterations=1)
     tuner.fit(progress=False)
-    adapters = sum(p.numel() for p in tuner.policy.denoiser.adapters.values())
-    network = sum(p.numel() for p in tuner.policy.denoiser.network.parameters())
-    weights, _ = tuner._state()
-    held = {name: sum(tensor.numel() for tensor in found.values()) for name, found in weights.items()}
+    adapters = numbers(tuner.policy.denoiser.adapters.values())
+    network = numbers(tuner.policy.denoiser.network.parameters())
+    held = {name: numbers(found.values()) for name, found in weights_of(tuner).items()}
     copies = ("policy", "reference_fake", "reference_surrogate", "reference_slow")
     assert held == dict.fromkeys(copies, adapters) and adapters < 0.1 * network
     for optimiser in tuner.optimisers.values():
         kept = optimiser.algorithm.state.values()
-        assert sum(x.numel() for found in kept for x in found.values() if x.ndim > 0) == 2 * adapters
+        assert numbers(x for found in kept for x in found.values() if x.ndim > 0) == 2 * adapters
     for file in tmp_path.rglob("*.safetensors"):
         tensors = load_file(file).values()
-        assert sum(tensor.numel() for tensor in tensors if tensor.ndim > 0) <= 6 * adapters < network
+        assert numbers(tensor for tensor in tensors if tensor.ndim > 0) <= 6 * adapters < network
 
 
 def test_a_student_of_trained_adapters_is_held_to_itself_and_learns_from_the_base() -> None:
@@ -356,9 +367,8 @@ def test_a_student_of_trained_adapters_is_held_to_itself_and_learns_from_the_bas
     for _ in tuner.steps():
         pass
     assert float((student(*states("transformer")) - start).detach().abs().max()) > 1e-4
-    torch.testing.assert_close(frozen.denoise(*states("transformer")), start, rtol=1e-5, atol=1e-5)
-    base = denoiser_of(sd3(), even_levels=True)(*states("transformer"))
-    torch.testing.assert_close(teacher.denoise(*states("transformer")), base, rtol=1e-5, atol=1e-5)
+    close(frozen.denoise(*states("transformer")), start)
+    close(teacher.denoise(*states("transformer")), untuned("transformer")(*states("transformer")))
 
 
 @pytest.mark.parametrize("method", ["tdm", "tdm_r1"])
@@ -372,20 +382,15 @@ def test_the_exported_student_draws_the_same_samples_in_diffusers(
     stock = PIPES[kind][0]()
     plain, states = rollout(policy_of(untuned(kind), DDIM())), rollout(tuner.policy)
     stock.load_lora_weights(tmp_path)
-    first = states["x_t"][:, 0]
     given: dict[str, dict[str, Any]] = {
         "unet": {"guidance_scale": 1.0},
         "transformer": {"guidance_scale": 1.0, "sigmas": [1.0, 0.75, 0.5, 0.25]},
         "z_image": {"guidance_scale": 0.0, "height": 16, "width": 16},
     }
-    drawn = stock(PROMPTS, num_inference_steps=4, latents=first, output_type="latent", **given[kind]).images
+    first = {"num_inference_steps": 4, "latents": states["x_t"][:, 0], "output_type": "latent"}
+    drawn = stock(PROMPTS, **first, **given[kind]).images
     torch.testing.assert_close(drawn, states["action"][:, -1], rtol=1e-3, atol=1e-3)
     assert float((plain["action"][:, -1] - drawn).abs().max()) > 3e-3
-
-
-def untuned(kind: str) -> PipelineDenoiser:
-    make, _, given = PIPES[kind]
-    return denoiser_of(make(), **given)
 
 
 @pytest.mark.parametrize(
@@ -410,13 +415,9 @@ def test_methods_with_moving_copies_tune_adapters(
     whole = tuner()
     rows = list(whole.steps())
     assert all(torch.tensor(value).isfinite() for key, value in rows[-1].items() if "loss" in key)
-    part, rest = tuner(tmp_path), tuner(tmp_path)
-    assert not part.fit(stop=lambda: part.step == 1, progress=False)
-    assert rest.resume()
-    rest.fit(progress=False)
-    assert weights_of(whole).keys() == weights_of(rest).keys() and len(weights_of(whole)) == 2
-    for name, found in weights_of(whole).items():
-        assert all(torch.equal(tensor, weights_of(rest)[name][key]) for key, tensor in found.items()), name
+    rest = stopped_and_gone_on(partial(tuner, tmp_path), 1)
+    assert_equal(weights_of(rest), weights_of(whole))
+    assert len(weights_of(whole)) == 2
 
 
 def weights_of(tuner: Finetuner) -> dict[str, Any]:
@@ -433,34 +434,27 @@ def test_a_stock_lora_is_taken_up(kind: str, tmp_path: Path) -> None:
     save_lora(first, tmp_path)
     second = with_lora(kind)
     load_lora(second, tmp_path)
-    torch.testing.assert_close(second(*states(kind)), first(*states(kind)), rtol=0, atol=0)
+    same(second(*states(kind)), first(*states(kind)))
 
 
 def test_a_lora_that_does_not_fit_is_named(tmp_path: Path) -> None:
     save_lora(with_lora(random=True), tmp_path)
-    with pytest.raises(ValueError, match="is the rank another"):
-        other = denoiser_of()
-        add_lora(other, 4, alpha=4.0)
-        load_lora(other, tmp_path)
-    with pytest.raises(ValueError, match="made with alpha 4, these have 2"):
-        other = denoiser_of()
-        add_lora(other, 2, alpha=2.0)
-        load_lora(other, tmp_path)
-    with pytest.raises(ValueError, match="same target_modules"):
-        other = denoiser_of()
-        add_lora(other, 2, alpha=4.0, target_modules=["to_q"])
-        load_lora(other, tmp_path)
+    for options, message in (
+        ({"rank": 4, "alpha": 4.0}, "is the rank another"),
+        ({"alpha": 2.0}, "made with alpha 4, these have 2"),
+        ({"target_modules": ["to_q"]}, "same target_modules"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_lora(with_lora(**options), tmp_path)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(load_file(file), file)  # it says nothing of its scale then
     with pytest.raises(ValueError, match="made with alpha 2, these have 4"):
         load_lora(with_lora(), tmp_path)
-    other = denoiser_of()
-    add_lora(other, 2, alpha=2.0)
+    other, stock = with_lora(alpha=2.0), stable_diffusion()
     load_lora(other, tmp_path)
-    stock = stable_diffusion()
     stock.load_lora_weights(tmp_path)
-    torch.testing.assert_close(denoiser_of(stock)(*states()), other(*states()), rtol=1e-5, atol=1e-5)
+    close(denoiser_of(stock)(*states()), other(*states()))
     with pytest.raises(ValueError, match="call add_lora first"):
-        load_lora(denoiser_of(), tmp_path)
+        load_lora(untuned(), tmp_path)
     with pytest.raises(FileNotFoundError, match="holds no pytorch_lora_weights"):
         load_lora(with_lora(), tmp_path / "nowhere")

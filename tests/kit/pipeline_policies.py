@@ -1,5 +1,6 @@
 """Policies of small pipelines, and rollouts of them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ P = len(PROMPTS)
 SHAPE = (4, 8, 8)
 EACH = torch.arange(P)
 
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+
 
 def denoiser_of(pipe: Any = None, *, w: float = 1.0, **options: Any) -> PipelineDenoiser:
     pipe = stable_diffusion() if pipe is None else pipe
@@ -26,6 +30,11 @@ def denoiser_of(pipe: Any = None, *, w: float = 1.0, **options: Any) -> Pipeline
 
 def policy_of(denoiser: nn.Module, sampler: GaussianSampler | None = None, K: int = 4) -> DenoisingPolicy:
     return DenoisingPolicy(denoiser, sampler or Ancestral(), num_steps=K, reduction="mean")
+
+
+def states(t: float = 500.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A state for each prompt, a time for all, and the prompts' numbers."""
+    return torch.randn(P, *SHAPE, generator=generator()), torch.full((P,), t), EACH
 
 
 def rollout(policy: DenoisingPolicy, **options: Any) -> TensorDict:

@@ -1,5 +1,6 @@
 """docs/adding_a_scheme.md is true: its files are written as they stand there, and its commands run."""
 
+import json
 import re
 import shlex
 from importlib import import_module
@@ -16,19 +17,25 @@ from diffrl.errors import InputError
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.value import ValueLoss
+from diffrl.rewards import REWARDS
 from tests.kit.configs import TINY
 from tests.kit.paths import ROOT
 from tests.kit.shell import Shell
 
 PAGE = (ROOT / "docs" / "adding_a_scheme.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"`(\w+)\.py`[^`]*?```python\n(.*?)```", PAGE, re.DOTALL))
+TUNED = [
+    *("--import", "mean_target", "model.path=my_run", "compare=[]", "policy.num_steps=4"),
+    *("loop.iterations=2", "loop.eval_every=2", "evaluation.samples=16", "run_dir=tuned"),
+]
 COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)).splitlines()
 
 
 @pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The names that the page's files define; what they register is forgotten afterwards."""
-    monkeypatch.setattr(OBJECTIVES, "_entries", {e.name: e for e in OBJECTIVES.entries()})
+    for kind in (OBJECTIVES, REWARDS):
+        monkeypatch.setattr(kind, "_entries", {e.name: e for e in kind.entries()})
     monkeypatch.setattr(registry, "_USERS", {})
     names: dict[str, Any] = {}
     for name, text in FILES.items():
@@ -38,8 +45,8 @@ def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names
 
 
-def test_the_page_has_both_files() -> None:
-    assert list(FILES) == ["mean_target", "log_uniform"]
+def test_the_page_has_all_files() -> None:
+    assert list(FILES) == ["mean_target", "log_uniform", "my_rewards"]
 
 
 def test_the_mean_of_equal_targets_is_each_of_them(page: dict[str, Any]) -> None:
@@ -104,6 +111,11 @@ def test_the_noise_levels_are_log_uniform(page: dict[str, Any]) -> None:
     assert abs(float(u.mean())) < 0.03 and float(u.std()) == pytest.approx(2 / 12**0.5, rel=0.03)
 
 
+def test_the_reward_is_the_mean_of_a_sample(page: dict[str, Any]) -> None:
+    x0 = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[0.0, 0.0], [0.0, -4.0]]])
+    assert REWARDS.build({"name": "mine"})(x0, None).tolist() == page["mean"](x0).tolist() == [3.0, -1.0]
+
+
 def test_registries_and_files_of_the_table_exist() -> None:
     rows = re.findall(r"\| `(diffrl\.\S+)\.([A-Z]+)` \| `(\S+)` \|", PAGE)
     assert len(rows) == PAGE.count("| `diffrl.")
@@ -120,9 +132,11 @@ def test_commands(shell: Shell, tmp_path: Path) -> None:
     for line in COMMANDS:
         python, *words = shlex.split(line)
         assert python == "python"
-        words += {"train": TINY, "compare": ["--cfg", "job"]}.get(words[2], [])
+        words += {"train": TINY, "compare": ["--cfg", "job"], "finetune": TUNED}.get(words[2], [])
         shown.append(shell(*words, folder=tmp_path))
-    trained, _, uniform, compared = shown
+    trained, _, uniform, _, compared = shown
     assert "mean of 1 and 4 steps and Monte Carlo on" in trained
     assert "Log-uniform denoising on" in uniform
     assert "objective=mean_target" in compared and (tmp_path / "my_run" / "results.json").exists()
+    tuned = json.loads((tmp_path / "tuned" / "results.json").read_text(encoding="utf-8"))
+    assert tuned["config"]["reward"] == {"name": "mine"} and tuned["finetuning"]["iteration"] == 2
