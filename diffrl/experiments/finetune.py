@@ -197,7 +197,12 @@ def _judged(table: Table) -> list[dict[str, float]]:
 
 
 def run_finetuning(
-    config: Config, *, reward: Reward | None = None, heldout: Reward | None = None, progress: bool = True
+    config: Config,
+    *,
+    reward: Reward | None = None,
+    heldout: Reward | None = None,
+    method: str | None = None,
+    progress: bool = True,
 ) -> RunFolder:
     """Tune what a configuration says, continuing whatever a resumed folder holds already.
 
@@ -211,6 +216,7 @@ def run_finetuning(
         reward: a callable of your own in place of ``config["reward"]``, a `WeightedSum` too; give it again to resume.
             Of a pipeline it is asked about decoded images in [-1, 1] and their prompts.
         heldout: the same for ``config["heldout_reward"]``.
+        method: what a folder that was not chosen is named by, between model and reward; None: the surrogate.
         progress: whether to show a bar.
 
     Returns:
@@ -232,7 +238,7 @@ def run_finetuning(
         job = _Job({**config, "device": ranks.device(config["device"])}, reward, heldout, ranks)
         job.compare()
         report = check_tuner(job.tuner)
-        label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
+        label = f"{job.model.name}_{method or config['surrogate']['name']}_{config['reward']['name']}"
         with started_folder(config, ranks, label) as folder, interruptible() as interrupted:
             if progress and ranks.first:
                 print(f"{job.tuner.recipe}\n\n{report}\n")

@@ -273,6 +273,25 @@ def test_the_example(
 
 
 @pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ([], "ddpo_is"),
+        (["recipe=flow_grpo", "rollouts.trajectories=24"], "flow_grpo"),  # of the surrogate that DDPO has
+        (["surrogate=reinforce", "updates.minibatches=1"], "reinforce"),
+    ],
+)
+@pytest.mark.usefixtures("unrendered")
+def test_a_folder_is_named_by_the_recipe(
+    given: list[str], method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *words(base), "compare=[]", "loop.iterations=1", *given])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    [folder] = (tmp_path / "runs").iterdir()
+    assert f"_{method}_mode_distance_s0" in folder.name and "ppo_clip" not in folder.name
+
+
+@pytest.mark.parametrize(
     ("given", "says"),
     [
         (["compare=[DPO]"], "compare: no method 'DPO': there are DDPO-SF, DDPO-IS, SDPO"),
