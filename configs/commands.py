@@ -109,6 +109,8 @@ def finetune(config: dict[str, Any]) -> None:
         names = [name for name in found["final"] if name in found["base"]]
         rows = [[n, f"{found['base'][n]:.3g}", f"{found['final'][n]:.3g}"] for n in names]
         print(text_table([["", "base", "tuned"], *rows]))
+        if found.get("untaught"):
+            print(f"\n{found['untaught']}")
         print(f"\nrun folder  {folder.path}\nfigure      {draw_tuning(folder.path)}")
         return
     if path is None:

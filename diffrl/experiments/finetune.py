@@ -24,6 +24,7 @@ from diffrl.experiments.run import (
     started_folder,
 )
 from diffrl.finetuning.build import build_recipe
+from diffrl.finetuning.checks import UNTAUGHT
 from diffrl.finetuning.evaluation import EVAL_SEED, EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.models.base import Tunable
@@ -163,7 +164,16 @@ class _Job(Job):
                 f"{table.path} holds no evaluation to report: restore it from a copy, or tune anew"
             )
         first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
-        return {**self.tuner.figures, "final": last, "base": first, "stopped_early": self.stop.reason(rows)}
+        ends = {"stopped_early": self.stop.reason(rows), "untaught": self._untaught(table)}
+        return {**self.tuner.figures, "final": last, "base": first, **ends}
+
+    def _untaught(self, table: Table) -> str | None:
+        """Why the reward has taught nothing, if it was paid and no iteration had an advantage."""
+        spread = [float(row["advantage_std"]) for row in table.rows() if row.get("advantage_std")]
+        paid = self.tuner.recipe.placement.queries(self.policy.num_steps) > 0
+        return (
+            f"in each of {len(spread)} iterations {UNTAUGHT}" if paid and spread and not any(spread) else None
+        )
 
 
 def _model(config: Config) -> Tunable:
