@@ -30,6 +30,8 @@ from diffrl.experiments.schemes import planned_objectives, settings_of
 from diffrl.experiments.studies import run_comparison
 from diffrl.experiments.train import run_experiment
 from diffrl.extras import require_installed
+from diffrl.finetuning.methods.registry import METHODS
+from diffrl.finetuning.surrogate import SURROGATES
 from diffrl.ranges import require_int
 from diffrl.ranks import own_rank, refuse_several_processes
 from diffrl.text_tables import text_table
@@ -100,13 +102,15 @@ def finetune(config: dict[str, Any]) -> None:
             Path(path), RunFolder.open(Path(path)).config(), "train"
         )  # once, and not in every worker
     if not config["compare"] or config["resume"] is not None:
-        folder = run_finetuning(config)
+        folder = run_finetuning(config, method=_recipe(config))
         if own_rank() > 0:
             return
         found = folder.results()["finetuning"]
         names = [name for name in found["final"] if name in found["base"]]
         rows = [[n, f"{found['base'][n]:.3g}", f"{found['final'][n]:.3g}"] for n in names]
         print(text_table([["", "base", "tuned"], *rows]))
+        if found.get("untaught"):
+            print(f"\n{found['untaught']}")
         print(f"\nrun folder  {folder.path}\nfigure      {draw_tuning(folder.path)}")
         return
     if path is None:
@@ -116,6 +120,13 @@ def finetune(config: dict[str, Any]) -> None:
     if done.finished:
         print(f"{methods_table(out)}\n\nreport  {write_methods_report(out)}")
     _end(done)
+
+
+def _recipe(config: Mapping[str, Any]) -> str | None:
+    """The recipe that was chosen, if its surrogate is still the one; None: the configuration is of another method."""
+    name = HydraConfig.get().runtime.choices["recipe"]
+    changed = name in METHODS and SURROGATES.name_of(METHODS[name]().surrogate) != config["surrogate"]["name"]
+    return None if changed else name
 
 
 @command("compare")

@@ -62,4 +62,4 @@ def test_a_data_set_is_shown_in_a_line() -> None:
 @pytest.mark.parametrize(("std", "passes"), [(0.5, True), (0.26, True), (0.24, False), (1.679, False)])
 def test_the_check_of_a_run_sees_data_of_another_scale(std: float, passes: bool) -> None:
     check = of_std(std, 0.5)
-    assert check.passed == passes and (passes or f"std is {std:.3g}" in check.cause)
+    assert check.passed == passes and (passes or f"standard deviation is {std:.3g}" in check.cause)

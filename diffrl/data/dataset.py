@@ -47,7 +47,8 @@ class Data:
     """A data set: points to evaluate on, and batches to train on.
 
     Batches come from `train` or `rows`, whose rows are drawn uniformly with replacement. If both are None, they are
-    fresh points of `mixture`, or of `draw`. All tensors are on the CPU, and those of files float32, as training is.
+    fresh points of `mixture`, or of `draw`. All tensors are on the CPU, and samples float32, as those of files are:
+    other floating dtypes are converted. A network in float64 takes ``x0.double()``, which `Trainer` does itself.
 
     Args:
         name: name of the set in results.
@@ -69,7 +70,7 @@ class Data:
             The rows must be such as can be pickled. Their number changes no batch.
 
     Raises:
-        TypeError: the name is no text, or test or train no tensor of a floating dtype.
+        TypeError: the name is no text, or test, train or what `draw` gives no tensor of a floating dtype.
         DataError: there is nothing to draw from, shapes or labels do not fit, or the data hold NaN or infinity, or
             one single value.
     """
@@ -107,7 +108,8 @@ class Data:
             where = f"{self.name} ({part})"
             if x is None:
                 continue
-            require_floating([(where, x)])
+            x = _float32(where, x)
+            object.__setattr__(self, part, x)
             if x.ndim < 2 or x.shape[0] == 0 or x.shape[1:] != self.test.shape[1:]:
                 raise DataError(
                     f"{where}: shape {tuple(x.shape)} does not fit samples of {tuple(self.test.shape[1:])}"
@@ -118,6 +120,8 @@ class Data:
             where, x = f"{self.name} (rows)", self.rows[torch.zeros(1, dtype=torch.int64)]
             if x.shape[1:] != self.test.shape[1:]:
                 raise DataError(f"{where}: samples of {tuple(x.shape[1:])} do not fit {self.event_shape}")
+            if x.dtype != torch.float32:
+                raise DataError(f"{where}: samples have dtype {x.dtype}: let them be float32")
             self._check_labels(self.train_labels, len(self.rows), where)
         if self.classes and len(self.classes) != self.num_classes:
             raise DataError(f"{self.name}: {len(self.classes)} names for {self.num_classes} classes")
@@ -225,7 +229,7 @@ class Data:
             generator: of the CPU.
 
         Returns:
-            x0 [n, *E] and labels [n] or None.
+            x0, float32 [n, *E], and labels [n] or None.
 
         Raises:
             DataError: n < 1, or more than there are training samples; or `rows` hold a fault that is met now.
@@ -236,7 +240,13 @@ class Data:
         if self.mixture is not None:
             return self.mixture.sample(n, generator).float(), None
         assert self.draw is not None
-        return self.draw(n, generator), None
+        return _float32(f"{self.name} (draw)", self.draw(n, generator)), None
+
+
+def _float32(name: str, x: Tensor) -> Tensor:
+    """Samples as training takes them; numpy makes float64 of what nobody gave a dtype."""
+    require_floating([(name, x)])
+    return x.float()
 
 
 def pieces(rows: Rows) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ from diffrl.experiments.run import (
     started_folder,
 )
 from diffrl.finetuning.build import build_recipe
+from diffrl.finetuning.checks import UNTAUGHT
 from diffrl.finetuning.evaluation import EVAL_SEED, EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.models.base import Tunable
@@ -163,7 +164,16 @@ class _Job(Job):
                 f"{table.path} holds no evaluation to report: restore it from a copy, or tune anew"
             )
         first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
-        return {**self.tuner.figures, "final": last, "base": first, "stopped_early": self.stop.reason(rows)}
+        ends = {"stopped_early": self.stop.reason(rows), "untaught": self._untaught(table)}
+        return {**self.tuner.figures, "final": last, "base": first, **ends}
+
+    def _untaught(self, table: Table) -> str | None:
+        """Why the reward has taught nothing, if it was paid and no iteration had an advantage."""
+        spread = [float(row["advantage_std"]) for row in table.rows() if row.get("advantage_std")]
+        paid = self.tuner.recipe.placement.queries(self.policy.num_steps) > 0
+        return (
+            f"in each of {len(spread)} iterations {UNTAUGHT}" if paid and spread and not any(spread) else None
+        )
 
 
 def _model(config: Config) -> Tunable:
@@ -197,7 +207,12 @@ def _judged(table: Table) -> list[dict[str, float]]:
 
 
 def run_finetuning(
-    config: Config, *, reward: Reward | None = None, heldout: Reward | None = None, progress: bool = True
+    config: Config,
+    *,
+    reward: Reward | None = None,
+    heldout: Reward | None = None,
+    method: str | None = None,
+    progress: bool = True,
 ) -> RunFolder:
     """Tune what a configuration says, continuing whatever a resumed folder holds already.
 
@@ -211,6 +226,7 @@ def run_finetuning(
         reward: a callable of your own in place of ``config["reward"]``, a `WeightedSum` too; give it again to resume.
             Of a pipeline it is asked about decoded images in [-1, 1] and their prompts.
         heldout: the same for ``config["heldout_reward"]``.
+        method: what a folder that was not chosen is named by, between model and reward; None: the surrogate.
         progress: whether to show a bar.
 
     Returns:
@@ -232,7 +248,7 @@ def run_finetuning(
         job = _Job({**config, "device": ranks.device(config["device"])}, reward, heldout, ranks)
         job.compare()
         report = check_tuner(job.tuner)
-        label = f"{job.model.name}_{config['surrogate']['name']}_{config['reward']['name']}"
+        label = f"{job.model.name}_{method or config['surrogate']['name']}_{config['reward']['name']}"
         with started_folder(config, ranks, label) as folder, interruptible() as interrupted:
             if progress and ranks.first:
                 print(f"{job.tuner.recipe}\n\n{report}\n")

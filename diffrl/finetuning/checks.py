@@ -20,10 +20,11 @@ from diffrl.ranges import require_int
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import nondeterminism
 
-__all__ = ["check"]
+__all__ = ["UNTAUGHT", "check"]
 
 ROWS, STATES = 16, 64  # of the rollout that are looked at, unless an update takes more at once
 PER_DIM = 50.0  # |log π| of one dim: a standard deviation of 1e-20, or ten of them away
+UNTAUGHT = "all advantages are 0, as rewards that are compared are equal: nothing is learned from them"
 DROPOUT = "two forwards of the policy differ: dropout is active (train mode); put it in eval mode"
 
 
@@ -294,10 +295,7 @@ def _advantages(adv: Tensor, group: Tensor, centred: str | None) -> Check:
     where = "group" if centred == "group" else "batch"
     name, limit = f"advantages: mean of a {where}", math.inf if centred is None else 1e-3
     if value <= limit:
-        zero = not bool(adv.any())
-        return Check(
-            name, True, value, limit, "all advantages are 0: this rollout teaches nothing" if zero else ""
-        )
+        return Check(name, True, value, limit, "" if bool(adv.any()) else UNTAUGHT)
     why = "credit was not taken step by step over this batch: over earlier rollouts too, or without a mean"
     if centred == "group":
         why = "rows were shuffled apart from their group, or credit was taken over the batch or earlier rollouts"

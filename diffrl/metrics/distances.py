@@ -90,7 +90,7 @@ def value_error(
         batch_size: number of points handled at once.
 
     Returns:
-        The error at each level, by the key ``f"{sigma:g}"``.
+        The error at each level, by the key ``f"{sigma:g}"`` as in results.json; ``float(key)`` is σ.
 
     Raises:
         ValueError: a sigma ≤ 0, or out of reach of a discrete process.
@@ -130,7 +130,7 @@ def denoising_error(
         batch_size: number of points handled at once.
 
     Returns:
-        The error at each level, by the key ``f"{sigma:g}"``.
+        The error at each level, by the key ``f"{sigma:g}"`` as in results.json; ``float(key)`` is σ.
 
     Raises:
         ValueError: a sigma ≤ 0, or out of reach of a discrete process.

@@ -1,6 +1,7 @@
 """What the losses of a denoiser share: the network that is trained, and the one that it bootstraps from."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,22 @@ from diffrl.errors import InputError, InputKeyError, InputTypeError
 from diffrl.objectives.annealing import Ranges, annealed, annealing
 from diffrl.rl.estimators import require_time_last
 
-__all__ = ["DenoiserLoss", "rows"]
+__all__ = ["FAR_OFF", "DenoiserLoss", "far_off", "rows"]
 
-FAR_OFF = (
-    4.0  # ratio of the data's standard deviation to sigma_data, or the other way round, that is warned of
-)
+FAR_OFF = 2.05
+"""Factor between sigma_data and the data's standard deviation above which they do not fit; at 2 chance would decide on
+standardised data and the default 0.5."""
 ENOUGH = 16  # data in a batch, to know their standard deviation well enough for that
+
+
+def far_off(std: float, sigma_data: float) -> tuple[float, str]:
+    """How far the data's standard deviation is from sigma_data, a factor ≥ 1 that `FAR_OFF` bounds, and the remedy."""
+    ratio = std / sigma_data
+    remedy = (
+        f"sigma_data is {sigma_data:g}, but the data's standard deviation is {std:.3g}: set "
+        f"denoiser.sigma_data={std:.3g}, with noise levels to match, or scale the data"
+    )
+    return max(ratio, 1 / ratio) if ratio > 0 else math.inf, remedy
 
 
 class DenoiserLoss(LossModule):
@@ -54,6 +65,9 @@ class DenoiserLoss(LossModule):
     target_decay: float = 0.97
     """What a target network keeps of itself a step, unless `Target` says; it hurt no ground of `results/grounds`
     at equal steps."""
+
+    data_std: float | None = None
+    """Standard deviation of the data as D sees them, where it is known; None: the first batch's."""
 
     value_network: TensorDictModule
     value_network_params: TensorDictParams
@@ -126,14 +140,14 @@ class DenoiserLoss(LossModule):
                 f"cond=labels, where {num_classes} stands for no label"
             )
         sigma_data = getattr(denoiser, "sigma_data", None)
-        if sigma_data and x0 is not None and len(x0) >= ENOUGH:
+        std, limit = self.data_std, FAR_OFF
+        if std is None and x0 is not None and len(x0) >= ENOUGH:
             std = float(x0.detach().std())
-            if not 1 / FAR_OFF < std / sigma_data < FAR_OFF:
-                warnings.warn(
-                    f"sigma_data is {sigma_data:g}, but the data's standard deviation is {std:.3g}: set "
-                    f"denoiser.sigma_data={std:.3g}, with noise levels to match, or scale the data",
-                    stacklevel=4,
-                )
+            limit *= 1 + 3 / math.sqrt(2 * len(x0))  # three standard errors of what a batch can tell
+        if sigma_data and std is not None:
+            off, remedy = far_off(std, sigma_data)
+            if not off <= limit:
+                warnings.warn(remedy, stacklevel=4)
 
     @contextmanager
     def _telling_what_is_missing(self, states: TensorDictBase) -> Iterator[None]:

@@ -135,6 +135,8 @@ def build_objective(
         entry = OBJECTIVES.entry("monte_carlo")
     with of_group("objective", options):
         loss = entry.make(denoiser, **accepted(entry.make, options))
+    if data is not None:  # which a prior standardises
+        loss.data_std = data.sigma_data if getattr(denoiser, "prior", None) is None else 1.0
     if not getattr(loss, "takes_x0_mean", False):
         _require_datum(entry, stand_in)
     if stand_in.single and not baseline and not _looks_one_step_ahead(loss):

@@ -7,8 +7,16 @@ from diffrl.errors import InputError
 from diffrl.objectives.annealing import written
 from diffrl.objectives.lambda_schedule import LambdaSchedule
 from diffrl.objectives.lookahead import Lookahead
+from diffrl.objectives.place import Place
 
-__all__ = ["DEFAULT_LOOKAHEAD", "chosen_bootstrap", "chosen_lmbda", "lmbda_of_chain", "target_label"]
+__all__ = [
+    "DEFAULT_LOOKAHEAD",
+    "bootstrap_of",
+    "chosen_bootstrap",
+    "chosen_lmbda",
+    "lmbda_of_chain",
+    "target_label",
+]
 
 DEFAULT_LOOKAHEAD = 0.125  # with a target network it hurt on no ground of results/grounds at equal steps
 
@@ -36,13 +44,30 @@ def chosen_lmbda(
 
 
 def chosen_bootstrap(options: Mapping[str, Any]) -> str:
-    """What the target's values come from, for the options of `td`: those who choose λ or n choose their own scheme."""
+    """What the target's values come from where an option says so; of `td` those who choose λ or n choose their own."""
     if options.get("bootstrap") is not None:
         return str(options["bootstrap"])
     anneal = options.get("anneal")
     annealed = anneal if isinstance(anneal, Mapping) else {}  # another one is refused later, by its name
     chosen = {name for name in ("lmbda", "n_steps") if options.get(name) is not None}
     return "own" if chosen or {"lmbda", "n_steps"} & annealed.keys() else "target"
+
+
+def bootstrap_of(place: Place | None, options: Mapping[str, Any]) -> str:
+    """Whose predictions are in an objective's target, as `Bootstrap` calls them: its options say so, or its place.
+
+    Args:
+        place: where the objective stands; None tells nothing.
+        options: all of its options.
+    """
+    annealed = options.get("anneal") or {}
+    if options.get("lmbda") == 1 or (
+        options.get("bootstrap_share") == 0 and "bootstrap_share" not in annealed
+    ):
+        return "nothing"
+    if "bootstrap" in options:
+        return chosen_bootstrap(options)
+    return "nothing" if place is None else place.bootstrap
 
 
 def lmbda_of_chain(options: Mapping[str, Any], num_steps: int) -> float:

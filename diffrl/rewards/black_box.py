@@ -15,7 +15,7 @@ from torch import Tensor
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import MAX_REPEATS, require_int
 from diffrl.rewards.cache import RewardCache, cache_keys
-from diffrl.rewards.calls import Reward, RewardError, ask
+from diffrl.rewards.calls import Reward, RewardError, ask, takes_cond
 from diffrl.workers import Failure, WorkerPool, attempt
 
 __all__ = ["BlackBox"]
@@ -35,7 +35,7 @@ class BlackBox:
     `diffrl.rewards.cache`). Switch it off for a reward that is random.
 
     Args:
-        reward: (x0 [n, *E], cond) → n numbers. It gets copies, and may change them.
+        reward: (x0 [n, *E], cond) → n numbers, or (x0) alone. It gets copies, and may change them.
         batch_size: most samples in one call; None: all, split evenly among the workers.
         workers: threads or processes that call it side by side; 0 calls it here.
         backend: "thread", or "process": the reward must be picklable, and each process has a copy.
@@ -47,6 +47,7 @@ class BlackBox:
         cache: whether to remember rewards, by the exact bytes of sample and condition.
 
     Raises:
+        TypeError: the reward cannot be called with such arguments, as its signature tells.
         ValueError: an argument out of its range.
         RewardError: the reward cannot be sent to a process; a call failed and `on_failure` is "raise", or there is
             nothing to take the worst or the mean of; 16 abandoned threads still run.
@@ -66,6 +67,7 @@ class BlackBox:
     ) -> None:
         if not callable(reward):
             raise InputTypeError(f"reward is {reward!r}: give a callable (x0 [N, *E], cond) -> N numbers")
+        takes_cond(reward)  # what can be called in no way is refused now
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: give at least 1, or None for all at once")
         require_int("workers", workers, 0)

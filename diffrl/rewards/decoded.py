@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffrl.errors import InputError, InputTypeError
 from diffrl.ranges import require_int
-from diffrl.rewards.calls import Reward
+from diffrl.rewards.calls import Reward, takes_cond
 
 __all__ = ["DecodedReward", "LatentDecoder"]
 
@@ -62,7 +62,7 @@ class DecodedReward:
             a list of n. (What a reward has to say beyond its number, it keeps itself: it is an object of yours.)
 
     Raises:
-        TypeError: a reward or decoder that cannot be called, or one string for prompts.
+        TypeError: a reward or decoder that cannot be called so, or one string for prompts.
         ValueError: batch_size < 1, or a sum with running statistics, which no cache may wrap; when called, prompt
             numbers that are missing or unknown, or images that are not one a latent.
     """
@@ -90,7 +90,9 @@ class DecodedReward:
             )
         self.reward, self.decode, self.batch_size = reward, decode, batch_size
         self.prompts = None if prompts is None else list(prompts)
-        self.metadata = metadata if _takes_metadata(reward) else None
+        has_metadata = _takes_metadata(reward)
+        self.metadata = metadata if has_metadata else None
+        self._takes_prompts = takes_cond(reward, *(["metadata"] if has_metadata else []))
         if self.metadata is not None and len(self.metadata) != len(self.prompts or ()):
             raise InputError(
                 f"{len(self.metadata)} metadata for {len(self.prompts or ())} prompts: give one each"
@@ -107,10 +109,11 @@ class DecodedReward:
         if len(images) != len(x0):
             raise InputError(f"decode gave {len(images)} images for {len(x0)} latents: give one each")
         prompts = cond if self.prompts is None else [self.prompts[row] for row in rows]
-        if self.metadata is None:
-            return self.reward(images, prompts)
+        given = (images, prompts) if self._takes_prompts else (images,)
         ask: Any = self.reward
-        return ask(images, prompts, metadata=[self.metadata[row] for row in rows])
+        if self.metadata is None:
+            return ask(*given)
+        return ask(*given, metadata=[self.metadata[row] for row in rows])
 
     def _rows(self, cond: Any, n: int) -> list[int]:
         """The number of each sample's prompt; none where there are no prompts."""

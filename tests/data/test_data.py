@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+import diffrl
 from diffrl.data.dataset import Data
 from diffrl.data.files import digits
 from diffrl.data.image_files import DataError
 from diffrl.data.mixtures import Mixture
 from diffrl.data.registry import DATASETS
 from diffrl.data.synthetic import gmm, rings
+from diffrl.diffusion.networks.mlp import MLP
 from diffrl.errors import InputError, InputTypeError
 from diffrl.extras import MissingExtra
+from diffrl.objectives.value import ValueLoss
 from diffrl.training.build import build_data
 from tests.kit.oracles import generator
 
@@ -236,6 +239,21 @@ def test_batches_larger_than_the_data_are_refused(n: int) -> None:
     assert data.batch(20)[0].shape == (20, 2)
     with pytest.raises(DataError, match="batch_size 21 > 20 training samples" if n else "at least one"):
         data.batch(n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_samples_of_any_floating_dtype_train_a_network_of_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(30, 2, generator=generator(0)).to(dtype)
+    mine = {"train": Data("mine", test=x[:5], train=x), "draw": Data("mine", test=x, draw=lambda n, g: x[:n])}
+    for way, data in mine.items():
+        x0, _ = data.batch(4, generator(0))
+        assert x0.dtype == data.test.dtype == torch.float32
+        chain = diffrl.sample_chain(diffrl.EDM(), x0, num_steps=3, coupling="markov")
+        loss = ValueLoss(diffrl.Denoiser(MLP((2,)), diffrl.EDM()))(chain)["loss_value"]
+        assert loss.dtype == torch.float32, way
+    assert torch.equal(mine["train"].train, x.float())
+    with pytest.raises(InputTypeError, match=r"mine \(draw\) has dtype torch.int64"):
+        Data("mine", test=x, draw=lambda n, g: torch.arange(2 * n).view(n, 2)).batch(4)
 
 
 def test_data_that_do_not_fit_are_refused() -> None:

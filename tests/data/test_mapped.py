@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Generator
+from torch import Generator, Tensor
 
 from diffrl.data.dataset import Data, pieces
 from diffrl.data.files import npz
@@ -207,6 +207,11 @@ def test_a_mapped_array_is_the_file_itself_and_read_only(tmp_path: Path) -> None
     assert labels is not None and labels.tolist() == LABELS.tolist()
 
 
+class InFloat64(MappedRows):
+    def __getitem__(self, i: Tensor) -> Tensor:
+        return super().__getitem__(i).double()
+
+
 def test_data_of_rows_are_checked_like_others() -> None:
     rows, test = MappedRows(VECTORS, "here", np.arange(50)), torch.eye(5)
     assert Data("mine", test, rows=rows).event_shape == (5,)
@@ -214,6 +219,8 @@ def test_data_of_rows_are_checked_like_others() -> None:
         Data("mine", test, train=test, rows=rows)
     with pytest.raises(DataError, match=r"samples of \(5,\) do not fit \(4,\)"):
         Data("mine", torch.eye(4), rows=rows)
+    with pytest.raises(DataError, match=r"samples have dtype torch\.float64: let them be float32"):
+        Data("mine", test, rows=InFloat64(VECTORS, "here", np.arange(50)))
     with pytest.raises(DataError, match="labels must be 50 int64 numbers in 0..1"):
         labels = torch.zeros(5, dtype=torch.int64)
         Data("mine", test, labels, num_classes=2, rows=rows, train_labels=labels)

@@ -16,7 +16,9 @@ from diffrl.configs.commands import COMMANDS
 from diffrl.diffusion.trajectories import draw_chain
 from diffrl.experiments import check_run as module
 from diffrl.experiments.check_run import check_run
+from diffrl.experiments.train import run_experiment
 from diffrl.finetuning.check_report import Report
+from diffrl.training.build import build_data
 from diffrl.training.trainer import Trainer
 from tests.kit.configs import small
 
@@ -57,6 +59,19 @@ def test_right_runs_pass(words: list[str]) -> None:
 def test_wrong_settings_are_found(words: list[str], name: str) -> None:
     report = check_run(small(*words))
     assert failed(report) == {name}, str(report)
+
+
+@pytest.mark.parametrize(("factor", "fits"), [(0.47, False), (0.5, True), (2.0, True), (2.1, False)])
+def test_check_and_train_tell_the_same_of_the_scale(
+    factor: float, fits: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = small(f"run_dir={tmp_path / 'run'}")
+    config["denoiser"]["sigma_data"] = build_data(config).sigma_data / factor
+    checked = {check.cause for check in check_run(config).failed if check.name.startswith("data")}
+    assert not recwarn.list  # the table says it
+    run_experiment(config, progress=False)
+    assert {str(w.message) for w in recwarn if "sigma_data" in str(w.message)} == checked
+    assert len(checked) == (not fits)
 
 
 def twice_the_reward(drawn: TensorDict) -> None:

@@ -49,6 +49,8 @@ def test_a_table_with_intervals_over_seeds(
     assert re.split(r" {2,}", head.strip()) == ["TD(lookahead=0.125)", "Monte Carlo", "ratio"]
     ratio = interval(np.array(td) / np.array(mc))
     assert [f"{x:#.3g}" for x in (interval(td), interval(mc), ratio)] == re.findall(r"[\d.]+ \[.*?\]", row)
+    row = next(line for line in said.splitlines() if line.startswith("bootstraps from"))
+    assert re.split(r" {2,}", row.strip()) == ["bootstraps from", "a target network"]
 
     train(monkeypatch, "seeds=[1,2,3]")  # the same folder, one more run
     index = json.loads((out / "index.json").read_text(encoding="utf-8"))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from diffrl.experiments.reports.run_table import (
+    BOOTSTRAPS,
     DISTANCES,
     OF_FEATURES,
+    bootstrap_row,
     count_label,
     distance_label,
     objective_label,
@@ -18,8 +20,10 @@ from diffrl.metrics.measures import FEATURE_MEASURES, SAMPLE_DISTANCES
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.target_choice import DEFAULT_LOOKAHEAD
+from diffrl.rl.estimators import MonteCarlo
 from diffrl.training.build import build_data, build_denoiser
 from tests.kit.configs import small
+from tests.kit.schemes import NAMES, WORDS
 
 
 def found(value_error: dict[str, float], distance: float, evaluations: int) -> dict[str, Any]:
@@ -100,15 +104,31 @@ def test_table_of_one_without_value_error() -> None:
         (["objective.lmbda=0.5"], "own predictions"),
         (["objective.n_steps=2", "objective.bootstrap=target"], "a target network"),
         (["objective.lmbda=1"], None),
-        (["objective=td_edm"], None),
+        (["objective=td_edm"], "a target network"),
+        (["objective=td_edm", "objective.bootstrap_share=0"], None),
+        (["objective=ct", "objective.bootstrap=own"], "own predictions"),
+        (["objective=denoising"], None),
     ],
 )
-def test_what_td_bootstraps_from_is_said(options: list[str], source: str | None) -> None:
+def test_what_the_target_bootstraps_from_is_said(options: list[str], source: str | None) -> None:
     one = found({"0.3": 1.0}, 0.5, 10)
     name = small(*options)["objective"]["name"]
     text = summary_table(results(*options, **{name: one, "monte_carlo": one}))
     rows = [" ".join(line.split()[2:]) for line in text.splitlines() if line.startswith("bootstraps from")]
     assert rows == ([source] if source else [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_objective_is_said_to_bootstrap_from_is_what_its_loss_does(name: str) -> None:
+    config = small(f"objective={name}", *WORDS.get(name, ()))
+    data = build_data(config)
+    loss = build_objective(config, build_denoiser(config, data), data=data).loss
+    does = "nothing" if isinstance(loss._value_estimator, MonteCarlo) else loss.bootstrap
+    said = " ".join(bootstrap_row([name], config)[1:])
+    if said == "a teacher":  # which stands in the place of a target network, and still
+        assert does == "target" and name == "progressive"
+    else:
+        assert said == BOOTSTRAPS.get(does, "")
 
 
 def test_title_says_which_mixture() -> None:

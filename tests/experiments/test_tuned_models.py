@@ -17,6 +17,7 @@ from diffrl.finetuning.models.tuned import latest_tuned, tuned_model
 from diffrl.finetuning.run_checks import check_tuner
 from diffrl.training.checkpoints import load_weights, weight_sets
 from diffrl.training.identity import RunFolderError
+from diffrl.training.runs import RunFolder
 from tests.kit.configs import composed, small
 
 FEW_STEPS = ("sampler=ddim", "policy.num_steps=2", "policy.std_floor=0")
@@ -64,6 +65,7 @@ def test_a_student_learns_from_its_base_and_keeps_its_fake_score(base: Path, stu
     torch.testing.assert_close(flat(model.teacher), flat(before), rtol=0, atol=0)
     torch.testing.assert_close(flat(model.denoiser), flat(diffrl.load_tuned(student).policy), rtol=0, atol=0)
     assert not torch.equal(flat(model.denoiser), flat(before))
+    assert RunFolder(student).results()["finetuning"]["untaught"] is None  # though nobody pays
     kept = load_weights(max((student / "checkpoints" / "policy").iterdir()), "reference_fake")
     fake = model.twins["fake"].state_dict()
     assert kept.keys() == fake.keys() and all(torch.equal(kept[name], fake[name]) for name in kept)

@@ -22,11 +22,13 @@ from diffrl.diffusion.pipelines.denoiser import PipelineDenoiser
 from diffrl.experiments.comparison import run_cells
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.method_findings import MethodFindings
-from diffrl.experiments.reports.finetuning import write_methods_report
+from diffrl.experiments.reports.finetuning import methods_table, write_methods_report
 from diffrl.experiments.train import run_experiment
 from diffrl.finetuning.build import build_recipe
+from diffrl.finetuning.checks import UNTAUGHT
 from diffrl.finetuning.methods.registry import METHODS
 from diffrl.rewards.calls import RewardError
+from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.weighted_sum import WeightedSum
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
@@ -98,6 +100,7 @@ def test_a_run_leaves_a_folder_that_can_be_understood(base: Path, tmp_path: Path
     rows = Table(folder.path / "metrics.csv", ()).rows()
     assert [row["iteration"] for row in rows] == [str(i) for i in range(7)]
     assert [bool(row["eval_reward"]) for row in rows] == [True, False, True, False, True, False, True]
+    assert found["untaught"] is None
     samples = folder.samples()
     assert samples["base"]["4"].shape == samples["tuned"]["4"].shape == (32, 2)
 
@@ -269,7 +272,50 @@ def test_the_example(
     assert "reward, held-out noise" in out and f"report  {tmp_path / 'out' / 'report.md'}" in out
     out = shell(*common, "compare=[]", f"run_dir={tmp_path / 'single'}", "recipe=ddpo_sf")
     assert "Reinforce(" in out and "KL to itself" in out and f"run folder  {tmp_path / 'single'}" in out
-    assert "tuned" in shell(f"resume={tmp_path / 'single'}")
+    assert "nothing is learned" not in out and "tuned" in shell(f"resume={tmp_path / 'single'}")
+
+
+@pytest.mark.parametrize("method", ["DDPO-IS", "SDPO"])
+@pytest.mark.usefixtures("unrendered")
+def test_a_constant_reward_is_told_at_the_start_and_at_the_end(
+    method: str,
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ModeDistance, "__call__", lambda self, x0, cond=None: torch.full((len(x0),), 0.3))
+    compared = cells(base, f"compare=[{method}]", "seeds=[4]")
+    assert run_cells(compared, tmp_path / "out", workers=0, progress=False).finished == 1
+    line = f"{method}, seed 4: in each of 2 iterations {UNTAUGHT}\n"
+    report = write_methods_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert report.count(line) == methods_table(tmp_path / "out").count(line) == 1
+
+    own = ["compare=[]", f"run_dir={tmp_path / 'run'}", f"recipe={method.lower().replace('-', '_')}"]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *words(base), *own])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    start, end = capsys.readouterr().out.split("tuned")
+    assert start.count(UNTAUGHT) == 1 and f"\nin each of 2 iterations {UNTAUGHT}\n" in end
+    assert RunFolder(tmp_path / "run").results()["finetuning"]["untaught"]
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ([], "ddpo_is"),
+        (["recipe=flow_grpo", "rollouts.trajectories=24"], "flow_grpo"),  # of the surrogate that DDPO has
+        (["surrogate=reinforce", "updates.minibatches=1"], "reinforce"),
+    ],
+)
+@pytest.mark.usefixtures("unrendered")
+def test_a_folder_is_named_by_the_recipe(
+    given: list[str], method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *words(base), "compare=[]", "loop.iterations=1", *given])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    [folder] = (tmp_path / "runs").iterdir()
+    assert f"_{method}_mode_distance_s0" in folder.name and "ppo_clip" not in folder.name
 
 
 @pytest.mark.parametrize(

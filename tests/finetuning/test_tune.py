@@ -55,17 +55,17 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_that_cannot_teach_is_told(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.warns(UserWarning, match="all advantages are 0: this rollout teaches nothing"):
+    with pytest.warns(UserWarning, match="all advantages are 0, as rewards.*nothing is learned from them"):
         tune(offset(1234.567, 0.0), KINDS[kind]())
     torch.manual_seed(0)
     random = BlackBox(lambda x0, cond: torch.randn(len(x0)), cache=False)
     with pytest.warns(UserWarning, match="it is random: the same samples got rewards up to"):
         tune(random, KINDS[kind]())
     assert capsys.readouterr().out == ""
-    with pytest.warns(UserWarning, match="teaches nothing"):
+    with pytest.warns(UserWarning, match="nothing is learned"):
         tune(offset(1.0, 0.0), KINDS[kind](), progress=True)
     shown = capsys.readouterr().out
-    assert "stored log π" in shown and "teaches nothing" in shown
+    assert "stored log π" in shown and shown.count("nothing is learned") == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -92,7 +92,8 @@ def throw(command: str, words: Sequence[str], *, begin: bool = False, real: bool
         if not real:
             change(mock.patch.object(cli, "register", lambda: None))
             change(mock.patch("hydra.main", _composing))
-            told = SimpleNamespace(overrides=SimpleNamespace(task=[*words]), mode=RunMode.RUN)
+            chosen = SimpleNamespace(choices={"recipe": "ddpo_is"})
+            told = SimpleNamespace(overrides=SimpleNamespace(task=[*words]), mode=RunMode.RUN, runtime=chosen)
             change(mock.patch("hydra.core.hydra_config.HydraConfig.get", lambda: told))
         change(mock.patch.object(torch, "compile", lambda call: call))  # it takes longer than runs
         for name in ("draw_summary", "draw_tuning"):  # pictures, too

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffrl.rewards import cache as reward_cache
 from diffrl.rewards.black_box import BlackBox
+from diffrl.rewards.decoded import DecodedReward
 from diffrl.rewards.pixels import Brightness
 from tests.kit.oracles import randn
 from tests.kit.rewards import Recorder, mean, points
@@ -123,6 +124,41 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
 def test_what_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="give a callable"):
         BlackBox(3.0)
+
+
+class Net(torch.nn.Module):
+    """A scorer of samples alone."""
+
+    def forward(self, x0: Tensor) -> Tensor:
+        return x0.sum(1)
+
+
+def first(x0: Tensor) -> Tensor:
+    return x0.sum(1)
+
+
+ALONE = [first, Net(), functools.partial(lambda x0, cond: x0.sum(1), cond=None)]
+
+
+@pytest.mark.parametrize("reward", ALONE, ids=["function", "module", "partial"])
+def test_a_reward_may_take_the_samples_alone(reward: Any) -> None:
+    x0, cond = randn(3, 2), ["a", "b", "c"]
+    torch.testing.assert_close(BlackBox(reward)(x0, cond), x0.sum(1).float())
+    torch.testing.assert_close(BlackBox(reward, workers=1, backend="thread")(x0, cond), x0.sum(1).float())
+    decoded = DecodedReward(reward, lambda z: 2 * z, ["a", "b"])
+    torch.testing.assert_close(decoded(x0, torch.tensor([0, 1, 1])), 2 * x0.sum(1))
+
+
+@pytest.mark.parametrize(
+    "reward", [lambda: 1, lambda x0, *, cond=None: x0.sum(1), lambda x0, cond, model: x0.sum(1)]
+)
+def test_what_takes_other_arguments_is_refused_at_once(reward: Any) -> None:
+    for make in (BlackBox, lambda reward: DecodedReward(reward, lambda z: z)):
+        with pytest.raises(
+            TypeError, match=r"the reward takes \(.*give it a second argument `cond`"
+        ) as error:
+            make(reward)
+        assert "\n" not in str(error.value)
 
 
 def test_names() -> None:

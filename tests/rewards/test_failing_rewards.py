@@ -40,7 +40,10 @@ def troublesome(x0: Tensor, cond: Any = None) -> list[float]:
         ("nan", r"reward 'Faulty' failed for sample 2 of 6: it gave NaN or None"),
         ("none", r"reward 'Faulty' failed for sample 2 of 6: it gave NaN or None"),
         ("inf", r"reward 'Faulty' failed for sample 2 of 6: it gave inf"),
-        ("shape", r"reward 'Faulty' failed for samples 2, 3 of 6: it gave shape \[2, 1\], not \[2\]"),
+        (
+            "shape",
+            r"'Faulty' failed for samples 2, 3 of 6: it gave shape \[2, 1\], not \[2\]: take .squeeze\(1\)",
+        ),
         ("exception", r"reward 'Faulty' failed for samples 2, 3 of 6: RuntimeError: this reward is faulty"),
     ],
 )
@@ -85,6 +88,23 @@ def test_no_answer_and_wrong_shapes_and_types_are_never_zeros(answer: Any, on_fa
     else:
         with pytest.raises(RewardError, match="failed for sample.* of 3"):
             box(points(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        (lambda x, c: x, r"it gave shape \[3, 1\], not \[3\]: take .squeeze\(1\) of it"),
+        (
+            lambda x, c: x.mean(),
+            r"it gave shape \[\], not \[3\]: let it give one number a sample, no mean of all",
+        ),
+        (lambda x, c: x[:2, 0], r"it gave shape \[2\], not \[3\]: let it give one number a sample"),
+    ],
+)
+def test_a_wrong_shape_is_told_with_the_remedy(reward: Any, says: str) -> None:
+    with pytest.raises(RewardError, match=says) as error:
+        BlackBox(reward)(points(1, 2, 3))
+    assert "\n" not in str(error.value)
 
 
 def test_numbers_too_large_for_float32_fail() -> None:

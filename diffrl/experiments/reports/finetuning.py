@@ -55,6 +55,7 @@ def write_methods_report(out: Path) -> Path:
         "to the base; docs/metrics.md defines every name.\n",
         "## At the end\n",
         markdown_table(_end_rows(found)),
+        *(f"{line}\n" for line in _untaught(found)),
         "## Reward where one cost is the same for all\n",
         markdown_table(_matched_rows(found)),
         "## Variance of the advantages, before they are scaled\n",
@@ -75,7 +76,13 @@ def methods_table(out: Path) -> str:
     """The two main tables of the report, for a terminal."""
     found = MethodFindings(out)
     end, matched = _end_rows(found), _matched_rows(found)
-    return f"{text_table(end)}\n\n{text_table(matched)}"
+    return "\n\n".join([text_table(end), *_untaught(found), text_table(matched)])
+
+
+def _untaught(found: MethodFindings) -> list[str]:
+    """A line for each run that learned nothing from its reward."""
+    runs = ((m.name, seed, cost) for m in found.methods for seed, cost in zip(m.seeds, m.costs, strict=True))
+    return [f"{name}, seed {seed}: {cost['untaught']}" for name, seed, cost in runs if cost.get("untaught")]
 
 
 def _end_rows(found: MethodFindings) -> list[list[str]]:

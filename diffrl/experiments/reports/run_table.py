@@ -13,12 +13,13 @@ from diffrl.metrics.measures import FigureName
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
 from diffrl.objectives.stand_ins import StandIn
-from diffrl.objectives.target_choice import chosen_bootstrap
-from diffrl.registry import accepted
+from diffrl.objectives.target_choice import bootstrap_of
+from diffrl.registry import Entry, accepted
 from diffrl.text_tables import text_table
 
 __all__ = [
     "baseline_of",
+    "bootstrap_row",
     "count_label",
     "data_label",
     "distance_label",
@@ -35,7 +36,12 @@ __all__ = [
 SHARED = {1.0: "fresh noise", 0.0: "shared noise"}
 """What successive states of a chain have, by η."""
 ERRORS = {"value_error": "value error", "denoising_error": "denoising error, test", "map_error": "map error"}
-BOOTSTRAPS = {"own": "own predictions", "target": "a target network", "residual": "own, with gradient"}
+BOOTSTRAPS = {
+    "own": "own predictions",
+    "target": "a target network",
+    "residual": "own, with gradient",
+    "teacher": "a teacher",
+}
 DISTANCES = {
     "w2": "W2 distance",
     "sliced_w2": "sliced W2 distance",
@@ -73,9 +79,7 @@ def _label(name: str, config: Mapping[str, Any]) -> str:
     if registered not in OBJECTIVES:
         return name
     entry = OBJECTIVES.entry(registered)
-    parameters = [p for function in entry.functions for p in signature(function).parameters.values()]
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    label = entry.label_for({**defaults, **objective})
+    label = entry.label_for({**_defaults(entry), **objective})
     if not beside and name != objective.get(
         "name", name
     ):  # Monte Carlo beside the run's own, whose target is the datum
@@ -95,13 +99,30 @@ def _scheme(name: str, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], st
     return settings, settings.get("objective", {}).get("name", name)
 
 
+def _defaults(entry: Entry) -> dict[str, Any]:
+    parameters = [p for function in entry.functions for p in signature(function).parameters.values()]
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def bootstrap_row(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
+    """What each objective of a run bootstraps from, with a head for the row; nothing where none of them does.
+
+    Args:
+        names: keys in ``results["objectives"]``.
+        config: as for `objective_label`.
+    """
+    sources = [_bootstrap_label(name, config) for name in names]
+    return ["bootstraps from", *sources] if any(sources) else []
+
+
 def _bootstrap_label(name: str, config: Mapping[str, Any]) -> str:
-    """What `td` bootstraps from, which follows from other options where it is not said; empty for other objectives."""
+    """Empty for what bootstraps from nothing, and where that is not known."""
     settings, registered = _scheme(name, config)
-    objective = settings.get("objective", {})
-    if registered != "td" or objective.get("name") != "td" or objective.get("lmbda") == 1:
+    if registered not in OBJECTIVES:
         return ""
-    return BOOTSTRAPS[chosen_bootstrap(objective)]
+    entry, objective = OBJECTIVES.entry(registered), settings.get("objective", {})
+    own = objective if objective.get("name", registered) == registered else {}
+    return BOOTSTRAPS.get(bootstrap_of(entry.place, {**_defaults(entry), **own}), "")
 
 
 def data_label(config: Mapping[str, Any]) -> str:
@@ -244,8 +265,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
         for label, figures in of(found):
             add(label, figures)
         rows += [[]] if rows[-1] else []
-    if any(sources := [_bootstrap_label(name, results["config"]) for name in names]):
-        rows.append(["bootstraps from", *sources, *[""] * (len(names) == 2)])
+    if row := bootstrap_row(names, results["config"]):
+        rows.append([*row, *[""] * (len(names) == 2)])
     add("network evaluations in training", [f["network_evaluations"] for f in found], ",")
     add("seconds of training", [f["seconds"] for f in found], ".1f")
     add("milliseconds a gradient step", [1000 * f["seconds"] / f["grad_steps"] for f in found], ".1f")

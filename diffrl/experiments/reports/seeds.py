@@ -16,6 +16,7 @@ from diffrl.experiments.findings import Findings
 from diffrl.experiments.reports.parts import commands_table
 from diffrl.experiments.reports.run_table import (
     baseline_of,
+    bootstrap_row,
     mean_error,
     objective_label,
     quality_of,
@@ -98,6 +99,8 @@ def _rows(found: _SeedFindings) -> list[list[str]]:
         with np.errstate(divide="ignore", invalid="ignore"):
             shown = [*values.values(), *(values[name] / values[str(baseline)] for name in others)]
         rows.append([figure, *(_shown(x) for x in shown)])
+    if row := bootstrap_row(names, first["config"]):
+        rows.append([*row, *[""] * len(others)])
     return rows
 
 
