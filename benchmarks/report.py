@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from timing import Ratio
 
-__all__ = ["Row", "as_json", "table"]
+__all__ = ["Row", "as_json", "shown", "table"]
+
+NEAR = 0.05  # of a promise's bound: from there on a ratio has one digit more
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,21 @@ def table(title: str, direction: str, rows: Sequence[Row]) -> str:
     first, *others = rows[0].ratios
     lines = [_line(title, "diffrl", f"{direction} {first}", "promise", "", *others)]
     for r in rows:
-        ratio, *rest = map(str, r.ratios.values())
-        lines.append(_line("  " + r.name, f"{r.milliseconds:.3g} ms", ratio, r.promise, r.verdict, *rest))
+        ratio, *rest = r.ratios.values()
+        cells = (shown(ratio, r.promise, r.verdict), r.promise, r.verdict, *map(str, rest))
+        lines.append(_line("  " + r.name, f"{r.milliseconds:.3g} ms", *cells))
     return "\n".join(lines)
+
+
+def shown(ratio: Ratio, promise: str, verdict: str) -> str:
+    """A ratio and its interval, with as many digits as tell on which side of the promise it lies."""
+    digits = 2 if ratio.median < 10 else 1
+    if promise:
+        bound = float(promise.split()[1])
+        digits += abs(ratio.median / bound - 1) < NEAR
+        while verdict == "missed" and round(ratio.median, digits) == bound != ratio.median:
+            digits += 1
+    return ratio.written(digits)
 
 
 def _line(name: str, *cells: str) -> str:
@@ -64,7 +78,7 @@ def _line(name: str, *cells: str) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data, to four digits."""
+    """The rows as plain data, to six digits."""
     return [
         {
             "name": r.name,
@@ -80,4 +94,4 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _rounded(x: float) -> float:
-    return float(f"{x:.4g}")
+    return float(f"{x:.6g}")

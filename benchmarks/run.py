@@ -1,4 +1,4 @@
-"""What diffrl costs: one table of ratios, also written to benchmarks/results.json.
+"""What diffrl costs: one table of ratios, also written to benchmarks/results.json and results/README.md.
 
 python benchmarks/run.py            # about six minutes
 python benchmarks/run.py --quick    # below a minute: fewer rounds and wider intervals; writes nothing
@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import time
-from pathlib import Path
 
 os.environ.setdefault("RL_WARNINGS", "0")
 
@@ -30,12 +29,11 @@ from finetune_cost import finetune_cost
 from lambda_returns import cost_of_lambda_returns
 from report import Row, as_json, table
 from scheme_steps import scheme_steps
+from speed_table import RESULTS, write
 from step_cost import SIZES, step_cost
 
 from diffrl.text_files import write_atomically
 from diffrl.training.provenance import versions
-
-RESULTS = Path(__file__).with_name("results.json")
 
 
 def main() -> None:
@@ -43,25 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds; results.json stays as it is")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; nothing is written")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     start, parts = time.time(), {}
 
     def show(title: str, direction: str, rows: list[Row]) -> None:
         print(table(title, direction, rows), flush=True)
-        parts[title] = as_json(rows)
+        parts[title] = {"reads": direction, "rows": as_json(rows)}
 
     for size, rounds in zip(SIZES, (30, 7) if quick else (120, 24), strict=True):
         show(f"step: {size.name}, {size.states} states", "time over", step_cost(size, rounds=rounds))
     show("step over EDM's: UNet on 1x16x16, 64 states", "time over", scheme_steps(rounds=7 if quick else 24))
     rows = [chain_drawing(batch, rounds=15 if quick else 150) for batch in (64, 1024)]
     show("chains drawn in 2-D", "times as fast as", rows)
-    show(
-        "step of a Gymnasium environment of one chain, 2-D",
-        "time over",
-        env_steps(rounds=30 if quick else 100),
-    )
+    over_hand, over_tensors = env_steps(rounds=30 if quick else 100)
+    show("step of a Gymnasium environment of one chain, 2-D", "time over", over_hand)
+    show("the same step in plain numbers", "times as fast as", over_tensors)
     title = "fine-tuning iteration: UNet on 1x16x16, 32 chains of 8 steps"
     show(title, "time over", finetune_cost(rounds=5 if quick else 40))
     shape = (32, 18, 3072) if quick else (256, 18, 3072)
@@ -72,6 +68,7 @@ def main() -> None:
         machine = {"processor": platform.processor() or platform.machine(), "threads": 1}
         about = {"command": "python benchmarks/run.py", "versions": versions(), "machine": machine}
         write_atomically(RESULTS, json.dumps(about | {"results": parts}, indent=2, ensure_ascii=False) + "\n")
+        write()
 
 
 if __name__ == "__main__":

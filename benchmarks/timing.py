@@ -30,7 +30,10 @@ class Ratio:
         return cls(float(np.median(ratios)), *bootstrap_interval(ratios, statistic=np.median))
 
     def __str__(self) -> str:
-        digits = 2 if self.median < 10 else 1
+        return self.written(2 if self.median < 10 else 1)
+
+    def written(self, digits: int) -> str:
+        """With so many digits after the point."""
         return f"{self.median:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
