@@ -226,7 +226,7 @@ def _load_samples(file: Path) -> dict[str, Tensor]:
         raise FileError(f"{file} is damaged ({error}): restore it from a copy, or remove it") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run loaded from its folder, or a model from its file or folder.
 
@@ -247,6 +247,13 @@ class Run:
     events: Events
     name: str
     unaveraged: Callable[[], dict[str, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        of = f", {self.objective}" if self.objective else ""
+        shape, classes, _ = self.events
+        labels = f" of {classes} classes" if classes else ""
+        network = type(self.denoiser.network).__name__
+        return f"Run({self.name!r}{of}, samples {shape}{labels}, {network}, {self.denoiser.process})"
 
     @cached_property
     def data(self) -> Data:

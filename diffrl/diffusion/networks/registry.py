@@ -23,8 +23,8 @@ def options_among(values: Mapping[str, Any]) -> dict[str, Any]:
 def build_network(config: Config, *, event_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """The network of a configuration, which tells what it was built for and from by attributes.
 
-    They are ``event_shape``, ``num_classes`` and ``made_from``, and one of your own need not set them: without, it would
-    get no labels, and `diffrl.save` would not know it.
+    They are ``event_shape``, ``num_classes`` and ``made_from``, and one of your own need not set them: without, it
+    would get no labels, and `diffrl.save` would not know it.
     """
     network: nn.Module = NETWORKS.build(config, event_shape=event_shape, num_classes=num_classes)
     told = {"event_shape": event_shape, "num_classes": num_classes, "made_from": dict(config)}
