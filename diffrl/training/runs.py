@@ -193,8 +193,7 @@ class RunFolder:
 
     def samples(self) -> dict[str, dict[str, Tensor]]:
         """Samples to look at: objective → network evaluations of each → [n, *E]; "data" → "0" → real ones."""
-        files = sorted((self.path / "samples").glob("*.safetensors"))
-        return {file.stem: _load_samples(file) for file in files}
+        return {f.stem: _load_samples(f) for f in sorted((self.path / "samples").glob("*.safetensors"))}
 
     def write_samples(self, objective: str, by_nfe: Mapping[str, Tensor]) -> None:
         """Replace the samples of an objective at once."""
@@ -249,11 +248,8 @@ class Run:
     unaveraged: Callable[[], dict[str, Tensor]] | None = None
 
     def __repr__(self) -> str:
-        of = f", {self.objective}" if self.objective else ""
         shape, classes, _ = self.events
-        labels = f" of {classes} classes" if classes else ""
-        network = type(self.denoiser.network).__name__
-        return f"Run({self.name!r}{of}, samples {shape}{labels}, {network}, {self.denoiser.process})"
+        return f"Run({self.name!r}, samples {shape}, {classes} classes)"
 
     @cached_property
     def data(self) -> Data:
@@ -357,8 +353,7 @@ def load(
     _refuse_another_model(known, config, newest)
     if "data.event_shape" in known:
         shape, shares = known["data.event_shape"], known.get("data.class_shares", ())
-        events = Events(tuple(shape), known["data.num_classes"], tuple(shares))
-        name = known["data.title"]
+        events, name = Events(tuple(shape), known["data.num_classes"], tuple(shares)), known["data.title"]
     else:  # of diffrl 0.2 and before
         data = build_data(config)
         events, name = Events(data.event_shape, data.num_classes, data.class_shares), data.name

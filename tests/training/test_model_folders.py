@@ -245,9 +245,7 @@ def test_a_network_of_ones_own_gets_labels_and_is_built_again_by_name(
         sampled = diffrl.load(path).sample(6, num_steps=3, seed=4, sampler=made.sampler)
         assert path.suffix or torch.equal(sampled, x0)
     assert torch.equal(torch.get_rng_state(), before)
-    shown = "samples (2,) of 2 classes, Labelled, EDM(sigma_min=0.002, sigma_max=80.0, rho=7.0))"
-    assert repr(made) == f"Run('npz', {made.objective}, {shown}" and "\n" not in repr(made)
-    assert repr(diffrl.load(paths[0])) == f"Run('model', {shown}"
+    assert repr(made) == "Run('npz', samples (2,), 2 classes)"
     assert f"import {__name__}  # " in (paths[0] / "README.md").read_text(encoding="utf-8")
     del NETWORKS._entries["labelled"]  # as elsewhere, where its module was not imported
     for path in paths:
