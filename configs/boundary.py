@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,8 @@ def _other_option(group: str, given: str, options: str) -> str:
     near = get_close_matches(given, re.findall(r"\S+", options.partition(":")[2]), n=3)
     if near:
         return f"; did you mean {', '.join(f'{group}={name}' for name in near)}?"
+    if group == "data" and Path(given).exists():
+        return f"; files of yours are data=folder data.path={given}, or npz, idx or hf in place of folder"
     if group == "experiment":
         return "; one of your own is found by --config-dir FOLDER"
     return "; one of your own is known after --import MODULE" if options.strip() else ""
@@ -99,24 +102,30 @@ def _about_a_key(error: OmegaConfBaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{where} has no default: give {where}=..."
     known = [str(k) for k in parent if k != "hydra"] if isinstance(parent, DictConfig) else []
+    if not known and isinstance(parent, DictConfig):
+        return f"unknown config key {where!r}; to add it, write a + before the word"
     if not known or key in known:
         if where == "heldout_reward.target" and "'reward.target'" in str(error):
             return "this reward has no target for the held-out judge to share: set heldout_reward=none, or choose one"
         return f"{where}: {str(error).splitlines()[0]}"
     group = where.removesuffix(key)
-    if near := _paths(parent, key)[:3] or [group + k for k in get_close_matches(key, known, n=3)]:
+    close = [group + k for k in get_close_matches(key, known, n=3)]
+    if near := _paths(parent, key)[:3] or close or _paths(parent, key, near=True)[:3]:
         return f"unknown config key {where!r}; did you mean {', '.join(near)}?"
     if group:
         return f"unknown config key {where!r}; {group[:-1]} has {', '.join(sorted(known))}"
     return f"unknown config key {where!r}; --help lists all that can be set"
 
 
-def _paths(config: DictConfig, key: str) -> list[str]:
-    """Full names of a key that stands within a group and was given without it."""
+def _paths(config: DictConfig, key: str, *, near: bool = False) -> list[str]:
+    """Full names of a key that stands within a group and was given without it; or of what begins so, or is close."""
     return [
-        f"{group!s}.{key}"
+        f"{group!s}.{name}"
         for group, options in config.items_ex(resolve=False)
-        if group != "hydra" and isinstance(options, DictConfig) and key in options
+        if group != "hydra" and isinstance(options, DictConfig)
+        for name in map(str, options)
+        if name == key
+        or (near and len(key) > 2 and (name.startswith(key) or get_close_matches(key, [name], 1, 0.85)))
     ]
 
 

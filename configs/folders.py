@@ -99,7 +99,9 @@ def eval_settings(words: Sequence[str]) -> dict[str, Any]:
     for word in check_words(words):
         group, _, name = word.key_or_group.partition(".")
         if group != "eval" or not name or word.is_add() or word.is_delete():
-            raise InputError(f"{word.input_line}: settings of evaluation are written as eval.samples=500")
+            raise InputError(
+                f"{word.input_line}: give settings of eval, such as 'eval.num_steps=[4,9]'; all else is the run's"
+            )
         OmegaConf.update(config, word.key_or_group, word.value())
         names.append(name)
     found = OmegaConf.to_container(config)

@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrl.data.dataset import Data
 from diffrl.data.registry import DATASETS
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.exact import EmpiricalDenoiser, MixtureDenoiser
-from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.networks.registry import build_network
 from diffrl.diffusion.samplers.base import Sampler
 from diffrl.diffusion.samplers.registry import SAMPLERS
 from diffrl.diffusion.schedules.base import Schedule
@@ -58,9 +58,7 @@ def build_denoiser(config: Config, data: Data | Events) -> Denoiser:
     """A fresh denoiser in the run's dtype, its weights drawn from ``config["seed"]``, all else left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        network: nn.Module = NETWORKS.build(
-            config["network"], event_shape=data.event_shape, num_classes=data.num_classes
-        )
+        network = build_network(config["network"], event_shape=data.event_shape, num_classes=data.num_classes)
     with of_group("denoiser", config["denoiser"]):
         denoiser = Denoiser(network, PROCESSES.build(config["process"]), **config["denoiser"])
     if denoiser.prior is not None and isinstance(data, Data):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrl.diffusion.denoisers import Denoiser
-from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.networks.registry import NETWORKS, build_network
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.errors import FileError, InputError, InputTypeError
 from diffrl.text_files import file_errors, write_atomically
@@ -58,7 +58,8 @@ def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] |
 
     Args:
         denoiser: D; a process and a network of the registries are described, so that loading builds them again (a
-            network by its attribute ``options``). A network of your own is given again to `diffrl.load`.
+            network by its attribute ``options``; one that a configuration made by its name and options). Another
+            network of your own is given again to `diffrl.load`.
         path: the file; its name ends with .safetensors.
         event_shape: *E of a sample, where the network does not tell it by an attribute of that name.
 
@@ -182,10 +183,8 @@ def denoiser_of(
         raise FileError(
             f"{path} has format {description.get('format')}, and this diffrl reads {_FORMAT}: upgrade diffrl"
         )
-    if network is None and description.get("network") is None:
-        raise InputError(
-            f"{path} holds a network of its author's own: build it, and give it as diffrl.load(path, network=...)"
-        )
+    if network is None:
+        _require_network(description.get("network"), path)
     try:
         denoiser = _build(description, network)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -204,13 +203,27 @@ def denoiser_of(
 def _build(description: dict[str, Any], network: nn.Module | None) -> Denoiser:
     """The denoiser that is described; a network that is not given has no weights yet."""
     if network is None:
-        events = events_of(description)
-        with torch.device("meta"):  # no memory is taken before declared sizes meet the weights
-            network = NETWORKS.build(
-                description["network"], event_shape=events.event_shape, num_classes=events.num_classes
-            )
+        shape, num_classes, _ = events_of(description)
+        shipped = NETWORKS.entry(description["network"]["name"]).module.startswith("diffrl.")
+        # meta: no memory is taken before declared sizes meet the weights; a user's may hold more than weights
+        with torch.device("meta") if shipped else torch.random.fork_rng(devices=[]):
+            network = build_network(description["network"], event_shape=shape, num_classes=num_classes)
     denoiser = Denoiser(network, PROCESSES.build(description["process"]), **description["denoiser"])
     return denoiser.to(torch.float64) if description["dtype"] == "float64" else denoiser
+
+
+def _require_network(described: Any, path: Path) -> None:
+    """Refuse what only its author can build, or whose module was not imported."""
+    if described is None:
+        raise InputError(
+            f"{path} holds a network of its author's own: build it, and give it as diffrl.load(path, network=...)"
+        )
+    name = described.get("name") if isinstance(described, dict) else None
+    if isinstance(name, str) and name not in NETWORKS:
+        raise InputError(
+            f"{path} holds a network of its author's own, {name!r}: import the module that registers it, on the "
+            "command line by --import MODULE, or give it as diffrl.load(path, network=...)"
+        )
 
 
 def _network_options(network: nn.Module) -> dict[str, Any] | None:
@@ -220,7 +233,8 @@ def _network_options(network: nn.Module) -> dict[str, Any] | None:
         if entry.make is type(network) and options is not None:
             names = [n for n in inspect.signature(entry.make).parameters if n not in NETWORKS.omit]
             return {"name": entry.name, **{name: options[name] for name in names}}
-    return None
+    made_from: dict[str, Any] | None = getattr(network, "made_from", None)
+    return made_from
 
 
 def _dtype(denoiser: Denoiser) -> torch.dtype:

@@ -193,8 +193,7 @@ class RunFolder:
 
     def samples(self) -> dict[str, dict[str, Tensor]]:
         """Samples to look at: objective → network evaluations of each → [n, *E]; "data" → "0" → real ones."""
-        files = sorted((self.path / "samples").glob("*.safetensors"))
-        return {file.stem: _load_samples(file) for file in files}
+        return {f.stem: _load_samples(f) for f in sorted((self.path / "samples").glob("*.safetensors"))}
 
     def write_samples(self, objective: str, by_nfe: Mapping[str, Tensor]) -> None:
         """Replace the samples of an objective at once."""
@@ -226,7 +225,7 @@ def _load_samples(file: Path) -> dict[str, Tensor]:
         raise FileError(f"{file} is damaged ({error}): restore it from a copy, or remove it") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run loaded from its folder, or a model from its file or folder.
 
@@ -247,6 +246,10 @@ class Run:
     events: Events
     name: str
     unaveraged: Callable[[], dict[str, Tensor]] | None = None
+
+    def __repr__(self) -> str:
+        shape, classes, _ = self.events
+        return f"Run({self.name!r}, samples {shape}, {classes} classes)"
 
     @cached_property
     def data(self) -> Data:
@@ -350,8 +353,7 @@ def load(
     _refuse_another_model(known, config, newest)
     if "data.event_shape" in known:
         shape, shares = known["data.event_shape"], known.get("data.class_shares", ())
-        events = Events(tuple(shape), known["data.num_classes"], tuple(shares))
-        name = known["data.title"]
+        events, name = Events(tuple(shape), known["data.num_classes"], tuple(shares)), known["data.title"]
     else:  # of diffrl 0.2 and before
         data = build_data(config)
         events, name = Events(data.event_shape, data.num_classes, data.class_shares), data.name

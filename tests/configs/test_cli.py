@@ -219,6 +219,14 @@ def mistake(*words: str, name: str = "train") -> str:
             "unknown config key 'trainer.zzz'; trainer has accumulate, augment, batch_size, ",
         ),
         (["foo=1"], "unknown config key 'foo'; --help lists all that can be set"),
+        (["s=1"], "unknown config key 's'; --help lists all that can be set"),
+        (["batch=512"], "unknown config key 'batch'; did you mean trainer.batch_size?"),
+        (["data=folder", "cond=1"], "unknown config key 'cond'; did you mean data.conditional?"),
+        (["data=folder", "xflip=true"], "unknown config key 'xflip'; did you mean data.flip?"),
+        (
+            ["beside.a.chain.coupling=0"],
+            "unknown config key 'beside.a'; to add it, write a + before the word",
+        ),
         (["credit=critic"], "unknown config key 'credit'; the command finetune has it"),
         (["experiment=sd15_ddpo"], "unknown config key 'recipe'"),
         (["data=digits", "data.dim=3"], "unknown config key 'data.dim'"),
@@ -264,6 +272,12 @@ def mistake(*words: str, name: str = "train") -> str:
 )
 def test_mistakes(words: list[str], message: str) -> None:
     assert message in mistake(*words)
+
+
+def test_a_folder_is_given_in_place_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pics").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "; files of yours are data=folder data.path=pics, or npz, idx or hf" in mistake("data=pics")
 
 
 def test_resume_takes_the_old_run_s_settings(tmp_path: Path) -> None:

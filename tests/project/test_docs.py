@@ -4,13 +4,19 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from omegaconf import OmegaConf
+from PIL import Image
 
+import diffrl
 from docs.api_pages import plain_rst
 from docs.method_pages import LEVELS, Finding, all_registries, evidence, method_page, write_pages
 from tests.kit.configs import composed
 from tests.kit.paths import ROOT
+from tests.kit.runs import run
 from tests.kit.shell import Shell
 
 DOCS = ROOT / "docs"
@@ -221,3 +227,57 @@ def test_commands_of_what_was_shown_are_understood(command: str, words: str) -> 
     if "--import" in given:
         return  # a module that the reader writes
     assert composed(*given, name=command) is not None
+
+
+# For those who come from EDM
+
+TRAIN = (
+    "outdir data cond arch precond duration batch batch-gpu cbase cres lr ema dropout augment xflip fp16 ls bench "
+    "cache workers desc nosubdir tick snap dump seed transfer resume dry-run"
+)
+GENERATE = (
+    "network outdir seeds subdirs class batch steps sigma_min sigma_max rho S_churn S_min S_max S_noise solver disc "
+    "schedule scaling"
+)
+"""Options of NVlabs/edm's scripts, at 008a4e5."""
+
+
+@pytest.mark.parametrize(("heading", "flags"), [("Training", TRAIN), ("Sampling", GENERATE)])
+def test_each_option_of_edm_has_its_line_and_what_it_names_is_there(heading: str, flags: str) -> None:
+    page = (DOCS / "coming_from_edm.md").read_text(encoding="utf-8")
+    section = page.partition(f"## {heading} options")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")]
+    named = {flag for row in rows for flag in re.findall(r"`--([\w-]+)", row[0])}
+    assert not set(flags.split()) - named
+    settings = composed(
+        "data=folder", "data.path=a", "network=unet", "objective=edm", "sampler=edm_stochastic"
+    )
+    code = " ".join(re.findall(r"`([^`]+)`", " ".join(row[1] for row in rows)))
+    keys = [key for key in re.findall(r"\b([a-z]+\.\w+)", code) if key.partition(".")[0] in settings]
+    assert keys and not [key for key in keys if OmegaConf.select(settings, key, default="none") == "none"]
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_edm_s_samples_of_a_class_are_written_as_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("data=digits", "data.conditional=true", "network.hidden=16", "network.depth=1", "compare=false")
+    own = run(tmp_path / "runs" / "edm", *words, "trainer.grad_steps=2").path
+    assert own.is_dir()
+    page = (DOCS / "coming_from_edm.md").read_text(encoding="utf-8")
+    [snippet] = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "Image" in code]
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"{seed:06d}.png" for seed in range(64)]
+    labels = torch.tensor([3])
+    x0 = diffrl.sample(
+        diffrl.load(own).denoiser,
+        (1, 1, 8, 8),
+        sampler=diffrl.load(own).sampler,
+        num_steps=18,
+        seed=5,
+        cond=labels,
+    )
+    with Image.open(files[5]) as image:
+        assert np.abs(np.asarray(image) - (x0[0, 0].numpy() * 127.5 + 127.5).clip(0, 255)).max() < 1

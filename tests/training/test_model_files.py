@@ -138,7 +138,10 @@ def described(path: Path, change: Any) -> Path:
         (lambda told: [], "no model of diffrl"),
         (lambda told: {**told, "format": 9}, "format 9, and this diffrl reads 1: upgrade"),
         (lambda told: {k: v for k, v in told.items() if k != "process"}, "cannot be followed .*process"),
-        (lambda told: {**told, "network": {"name": "os.system"}}, "network is 'os.system': give one of"),
+        (
+            lambda told: {**told, "network": {"name": "os.system"}},
+            "author's own, 'os.system': import the module",
+        ),
         (lambda told: {**told, "process": {"name": "edm", "sigma_min": "x"}}, "cannot be followed"),
         (lambda told: {**told, "process": {"name": "edm", "nope": 1}}, "cannot be followed"),
         (lambda told: {**told, "event_shape": "ab"}, "cannot be followed"),

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import diffrl
 from diffrl import __main__ as program
 from diffrl.configs.cli import settings
-from diffrl.errors import DiffrlError
+from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.finetune import run_finetuning
+from diffrl.experiments.train import run_experiment
 from diffrl.training.checkpoints import latest_checkpoint, load_weights
 from diffrl.training.starting import start_from
 from tests.kit.configs import composed
@@ -193,6 +195,63 @@ def test_a_model_is_written_and_sampled_by_the_commands(
         program.main()
     assert capsys.readouterr().out == "model  model\nsamples_model_nfe7_seed0.png\n"
     assert {file.name for file in tmp_path.iterdir()} == {"model", "samples_model_nfe7_seed0.png"}
+
+
+# A network of one's own, by configuration
+
+SEEN: set[int] = set()
+
+
+class Labelled(nn.Module):
+    """It tells nothing of what it was built for, and holds a buffer that is not saved."""
+
+    def __init__(self, dims: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.none, self.table, self.layer = rows - 1, nn.Embedding(rows, width), nn.Linear(dims + width, dims)
+        self.register_buffer("gain", torch.tensor(0.5), persistent=False)
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Tensor | None = None) -> Tensor:
+        SEEN.update([] if cond is None else cond.tolist())
+        cond = torch.full((len(x),), self.none) if cond is None else cond
+        out: Tensor = self.gain * self.layer(torch.cat([x, self.table(cond)], 1))
+        return out
+
+
+def labelled(event_shape: tuple[int, ...], num_classes: int = 0, width: int = 3) -> Labelled:
+    return Labelled(event_shape[0], num_classes + 1, width)
+
+
+def test_a_network_of_ones_own_gets_labels_and_is_built_again_by_name(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NETWORKS, "_entries", {e.name: e for e in NETWORKS.entries()})
+    NETWORKS.register("labelled")(labelled)
+    config = {**diffrl.load(trained).config, "network": {"name": "labelled", "width": 5}}
+    config = {
+        **config,
+        "trainer": {**config["trainer"], "label_dropout": 0.5},
+        "run_dir": str(tmp_path / "run"),
+    }
+    SEEN.clear()
+    made = diffrl.load(run_experiment(config, progress=False).path)
+    assert {0, 1, 2} == SEEN  # 2 stands for none
+    x0, before = made.sample(6, num_steps=3, seed=4), torch.get_rng_state()
+    paths = [
+        diffrl.save_pretrained(made, tmp_path / "model"),
+        diffrl.save(made.denoiser, tmp_path / "m.safetensors"),
+    ]
+    for path in paths:
+        assert equal(diffrl.load(path).denoiser, made.denoiser)
+        sampled = diffrl.load(path).sample(6, num_steps=3, seed=4, sampler=made.sampler)
+        assert path.suffix or torch.equal(sampled, x0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert repr(made) == "Run('npz', samples (2,), 2 classes)"
+    assert f"import {__name__}  # " in (paths[0] / "README.md").read_text(encoding="utf-8")
+    del NETWORKS._entries["labelled"]  # as elsewhere, where its module was not imported
+    for path in paths:
+        with pytest.raises(InputError, match="author's own, 'labelled': import the module .*--import MODULE"):
+            diffrl.load(path)
+        assert equal(diffrl.load(path, network=labelled((2,), 2, 5)).denoiser, made.denoiser)
 
 
 # What is refused

@@ -69,7 +69,7 @@ def sample(
         Samples, shape [N, *E].
 
     Raises:
-        TypeError: sampler is no sampler, or shape no sequence.
+        TypeError: sampler is no sampler, shape no sequence, or cond no tensor of rows.
         ValueError: neither or both of seed and noise; no process given, and the denoiser has none; a size, a seed or
             num_steps that is no whole number, another number of conditions than of samples, parts or a number of the
             first sample without a seed, or a device that is not here.
@@ -81,6 +81,8 @@ def sample(
     if not isinstance(shape, Sequence) or not shape:
         raise InputTypeError(f"shape is {shape!r}: give that of the result, [N, *E]")
     shape, device = [require_int("a size in shape", size) for size in shape], usable_device(device)
+    if cond is not None and not (isinstance(cond, Tensor) and cond.ndim):
+        raise InputTypeError(f"cond is {cond!r}: give a tensor with a row for each of {shape[0]} samples")
     if cond is not None and len(cond) != shape[0]:
         raise InputError(f"cond has {len(cond)} entries, but shape asks for {shape[0]} samples")
     if (seed is None) == (noise is None):

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffrl.data.splits import Split
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.experiments.reports.parts import reward_label
 from diffrl.experiments.reports.run_table import count_label, data_label, figure_rows, objective_label
 from diffrl.text_tables import markdown_table
@@ -95,11 +96,19 @@ def _what_it_is(denoiser: Denoiser, description: Mapping[str, Any]) -> list[str]
 
 def _sampling(name: str, description: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     steps = config.get("policy", {}).get("num_steps") or max(config.get("eval", {}).get("num_steps", [STEPS]))
-    own = "" if description["network"] else ", network=network"
+    network = description["network"]
+    own, module = (
+        ("", NETWORKS.entry(network["name"]).module) if network else (", network=network", "diffrl.")
+    )
+    known = (
+        []
+        if module.startswith("diffrl.")
+        else [f"import {module}  # of its author: it makes the network known"]
+    )
     return [
         "## How to sample\n",
         "```python",
-        "import diffrl\n",
+        *("import diffrl", *known, ""),
         f'model = diffrl.load("{name}"{own})  # this folder; the data are not needed',
         f"samples = model.sample(16, num_steps={steps}, seed=0)",
         "```\n",
