@@ -2,12 +2,13 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
 from diffrl.errors import InputError
 
-__all__ = ["MAX_LAYERS", "MAX_REPEATS", "MAX_STEPS", "require_int", "require_number"]
+__all__ = ["MAX_LAYERS", "MAX_REPEATS", "MAX_STEPS", "at_least_one", "require_int", "require_number"]
 
 MAX_STEPS = 1_000_000
 """Most levels of a grid: a table of more takes gigabytes."""
@@ -70,6 +71,17 @@ def require_number(
             "" if low == -math.inf else f" {'>=' if ends[0] == '[' else '>'} {low:g}"
         )
     raise InputError(f"{name} is {_name(value)}, but must {must}")
+
+
+def at_least_one(group: str, values: Mapping[str, int]) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: it names the first one, as the key ``group.name``.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{group}.{name} is {value}: it must be at least 1")
 
 
 def _name(value: Any) -> str:

@@ -8,11 +8,14 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffrl.errors import InputError, InputTypeError
+from diffrl.errors import FileError, InputError, InputTypeError
 
-__all__ = ["column", "event_mean", "expand_like", "require_data", "require_finite", "require_floating"]
+__all__ = [
+    *("column", "event_mean", "expand_like", "require_data"),
+    *("require_finite", "require_finite_weights", "require_floating"),
+]
 
 
 def expand_like(a: Tensor, x: Tensor) -> Tensor:
@@ -86,3 +89,14 @@ def require_finite(name: str, x: Tensor) -> None:
     if not bool(finite.all()):
         row = int((~finite.flatten(1).all(1)).nonzero()[0])
         raise InputError(f"{name} holds NaN or infinity, first in row {row} of {len(x)}: clean the data")
+
+
+def require_finite_weights(module: nn.Module, where: str) -> None:
+    """Refuse weights, as they were read, that hold NaN or infinity.
+
+    Raises:
+        FileError: some do; the first is named.
+    """
+    for name, x in module.named_parameters():
+        if not bool(x.isfinite().all()):
+            raise FileError(f"{where} holds NaN or infinity in its weights {name}: get the file again")

@@ -5,8 +5,9 @@ import errno
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def file_errors(path: Path | str, what: str = "read") -> Iterator[None]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, made where it is missing, in which nothing is written over.
+    """A folder to write into, made where it is missing, in which nothing is written over; empty again after an error.
 
     Raises:
         InputError: it holds something already, or is a file.
@@ -60,7 +61,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} holds something already: give a new folder")
         path.mkdir(parents=True, exist_ok=True)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)  # half of it would be in the way of the next try
+            with suppress(OSError):
+                path.mkdir(exist_ok=True)
+            raise
 
 
 def remedy(error: OSError) -> str:
@@ -117,8 +124,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         if isinstance(content, str):
             # names of files keep their bytes, where the locale could not read them
             content = content.encode("utf-8", errors="surrogateescape")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -56,7 +56,7 @@ def decode_all(images: Encoded, size: int | None, max_gib: float) -> NDArray[np.
     check_size(4 * len(images) * (size or 1) ** 2, max_gib, images.where)
     pixels: list[NDArray[np.uint8]] = []
     for j in range(len(images)):
-        pixels.append(_decoded(images, j, size, max_gib))
+        pixels.append(_decoded(images, j, images.read(j), size, max_gib))
         _check_shape(images, j, pixels[-1], pixels[0].shape)
         check_size(4 * len(images) * pixels[-1].size, max_gib, images.where)
     channels = max(p.shape[0] for p in pixels)
@@ -68,8 +68,8 @@ def images_of(images: Encoded, size: int | None, max_gib: float, mapped: bool) -
     return EncodedRows.of(images, size, max_gib) if mapped else images_from(decode_all(images, size, max_gib))
 
 
-def _decoded(images: Encoded, j: int, size: int | None, max_gib: float) -> NDArray[np.uint8]:
-    return decode(images.read(j), f"{images.where}: {images.label(j)}", size, max_gib)
+def _decoded(images: Encoded, j: int, raw: bytes, size: int | None, max_gib: float) -> NDArray[np.uint8]:
+    return decode(raw, f"{images.where}: {images.label(j)}", size, max_gib)
 
 
 def _check_shape(images: Encoded, j: int, pixels: NDArray[np.uint8], shape: tuple[int, ...]) -> None:
@@ -111,7 +111,7 @@ class EncodedRows(NumberedRows):
         Raises:
             DataError, MissingExtra: as `decode_all`.
         """
-        first, colour = _decoded(images, 0, size, max_gib), False
+        first, colour = _decoded(images, 0, images.read(0), size, max_gib), False
         hashes = np.empty((len(images), 32), np.uint8)
         for j in range(len(images)):
             raw = images.read(j)
@@ -123,7 +123,13 @@ class EncodedRows(NumberedRows):
     def _read(self, rows: NDArray[np.int64]) -> Tensor:
         x = torch.empty(len(rows), *self.shape)
         for place, j in enumerate(rows.tolist()):
-            pixels = _decoded(self.images, j, self.size, self.max_gib)
+            raw = self.images.read(j)
+            pixels = _decoded(self.images, j, raw, self.size, self.max_gib)
+            if hashlib.sha256(raw).digest() != self.hashes[j].tobytes():
+                raise DataError(
+                    f"{self.images.where}: {self.images.label(j)} was changed since the start: bring back what it was, "
+                    "or begin a new run"
+                )
             _check_shape(self.images, j, pixels, self.shape)
             x[place] = images_from(pixels)  # one channel fills three
         return x

@@ -1,5 +1,7 @@
 """Data sets that are read: scikit-learn's digits, and the user's own files."""
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -81,12 +83,12 @@ def idx(
     part = _idx_part(path, labels, max_gib, pool)
     if test_path is not None:
         test = _idx_part(test_path, test_labels, max_gib, pool)
-        return from_parts("idx", part, test, elsewhere(test_path, part, test), max_gib if flip else None)
+        split = elsewhere(path, test_path, part, test)
+        return _in_range(from_parts("idx", part, test, split, max_gib if flip else None), path)
     if test_labels is not None:
         raise DataError("idx: test_labels is given without test_path")
-    return from_parts(
-        "idx", *split_by("idx", part, *last(len(part[0]), test_fraction)), max_gib if flip else None
-    )
+    parts = split_by("idx", part, *last(len(part[0]), test_fraction))
+    return _in_range(from_parts("idx", *parts, max_gib if flip else None), path)
 
 
 @DATASETS.register("npz")
@@ -132,10 +134,11 @@ def npz(
     part = _npz_part(path, conditional, channels, max_gib, pool, mapped)
     if test_path is not None:
         test = _npz_part(test_path, conditional, channels, max_gib, pool)
-        return from_parts("npz", part, test, elsewhere(test_path, part, test), max_gib if flip else None)
+        split = elsewhere(path, test_path, part, test)
+        return _in_range(from_parts("npz", part, test, split, max_gib if flip else None), path)
     mask, rule = last(len(part[0]), test_fraction)
     check_test_part(part[0], mask, max_gib, path)
-    return from_parts("npz", *split_by("npz", part, mask, rule), max_gib if flip else None)
+    return _in_range(from_parts("npz", *split_by("npz", part, mask, rule), max_gib if flip else None), path)
 
 
 @DATASETS.register("folder")
@@ -187,7 +190,18 @@ def folder(
     names, test_names = ([] if y is None else np.unique(y).tolist() for _, y in (part, test))
     if test_names != names:
         raise DataError(f"{test_path}: its class folders {test_names} are not those of {path}, {names}")
-    return from_parts("folder", part, test, elsewhere(test_path, part, test), flip_gib, workers)
+    return from_parts("folder", part, test, elsewhere(path, test_path, part, test), flip_gib, workers)
+
+
+def _in_range(data: Data, path: str) -> Data:
+    """The data; where images seem to lie in [0, 1], a warning says so."""
+    if data.test.ndim == 4 and float(data.test.min()) >= 0:
+        warnings.warn(
+            f"{path}: no held-out image has a value below 0, but images are meant to lie in [-1, 1]: store 2 x - 1, or "
+            "8-bit images",
+            stacklevel=3,
+        )
+    return data
 
 
 def _idx_part(path: str, labels: str | None, max_gib: float, pool: int) -> Part:

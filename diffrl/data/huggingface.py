@@ -90,7 +90,7 @@ def hf(
         test = _Columns.of(test_table, path, columns.image, columns.label, conditional).part(
             test_table, path, size, max_gib
         )
-        parts = part, test, elsewhere(test_split, part, test)
+        parts = part, test, elsewhere(names, test_split, part, test)
     return from_parts("hf", *parts, flip_gib, workers, columns.classes)
 
 

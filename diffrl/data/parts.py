@@ -20,8 +20,14 @@ Part = tuple[Tensor | NumberedRows, NDArray[Any] | None]
 """Samples [N, *E], and the class of each, a number or a name, if it has any."""
 
 
-def elsewhere(test_path: str, train: Part, test: Part) -> Split:
-    """All samples of another file."""
+def elsewhere(path: str, test_path: str, train: Part, test: Part) -> Split:
+    """All samples of another file.
+
+    Raises:
+        DataError: it is the one that is trained on.
+    """
+    if Path(path).expanduser().resolve() == Path(test_path).expanduser().resolve():
+        raise DataError(f"{test_path}: `test_path` is what is trained on; give another, or leave it out")
     everything = torch.ones(len(test[0]), dtype=torch.bool)
     return Split.of(f"all samples of {Path(test_path).name}", everything, train=len(train[0]))
 

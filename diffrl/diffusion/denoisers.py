@@ -113,6 +113,8 @@ class Denoiser(nn.Module):
         require_number("sigma_data", sigma_data, 0, 1e6, "(]")
         if time_input not in ("c_noise", "c_noise_x1000", "t", "none"):
             raise InputError(f"time_input is {time_input!r}: give 'c_noise', 'c_noise_x1000', 't' or 'none'")
+        if not isinstance(scale_input, bool):
+            raise InputError(f"scale_input is {scale_input!r}: give true or false")
         _require_contract(network)
         self.network, self.process, self.sigma_data = network, process, sigma_data
         self.prediction_type, self.time_input, self.scale_input = prediction_type, time_input, scale_input

@@ -3,14 +3,14 @@
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrl.devices import usable_device
 from diffrl.errors import InputError, of_group
@@ -21,7 +21,7 @@ from diffrl.shell_words import setting
 from diffrl.training.checkpoints import tidy
 from diffrl.training.distributed import Ranks, joined
 from diffrl.training.identity import ACCEPT, identity_of
-from diffrl.training.loop import Loop
+from diffrl.training.loop import Loop, Unfinished
 from diffrl.training.runs import RunFolder, RunFolderError
 from diffrl.training.table import Table
 
@@ -31,6 +31,7 @@ __all__ = [
     "Job",
     "check_settings",
     "interruptible",
+    "left_when",
     "made_of",
     "processes",
     "shown",
@@ -66,6 +67,11 @@ class Job(ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """Names of the columns of metrics.csv."""
+
+    @property
+    def evaluated(self) -> Sequence[nn.Module]:
+        """Networks whose calls an evaluation consists of: where one is asked for while the run is to stop, it ends."""
+        return ()
 
     @property
     def tag(self) -> dict[str, str]:
@@ -110,7 +116,8 @@ class Job(ABC):
         self.loop.resume(**self._words())
         if not self.loop.ranks.first:
             return
-        done = range(self.loop.step + 1 if self.loop.step > 0 else 0)
+        written = self.loop.step > 0 and self.loop.due is None
+        done = range(self.loop.step + written)
 
         def wanted(row: dict[str, str]) -> bool:
             return (
@@ -141,9 +148,13 @@ class Job(ABC):
             for key, value in row.items():
                 log.scalar("/".join([*self.tag.values(), key]), value, int(row[self.count]))
 
+        def evaluate(loop: Loop) -> dict[str, float]:
+            with left_when(interrupted, self.evaluated):
+                return self.evaluate()
+
         ended = self.loop.fit(
             report=report,
-            evaluate=lambda loop: self.evaluate(),
+            evaluate=evaluate,
             stop=interrupted,
             finished=self.finished,
             progress=progress,
@@ -160,6 +171,22 @@ def processes(config: Mapping[str, Any]) -> AbstractContextManager[Ranks]:
     """The processes of the run, as `joined` has them meet; a configuration of Python may leave out their times."""
     given = (config.get("rank_timeout", RANK_TIMEOUT), config.get("first_timeout", FIRST_TIMEOUT))
     return joined(config["device"], *given)
+
+
+@contextmanager
+def left_when(asked: Callable[[], bool], networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, a call of one of the networks raises `Unfinished` where the run was asked to stop."""
+
+    def leave(*_: object) -> None:
+        if asked():
+            raise Unfinished
+
+    hooks = [network.register_forward_pre_hook(leave) for network in networks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """One experiment from a configuration: train, with Monte Carlo beside it, evaluate, keep the figures."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
@@ -16,9 +16,11 @@ from diffrl.experiments.evaluate import errors_of
 from diffrl.experiments.resuming import continued
 from diffrl.experiments.run import (
     AUTOCAST,
+    Interrupted,
     Job,
     check_settings,
     interruptible,
+    left_when,
     made_of,
     processes,
     shown,
@@ -29,12 +31,14 @@ from diffrl.metrics.map_error import map_keys
 from diffrl.objectives.scheme import build_objective
 from diffrl.objectives.solutions import solution_of
 from diffrl.registry import accepted
+from diffrl.shell_words import setting
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser, build_oracle, build_sampler
 from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.ema import Average
 from diffrl.training.evaluation import SAMPLE_SEED, Evaluation, draw_samples
 from diffrl.training.identity import fingerprint
+from diffrl.training.loop import Unfinished
 from diffrl.training.optim import Optim
 from diffrl.training.provenance import versions
 from diffrl.training.quality import by_columns, for_results, measure_samples, quality_columns
@@ -227,6 +231,11 @@ class TrainingJob(Job):
         return {"objective": self.name}
 
     @property
+    def evaluated(self) -> Sequence[nn.Module]:
+        """All averages."""
+        return [average.module for average in self.trainer.averages.values()]
+
+    @property
     def average(self) -> Denoiser:
         """The averaged denoiser: what is evaluated."""
         return cast(Denoiser, self.trainer.ema.module)
@@ -267,7 +276,20 @@ class TrainingJob(Job):
         """Train to the end, or raise `Interrupted`; the figures for results.json, which one process makes."""
         self.resume(folder)
         self.run_loop(folder, interrupted, progress)
-        return self.trainer.ranks.from_first(lambda: self._results(folder), f"the results of {self.name}")
+
+        def results() -> dict[str, Any] | None:
+            try:
+                with left_when(interrupted, self.evaluated):
+                    return self._results(folder)
+            except Unfinished:
+                return None
+
+        if (found := self.trainer.ranks.from_first(results, f"the results of {self.name}")) is None:
+            raise Interrupted(
+                f"stopped in the evaluation at the end of {self.name}; its steps are saved, continue with "
+                f"{setting('resume', folder.path)}"
+            )
+        return found
 
     def _results(self, folder: RunFolder) -> dict[str, Any]:
         found, samples = self._measured(self.average)

@@ -28,7 +28,7 @@ from diffrl.rl.estimators import MonteCarlo, VectorEstimator, VectorEstimators
 from diffrl.rl.returns import is_truncated, mixed_returns
 from diffrl.shapes import expand_like, require_floating
 
-__all__ = ["ValueLoss", "figures_of"]
+__all__ = ["ValueLoss"]
 
 
 class ValueLoss(DenoiserLoss):
@@ -225,10 +225,11 @@ class ValueLoss(DenoiserLoss):
         drawn = chain.get(keys.EVALUATIONS, None)
         self.network_evaluations += chain[keys.T].numel() + (0 if drawn is None else int(drawn.sum()))
         D_x, δ = self._errors(chain)
-        terms = ChainTerms(chain, self.denoiser)
-        loss, square = self._of_states(chain, D_x, δ, *self.coefficients(chain, terms))
-        loss_value, td_error = figures_of(self._by_importance(tensordict, chain, loss), square)
-        return TensorDict({"loss_value": loss_value, "td_error": td_error})
+        w, q = self.coefficients(chain, ChainTerms(chain, self.denoiser))
+        square = _square_mean(δ)
+        loss = w * square if q is None else w * square + q * _square_mean(D_x - _datum(chain))
+        loss_value = self._by_importance(tensordict, chain, loss).mean()
+        return TensorDict({"loss_value": loss_value, "td_error": square.detach().mean().sqrt()})
 
     def look_at(self, x_t: Tensor, x0: Tensor | None, cond: Tensor | None) -> None:
         """Check what a step is about to train on.
@@ -241,13 +242,6 @@ class ValueLoss(DenoiserLoss):
         if x_t.dtype == torch.float16:
             raise InputTypeError("x_t has dtype float16, in which squares overflow: give x0.float()")
         self._first_look(x0, cond)
-
-    def _of_states(
-        self, chain: TensorDictBase | Mapping[str, Any], D_x: Tensor, δ: Tensor, w: Tensor, q: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of each state and ‖δ‖²/dim(E), both [B, K, 1], by the numbers of `coefficients`."""
-        square = _square_mean(δ)
-        return (w * square if q is None else w * square + q * _square_mean(D_x - _datum(chain))), square
 
     def coefficients(
         self, chain: TensorDictBase | Mapping[str, Any], terms: ChainTerms
@@ -394,11 +388,6 @@ def _datum(chain: TensorDictBase | Mapping[str, Any]) -> Tensor:
     """What denoising regresses on: x0, or an estimate of E[x0 | x_t] that stands in for it."""
     found: Tensor | None = chain.get(keys.X0_MEAN, None)
     return chain[keys.X0] if found is None else found
-
-
-def figures_of(loss: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and the root mean square of δ, scalars, from what each state has, both [B, K, 1]."""
-    return loss.mean(), square.detach().mean().sqrt()
 
 
 def _square_mean(x: Tensor) -> Tensor:

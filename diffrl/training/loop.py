@@ -4,7 +4,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -40,9 +40,13 @@ from diffrl.training.lock import folder_lock
 from diffrl.training.optim import NonFiniteLoss
 from diffrl.training.packed import Shapes
 
-__all__ = ["Cadence", "Loop", "at_least_one", "step_generator"]
+__all__ = ["Cadence", "Loop", "Unfinished", "step_generator"]
 
 Row = dict[str, float]
+
+
+class Unfinished(Exception):
+    """An evaluation was left, as the run was asked to stop."""
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> Generator:
@@ -67,17 +71,6 @@ class Cadence(Protocol):
     def checkpoint_every(self) -> int: ...
     @property
     def keep_checkpoints(self) -> int: ...
-
-
-def at_least_one(group: str, values: Mapping[str, int]) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        ValueError: it names the first one, as the key ``group.name``.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{group}.{name} is {value}: it must be at least 1")
 
 
 class Loop(ABC):
@@ -116,6 +109,8 @@ class Loop(ABC):
         self.length, self.folder, self.seed = length, folder, require_int("seed", seed, 0)
         self.device, self.autocast = usable_device(device), autocast
         self.step, self.seconds = 0, 0.0
+        self.due: Row | None = None
+        """Figures of the step that the loop stands at, where its evaluation was left."""
 
     @property
     @abstractmethod
@@ -214,11 +209,35 @@ class Loop(ABC):
         """What one process does while the others wait, for an error of theirs."""
         return f"{what} at {self.step_name} {self.step} of {self.name}"
 
-    def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row:
+    def _evaluated(self, evaluate: Callable[[Self], Row]) -> Row | None:
+        """Figures; None where the evaluation was left."""
+
+        def found() -> Row | None:
+            with suppress(Unfinished):
+                return evaluate(self)
+            return None
+
         try:
-            return self.ranks.from_first(lambda: evaluate(self), self._doing("the evaluation"))
+            return self.ranks.from_first(found, self._doing("the evaluation"))
         except NonFiniteLoss as error:
             raise self.not_finite(str(error)) from error
+
+    def _look(
+        self,
+        figures: Row,
+        report: Callable[[Row], None],
+        evaluate: Callable[[Self], Row],
+        finished: Callable[[Row], str | None],
+    ) -> tuple[Row, str | None]:
+        """The row of a step with its evaluation, and why to end; none where that was left, and is due."""
+        self.due = figures
+        if (evaluated := self._evaluated(evaluate)) is None:
+            self._keep()
+            return {}, None
+        self.due, row = None, {**self.figures, **figures, **evaluated}
+        reason = self.ranks.from_first(partial(finished, row), self._doing("the early stop"))
+        report(row)
+        return row, reason
 
     def not_finite(self, what: str) -> NonFiniteLoss:
         """The error to raise where steps were too large: what, when, the last checkpoint, the remedy."""
@@ -246,7 +265,7 @@ class Loop(ABC):
             self.folder,
             self.step,
             weights=weights,
-            training={**training, "seconds": self.seconds},
+            training={**training, "seconds": self.seconds, **({} if self.due is None else {"due": self.due})},
             keep=self.length.keep_checkpoints,
             identity={**self.facts, **self.identity},
             device=self.device,
@@ -309,6 +328,7 @@ class Loop(ABC):
         try:
             self._restore(checkpoint, path)
             self.seconds, self.step = checkpoint.training["seconds"], checkpoint.step
+            self.due = checkpoint.training.get("due")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, DiffrlError):
                 raise
@@ -340,7 +360,8 @@ class Loop(ABC):
 
         Args:
             report: takes a row of figures; a loss in it is that of its step.
-            evaluate: figures every `eval_every` steps and at both ends.
+            evaluate: figures every `eval_every` steps and at both ends. Where it raises `Unfinished`, a checkpoint is
+                written and the loop ends; the loop that goes on from it evaluates first.
             stop: asked after every step; if true, a checkpoint is written and the loop ends, as it does where what
                 started several processes has ended.
             finished: looks at every row with an evaluation; a reason ends the loop for good (early stop).
@@ -349,38 +370,35 @@ class Loop(ABC):
         Returns:
             Whether the loop reached its end, early or not.
         """
-        total, evaluated, ranks = self.length.total, Row(), self.ranks
+        total, ranks = self.length.total, self.ranks
         if not ranks.first:
             report, progress = (lambda row: None), False
-        if self.step == 0:
-            row = {**self.figures, **ranks.from_first(lambda: evaluate(self), self._doing("the evaluation"))}
-            report(row)
-            finished(row)
-        with tqdm(
-            total=total,
-            initial=self.step,
-            desc=self.name,
-            unit=self.unit,
-            mininterval=0.2 if sys.stderr.isatty() else 20,  # a line of a log each
-            disable=not progress,
-        ) as bar:
+        looked, reason = Row(), None
+        if self.step == 0 or self.due is not None:
+            looked, reason = self._look(self.due or {}, report, evaluate, finished)
+            if not looked or (reason is not None and 0 < self.step < total):
+                return bool(looked)
+        shown = {
+            "mininterval": 0.2 if sys.stderr.isatty() else 20,
+            "disable": not progress,
+        }  # 20: a line of a log
+        with tqdm(total=total, initial=self.step, desc=self.name, unit=self.unit, **shown) as bar:
             for figures in self.steps():
                 last, reason = self.step == total, None
-                look = last or self.step % self.length.eval_every == 0
+                if look := last or self.step % self.length.eval_every == 0:
+                    looked, reason = self._look(figures, report, evaluate, finished)
+                    self._set_mode()
+                    if not looked:
+                        return False
                 if look or self.step % self.length.report_every == 0:
                     row = {**self.figures, **figures}
-                    if look:
-                        evaluated = self._evaluated(evaluate)
-                        self._set_mode()
-                        row |= evaluated
-                        reason = ranks.from_first(partial(finished, row), self._doing("the early stop"))
-                    report(row)
-                    bar.set_postfix_str(self._caption(row, evaluated), refresh=False)
+                    if not look:
+                        report(row)
+                    bar.set_postfix_str(self._caption(row, looked), refresh=False)
                 bar.update()
                 if reason is not None and not last:
                     bar.write(f"stopped early after {self.step_name} {self.step}: {reason}")
-                stopping = reason is not None or (ranks.any(stop() or ranks.abandoned) and not last)
-                if stopping:
+                if reason is not None or (ranks.any(stop() or ranks.abandoned) and not last):
                     self._keep()
                     return reason is not None
         return True

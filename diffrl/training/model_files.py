@@ -15,6 +15,7 @@ import inspect
 import json
 from dataclasses import fields
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import safetensors
@@ -26,6 +27,7 @@ from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.registry import NETWORKS, build_network
 from diffrl.diffusion.schedules.registry import PROCESSES
 from diffrl.errors import FileError, InputError, InputTypeError
+from diffrl.shapes import require_finite_weights
 from diffrl.text_files import file_errors, write_atomically
 from diffrl.training.build import Events
 
@@ -44,6 +46,7 @@ SUFFIX = ".safetensors"
 _FORMAT = 1
 _OPTIONS = ("sigma_data", "prediction_type", "time_input", "scale_input")
 _PRIOR = "prior"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def save(denoiser: Denoiser, path: str | Path, *, event_shape: tuple[int, ...] | None = None) -> Path:
@@ -176,7 +179,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 def denoiser_of(
     description: Any, tensors: dict[str, Tensor], network: nn.Module | None, path: Path
 ) -> Denoiser:
-    """The denoiser of a description and its weights; errors name the path. See `read_model`."""
+    """The denoiser of a description and its weights, in the dtype that is described; errors name the path.
+
+    See `read_model`.
+    """
     if not isinstance(description, dict) or "format" not in description:
         raise FileError(f"{path} is no model of diffrl: there is no format in its description")
     if description.get("format") != _FORMAT:
@@ -191,12 +197,16 @@ def denoiser_of(
         raise FileError(
             f"the description in {path} cannot be followed ({' '.join(str(error).split())}): get the file again"
         ) from error
+    dtype = _DTYPES[
+        description["dtype"]
+    ]  # what was stored in half precision is computed in this all the same
+    tensors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
     try:
         denoiser.load_state_dict(tensors, assign=network is None)
     except RuntimeError as error:
-        raise InputError(
-            f"the weights in {path} are of another network: {' '.join(str(error).split())}"
-        ) from error
+        said = shorten(str(error), 300)
+        raise InputError(f"the weights in {path} are of another network: {said}") from error
+    require_finite_weights(denoiser, str(path))
     return denoiser
 
 
@@ -208,8 +218,9 @@ def _build(description: dict[str, Any], network: nn.Module | None) -> Denoiser:
         # meta: no memory is taken before declared sizes meet the weights; a user's may hold more than weights
         with torch.device("meta") if shipped else torch.random.fork_rng(devices=[]):
             network = build_network(description["network"], event_shape=shape, num_classes=num_classes)
-    denoiser = Denoiser(network, PROCESSES.build(description["process"]), **description["denoiser"])
-    return denoiser.to(torch.float64) if description["dtype"] == "float64" else denoiser
+    options = {name: description["denoiser"][name] for name in _OPTIONS} | description["denoiser"]
+    denoiser = Denoiser(network, PROCESSES.build(description["process"]), **options)
+    return denoiser.to(torch.float64) if _DTYPES[description["dtype"]] == torch.float64 else denoiser
 
 
 def _require_network(described: Any, path: Path) -> None:

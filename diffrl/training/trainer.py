@@ -21,6 +21,7 @@ from diffrl.objectives.scheme import Adaptive, Objective
 from diffrl.objectives.soft_update import SoftUpdate
 from diffrl.objectives.stand_ins import StandIn, StandInChains
 from diffrl.objectives.td_adaptive import AdaptiveLoss
+from diffrl.ranges import at_least_one
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.augmenting import check_augmentable
 from diffrl.training.batches import Batches
@@ -29,7 +30,7 @@ from diffrl.training.distributed import ALONE, Ranks
 from diffrl.training.dropout import has_dropout, seeded
 from diffrl.training.ema import Average
 from diffrl.training.identity import Facts, flat
-from diffrl.training.loop import Loop, at_least_one, step_generator
+from diffrl.training.loop import Loop, step_generator
 from diffrl.training.loss_scale import LossScale
 from diffrl.training.optim import Optim, Optimiser
 from diffrl.training.sharding import Sharding, part_of, require_shardable
@@ -287,7 +288,7 @@ class Trainer(Loop):
         if self.sharding is not None:
             self.sharding.gather()
 
-    def _evaluated(self, evaluate: Callable[[Self], dict[str, float]]) -> dict[str, float]:
+    def _evaluated(self, evaluate: Callable[[Self], dict[str, float]]) -> dict[str, float] | None:
         with nullcontext() if self.sharding is None else self.sharding.gathered():
             return super()._evaluated(evaluate)
 

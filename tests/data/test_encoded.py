@@ -90,6 +90,16 @@ def test_what_is_wrong_is_named(root: Path) -> None:
         mapped(root)
 
 
+def test_an_image_that_has_become_another_is_named_when_it_is_drawn(root: Path) -> None:
+    """The run would go on with other data than its checkpoints tell of."""
+    rows = mapped(root).rows
+    assert rows is not None
+    for name in NAMES:
+        Image.new("RGB", (6, 4)).save(root / name)
+    with pytest.raises(DataError, match=r"images: ants/\d+.png was changed since the start: bring back"):
+        rows[torch.tensor([0])]
+
+
 @pytest.mark.parametrize(("raw", "found"), [(b"", "empty"), (b"GIF8 no image", "first bytes 47 49 46 38")])
 def test_bytes_that_are_no_image_are_named_by_file_and_remedy(raw: bytes, found: str) -> None:
     with pytest.raises(DataError) as error:

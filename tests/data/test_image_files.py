@@ -109,7 +109,11 @@ def test_idx_labels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="without test_path"):
         idx(x, test_labels=x)
     with pytest.raises(DataError, match="labels for both"):
-        idx(x, write_idx(tmp_path / "y", np.zeros(20, np.uint8)), test_path=x)
+        idx(
+            x,
+            write_idx(tmp_path / "y", np.zeros(20, np.uint8)),
+            test_path=write_idx(tmp_path / "z", images()),
+        )
 
 
 def test_idx_of_other_integers_is_refused(tmp_path: Path) -> None:
@@ -429,3 +433,21 @@ def test_without_classes_images_may_lie_anywhere(tmp_path: Path) -> None:
     tree(tmp_path)
     damage_depth(tmp_path)
     assert folder(str(tmp_path)).num_classes == 0
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_images_between_0_and_1_are_told(mapped: bool, tmp_path: Path) -> None:
+    """As torchvision's ToTensor makes them; a set that goes below 0 is silent."""
+    x = np.random.default_rng(0).random((20, 1, 5, 5))
+    np.save(tmp_path / "x.npy", x)
+    with pytest.warns(UserWarning, match=r"x.npy: no held-out image has a value below 0, .*store 2 x - 1"):
+        npz(str(tmp_path / "x.npy"), mapped=mapped)
+    np.save(tmp_path / "y.npy", 2 * x - 1)
+    npz(str(tmp_path / "y.npy"), mapped=mapped)
+
+
+def test_what_is_trained_on_is_no_test(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.npy")
+    np.save(path, np.random.default_rng(0).normal(size=(20, 2)))
+    with pytest.raises(DataError, match="`test_path` is what is trained on"):
+        npz(path, test_path=f"{tmp_path}/../{tmp_path.name}/x.npy")

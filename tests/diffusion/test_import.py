@@ -1,16 +1,18 @@
 """A pipeline of diffusers as a denoiser: it draws what the pipeline draws, and says what it cannot take."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 
 import diffrl
 from diffrl.diffusion.pipelines import export_pipeline, import_pipeline
-from diffrl.errors import InputError
+from diffrl.errors import DiffrlError, InputError
 from tests.kit.diffusers_unets import stock_pipeline
 
 TIMES = (0, 1, 400, 999)
@@ -102,6 +104,51 @@ def test_it_keeps_every_option_of_its_unet_and_goes_on_travelling(tmp_path: Path
         assert torch.equal(saved.network(x, t.float()), F_x) and torch.equal(
             denoiser.network(x, t.float()), F_x
         )
+
+
+def weights_of(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+def config_of(folder: Path, name: str, **options: Any) -> None:
+    told = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps({**told, **options}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: weights_of(f, lambda w: w.pop("conv_in.weight")), "unet lacks the weights conv_in.weight"),
+        (lambda f: weights_of(f, lambda w: w.update(more=torch.ones(1))), "unet has no place for .* more"),
+        (lambda f: weights_of(f, lambda w: w["conv_in.bias"].fill_(torch.nan)), "NaN .* conv_in.bias"),
+        (
+            lambda f: config_of(f, "unet/config.json", add_attention=False),
+            "unet has no place for .* mid_block",
+        ),
+        (
+            lambda f: config_of(f, "unet/config.json", new_norm="rms"),
+            "its option new_norm is none of UNet2DModel",
+        ),
+        (
+            lambda f: config_of(
+                f, "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]
+            ),
+            "FlowMatchEulerDiscreteScheduler is not the scheduler of its configuration",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(
+    change: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    """diffusers itself draws weights that are missing, and leaves out what it does not know, with a warning."""
+    stock_pipeline(tmp_path)
+    change(tmp_path)
+    with pytest.raises(DiffrlError, match=message) as error:
+        import_pipeline(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value) or "Flow" in message
 
 
 def test_no_pipeline(tmp_path: Path) -> None:

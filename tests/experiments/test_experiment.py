@@ -221,6 +221,51 @@ def test_terminated_and_resumed(
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.parametrize("step", [0, 10, 30])
+def test_terminated_in_an_evaluation_and_resumed(
+    step: int, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left at once, the step is saved, and the run that goes on evaluates first: before, between, at the end."""
+    errors, evaluated = experiment.TrainingJob.errors, list[int]()
+
+    def signalled(job: experiment.TrainingJob, *given: Any) -> Any:
+        if job.trainer.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found = errors(job, *given)
+        evaluated.append(job.trainer.step)
+        return found
+
+    monkeypatch.setattr(experiment.TrainingJob, "errors", signalled)
+    with pytest.raises(Interrupted, match=f"gradient step {step} of td, and saved"):
+        run(tmp_path / "run")
+    assert evaluated == [*range(0, step, 10)]
+    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "run")
+    assert latest_checkpoint(folder.checkpoints("td")) == folder.checkpoints("td") / f"step_{step:06d}"
+    resumed = run_experiment({**folder.config(), "resume": str(folder.path)}, progress=False)
+    assert_same_run(whole, resumed)
+
+
+def test_terminated_in_the_evaluation_of_the_end_and_resumed(
+    whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = experiment.TrainingJob._measured
+
+    def signalled(job: experiment.TrainingJob, denoiser: diffrl.Denoiser) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measured(job, denoiser)
+
+    monkeypatch.setattr(experiment.TrainingJob, "_measured", signalled)
+    with pytest.raises(
+        Interrupted, match="in the evaluation at the end of td; its steps are saved, .*resume="
+    ):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "run")
+    resumed = run_experiment({**folder.config(), "resume": str(folder.path)}, progress=False)
+    assert_same_run(whole, resumed)
+
+
 def test_asked_twice_it_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,6 +1,7 @@
 """Models as files: what is loaded is what was saved, without data, optimiser or pickle; others' files are named."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,13 @@ def described(path: Path, change: Any) -> Path:
         (lambda told: {**told, "process": {"name": "edm", "nope": 1}}, "cannot be followed"),
         (lambda told: {**told, "event_shape": "ab"}, "cannot be followed"),
         (lambda told: {**told, "event_shape": None}, "cannot be followed"),
-        (lambda told: {**told, "denoiser": {"sigma_data": -1}}, "cannot be followed .*sigma_data"),
+        (
+            lambda told: {**told, "denoiser": {**told["denoiser"], "sigma_data": -1}},
+            "cannot be followed .*sigma_data",
+        ),
+        (lambda told: {**told, "dtype": "float3"}, "cannot be followed .*float3"),
+        (lambda told: {**told, "denoiser": {**told["denoiser"], "scale_input": "no"}}, "scale_input is 'no'"),
+        (lambda told: {**told, "denoiser": {"sigma_data": 0.5}}, "cannot be followed .*prediction_type"),
         (lambda told: {**told, "network": {**told["network"], "hidden": 2**16}}, "of another network"),
         (lambda told: {**told, "network": {**told["network"], "hidden": 2**40}}, "cannot be followed"),
     ],
@@ -155,6 +162,42 @@ def test_a_description_that_cannot_be_followed(model_file: Path, change: Any, sa
     with pytest.raises((FileError, InputError), match=says) as refused:
         diffrl.load(described(model_file, change))
     assert "\n" not in str(refused.value) and "m.safetensors" in str(refused.value)
+
+
+def rewritten(path: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    """The file with other weights."""
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: change(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        safetensors.torch.save_file(tensors, path, file.metadata())
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_computed_in_that_of_the_description(
+    model_file: Path, dtype: torch.dtype
+) -> None:
+    """As a converted file has them: the same function up to their rounding, and samples in float32."""
+    whole = diffrl.load(model_file).denoiser
+    found = diffrl.load(rewritten(model_file, lambda w: w.to(dtype)))
+    assert {p.dtype for p in found.denoiser.parameters()} == {torch.float32}
+    assert found.sample(2, num_steps=2).dtype == torch.float32
+    torch.testing.assert_close(denoise(found.denoiser, (2,)), denoise(whole, (2,)), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda w: w.masked_fill(torch.ones_like(w, dtype=torch.bool), torch.nan),
+            "holds NaN or infinity in its weights",
+        ),
+        (lambda w: w.long(), "of another network"),
+    ],
+)
+def test_weights_that_cannot_be_used(model_file: Path, change: Any, says: str) -> None:
+    with pytest.raises((FileError, InputError), match=says) as refused:
+        diffrl.load(rewritten(model_file, change))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
 def test_weights_of_somebody_else(tmp_path: Path) -> None:

@@ -48,8 +48,15 @@ def told_options(told: Mapping[str, Any], model: str, taken: Collection[str]) ->
         told: its config.
         model: of diffusers.
         taken: options that have their place elsewhere.
+
+    Raises:
+        ValueError: it tells an option that the diffusers here does not know, and would leave out.
     """
     defaults = options_of(model)
+    if unknown := [k for k in told if k not in defaults and not k.startswith("_")]:
+        raise InputError(
+            f"its option {unknown[0]} is none of {model} in the diffusers that is installed: upgrade that"
+        )
     return {k: told[k] for k in defaults if k not in taken and told[k] != defaults[k]} or None
 
 

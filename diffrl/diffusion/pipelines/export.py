@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.diffusers_unet import DiffusersUNet
 from diffrl.diffusion.pipelines.parts import KINDS, PREDICTIONS, plain
 from diffrl.diffusion.schedules.ddpm import DDPM
 from diffrl.diffusion.schedules.edm import EDM
-from diffrl.errors import InputError, InputTypeError
+from diffrl.errors import FileError, InputError, InputTypeError
 from diffrl.extras import require
 from diffrl.text_files import new_folder
 
@@ -75,13 +76,18 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
     edm = isinstance(denoiser.process, EDM)
     scheduler = _edm_scheduler(denoiser) if edm else _ddpm_scheduler(denoiser)
     unet = copy.deepcopy(network.unet).cpu().float()
-    with new_folder(folder):
-        if edm:
-            unet.save_pretrained(folder / "unet", safe_serialization=True)
-            scheduler.save_pretrained(folder / "scheduler")
-        else:
-            pipe = require("diffusers", "diffusers").DDPMPipeline(unet=unet, scheduler=scheduler)
-            pipe.save_pretrained(folder, safe_serialization=True)
+    try:
+        with new_folder(folder):
+            if edm:
+                unet.save_pretrained(folder / "unet", safe_serialization=True)
+                scheduler.save_pretrained(folder / "scheduler")
+            else:
+                pipe = require("diffusers", "diffusers").DDPMPipeline(unet=unet, scheduler=scheduler)
+                pipe.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:  # a disk that is full, among others
+        raise FileError(
+            f"{folder} cannot be written ({error}): make room, or choose another place"
+        ) from error
     return folder
 
 

@@ -85,9 +85,12 @@ def load_pipeline(
         saved = factory.load_config(source, **given)
         absent = {name: None for name, part in saved.items() if part == [None, None]}
         absent |= dict.fromkeys(leave_out)
+        if saved.get("unet") == ["diffusers", "UNet2DModel"]:
+            absent["unet"] = _whole_unet(source, variant=variant, **given)
         pipe = factory.from_pretrained(
             source, dtype=dtype, variant=variant, use_safetensors=True, **given, **absent
         )
+        _require_weights(pipe)
     except (
         Exception
     ) as error:  # diffusers, transformers and safetensors have a dozen types for files that do not fit
@@ -104,6 +107,26 @@ def load_pipeline(
     if pipe.dtype != dtype:  # some releases of diffusers ignore the keyword
         pipe.to(dtype)
     return pipe.to(device)
+
+
+def _whole_unet(source: str, **given: Any) -> Any:
+    """The UNet of a pipeline of images; weights that its file lacks would be drawn, others left out."""
+    make = require("diffusers", "diffusers").UNet2DModel
+    unet, told = make.from_pretrained(
+        source, subfolder="unet", use_safetensors=True, output_loading_info=True, **given
+    )
+    for key, fault in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
+        if told[key]:
+            raise InputError(f"its unet {fault} the weights {sorted(told[key])[0]}")
+    return unet
+
+
+def _require_weights(pipe: Any) -> None:
+    """Refuse networks of which some weights are in no file."""
+    for name, part in pipe.components.items():
+        for weights, x in part.named_parameters() if isinstance(part, nn.Module) else ():
+            if x.is_meta:
+                raise InputError(f"its {name} lacks the weights {weights}")
 
 
 def process_of(scheduler: Any) -> Schedule:
@@ -132,6 +155,10 @@ def process_of(scheduler: Any) -> Schedule:
         )
     kind, T = KINDS[config["beta_schedule"]], config["num_train_timesteps"]
     process = DDPM(T, kind, config["beta_start"], config["beta_end"])  # type: ignore[arg-type]
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(
+            f"{name} is not the scheduler of its configuration, which has betas: restore model_index.json"
+        )
     own = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
     if len(own) != T or not torch.allclose(own, process.alphas_cumprod, rtol=1e-3, atol=1e-6):
         raise InputError(

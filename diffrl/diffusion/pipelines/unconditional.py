@@ -9,6 +9,7 @@ from diffrl.diffusion.networks.diffusers_unet import DiffusersUNet
 from diffrl.diffusion.pipelines.parts import load_pipeline, plain, prediction_of, process_of
 from diffrl.errors import InputError
 from diffrl.extras import require
+from diffrl.shapes import require_finite_weights
 
 __all__ = ["import_pipeline"]
 
@@ -35,6 +36,7 @@ def import_pipeline(path: str | os.PathLike[str], *, download: bool = False) -> 
     Raises:
         MissingExtra: diffusers or transformers is not installed.
         FileNotFoundError: there is no such pipeline, or it cannot be loaded.
+        FileError: its weights hold NaN or infinity.
         InputError: a network of another kind, one with labels or with a second output or that does not tell the size of
             its images, or a scheduler whose process is not DDPM's.
     """
@@ -59,4 +61,5 @@ def import_pipeline(path: str | os.PathLike[str], *, download: bool = False) -> 
         raise InputError(
             f"the UNet of {os.fspath(path)} has another form ({error}): wrap it yourself, by diffrl.wrap_network"
         ) from error
+    require_finite_weights(unet, f"the UNet of {os.fspath(path)}")
     return Denoiser(network, process, prediction_type=prediction, time_input="t", scale_input=False).eval()
