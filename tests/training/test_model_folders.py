@@ -178,6 +178,7 @@ def test_what_was_tuned_travels_too(tmp_path: Path) -> None:
     reward = tuned.results["finetuning"]["final"]["eval_reward"]
     assert "tuned for mode distance" in card and re.search(r"\| made from +\| base +\|", card)
     assert f"{reward:#.3g}" in card and "32 samples" in card
+    assert "| distance to the base (sliced W2 distance of 32 samples, seed 3141592) |" in card
     assert diffrl.load(folder).sample(3, num_steps=4).shape == (3, 2)
 
 
