@@ -73,6 +73,13 @@ SINGLE: tuple[tuple[str, str, tuple[Callable[..., Any], ...], tuple[str, ...]], 
 
 
 @dataclass
+class DiscreteTimes:
+    """Of a process without derivatives: it chooses a sampler that asks for none, where no word chooses another."""
+
+    defaults: list[Any] = field(default_factory=lambda: [{"override /sampler@_global_.sampler": "ddim"}])
+
+
+@dataclass
 class TrainConfig:
     """What a training run is made of; each `Any` is a group with a schema of its own."""
 
@@ -184,7 +191,9 @@ def register() -> None:
         _fill(None, f"{name}_schema", (made,), partial(OmegaConf.structured, made))
     for registry in GROUPS:
         for entry in registry.entries():
-            _fill_with_schema(registry.kind, entry.name, entry.functions, omit=registry.omit)
+            discrete = registry is PROCESSES and not getattr(entry.make, "continuous", True)
+            bases = (DiscreteTimes,) if discrete else ()
+            _fill_with_schema(registry.kind, entry.name, entry.functions, omit=registry.omit, bases=bases)
     for option, make in REWARDS.items():
         _fill_with_schema("heldout_reward", option, (make,), omit=REWARDS.omit)
     _fill_with_schema("heldout_reward", "none", ())
@@ -227,8 +236,9 @@ def _fill_with_schema(
     name: str | None = None,
     omit: tuple[str, ...] = (),
     tag: bool = True,
+    bases: tuple[type, ...] = (),
 ) -> None:
-    make = partial(schema, name or option, *functions, omit=omit, tag=tag)
+    make = partial(schema, name or option, *functions, omit=omit, tag=tag, bases=bases)
     _fill(group, option, functions, make)
 
 

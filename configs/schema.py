@@ -15,7 +15,13 @@ from diffrl.errors import InputTypeError
 __all__ = ["schema"]
 
 
-def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = (), tag: bool = True) -> type:
+def schema(
+    name: str,
+    *functions: Callable[..., Any],
+    omit: tuple[str, ...] = (),
+    tag: bool = True,
+    bases: tuple[type, ...] = (),
+) -> type:
     """A dataclass with the parameters of `functions`, in plain types, for OmegaConf to validate against.
 
     Args:
@@ -23,6 +29,7 @@ def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()
         functions: constructors; a parameter of several is taken from the first.
         omit: parameters that the library supplies itself.
         tag: whether a field ``name`` says which of a group this is.
+        bases: dataclasses with further fields.
     """
     fields: dict[str, tuple[str, Any, Any]] = {}
     if tag:
@@ -46,7 +53,7 @@ def schema(name: str, *functions: Callable[..., Any], omit: tuple[str, ...] = ()
                 else field(default=default)
             )
             fields[parameter.name] = (parameter.name, _plain(hints[parameter.name]), value)
-    return make_dataclass(name, list(fields.values()))
+    return make_dataclass(name, list(fields.values()), bases=bases)
 
 
 def _plain(hint: Any) -> Any:

@@ -3,6 +3,7 @@
 import inspect
 import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -215,9 +216,13 @@ def registries() -> Mapping[str, Registry]:
 def import_named(*modules: str) -> None:
     """Import the user's modules, which register methods, and remember them for worker processes.
 
+    The current folder is looked in first, as by ``python -m``, however the process was started.
+
     Raises:
         ValueError: one of them cannot be found.
     """
+    if modules and os.getcwd() not in sys.path:  # an installed script has its own folder there instead
+        sys.path.insert(0, os.getcwd())
     for module in modules:
         try:
             import_module(module)

@@ -26,7 +26,7 @@ from diffrl.experiments.run import (
 )
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.checks import UNTAUGHT
-from diffrl.finetuning.evaluation import EVAL_SEED, EarlyStop, Judge, TuningEvaluation
+from diffrl.finetuning.evaluation import EVAL_SEED, TO_BASE, EarlyStop, Judge, TuningEvaluation
 from diffrl.finetuning.finetuner import Finetuner, Iterations
 from diffrl.finetuning.models.base import Tunable
 from diffrl.finetuning.models.registry import build_model
@@ -56,7 +56,7 @@ WATCHED = (
 )
 JUDGED = (
     *("eval_reward", "eval_reward_std", "eval_reward_best", "heldout_reward"),
-    *("kl_to_base", "distance_to_base", "diversity"),
+    *("kl_to_base", TO_BASE, "diversity"),
 )
 
 
@@ -128,7 +128,16 @@ class _Job(Job):
             if name != "policy"
             for key in (*role.loss.out_keys, "grad_norm")
         )
-        return tuple(dict.fromkeys((*self.tuner.figures, *WATCHED, *own, *others, *JUDGED)))
+        return tuple(dict.fromkeys((*self.tuner.figures, *WATCHED, *own, *others, *self._judged())))
+
+    def _judged(self) -> list[str]:
+        """The columns of an evaluation."""
+        return [self.former.get(name, name) for name in JUDGED]
+
+    @property
+    def former(self) -> dict[str, str]:
+        """The distance had no measure, number and seed in its name."""
+        return {TO_BASE: self.judge.evaluation.to_base}
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the policy on held-out noise."""
@@ -163,7 +172,8 @@ class _Job(Job):
             raise FileError(
                 f"{table.path} holds no evaluation to report: restore it from a copy, or tune anew"
             )
-        first, last = ({k: v for k, v in rows[i].items() if k in JUDGED} for i in (0, -1))
+        names = self._judged()
+        first, last = ({k: v for k, v in rows[i].items() if k in names} for i in (0, -1))
         ends = {"stopped_early": self.stop.reason(rows), "untaught": self._untaught(table)}
         return {**self.tuner.figures, "final": last, "base": first, **ends}
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffrl.experiments.findings import Finding, Findings
+from diffrl.finetuning.evaluation import TO_BASE, TuningEvaluation, to_base_of
 from diffrl.training.runs import RunFolder
 
 __all__ = ["AXES", "Method", "MethodFindings"]
@@ -19,7 +20,7 @@ FIGURES = {
     "eval_reward": "reward, held-out noise",
     "heldout_reward": "held-out reward",
     "diversity": "diversity",
-    "distance_to_base": "distance to base",
+    TO_BASE: "distance to base",
     "kl_to_base": "KL to base, nats",
 }
 
@@ -47,7 +48,7 @@ class Method:
     @classmethod
     def read(cls, name: str, runs: Sequence[Finding]) -> "Method":
         """A method from its finished runs."""
-        tables = [run.rows() for run in runs]
+        tables = [_rows(run) for run in runs]
         return cls(
             name,
             seeds=tuple(run.seed for run in runs),
@@ -81,6 +82,15 @@ class Method:
         return np.array([rows[0][figure] for rows in self.rows])
 
 
+def _rows(run: Finding) -> list[dict[str, str]]:
+    """Of metrics.csv, the distance to the base by the name that it has now."""
+    rows = run.rows()
+    if rows and TO_BASE in rows[0]:
+        name = TuningEvaluation(**RunFolder(run.path).config()["evaluation"]).to_base
+        rows = [{name if key == TO_BASE else key: value for key, value in row.items()} for row in rows]
+    return rows
+
+
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:
     """The figures that a row of metrics.csv has."""
     return {key: float(value) for key, value in row.items() if value}
@@ -112,7 +122,10 @@ class MethodFindings(Findings):
     def figures(self) -> dict[str, str]:
         """What every run measured: name, and words for it."""
         rows = [run[-1] for method in self.methods for run in method.rows]
-        return {name: words for name, words in FIGURES.items() if rows and all(name in row for row in rows)}
+        named = {
+            to_base_of(rows[-1]) if key == TO_BASE else key: words for key, words in FIGURES.items() if rows
+        }
+        return {name: words for name, words in named.items() if all(name in row for row in rows)}
 
     def common(self, axis: str) -> float:
         """How far all runs went on an axis."""

@@ -88,7 +88,12 @@ class Job(ABC):
 
     def table(self, folder: RunFolder) -> Table:
         """The run's metrics.csv."""
-        return Table(folder.path / "metrics.csv", self.columns, tuple(self.tag))
+        return Table(folder.path / "metrics.csv", self.columns, tuple(self.tag), self.former)
+
+    @property
+    def former(self) -> dict[str, str]:
+        """What columns are called now, by the names that they have in tables of earlier versions."""
+        return {}
 
     def compare(self) -> None:
         """Refuse a run to resume whose data or methods are not what they were.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffrl.data.dataset import Data
 from diffrl.diffusion.denoisers import Denoiser
+from diffrl.diffusion.pipelines.export import refusal_of_export
 from diffrl.errors import InputError
 from diffrl.experiments.evaluate import errors_of
 from diffrl.experiments.resuming import continued
@@ -87,6 +88,8 @@ def run_experiment(config: Mapping[str, Any], *, progress: bool = True) -> RunFo
             job.compare()
             job.check()  # now, and not at the end of training
             teachers[name] = job.teacher
+        if ranks.first and (refusal := refusal_of_export(job.trainer.denoiser)) is not None:
+            warnings.warn(f"{refusal}; experiment=diffusers_ddpm and diffusers_edm do", stacklevel=2)
         with started_folder(config, ranks) as folder, interruptible() as interrupted:
             if ranks.first:
                 _keep_sources(folder, config, job.trainer.denoiser, teachers)

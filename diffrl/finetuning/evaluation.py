@@ -1,7 +1,7 @@
 """What a tuned policy is worth: held-out reward, divergence and distance from the base, diversity; when to stop."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,15 @@ from diffrl.finetuning.policy import DenoisingPolicy
 from diffrl.finetuning.rollouts.base import trajectory_condition
 from diffrl.finetuning.rollouts.chains import collect_rollout, require_sound
 from diffrl.metrics.distances import sample_distance
-from diffrl.metrics.measures import measure_names
+from diffrl.metrics.measures import FigureName, measure_names
 from diffrl.ranges import require_int, require_number
 from diffrl.rewards.calls import Reward
 from diffrl.rewards.weighted_sum import as_reward
 
-__all__ = ["EarlyStop", "Judge", "TuningEvaluation", "chain_kl", "diversity"]
+__all__ = ["TO_BASE", "EarlyStop", "Judge", "TuningEvaluation", "chain_kl", "diversity", "to_base_of"]
 
 EVAL_SEED = 3_141_592  # of held-out noise: the same for every run, and no training seed's
+TO_BASE = "distance_to_base"  # begin of its name; in tables of diffrl 0.3 and before all of it
 
 
 @torch.no_grad()
@@ -76,6 +77,16 @@ class TuningEvaluation:
             require_int("evaluation.at_once", self.at_once)
         if self.distance not in (known := measure_names(with_weights=False)):
             raise InputError(f"evaluation.distance is {self.distance!r}: give one of {', '.join(known)}")
+
+    @property
+    def to_base(self) -> str:
+        """What the distance to the base is called, with its measure, the number of samples and their seed."""
+        return str(FigureName(f"{TO_BASE}_{self.distance}", self.samples, f"seed{EVAL_SEED}"))
+
+
+def to_base_of(names: Iterable[str]) -> str:
+    """Which of these names of figures is that of the distance to the base."""
+    return next((name for name in names if name.startswith(TO_BASE)), TO_BASE)
 
 
 class Judge:
@@ -149,7 +160,9 @@ class Judge:
             "eval_reward_std": float(R.std(correction=0)),
             "eval_reward_best": float(R.max()),
             "kl_to_base": float(kl.mean()),
-            "distance_to_base": sample_distance(self.evaluation.distance, x.cpu(), self.base_samples.cpu()),
+            self.evaluation.to_base: sample_distance(
+                self.evaluation.distance, x.cpu(), self.base_samples.cpu()
+            ),
             "diversity": diversity(x.cpu()),
         }
         if self.heldout is not None:

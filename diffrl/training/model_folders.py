@@ -79,6 +79,11 @@ def read_folder(
         denoiser = import_pipeline(path)
         return denoiser, describe(denoiser)
     if not (path / CONFIG).is_file():
+        if all((path / part).is_dir() for part in ("unet", "scheduler")):
+            raise FileError(
+                f"{path} holds parts of diffusers without a {PIPELINE}, as the export of a model of process=edm has "
+                "them; diffrl loads what diffrl.save_pretrained and `diffrl export RUN FOLDER --to diffrl` wrote"
+            )
         raise FileError(
             f"{path} holds no {CONFIG}: give what diffrl.save_pretrained wrote; diffrl.load takes a run folder"
         )

@@ -21,10 +21,17 @@ class Table:
         path: the file; made with the first row.
         columns: their names; of a table that is only read they need not be given.
         labels: those of them that hold words; the others hold numbers.
+        former: names of columns by those that they had in earlier versions, by which they are found too.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], labels: tuple[str, ...] = ()) -> None:
-        self.path, self.columns, self.labels = path, columns, labels
+    def __init__(
+        self,
+        path: Path,
+        columns: tuple[str, ...],
+        labels: tuple[str, ...] = (),
+        former: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path, self.columns, self.labels, self.former = path, columns, labels, former or {}
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row at the end.
@@ -61,7 +68,7 @@ class Table:
             whole = rest
         reader = csv.reader(io.StringIO(whole + newline, newline=""), strict=True)
         try:
-            header = next(reader, [])
+            header = [self.former.get(name, name) for name in next(reader, [])]
             if self.columns and (unknown := [name for name in header if name not in self.columns]):
                 raise ValueError(f"column {unknown[0]!r} is none of this run's")
             return [self._row(header, cells) for cells in reader]

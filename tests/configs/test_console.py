@@ -1,8 +1,10 @@
 """The command `diffrl`: one word for each thing to do, a help for each, one line for a wrong word."""
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -48,6 +50,26 @@ def test_it_is_installed_under_its_name() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     module, _, function = project["scripts"]["diffrl"].partition(":")
     assert getattr(import_module(module), function) is program.main
+
+
+@pytest.mark.parametrize(
+    "words", [["list", "network"], ["train", "network=mine", "--cfg", "job"]], ids=["list", "train"]
+)
+def test_the_installed_script_finds_a_module_where_one_stands(words: list[str], tmp_path: Path) -> None:
+    own = """from torch import nn
+from diffrl.diffusion.networks.registry import NETWORKS
+@NETWORKS.register("mine")
+class Mine(nn.Module):
+    def __init__(self, event_shape: tuple[int, ...], num_classes: int = 0, width: int = 73) -> None: ...
+"""
+    (tmp_path / "my_net.py").write_text(own, encoding="utf-8")
+    script = Path(sysconfig.get_path("scripts")) / "diffrl"
+    ran = subprocess.run(
+        [script, *words, "--import", "my_net"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0 and "mine" in ran.stdout, ran.stderr
+    assert words[0] == "list" or "width: 73" in ran.stdout
 
 
 def test_the_help_tells_every_command(

@@ -144,6 +144,21 @@ def test_a_run_is_exported_by_the_command(
     compare(trained, tmp_path / "out", DDPMPipeline)
 
 
+def test_a_run_that_cannot_be_exported_says_so_before_its_first_step(tmp_path: Path) -> None:
+    """By the fewest words: a process of discrete times brings its sampler along."""
+    words = ["data=digits", "network=diffusers_unet", "process=ddpm", "network.block_out_channels=[8,16]"]
+    told = (
+        "train denoiser.prediction_type=eps, v or x0; denoiser.time_input=t; denoiser.scale_input=false; "
+        "experiment=diffusers_ddpm and diffusers_edm do$"
+    )
+    with pytest.warns(UserWarning, match=told):
+        folder = run(tmp_path / "run", *words, "trainer.grad_steps=1")
+    trained = diffrl.load(folder.path)
+    assert isinstance(trained.sampler, diffrl.DDIM)
+    with pytest.raises(InputError, match="cannot be exported: train denoiser.prediction_type=eps, v or x0"):
+        export_pipeline(trained.denoiser, tmp_path / "out")
+
+
 def test_float64_is_written_in_float32_and_stays_what_it_was(tmp_path: Path) -> None:
     denoiser = made(prediction_type="v").double()
     export_pipeline(denoiser, tmp_path / "out")

@@ -15,11 +15,12 @@ from diffrl.diffusion.networks.unet_blocks import Attention
 from diffrl.experiments.check_run import check_run
 from diffrl.training.build import Events, build_denoiser
 from tests.kit.configs import IMAGE_RECIPES, composed
+from tests.kit.lpips import lpips_weights, vgg
 from tests.kit.paths import ROOT
 
 EVENTS = {
     **dict.fromkeys(("cifar10_edm", "cifar10_td_edm", "cifar10_short"), Events((3, 32, 32), 10)),
-    **{"mnist": Events((1, 28, 28)), "folder64": Events((3, 64, 64))},
+    **{"cifar10_td_ct": Events((3, 32, 32)), "mnist": Events((1, 28, 28)), "folder64": Events((3, 64, 64))},
 }
 SMALL = [
     *("device=cpu", "dtype=float32", "network.channels=8", "network.blocks=1", "network.head_channels=8"),
@@ -110,6 +111,40 @@ def test_cifar10_has_the_published_numbers() -> None:
     assert {k: v for k, v in edm.items() if k not in same} == {k: v for k, v in td.items() if k not in same}
 
 
+def test_td_ct_has_the_published_numbers() -> None:
+    config = recipe("cifar10_td_ct")
+    objective, optim, trainer = config["objective"], config["optim"], config["trainer"]
+    assert (trainer["batch_size"], trainer["grad_steps"], trainer["reduction"]) == (512, 800_001, "mean")
+    assert (optim["name"], optim["lr"], optim["warmup_steps"]) == ("radam", 2e-4, 0)
+    assert (optim["decay"], optim["clip_norm"], optim["betas"]) == ("none", None, [0.9, 0.999])
+    published = {
+        "s_0": 2,
+        "s_1": 150,
+        "mu_0": 0.9,
+        "stride": 0.25,
+        "consistency_coef": 0.5,
+        "metric": "lpips",
+    }
+    assert {
+        **published,
+        "td_weight": "sum",
+        "ct_weight": "uniform",
+        "kappa": "markov",
+    }.items() <= objective.items()
+    assert 0.5 ** (512 / config["ema"]["halflife"]) == pytest.approx(0.9999, abs=1e-9)
+    assert config["ema"]["ramp"] is None
+    assert (config["network"]["dropout"], config["data"]["conditional"], config["data"]["flip"]) == (
+        0,
+        False,
+        True,
+    )
+    assert (
+        config["denoiser"] | {"prediction_type": "consistency", "time_input": "c_noise"} == config["denoiser"]
+    )
+    sizes = ("channels", "multipliers", "blocks", "attention_resolutions", "head_channels")
+    assert all(config["network"][k] == recipe("cifar10_edm")["network"][k] for k in sizes)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A folder of two classes, and an idx file, by the kind of data that reads them."""
@@ -121,7 +156,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     pixels = rng.integers(0, 256, (20, 28, 28), dtype=np.uint8)
     head = bytes([0, 0, 8, 3, *(b for n in pixels.shape for b in (0, 0, 0, n))])
     (folder / "x.idx").write_bytes(head + pixels.tobytes())
-    return {"folder": str(folder / "folder"), "idx": str(folder / "x.idx")}
+    (folder / "lpips").mkdir()
+    g = torch.Generator().manual_seed(0)
+    torch.save(lpips_weights(vgg(nn.AvgPool2d, g), g), folder / "lpips" / "all.pth")
+    return {name: str(folder / name) for name in ("folder", "lpips")} | {"idx": str(folder / "x.idx")}
 
 
 @pytest.mark.filterwarnings("ignore:No target network updater")
@@ -129,5 +167,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_small_form_trains_and_passes_the_check(name: str, images: dict[str, str]) -> None:
     config = recipe(name, *SMALL)
     config["data"]["path"] = images[config["data"]["name"]]
+    if config["objective"].get("metric") == "lpips":
+        config["objective"]["metric_weights"] = images["lpips"]
     report = check_run(config)
     assert report.passed, str(report)

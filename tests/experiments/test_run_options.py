@@ -56,6 +56,7 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         (["optim.lr=-1"], "optim.lr"),
         (["trainer.batch_size=0"], "batch_size"),
         (["process=ddpm", "objective=td_edm"], "EDM"),
+        (["process=ddpm", "sampler=heun"], "give sampler=ddim or ancestral, or process=vp"),
         (["process=vp", "sampler=edm_stochastic"], "EDM"),
         (["chain.t_max=0"], "t_max"),
         (["seed=-1"], "seed is -1"),

@@ -27,6 +27,7 @@ from diffrl.experiments.train import run_experiment
 from diffrl.finetuning.build import build_recipe
 from diffrl.finetuning.checks import UNTAUGHT
 from diffrl.finetuning.methods.registry import METHODS
+from diffrl.metrics.distances import sample_distance
 from diffrl.rewards.calls import RewardError
 from diffrl.rewards.mode_distance import ModeDistance
 from diffrl.rewards.weighted_sum import WeightedSum
@@ -47,6 +48,10 @@ QUICK = (
     "loop.checkpoint_every=2",
     "evaluation.samples=32",
 )
+
+
+TO_BASE = "distance_to_base_sliced_w2@32_seed3141592"
+DISTANCE = "| distance to base (sliced W2 distance of 32 samples, seed 3141592) |"
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,9 @@ def test_a_run_leaves_a_folder_that_can_be_understood(base: Path, tmp_path: Path
     assert found["untaught"] is None
     samples = folder.samples()
     assert samples["base"]["4"].shape == samples["tuned"]["4"].shape == (32, 2)
+    by_hand = sample_distance("sliced_w2", samples["tuned"]["4"], samples["base"]["4"])
+    assert [k for k in rows[0] if k.startswith("distance")] == [TO_BASE]
+    assert found["final"][TO_BASE] == float(rows[-1][TO_BASE]) == pytest.approx(by_hand, rel=1e-5)
 
     run = diffrl.load_tuned(folder.path)
     torch.testing.assert_close(run.sample(8, seed=5)[3:4], run.sample(1, seed=8))
@@ -127,8 +135,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     with pytest.raises(Interrupted, match=r"stopped after iteration 3, and saved; continue with resume="):
         run_finetuning(config, progress=False)
     monkeypatch.undo()
+    table = tmp_path / "part" / "metrics.csv"  # as earlier versions wrote it
+    table.write_text(table.read_text(encoding="utf-8").replace(TO_BASE, "distance_to_base"), encoding="utf-8")
     part = run_finetuning({**config, "run_dir": None, "resume": str(tmp_path / "part")}, progress=False)
     assert torch.equal(tuned_weights(whole.path), tuned_weights(part.path))
+    assert part.results()["finetuning"]["base"] == whole.results()["finetuning"]["base"]
     one, other = (Table(f.path / "metrics.csv", ()).rows() for f in (whole, part))
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in one] == [
         {k: v for k, v in row.items() if k != "seconds"} for row in other
@@ -191,6 +202,9 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
     assert run_cells(cells(base), tmp_path, workers=0, progress=False).finished == 6
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("cells/*/results.json")}
 
+    table = sorted(tmp_path.glob("cells/*/metrics.csv"))[0]  # as earlier versions wrote it
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace(TO_BASE, "distance_to_base"), encoding="utf-8")
     report = re.sub(" +", " ", write_methods_report(tmp_path).read_text(encoding="utf-8"))
     tuning = MethodFindings(tmp_path)
     assert [m.name for m in tuning.methods] == ["DDPO-SF", "DDPO-IS", "SDPO"]
@@ -201,7 +215,14 @@ def test_methods_are_run_once_and_reported_by_seed(base: Path, tmp_path: Path) -
     assert x.tolist() == [0, 16] and y.shape == (2, 2)
     by_hand = [(1 - 2 / 16) * rows[0]["eval_reward"] + 2 / 16 * rows[1]["eval_reward"] for rows in sdpo.rows]
     assert sdpo.at("eval_reward", "updates", 2) == pytest.approx(by_hand)
-    for word in ("| DDPO-SF |", "32 trajectories", "2 optimiser updates", "before_and_after.png", "| base |"):
+    for word in (
+        "| DDPO-SF |",
+        "32 trajectories",
+        "2 optimiser updates",
+        "before_and_after.png",
+        "| base |",
+        DISTANCE,
+    ):
         assert word in report
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["methods"]["SDPO"]["final"]["eval_reward"]) == 2

@@ -32,7 +32,7 @@ FINETUNING = {
 }
 """Experiments of the command `finetune`."""
 
-IMAGE_RECIPES = {"cifar10_edm", "cifar10_short", "cifar10_td_edm", "folder64", "mnist"}
+IMAGE_RECIPES = {"cifar10_edm", "cifar10_short", "cifar10_td_ct", "cifar10_td_edm", "folder64", "mnist"}
 """Experiments of the command `train` that want images, and mostly a GPU."""
 
 SMALL = (

@@ -15,34 +15,17 @@ from diffrl.objectives.consistency_metrics import distance, l2
 from diffrl.objectives.consistency_pairs import sample_consistency_pairs
 from diffrl.objectives.perceptual import LPIPS, read_tensors
 from tests.kit.consistency import consistency
+from tests.kit.lpips import lpips_weights, vgg
 
-WIDTHS = (2, 3, 4, 3, 2)
-VGG = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")  # its table
 G = torch.Generator().manual_seed(5)
 
 
 def network(pool: type[nn.Module]) -> nn.Sequential:
-    """VGG-16's layers in their order, with few channels."""
-    layers: list[nn.Module] = []
-    width, stage = 3, 0
-    for entry in VGG:
-        if entry == "M":
-            layers.append(pool(2))
-            stage += 1
-        else:
-            layers += [nn.Conv2d(width, WIDTHS[stage], 3, padding=1), nn.ReLU()]
-            width = WIDTHS[stage]
-    made = nn.Sequential(*layers)
-    for p in made.parameters():
-        p.data = torch.randn(p.shape, generator=G) * 0.6
-    return made
+    return vgg(pool, G)
 
 
 def weights(made: nn.Module) -> dict[str, Tensor]:
-    found = {f"features.{name}": x for name, x in made.state_dict().items()}
-    return found | {
-        f"lin{l}.model.1.weight": torch.rand(1, c, 1, 1, generator=G) for l, c in enumerate(WIDTHS)
-    }
+    return lpips_weights(made, G)
 
 
 def by_loops(made: nn.Sequential, w: dict[str, Tensor], x: Tensor, y: Tensor) -> float:

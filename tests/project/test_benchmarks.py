@@ -1,5 +1,6 @@
 """The benchmarks compare like with like, and read their own figures right."""
 
+import csv
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -82,6 +83,24 @@ def test_exponents_are_those_of_powers(benchmark_module: ModuleType, tmp_path: P
     rows += cost_growth.rows_of("two sizes", sizes[:2], seconds)  # which have no q
     cost_growth.write_csv(tmp_path / "kept.csv", list(rows[0]), rows)
     assert cost_growth.kept(tmp_path / "kept.csv") == rows
+
+
+def test_the_page_has_the_exponents_of_the_picture() -> None:
+    with (ROOT / "benchmarks" / "cost_growth.csv").open(encoding="utf-8") as file:
+        kept = {(row["axis"], row["scheme"]): row for row in csv.DictReader(file)}
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    with_ = {
+        "chains of": "batch",
+        "steps of": "length of chains",
+        "dimension": "dimension",
+        "processes": "processes",
+    }
+    for begin, word in with_.items():
+        (axis,) = {axis for axis, _ in kept if axis.startswith(begin)}
+        rows = [(kept[axis, scheme], name) for name in "qp" for scheme in ("TD(λ), own", "EDM")]
+        told = [[float(row[name + end] or "nan") for end in ("", "_low", "_high")] for row, name in rows]
+        cells = [" " if p != p else f" {p:.2f} [{low:.2f}, {high:.2f}] " for p, low, high in told]
+        assert "|".join(["\n", f" {word} ", *cells, "\n"]) in page
 
 
 def test_environments_by_hand_step_as_those_of_diffrl(benchmark_module: ModuleType) -> None:

@@ -19,12 +19,14 @@ import diffrl
 from diffrl import __main__ as program
 from diffrl.configs.cli import settings
 from diffrl.diffusion.networks.registry import NETWORKS
+from diffrl.diffusion.pipelines import export_pipeline
 from diffrl.errors import DiffrlError, InputError
 from diffrl.experiments.finetune import run_finetuning
 from diffrl.experiments.train import run_experiment
 from diffrl.training.checkpoints import latest_checkpoint, load_weights
 from diffrl.training.starting import start_from
 from tests.kit.configs import composed
+from tests.kit.diffusers_unets import tiny_unet
 from tests.kit.paths import ROOT
 from tests.kit.runs import run
 
@@ -180,6 +182,7 @@ def test_what_was_tuned_travels_too(tmp_path: Path) -> None:
     reward = tuned.results["finetuning"]["final"]["eval_reward"]
     assert "tuned for mode distance" in card and re.search(r"\| made from +\| base +\|", card)
     assert f"{reward:#.3g}" in card and "32 samples" in card
+    assert "| distance to the base (sliced W2 distance of 32 samples, seed 3141592) |" in card
     assert diffrl.load(folder).sample(3, num_steps=4).shape == (3, 2)
 
 
@@ -273,11 +276,23 @@ def cut(name: str) -> Callable[[Path], None]:
     return change
 
 
+def exported_in_parts(folder: Path) -> None:
+    """What `export_pipeline` writes of a model of EDM."""
+    shutil.rmtree(folder)
+    form: Any = {"time_input": "c_noise_x1000"}
+    export_pipeline(diffrl.Denoiser(tiny_unet((1, 8, 8)), diffrl.EDM(), **form), folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "weights", "says"),
     [
         (shutil.rmtree, "ema", "model is no folder on this machine, and nothing is downloaded"),
         (lambda folder: (folder / "config.json").unlink(), "ema", "model holds no config.json"),
+        (
+            exported_in_parts,
+            "ema",
+            "process=edm has them; diffrl loads what .*`diffrl export RUN FOLDER --to diffrl`",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "ema", "model.safetensors cannot be read"),
         (lambda folder: (folder / "model.non_ema.safetensors").unlink(), "model", "has one set of weights"),
         (cut("config.json"), "ema", "config.json is damaged"),

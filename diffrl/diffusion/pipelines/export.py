@@ -16,7 +16,7 @@ from diffrl.errors import FileError, InputError, InputTypeError
 from diffrl.extras import require
 from diffrl.text_files import new_folder
 
-__all__ = ["export_pipeline"]
+__all__ = ["export_pipeline", "refusal_of_export"]
 
 MOST_SIGNAL = 0.1  # α_{T-1}: diffusers starts from pure noise
 CLOSE = 1e-4  # relative error of ᾱ_t in float32, in which diffusers multiplies the betas
@@ -72,13 +72,11 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
             "network=diffusers_unet, as experiment=diffusers_ddpm and diffusers_edm do; diffrl.save_pretrained, and "
             "the command's --to diffrl, hand over any network"
         )
-    _require_form_of_diffusers(denoiser, network)
-    edm = isinstance(denoiser.process, EDM)
-    scheduler = _edm_scheduler(denoiser) if edm else _ddpm_scheduler(denoiser)
+    scheduler = _scheduler(denoiser, network)
     unet = copy.deepcopy(network.unet).cpu().float()
     try:
         with new_folder(folder):
-            if edm:
+            if isinstance(denoiser.process, EDM):
                 unet.save_pretrained(folder / "unet", safe_serialization=True)
                 scheduler.save_pretrained(folder / "scheduler")
             else:
@@ -89,6 +87,23 @@ def export_pipeline(denoiser: Denoiser, folder: str | Path) -> Path:
             f"{folder} cannot be written ({error}): make room, or choose another place"
         ) from error
     return folder
+
+
+def refusal_of_export(denoiser: Denoiser) -> str | None:
+    """Why `export_pipeline` would refuse a denoiser though its network is one of diffusers'; None if it would not."""
+    network = plain(denoiser.network)
+    try:
+        if isinstance(network, DiffusersUNet):
+            _scheduler(denoiser, network)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _scheduler(denoiser: Denoiser, network: DiffusersUNet) -> Any:
+    """Diffusers' scheduler that goes with it."""
+    _require_form_of_diffusers(denoiser, network)
+    return _edm_scheduler(denoiser) if isinstance(denoiser.process, EDM) else _ddpm_scheduler(denoiser)
 
 
 def _require_form_of_diffusers(denoiser: Denoiser, network: DiffusersUNet) -> None:

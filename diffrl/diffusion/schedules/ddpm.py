@@ -88,7 +88,9 @@ class DDPM(Schedule):
         return self._look_up(1, t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:
-        raise InputError("DDPM has discrete times and no derivative: use VP, or a sampler such as DDIM")
+        raise InputError(
+            "DDPM has discrete times and no derivative: give sampler=ddim or ancestral, or process=vp"
+        )
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return self.alpha_dot(t)

@@ -14,6 +14,7 @@ import numpy as np
 from diffrl.experiments.method_findings import AXES, MethodFindings
 from diffrl.experiments.reports.finetuning_figures import draw_curves, draw_pictures
 from diffrl.experiments.reports.parts import commands_table, reward_label, write_summary
+from diffrl.experiments.reports.run_table import judged_label
 from diffrl.metrics.intervals import interval
 from diffrl.text_files import write_atomically
 from diffrl.text_tables import markdown_table, text_table
@@ -87,7 +88,7 @@ def _untaught(found: MethodFindings) -> list[str]:
 
 def _end_rows(found: MethodFindings) -> list[list[str]]:
     names = found.figures
-    rows = [["method", *names.values(), "rises"]]
+    rows = [["method", *map(judged_label, names, names.values()), "rises"]]
     first = found.methods[0]
     rows.append(["base", *(f"{interval(first.first(name)).iqm:.3g}" for name in names), ""])
     for m in found.methods:

@@ -24,6 +24,7 @@ from diffrl.experiments.reports.style import (
     write_note,
     write_title,
 )
+from diffrl.finetuning.evaluation import TO_BASE
 from diffrl.metrics.intervals import interval
 from diffrl.training.runs import RunFolder
 
@@ -31,7 +32,7 @@ __all__ = ["draw_curves", "draw_pictures"]
 
 REWARDS = ("eval_reward", "heldout_reward")
 STYLES = [*PALETTE, (INK, "X"), (FAINT, "*")]
-LIKENESS = ("diversity", "distance_to_base", "kl_to_base")
+LIKENESS = ("diversity", TO_BASE, "kl_to_base")
 
 
 def draw_curves(found: MethodFindings, folder: Path) -> list[tuple[str, Path]]:
@@ -65,7 +66,7 @@ def draw_curves(found: MethodFindings, folder: Path) -> list[tuple[str, Path]]:
             write_note(figure, note)
             drawn.append((title, save_figure(figure, folder / f"reward_by_{axis}")))
     title = f"What tuning for {reward} costs in diversity and distance"
-    likeness = [name for name in LIKENESS if name in found.figures]
+    likeness = [name for name in found.figures if name.startswith(LIKENESS)]
     with drawing() as figure:
         panels = _panels(figure, len(likeness))
         for panel, name in zip(panels, likeness, strict=True):

@@ -8,7 +8,14 @@ from diffrl.data.splits import Split
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.diffusion.networks.registry import NETWORKS
 from diffrl.experiments.reports.parts import reward_label
-from diffrl.experiments.reports.run_table import count_label, data_label, figure_rows, objective_label
+from diffrl.experiments.reports.run_table import (
+    count_label,
+    data_label,
+    figure_rows,
+    judged_label,
+    objective_label,
+)
+from diffrl.finetuning.evaluation import TO_BASE, to_base_of
 from diffrl.text_tables import markdown_table
 from diffrl.training.model_folders import FILES
 from diffrl.training.teachers import named_teacher
@@ -20,7 +27,7 @@ JUDGED = {
     "eval_reward": "reward, on held-out noise",
     "heldout_reward": "held-out reward, never trained on",
     "kl_to_base": "KL to the base, nats a chain",
-    "distance_to_base": "distance to the base",
+    TO_BASE: "distance to the base",
     "diversity": "diversity",
 }
 UNKNOWN = "Nothing is recorded of its training: write here on what data, how, and with what result."
@@ -166,7 +173,9 @@ def _tuning(config: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         *_versions(results),
     ]
     before, after = found["base"], found["final"]
-    figures = [[label, f"{before[k]:#.3g}", f"{after[k]:#.3g}"] for k, label in JUDGED.items() if k in after]
+    words = {to_base_of(after) if name == TO_BASE else name: label for name, label in JUDGED.items()}
+    labels = {name: judged_label(name, label) for name, label in words.items() if name in after}
+    figures = [[label, f"{before[k]:#.3g}", f"{after[k]:#.3g}"] for k, label in labels.items()]
     return [
         markdown_table(rows),
         "## Figures\n",

@@ -9,6 +9,7 @@ from typing import Any
 from diffrl.data.splits import Split
 from diffrl.diffusion.posterior import coupling_eta
 from diffrl.experiments.schemes import MONTE_CARLO, settings_of
+from diffrl.finetuning.evaluation import TO_BASE
 from diffrl.metrics.measures import FigureName
 from diffrl.objectives.monte_carlo import is_monte_carlo
 from diffrl.objectives.registry import OBJECTIVES
@@ -24,6 +25,7 @@ __all__ = [
     "data_label",
     "distance_label",
     "figure_rows",
+    "judged_label",
     "mean_error",
     "mean_ratio",
     "objective_label",
@@ -152,6 +154,16 @@ def count_label(metric: str) -> str:
     name = FigureName.of(metric)
     seed = re.sub(r"^(seed|key)", r"\1 ", name.seed)
     return ", ".join(filter(None, (f"{name.samples:,} samples", seed)))
+
+
+def judged_label(name: str, words: str) -> str:
+    """Words for a figure of a policy; for the distance to the base its measure, number of samples and seed too.
+
+    >>> judged_label("distance_to_base_sliced_w2@256_seed7", "distance to base")
+    'distance to base (sliced W2 distance of 256 samples, seed 7)'
+    """
+    measure = name.removeprefix(f"{TO_BASE}_")
+    return words if measure == name else f"{words} ({distance_label(measure)} of {count_label(name)})"
 
 
 def quality_of(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:

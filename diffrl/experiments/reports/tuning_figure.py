@@ -18,12 +18,13 @@ from diffrl.experiments.reports.style import (
     write_note,
     write_title,
 )
+from diffrl.finetuning.evaluation import TO_BASE, to_base_of
 from diffrl.training.runs import RunFolder
 from diffrl.training.table import Table
 
 __all__ = ["draw_tuning"]
 
-LIKENESS = {"diversity": "diversity", "distance_to_base": "distance to the base"}
+LIKENESS = {"diversity": "diversity", TO_BASE: "distance to the base"}
 
 
 def draw_tuning(folder: str | Path) -> Path:
@@ -87,7 +88,8 @@ def _draw_rewards(axes: Any, rows: list[dict[str, str]], config: Mapping[str, An
 def _draw_likeness(axes: Any, rows: list[dict[str, str]]) -> None:
     """Diversity of the samples, and their distance to those of the base."""
     for (name, label), style in zip(LIKENESS.items(), ((BLUE, "o"), (ORANGE, "s")), strict=True):
-        axes.plot(*_curve(rows, name), color=style[0], marker=style[1], markersize=3, label=label)
+        column = to_base_of(rows[0] if rows else ()) if name == TO_BASE else name
+        axes.plot(*_curve(rows, column), color=style[0], marker=style[1], markersize=3, label=label)
     axes.set(title="Likeness to what was tuned", xlabel="iteration", ylabel="in units of the data")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
