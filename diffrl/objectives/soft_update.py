@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 import torchrl.objectives
-from torch import Tensor
 
-__all__ = ["SoftUpdate"]
+__all__ = ["SoftUpdate", "flatten"]
 
 
 class SoftUpdate(torchrl.objectives.SoftUpdate):
@@ -23,15 +22,16 @@ class SoftUpdate(torchrl.objectives.SoftUpdate):
 
     def __init__(self, loss: Any, *, eps: float | None = None, tau: float | None = None) -> None:  # noqa: ANN401
         super().__init__(loss, eps=eps, tau=tau)
-        self._target_tensors: list[Tensor] = []
-        self._source_tensors: list[Tensor] = []
-        for name, sources in self._sources.items():
-            targets = self._targets.get(f"target_{name}")
-            for key, source in sources.items(True, True):
-                self._source_tensors.append(source)
-                self._target_tensors.append(targets.get(key))
+        flatten(self)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move the targets."""
-        torch._foreach_lerp_(self._target_tensors, self._source_tensors, 1 - self.eps)
+        torch._foreach_lerp_([*self._targets.values()], [*self._sources.values()], 1 - self.eps)
+
+
+def flatten(updater: Any) -> None:  # noqa: ANN401
+    """Let an updater of TorchRL hold what it moves by its names in the loss, so that parts can take its place."""
+    targets = {".".join(key): x for key, x in updater._targets.items(True, True)}
+    updater._sources = {".".join(key): x for key, x in updater._sources.items(True, True)}
+    updater._targets = {f"target_{name}": targets[f"target_{name}"] for name in updater._sources}

@@ -43,6 +43,14 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True},
         "ema": {"also": [50]},
     },
+    # the same of a target network, which is td's own choice, and one that takes copies
+    "target": {"objective": {"name": "td"}, "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True}},
+    "copies": {
+        "objective": {"name": "td"},
+        "trainer": {"batch_size": 7, "sharded": True},
+        "target": {"every": 2},
+    },
+    "td_edm": {"objective": {"name": "td_edm"}, "trainer": {"batch_size": 7, "sharded": True}},
     "trials": {"objective": {"name": "td_adaptive", "trials": 1, "heldout": 8}},
     "starts": {"starts": {"name": "loss_aware", "history": 1}, "chain": {"window": 1}},
 }
@@ -71,8 +79,8 @@ def watched(said: dict[str, Any]) -> None:
     def scatter_and_say(self: Sharding) -> None:
         scatter(self)
         moments = [x for kept in self.optimiser.algorithm.state.values() for x in kept.values() if x.ndim > 0]
-        cut = [*self.parameters, *moments, *(x for shards in self._shards for x in shards)]
-        whole = [x for ema in self.averages for x in ema.module.parameters()]
+        cut = [*self.parameters, *moments, *(x for shards in self._shards.values() for x in shards.values())]
+        whole = [*self._registered, *(x for whole in self._whole.values() for x in whole.values())]
         said["held"] = (
             sum(part_of(x).numel() for x in (*cut, *whole)),
             sum(x.numel() for x in cut),
