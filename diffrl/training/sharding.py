@@ -1,10 +1,10 @@
-"""Weights, gradients, moments, averages and targets cut among processes by PyTorch's FSDP2, and how they become whole again."""
+"""All that is trained, and what follows it, cut among processes by PyTorch's FSDP2, and how it becomes whole again."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,7 +20,7 @@ from torchrl.objectives import HardUpdate
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
-from diffrl.objectives.soft_update import SoftUpdate
+from diffrl.objectives.soft_update import SoftUpdate, follow, moved_by
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.checkpoints import CheckpointError
@@ -33,6 +33,7 @@ from diffrl.training.packed import MARK, Shapes
 __all__ = ["Sharding", "part_of", "require_shardable"]
 
 
+UNSHOWN = "no test shows that the result is the same"
 WriteParts = Callable[[Path | None], Shapes]
 
 
@@ -42,29 +43,34 @@ def part_of(x: Tensor) -> Tensor:
 
 
 def require_shardable(loss: DenoiserLoss, arithmetic: Arithmetic, scale: LossScale | None) -> None:
-    """Refuse by name what is not shown to be the same when it is cut.
+    """Refuse by name what cannot be cut, or is not shown to be the same when it is, and say why.
 
     Raises:
         ValueError: there is something.
     """
     network = loss.denoiser.network
     parameters = [*network.parameters()]
-    why = {
-        "td_adaptive, which takes steps back,": isinstance(loss, AdaptiveLoss),
-        "trainer.compile": arithmetic.compile,
-        "trainer.channels_last": arithmetic.channels_last,
-        "dtype=float16": scale is not None,
-        "parameters that are not trained, or are none of the network,": not all(
-            p.requires_grad for p in parameters
-        )
-        or len(parameters) != len([*loss.denoiser.parameters()]),
-        "a parameter that is a single number": any(p.ndim == 0 for p in parameters),
-    }
-    for what, there in why.items():
+    others = len(parameters) != len([*loss.denoiser.parameters()])
+    refused = (
+        (
+            isinstance(loss, AdaptiveLoss),
+            "td_adaptive",
+            "its trials go back to a state that no process has all of",
+        ),
+        (arithmetic.compile, "trainer.compile", UNSHOWN),
+        (arithmetic.channels_last, "trainer.channels_last", "FSDP2 takes tensors in the usual order only"),
+        (scale is not None, "dtype=float16", UNSHOWN),
+        (
+            not all(p.requires_grad for p in parameters),
+            "a parameter that is not trained",
+            "moments are matched with the parts by their order",
+        ),
+        (others, "a parameter of the denoiser outside its network", "FSDP2 has the network alone"),
+        (any(p.ndim == 0 for p in parameters), "a parameter that is a single number", "FSDP2 cannot cut it"),
+    )
+    for there, what, why in refused:
         if there:
-            raise InputError(
-                f"{what} does not go with trainer.sharded: it is not shown to be the same; set it to false"
-            )
+            raise InputError(f"{what} does not go with trainer.sharded: {why}; set trainer.sharded to false")
 
 
 def _no_view(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
@@ -141,10 +147,10 @@ class Sharding:
         with self.ranks.answered():
             self.target = self._fully_sharded(network.module.denoiser.network)
         named = {f"value_network_params.{name}": p for name, p in network.named_parameters()}
-        self._registered = [updater._targets[f"target_{name}"] for name in named]
+        sources, targets = moved_by(updater)
+        self._registered = [targets[f"target_{name}"] for name in named]
         self._shards["target"] = {f"target_{name}": p for name, p in named.items()}
-        updater._sources = {name: parts[id(updater._sources[name])] for name in named}
-        updater._targets = self._shards["target"]
+        follow(updater, {name: parts[id(sources[name])] for name in named}, self._shards["target"])
 
     def _cut(self, x: Tensor) -> DTensor:
         """The part of a tensor that all processes hold whole."""
@@ -154,13 +160,14 @@ class Sharding:
         """Make networks and averages whole, in all processes."""
         with self.ranks.answered():
             self.network.unshard()
-            for name, whole in self._whole.items():
-                for key, x in whole.items():
+            for name, averages in self._whole.items():
+                for key, x in averages.items():
                     x.data = self._shards[name][key].full_tensor()
             if self.target is not None:
                 self.target.unshard()
-                for x, p in zip(self._registered, self.target.parameters(), strict=True):
-                    x.data = p.data
+                whole = cast(nn.Module, self.target).parameters()
+                for registered, p in zip(self._registered, whole, strict=True):
+                    registered.data = p.data
 
     def scatter(self) -> None:
         """Let go of what others hold."""

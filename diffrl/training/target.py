@@ -6,7 +6,7 @@ from typing import Any
 from torchrl.objectives import HardUpdate
 
 from diffrl.errors import InputError
-from diffrl.objectives.soft_update import SoftUpdate, flatten
+from diffrl.objectives.soft_update import SoftUpdate
 
 __all__ = ["Target", "target_updater"]
 
@@ -36,7 +36,5 @@ def target_updater(loss: Any, target: Target) -> SoftUpdate | HardUpdate | None:
     if loss.bootstrap != "target":
         return None
     if target.every is not None:
-        hard = HardUpdate(loss, value_network_update_interval=target.every - 1)  # it copies one call late
-        flatten(hard)
-        return hard
+        return HardUpdate(loss, value_network_update_interval=target.every - 1)  # it copies one call late
     return SoftUpdate(loss, eps=loss.target_decay if target.decay is None else target.decay)
