@@ -43,9 +43,13 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True},
         "ema": {"also": [50]},
     },
-    "copies": {"trainer": {"batch_size": 7, "sharded": True}, "target": {"every": 3}},
-    # of one row each, a process often has no need of the target network where the other has
-    "td_edm": {"objective": {"name": "td_edm"}, "trainer": {"batch_size": 2, "sharded": True}},
+    # of one state each, a process often has no need of the target network where the other has
+    "copies": {
+        "chain": {"window": 1, "num_steps": 3},
+        "trainer": {"batch_size": 2, "sharded": True},
+        "target": {"every": 3},
+    },
+    "td_edm": {"objective": {"name": "td_edm"}, "trainer": {"batch_size": 7, "sharded": True}},
     "own": {
         "objective": {"name": "td", "bootstrap": "own"},
         "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True},
