@@ -1,12 +1,13 @@
 """TorchRL's soft update of target networks, in one call over all tensors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torchrl.objectives
 from torch import Tensor
 
-__all__ = ["SoftUpdate"]
+__all__ = ["SoftUpdate", "follow", "moved_by"]
 
 
 class SoftUpdate(torchrl.objectives.SoftUpdate):
@@ -23,15 +24,25 @@ class SoftUpdate(torchrl.objectives.SoftUpdate):
 
     def __init__(self, loss: Any, *, eps: float | None = None, tau: float | None = None) -> None:  # noqa: ANN401
         super().__init__(loss, eps=eps, tau=tau)
-        self._target_tensors: list[Tensor] = []
-        self._source_tensors: list[Tensor] = []
-        for name, sources in self._sources.items():
-            targets = self._targets.get(f"target_{name}")
-            for key, source in sources.items(True, True):
-                self._source_tensors.append(source)
-                self._target_tensors.append(targets.get(key))
+        self.moved: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = moved_by(self)
 
     @torch.no_grad()
     def step(self) -> None:
         """Move the targets."""
-        torch._foreach_lerp_(self._target_tensors, self._source_tensors, 1 - self.eps)
+        sources, targets = self.moved
+        torch._foreach_lerp_([*targets.values()], [*sources.values()], 1 - self.eps)
+
+
+def moved_by(updater: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # noqa: ANN401
+    """Sources of an updater of TorchRL and their targets, in one order, by their names in the loss."""
+    sources = {".".join(key): x for key, x in updater._sources.items(True, True)}
+    targets = {".".join(key): x for key, x in updater._targets.items(True, True)}
+    return sources, {f"target_{name}": targets[f"target_{name}"] for name in sources}
+
+
+def follow(updater: Any, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:  # noqa: ANN401
+    """Let an updater move these targets towards these sources from now on, such as parts of those of `moved_by`."""
+    if isinstance(updater, SoftUpdate):
+        updater.moved = sources, targets
+    else:  # it goes over items of the one, and gets those of the other
+        updater._sources, updater._targets = sources, targets

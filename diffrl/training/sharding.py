@@ -1,10 +1,10 @@
-"""Weights, gradients, moments and averages cut among processes by PyTorch's FSDP2, and how they become whole again."""
+"""All that is trained, and what follows it, cut among processes by PyTorch's FSDP2, and how it becomes whole again."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map
+from torchrl.objectives import HardUpdate
 
 from diffrl.diffusion.denoisers import Denoiser
 from diffrl.errors import InputError
 from diffrl.objectives.denoiser_loss import DenoiserLoss
+from diffrl.objectives.soft_update import SoftUpdate, follow, moved_by
 from diffrl.objectives.td_adaptive import AdaptiveLoss
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.checkpoints import CheckpointError
@@ -31,6 +33,7 @@ from diffrl.training.packed import MARK, Shapes
 __all__ = ["Sharding", "part_of", "require_shardable"]
 
 
+UNSHOWN = "no test shows that the result is the same"
 WriteParts = Callable[[Path | None], Shapes]
 
 
@@ -40,30 +43,34 @@ def part_of(x: Tensor) -> Tensor:
 
 
 def require_shardable(loss: DenoiserLoss, arithmetic: Arithmetic, scale: LossScale | None) -> None:
-    """Refuse by name what is not shown to be the same when it is cut.
+    """Refuse by name what cannot be cut, or is not shown to be the same when it is, and say why.
 
     Raises:
         ValueError: there is something.
     """
     network = loss.denoiser.network
     parameters = [*network.parameters()]
-    why = {
-        "a target network (bootstrap=target)": loss.bootstrap == "target",
-        "td_adaptive, which takes steps back,": isinstance(loss, AdaptiveLoss),
-        "trainer.compile": arithmetic.compile,
-        "trainer.channels_last": arithmetic.channels_last,
-        "dtype=float16": scale is not None,
-        "parameters that are not trained, or are none of the network,": not all(
-            p.requires_grad for p in parameters
-        )
-        or len(parameters) != len([*loss.denoiser.parameters()]),
-        "a parameter that is a single number": any(p.ndim == 0 for p in parameters),
-    }
-    for what, there in why.items():
+    others = len(parameters) != len([*loss.denoiser.parameters()])
+    refused = (
+        (
+            isinstance(loss, AdaptiveLoss),
+            "td_adaptive",
+            "its trials go back to a state that no process has all of",
+        ),
+        (arithmetic.compile, "trainer.compile", UNSHOWN),
+        (arithmetic.channels_last, "trainer.channels_last", "FSDP2 takes tensors in the usual order only"),
+        (scale is not None, "dtype=float16", UNSHOWN),
+        (
+            not all(p.requires_grad for p in parameters),
+            "a parameter that is not trained",
+            "moments are matched with the parts by their order",
+        ),
+        (others, "a parameter of the denoiser outside its network", "FSDP2 has the network alone"),
+        (any(p.ndim == 0 for p in parameters), "a parameter that is a single number", "FSDP2 cannot cut it"),
+    )
+    for there, what, why in refused:
         if there:
-            raise InputError(
-                f"{what} does not go with trainer.sharded: it is not shown to be the same; set it to false"
-            )
+            raise InputError(f"{what} does not go with trainer.sharded: {why}; set trainer.sharded to false")
 
 
 def _no_view(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
@@ -74,14 +81,15 @@ def _no_view(module: nn.Module, inputs: object, out: Tensor) -> Tensor:
 class Sharding:
     """A denoiser in training that is cut among processes, along the first dim of each tensor.
 
-    Between steps each process holds its part of the weights, of the moments of the optimiser and of every average. For
-    a step the network is put together, and its gradient is summed and cut again. For evaluations weights and
-    averages are whole; to a checkpoint each writes its part.
+    Between steps each process holds its part of the weights, of the moments of the optimiser, of every average and of a
+    target network. For a step the networks are put together, and the gradient is summed and cut again. For evaluations
+    weights and averages are whole; to a checkpoint each writes its part.
 
     Args:
         denoiser: in training; its network becomes FSDP2's in place.
         optimiser: of its parameters, so far.
-        averages: of its weights.
+        averages: of its weights, by name.
+        target: what moves a target network, which becomes FSDP2's too; None where there is none.
         ranks: the processes.
         device: where they work.
 
@@ -94,49 +102,80 @@ class Sharding:
         self,
         denoiser: Denoiser,
         optimiser: Optimiser,
-        averages: Iterable[EMA],
+        averages: Mapping[str, EMA],
+        target: SoftUpdate | HardUpdate | None,
         ranks: Ranks,
         device: torch.device,
     ) -> None:
         known = [*denoiser.network.parameters()]
-        self.ranks, self.averages = ranks, [*averages]
+        self.ranks = ranks
+        self._whole = {name: dict(ema.module.named_parameters()) for name, ema in averages.items()}
         state = optimiser.state_dict()
         with ranks.answered():
             self._mesh = init_device_mesh(device.type, (ranks.size,))
-            denoiser.network.register_forward_hook(_no_view)
-            self.network = fully_shard(denoiser.network, mesh=self._mesh, reshard_after_forward=False)
-            for p in known:
-                p.data = p.new_empty(0)  # a loss registers them too
+            self.network = self._fully_sharded(denoiser.network)
             self.parameters = [*denoiser.parameters()]
-            self._shards = [[self._cut(x.data) for x in ema.module.parameters()] for ema in self.averages]
+            self._shards = {
+                name: {key: self._cut(x.data) for key, x in whole.items()}
+                for name, whole in self._whole.items()
+            }
             moments = {
                 i: {name: x if x.ndim == 0 else self._cut(x) for name, x in kept.items()}
                 for i, kept in state["state"].items()
             }
-        for ema, shards in zip(self.averages, self._shards, strict=True):
-            ema.follow(self.parameters, shards)
+        for name, ema in averages.items():
+            ema.follow(self.parameters, [*self._shards[name].values()])
+        self.target: FSDPModule | None = None
+        self._registered: list[Tensor] = []  # those of the target network, once more, in the loss
+        if target is not None:
+            self._cut_target(target, dict(zip(map(id, known), self.parameters, strict=True)))
         self.optimiser = Optimiser(self.parameters, optimiser.optim, optimiser.total, vectorised=True)
         self.optimiser.load_state_dict({**state, "state": moments}, optimiser.steps)
         self.scatter()
+
+    def _fully_sharded(self, network: nn.Module) -> FSDPModule:
+        known = [*network.parameters()]
+        network.register_forward_hook(_no_view)
+        made = fully_shard(network, mesh=self._mesh, reshard_after_forward=False)
+        for p in known:
+            p.data = p.new_empty(0)  # a loss registers them too
+        return made
+
+    def _cut_target(self, updater: SoftUpdate | HardUpdate, parts: Mapping[int, Tensor]) -> None:
+        """Cut a target network as the network is, and let its parts follow those of the parameters, by their ids."""
+        network = updater.loss_module.bootstrap_network
+        with self.ranks.answered():
+            self.target = self._fully_sharded(network.module.denoiser.network)
+        named = {f"value_network_params.{name}": p for name, p in network.named_parameters()}
+        sources, targets = moved_by(updater)
+        self._registered = [targets[f"target_{name}"] for name in named]
+        self._shards["target"] = {f"target_{name}": p for name, p in named.items()}
+        follow(updater, {name: parts[id(sources[name])] for name in named}, self._shards["target"])
 
     def _cut(self, x: Tensor) -> DTensor:
         """The part of a tensor that all processes hold whole."""
         return distribute_tensor(x, self._mesh, [Shard(0)], src_data_rank=None)
 
     def gather(self) -> None:
-        """Make network and averages whole, in all processes."""
+        """Make networks and averages whole, in all processes."""
         with self.ranks.answered():
             self.network.unshard()
-            for ema, shards in zip(self.averages, self._shards, strict=True):
-                for average, shard in zip(ema.module.parameters(), shards, strict=True):
-                    average.data = shard.full_tensor()
+            for name, averages in self._whole.items():
+                for key, x in averages.items():
+                    x.data = self._shards[name][key].full_tensor()
+            if self.target is not None:
+                self.target.unshard()
+                whole = cast(nn.Module, self.target).parameters()
+                for registered, p in zip(self._registered, whole, strict=True):
+                    registered.data = p.data
 
     def scatter(self) -> None:
         """Let go of what others hold."""
         self.network.reshard()
-        for ema in self.averages:
-            for average in ema.module.parameters():
-                average.data = average.new_empty(0)
+        if self.target is not None:
+            self.target.reshard()
+        for x in (*self._registered, *(x for whole in self._whole.values() for x in whole.values())):
+            x.data = x.new_empty(0)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -145,10 +184,16 @@ class Sharding:
         yield
         self.scatter()
 
-    def named(self, average: EMA) -> dict[str, DTensor]:
-        """The parts of an average, by name."""
-        names = (name for name, _ in average.module.named_parameters())
-        return dict(zip(names, self._shards[self.averages.index(average)], strict=True))
+    @contextmanager
+    def bootstrapping(self) -> Iterator[None]:
+        """The target network is whole within: how often it is asked depends on the rows, which others do not have."""
+        if self.target is None:
+            yield
+            return
+        with self.ranks.answered():
+            self.target.unshard()
+        yield
+        self.target.reshard()
 
     def apart(
         self, weights: Mapping[str, Mapping[str, Tensor]], training: Mapping[str, Any]
@@ -159,7 +204,8 @@ class Sharding:
         """
         parts: dict[str, DTensor] = {}
         rest: dict[str, dict[str, Tensor]] = {}
-        for name, tensors in weights.items():
+        for name, held in weights.items():
+            tensors = {**held, **self._shards.get(name, {})}
             parts |= {f"{name}.{key}": x for key, x in tensors.items() if isinstance(x, DTensor)}
             rest[name] = {key: x for key, x in tensors.items() if not isinstance(x, DTensor)}
 

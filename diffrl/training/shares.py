@@ -79,14 +79,15 @@ class Gradients:
         share, before = self.ranks.share(states), self.loss.network_evaluations
         parts = self.arithmetic.parts(states[share.rows] if several else states)
         loss, square = 0.0, 0.0
-        for part in parts:
-            weight = len(part) / len(states)
-            with self._summing(last=part is parts[-1]):
-                with around():
-                    loss_value, td_error = self._figures(part)
-                self.optimiser.backward(loss_value, self.ranks.size * weight * self.factor)
-            loss += weight * loss_value.item()
-            square += weight * td_error.item() ** 2
+        with nullcontext() if self.sharding is None else self.sharding.bootstrapping():
+            for part in parts:
+                weight = len(part) / len(states)
+                with self._summing(last=part is parts[-1]):
+                    with around():
+                        loss_value, td_error = self._figures(part)
+                    self.optimiser.backward(loss_value, self.ranks.size * weight * self.factor)
+                loss += weight * loss_value.item()
+                square += weight * td_error.item() ** 2
         own = self.loss.network_evaluations - before
         loss, square, evaluations = self.ranks.sums(loss, square, own)
         self.loss.network_evaluations = before + round(evaluations)

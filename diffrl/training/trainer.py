@@ -269,8 +269,9 @@ class Trainer(Loop):
     def _shard(self, states: TensorDict) -> None:
         """Cut what is trained among the processes; states [B, K] are those of a batch."""
         self.gradients.check(states)
-        averages = self.averages.values()
-        self.sharding = Sharding(self.denoiser, self.optimiser, averages, self.ranks, self.device)
+        self.sharding = Sharding(
+            self.denoiser, self.optimiser, self.averages, self.target, self.ranks, self.device
+        )
         self.parameters = self.sharding.parameters
         self.optimiser = self.gradients.optimiser = self.sharding.optimiser
         self.gradients.sharding = self.sharding
@@ -279,8 +280,6 @@ class Trainer(Loop):
         weights, training = self._state()
         if self.sharding is None:
             return weights, training, None
-        for name, average in self.averages.items():
-            weights[name] = {**weights[name], **self.sharding.named(average)}
         return self.sharding.apart(weights, training)
 
     def _steps(self) -> Iterator[dict[str, float]]:

@@ -36,12 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:.*ranks 2 → 1:RuntimeWarning"),
 ]
 
-CUT = (
-    "objective.bootstrap=own",
-    "trainer.sharded=true",
-    "trainer.batch_size=7",
-    "trainer.checkpoint_every=2",
-)
+CUT = ("trainer.sharded=true", "trainer.batch_size=7", "trainer.checkpoint_every=2")
 TIMEOUT = 3.0  # seconds that one waits for another; an evaluation takes longer
 RUNS = ("late", "stuck", "abandoned", "taken", "full", "dying")
 

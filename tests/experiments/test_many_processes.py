@@ -37,11 +37,22 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "objective": {"name": "inductive_moments"},
         "trainer": {"batch_size": 12},
     },  # 1 group of 4, and 2
-    # weights, moments and two averages cut by FSDP2, and a tensor that one process has nothing of
+    # weights, moments, a target network and two averages cut by FSDP2, and a tensor that one process has nothing of
     "sharded": {
-        "objective": {"name": "td", "bootstrap": "own"},
+        "objective": {"name": "td", "bootstrap": "target"},
         "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True},
         "ema": {"also": [50]},
+    },
+    # of one state each, a process often has no need of the target network where the other has
+    "copies": {
+        "chain": {"window": 1, "num_steps": 3},
+        "trainer": {"batch_size": 2, "sharded": True},
+        "target": {"every": 3},
+    },
+    "td_edm": {"objective": {"name": "td_edm"}, "trainer": {"batch_size": 7, "sharded": True}},
+    "own": {
+        "objective": {"name": "td", "bootstrap": "own"},
+        "trainer": {"batch_size": 7, "accumulate": 2, "sharded": True},
     },
     "trials": {"objective": {"name": "td_adaptive", "trials": 1, "heldout": 8}},
     "starts": {"starts": {"name": "loss_aware", "history": 1}, "chain": {"window": 1}},
@@ -65,21 +76,24 @@ def configs_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def watched(said: dict[str, Any]) -> None:
-    """Let what a process holds of weights, moments and averages between steps be said, and how much there is in all."""
-    scatter = Sharding.scatter
+    """Let what a process holds of all that is cut be said of the time between steps, and how much there is in all."""
+    apart = Sharding.apart
 
-    def scatter_and_say(self: Sharding) -> None:
-        scatter(self)
+    def apart_and_say(self: Sharding, *given: Any) -> Any:
         moments = [x for kept in self.optimiser.algorithm.state.values() for x in kept.values() if x.ndim > 0]
-        cut = [*self.parameters, *moments, *(x for shards in self._shards for x in shards)]
-        whole = [x for ema in self.averages for x in ema.module.parameters()]
+        networks = [self.network, *(() if self.target is None else (self.target,))]
+        averages = [x for name in self._whole for x in self._shards[name].values()]
+        cut = [*moments, *averages, *(p for network in networks for p in network.parameters())]
+        whole = [*self._registered, *(x for whole in self._whole.values() for x in whole.values())]
         said["held"] = (
             sum(part_of(x).numel() for x in (*cut, *whole)),
             sum(x.numel() for x in cut),
             len(moments),
+            len(networks),
         )
+        return apart(self, *given)
 
-    Sharding.scatter = scatter_and_say  # type: ignore[method-assign]
+    Sharding.apart = apart_and_say  # type: ignore[method-assign, assignment]
 
 
 def work(rank: int, folder: Path, meet: Callable[[], None]) -> None:
@@ -216,7 +230,7 @@ def read_by_torch(checkpoint: Path, place: Path) -> None:
     place.mkdir()
     for part in parts:
         shutil.copy(part, place / part.name)
-    for weights in ("model", "ema", "ema_50"):
+    for weights in ("model", "ema", "ema_50", "target"):
         expected = {f"{weights}.{k}": v for k, v in load_weights(checkpoint, weights).items()}
         told = HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata
         cut = {key: x for key, x in expected.items() if key in told}
@@ -235,9 +249,28 @@ def test_what_two_have_cut_goes_on_cut_and_is_loaded_whole(pair: Pair, one: dict
         loaded = load(folder / "stopped", weights=weights).denoiser.state_dict()
         assert_close(loaded, one["sharded"]["td"][weights])
     read_by_torch(folder / "left" / "checkpoints" / "td" / "step_000004", folder / "parts")
-    (first, all_of_it, moments), (second, *_) = (found["held"] for found in said)
-    assert moments > 0 and 0.4 * all_of_it < second <= first < 0.6 * all_of_it
+    (first, all_of_it, moments, networks), (second, *_) = (found["held"] for found in said)
+    assert moments > 0 and networks == 2 and 0.4 * all_of_it < second <= first < 0.6 * all_of_it
     assert first + second == all_of_it
+
+
+@pytest.mark.parametrize("kind", ["copies", "td_edm"])
+@pytest.mark.filterwarnings("ignore:.*ranks 2 → 1:RuntimeWarning")
+def test_one_goes_on_with_a_target_network_that_two_have_cut(
+    pair: Pair, one: dict[str, Any], kind: str
+) -> None:
+    """From the checkpoint before the last one."""
+    folder = shutil.copytree(pair[0] / kind, pair[0] / f"{kind}_of_one")
+    (folder / "results.json").unlink()
+    (place,) = (folder / "checkpoints").iterdir()
+    earlier, last = list_checkpoints(place)
+    assert len([*earlier.glob("part_*")]) == 2
+    shutil.rmtree(last)
+    config = {**configs_of(pair[0])[kind], "run_dir": None, "resume": str(folder)}
+    assert_close(state(run_experiment(config, progress=False).path), one[kind])
+    for weights in ("ema", "model"):
+        loaded = load(folder, weights=weights).denoiser.state_dict()
+        assert_close(loaded, one[kind][place.name][weights])
 
 
 def test_what_one_cannot_do_ends_the_others(pair: Pair) -> None:

@@ -28,7 +28,7 @@ WORDS = [
 ]
 KINDS = {
     "plain": ["train", *WORDS],
-    "cut": ["train", *WORDS, "objective.bootstrap=own", "trainer.sharded=true"],
+    "cut": ["train", *WORDS, "trainer.sharded=true"],
     "tuned": [
         *("finetune", "compare=[]", "reward=mode_distance", "reward.point=[0.8,0]", "heldout_reward=none"),
         *("policy.num_steps=4", "rollouts.trajectories=15", "loop.iterations=80", "loop.eval_every=40"),

@@ -14,6 +14,7 @@ from diffrl.errors import InputError
 from diffrl.objectives import ValueLoss
 from diffrl.objectives.denoiser_loss import DenoiserLoss
 from diffrl.objectives.scheme import Objective, build_objective
+from diffrl.objectives.td_adaptive import AdaptiveLoss, TrialPlan
 from diffrl.training.arithmetic import Arithmetic
 from diffrl.training.build import build_data, build_denoiser
 from diffrl.training.distributed import RankLost, Ranks
@@ -151,17 +152,29 @@ def test_what_looks_at_a_batch_as_a_whole_is_refused_by_name() -> None:
 
 
 def test_what_is_not_shown_to_be_the_same_when_it_is_cut_is_refused_by_name() -> None:
-    denoiser = Denoiser(MLP((2,), hidden=8, depth=1), EDM())
+    def of() -> Denoiser:
+        return Denoiser(MLP((2,), hidden=8, depth=1), EDM())
+
+    denoiser, frozen, wider = of(), of(), of()
+    frozen.network.last.bias.requires_grad_(False)
+    wider.more = nn.Linear(2, 2)
     loss, plain = ValueLoss(denoiser), Arithmetic(sharded=True)
     require_shardable(loss, plain, None)
+    require_shardable(ValueLoss(denoiser, bootstrap="target"), plain, None)
     denoiser.network.scale = nn.Parameter(torch.tensor(1.0))
     for given, text in (
-        ((ValueLoss(Denoiser(MLP((2,)), EDM()), bootstrap="target"), plain, None), "a target network"),
-        ((ValueLoss(Denoiser(MLP((2,)), EDM())), Arithmetic(compile=True), None), r"trainer\.compile"),
-        ((ValueLoss(Denoiser(MLP((2,)), EDM())), plain, LossScale()), "dtype=float16"),
+        ((AdaptiveLoss(of(), TrialPlan()), plain, None), "td_adaptive"),
+        ((ValueLoss(of()), Arithmetic(compile=True), None), r"trainer\.compile"),
+        ((ValueLoss(of()), Arithmetic(channels_last=True), None), r"trainer\.channels_last"),
+        ((ValueLoss(of()), plain, LossScale()), "dtype=float16"),
+        ((ValueLoss(frozen), plain, None), "a parameter that is not trained"),
+        ((ValueLoss(wider), plain, None), "a parameter of the denoiser outside its network"),
         ((loss, plain, None), "a parameter that is a single number"),
     ):
-        with pytest.raises(InputError, match=rf"^{text}.* does not go with trainer\.sharded"):
+        with pytest.raises(
+            InputError,
+            match=rf"^{text} does not go with trainer\.sharded: .*; set trainer\.sharded to false$",
+        ):
             require_shardable(*given)
 
 
