@@ -143,7 +143,7 @@ def draw_states(table: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
     num_noise, (alpha, sigma, kept, fresh, P, g) = noise.shape[1], table[3:].unbind()
     x, z = x0.new_empty(table.shape[1], *x0.shape), noise.transpose(0, 1)
     n = x[:num_noise]
-    if num_noise < len(x) and _is_small(noise):
+    if num_noise < len(x) and _is_small(noise) and float(P[num_noise - 1]) > 1e-30:
         n.copy_(z * g[:num_noise]).cumsum_(0).mul_(P[:num_noise])
     else:
         torch.mul(z, fresh[:num_noise], out=n)
@@ -158,7 +158,7 @@ def draw_states(table: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def _is_small(noise: Tensor) -> bool:
-    """Whether the steps of a chain cost more one by one, each over the whole batch, than its running sums."""
+    """Whether the steps of a whole chain cost more one by one, each over the batch, than its running sums."""
     return noise.device.type == "cpu" and noise.numel() <= 2**14 and noise.dtype.itemsize >= 4
 
 

@@ -21,9 +21,9 @@ from diffrl.rl.estimators import require_time_last
 
 __all__ = ["FAR_OFF", "DenoiserLoss", "far_off", "rows"]
 
-FAR_OFF = 2.05
-"""Factor between sigma_data and the data's standard deviation above which they do not fit; at 2 chance would decide on
-standardised data and the default 0.5."""
+FAR_OFF = 3.0
+"""Factor between sigma_data and the data's standard deviation above which they do not fit: too large a sigma_data costs
+about twice the error there."""
 ENOUGH = 16  # data in a batch, to know their standard deviation well enough for that
 
 

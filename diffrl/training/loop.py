@@ -198,11 +198,9 @@ class Loop(ABC):
 
     def _keep(self) -> None:
         """Save, where there is a folder; of several processes one does, and the others wait for it."""
-        if self.folder is None:
-            return
-        if self.together:
+        if self.folder is not None and self.together:
             self.save()
-        else:
+        elif self.folder is not None:
             self.ranks.from_first(self.save, self._doing("the checkpoint"))
 
     def _doing(self, what: str) -> str:
@@ -362,8 +360,7 @@ class Loop(ABC):
             report: takes a row of figures; a loss in it is that of its step.
             evaluate: figures every `eval_every` steps and at both ends. Where it raises `Unfinished`, a checkpoint is
                 written and the loop ends; the loop that goes on from it evaluates first.
-            stop: asked after every step; if true, a checkpoint is written and the loop ends, as it does where what
-                started several processes has ended.
+            stop: asked after every step; if true, or without its launcher any more, the loop ends with a checkpoint.
             finished: looks at every row with an evaluation; a reason ends the loop for good (early stop).
             progress: whether to show the bar.
 
@@ -378,11 +375,8 @@ class Loop(ABC):
             looked, reason = self._look(self.due or {}, report, evaluate, finished)
             if not looked or (reason is not None and 0 < self.step < total):
                 return bool(looked)
-        shown = {
-            "mininterval": 0.2 if sys.stderr.isatty() else 20,
-            "disable": not progress,
-        }  # 20: a line of a log
-        with tqdm(total=total, initial=self.step, desc=self.name, unit=self.unit, **shown) as bar:
+        how = {"mininterval": 0.2 if sys.stderr.isatty() else 20, "disable": not progress}
+        with tqdm(total=total, initial=self.step, desc=self.name, unit=self.unit, **how) as bar:
             for figures in self.steps():
                 last, reason = self.step == total, None
                 if look := last or self.step % self.length.eval_every == 0:

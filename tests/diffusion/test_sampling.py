@@ -222,8 +222,8 @@ def test_registry() -> None:
         ({"seed": None, "noise": Noise.per_sample([1])}, "1 generators for 3 samples"),
         ({"denoiser": lambda x, t, cond: x}, "give process="),
         ({"sampler": EDMStochastic(), "process": VP()}, "on the EDM process, not on VP: use DDIM"),
-        ({"sampler": Euler(), "process": DDPM()}, "discrete times.*DDIM"),
-        ({"sampler": Heun(), "process": DDPM()}, "discrete times.*DDIM"),
+        ({"sampler": Euler(), "process": DDPM()}, "discrete times.*ddim"),
+        ({"sampler": Heun(), "process": DDPM()}, "discrete times.*ddim"),
         ({"sampler": LCM()}, "on the DDPM process, not on EDM: use CPS"),
         (
             {"sampler": LCM(2), "process": DDPM()},

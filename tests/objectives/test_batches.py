@@ -151,7 +151,7 @@ def test_a_network_with_labels_wants_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "said"), [(2000.0, "is 1"), (1e-3, "is 0.000"), (1.0, None), (1.75, None), (2.1, "is 1.")]
+    ("scale", "said"), [(2000.0, "is 1"), (1e-3, "is 0.000"), (1.0, None), (1.75, None), (4.0, "is 2.")]
 )
 def test_a_scale_of_the_data_far_from_sigma_data_is_said_once(scale: float, said: str | None) -> None:
     x0, loss = scale * data(64).float(), ValueLoss(Denoiser(MLP((2,)), EDM()))
