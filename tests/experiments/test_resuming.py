@@ -279,7 +279,7 @@ def test_a_disk_that_is_full_at_the_start(name: str, tmp_path: Path) -> None:
     (path / f"{name}.tmp").symlink_to("/dev/full")
     with pytest.raises(FileError, match=f"{name} cannot be written .No space left on device.: make room"):
         run(path)
-    (path / f"{name}.tmp").unlink()
+    (path / f"{name}.tmp").unlink(missing_ok=True)
     assert run(path, "compare=false", "trainer.grad_steps=2").results()  # the same command again
 
 
@@ -292,7 +292,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     temporary.symlink_to("/dev/full")
     with pytest.raises(FileError, match=r"cannot be written \(No space left on device\): make room"):
         resume(stopped.path)
-    temporary.unlink()
+    temporary.unlink(missing_ok=True)
     found, wanted = resume(stopped.path).results()["objectives"], whole.results()["objectives"]
     for name in wanted:
         assert found[name]["sample_distance"] == wanted[name]["sample_distance"]
