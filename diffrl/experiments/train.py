@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -281,11 +282,9 @@ class TrainingJob(Job):
         self.run_loop(folder, interrupted, progress)
 
         def results() -> dict[str, Any] | None:
-            try:
-                with left_when(interrupted, self.evaluated):
-                    return self._results(folder)
-            except Unfinished:
-                return None
+            with suppress(Unfinished), left_when(interrupted, self.evaluated):
+                return self._results(folder)
+            return None
 
         if (found := self.trainer.ranks.from_first(results, f"the results of {self.name}")) is None:
             raise Interrupted(

@@ -73,8 +73,7 @@ class FusedStep(ABC):
 
     def __init__(self, loss: Any, draw: Any) -> None:  # noqa: ANN401 (what `takes` lets through)
         self.of: ValueLoss = loss
-        self._draw, self._begun, self._estimator = draw, False, loss.value_estimator
-        self._left_out = _left_out(loss)
+        self._draw, self._begun = draw, False
 
     @staticmethod
     @abstractmethod
@@ -92,7 +91,7 @@ class FusedStep(ABC):
     @property
     def fits(self) -> bool:
         """Whether it takes that place still: another estimator, or a hook, may have come."""
-        return self.of.value_estimator is self._estimator and not _are_watched(self._left_out)
+        return self.takes(self.of, self._draw)
 
     def __call__(
         self,
@@ -200,8 +199,8 @@ class _Levels(NamedTuple):
     """Of the states reached, without the clean one, where a target network looks at them: [K-1, *1] and [B (K-1)]."""
     A_next: Tensor
     """Of the states reached, [1, K, *1]."""
-    steps: dict[str, Any]
-    """t and A, and those of "next"."""
+    next: dict[str, Any]
+    """t and A of the states reached."""
     terms: _Terms
 
 
@@ -250,7 +249,7 @@ class FusedChains(FusedStep):
         if self._bootstraps:
             if e_next is None:  # the state reached is the one left by the next step
                 e_next = e.roll(-1, 1)
-            G = self.of.value_estimator.returns(None, e_next, None, None, levels.steps[keys.NEXT])
+            G = self.of.value_estimator.returns(None, e_next, None, None, levels.next)
             δ = e - mixed_returns(G, self.of.bootstrap_share, None, None)
         return levels.terms.figures(F_x, δ, error)
 
@@ -276,7 +275,7 @@ class FusedChains(FusedStep):
         def row(k: slice) -> dict[str, Any]:
             return {keys.T: t[k].view(1, K, 1), keys.A: A[k].view(1, K, 1)}
 
-        steps = {**row(slice(-1)), keys.NEXT: row(slice(1, None)), keys.X0: x0}
+        left, following = row(slice(-1)), row(slice(1, None))
         by = denoiser.conditioning(x0, t[:-1])
         reached = by.rows(slice(1, None)) if loss.bootstrap == "target" else None
         states = x0.unsqueeze(1).expand(B, K, *x0.shape[1:])
@@ -284,9 +283,9 @@ class FusedChains(FusedStep):
             by_time(table[:, None, :, None], x0),
             _repeated(by, B),
             None if reached is None else _repeated(reached, B),
-            expand_like(A[1:].view(1, K, 1), states),
-            steps,
-            self._terms(states, steps, by.c_out[None]),
+            expand_like(following[keys.A], states),
+            following,
+            self._terms(states, {**left, keys.NEXT: following, keys.X0: x0}, by.c_out[None]),
         )
         stays = chain is self._draw.chain and not torch.is_inference_mode_enabled()
         self._kept = (key, levels) if stays else None
@@ -358,26 +357,20 @@ class FusedPairs(FusedStep):
 
 def _is_plain(loss: Any) -> bool:
     """Whether the arithmetic of a loss and of its denoiser is that of this library, at γ = 1."""
-    if type(loss) is not ValueLoss or type(loss.denoiser) is not Denoiser or _are_watched(_left_out(loss)):
+    if type(loss) is not ValueLoss or type(loss.denoiser) is not Denoiser or _is_watched(loss):
         return False
     estimator, denoiser = loss.value_estimator, loss.denoiser
     fixed = denoiser.prior is None and not isinstance(denoiser.process, nn.Module)
     return fixed and type(estimator) in ESTIMATORS.values() and estimator.gamma == 1
 
 
-Calls = tuple[tuple[nn.Module, int], ...]
-"""Modules that are not called, and the hooks before the call that each has of itself."""
-
-
-def _left_out(loss: ValueLoss) -> Calls:
+def _is_watched(loss: ValueLoss) -> bool:
+    """Whether a call that is left out has been replaced, or is listened to (TorchRL itself looks for an updater)."""
     network = loss.value_network
-    of_itself = 1  # TorchRL itself looks for an updater
-    return (loss, of_itself), (network, 0), (network.module, 0), (network.module.denoiser, 0)
-
-
-def _are_watched(calls: Calls) -> bool:
-    """Whether a call that is left out has been replaced, or is listened to."""
-    return any("forward" in vars(m) or m._forward_hooks or len(m._forward_pre_hooks) > n for m, n in calls)
+    for m, hooks in ((loss, 1), (network, 0), (network.module, 0), (network.module.denoiser, 0)):
+        if "forward" in vars(m) or m._forward_hooks or len(m._forward_pre_hooks) > hooks:
+            return True
+    return False
 
 
 def _settings(denoiser: Denoiser) -> tuple[Any, ...]:

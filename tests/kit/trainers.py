@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from diffrl import EDM, Denoiser
@@ -53,6 +54,22 @@ def make(
         target=target or Target(),
         **more,
     )
+
+
+class Unfused:
+    """Draws what it is given to draw by, under a name that nothing is fused with."""
+
+    def __init__(self, draw: ChainSampler) -> None:
+        self._draw = draw
+
+    def __call__(self, x0: Tensor, **options: Any) -> TensorDict:
+        return self._draw(x0, **options)
+
+
+def unfused(trainer: Trainer) -> Trainer:
+    """It, with steps that are not fused, to compare bits with one that cannot have such steps."""
+    trainer.objective = Objective(trainer.name, trainer.loss, Unfused(trainer.objective.draw))
+    return trainer
 
 
 def take(trainer: Trainer, steps: int) -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from diffrl.training.identity import RunChanged
 from diffrl.training.optim import Optim
 from diffrl.training.trainer import Average, Length, Target, Trainer
 from diffrl.training.trials import held_out
-from tests.kit.trainers import differing, state, take
+from tests.kit.trainers import differing, state, take, unfused
 
 PLAN = TrialPlan(trials=2, trial_steps=0.1, heldout=16)
 
@@ -63,17 +63,15 @@ def settle(trainer: Trainer, lmbda: float) -> None:
 
 @pytest.mark.parametrize("bootstrap", ["own", "target"])
 def test_a_trial_leaves_nothing_behind(bootstrap: str) -> None:
-    """Where every trial ends with Monte Carlo, the run is Monte Carlo's, to rounding; only evaluations are spent."""
-    tried, plain = make(bootstrap=bootstrap), make(plan=None)
+    """Where every trial ends with Monte Carlo, the run is Monte Carlo's bit for bit; only evaluations are spent."""
+    tried, plain = make(bootstrap=bootstrap), unfused(make(plan=None))
     settle(tried, 1.0)
     take(tried, 20)
     take(plain, 20)
     assert len(tried.trials.history) == 2
     found = {k: v for k, v in state(tried).items() if not k.startswith("target")}
     expected = {k: v for k, v in state(plain).items() if not k.startswith("target")}
-    assert found.keys() == expected.keys()
-    for p, q in zip(tried.parameters, plain.parameters, strict=True):  # of one the steps are fused
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert differing(found, expected) == ["counts"]
     assert found["counts"][:2] == expected["counts"][:2] and found["counts"][2] > expected["counts"][2]
 
 
